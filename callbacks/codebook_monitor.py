@@ -1,0 +1,186 @@
+"""`CodebookMonitor`: what the codes of a vector-quantised head do, as scalars, a picture and text.
+
+Letters: V vocabulary, K codes.
+"""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lit_logits.functional import code_perplexity
+from lit_logits.modules import VQLogitsHead
+
+__all__ = ["CodebookMonitor", "usage_figure"]
+
+_MAX_SNAPSHOTS = 256
+
+
+class CodebookMonitor(Callback):
+    """Log how a codebook is used, and show what its codes mean.
+
+    Scalars, every n optimizer steps: `vq/used_codes` (codes that carry targets), `vq/code_perplexity` (exponential of
+    the entropy of their use), `vq/dead_codes` (codes that own no token or carry less than `min_usage` of an even
+    share), `vq/ppl_floor` (no backbone gets below it). After each validation, to TensorBoard: `vq/usage`, a heat map
+    of use over training, and `vq/tokens`, the most frequent tokens of some codes. Warns once when the floor is what
+    holds the model back.
+
+    Args:
+        every_n_steps: optimizer steps between looks.
+        min_usage: share below which a code counts as dead, in units of the even share 1/K.
+        target_ppl: perplexity that the user trains for; warns as soon as the floor is above 80 % of it.
+        num_codes: codes to spell out, spread evenly from the most to the least used.
+        num_tokens: tokens to show of each.
+
+    Example:
+        >>> CodebookMonitor(every_n_steps=20).num_codes
+        16
+
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        min_usage: float = 0.01,
+        target_ppl: float | None = None,
+        num_codes: int = 16,
+        num_tokens: int = 12,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        self.every_n_steps, self.min_usage, self.target_ppl = every_n_steps, min_usage, target_ppl
+        self.num_codes, self.num_tokens = num_codes, num_tokens
+        self.last_step, self.stride, self.looks = -1, 1, 0
+        self.steps: list[int] = []
+        self.snapshots: list[Tensor] = []
+        self.warned = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say so when there is nothing to watch."""
+        if _head(pl_module) is None:
+            rank_zero_warn("CodebookMonitor found no VQLogitsHead in the model and will do nothing.")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Log scalars and remember the usage when a multiple of `every_n_steps` has just been reached."""
+        step, head = trainer.global_step, _head(pl_module)
+        if head is None or step == self.last_step or (step % self.every_n_steps and step != 1):
+            return
+        self.last_step = step
+        usage, floor = head.usage(), head.ppl_floor()
+        pl_module.log_dict(
+            {
+                "vq/used_codes": (usage > 0).sum().float(),
+                "vq/code_perplexity": code_perplexity(usage),
+                "vq/dead_codes": float(head.dead_codes(self.min_usage).numel()),
+                "vq/ppl_floor": floor,
+            }
+        )
+        if self.target_ppl is not None and float(floor) > 0.8 * self.target_ppl:
+            self._warn(float(floor), f"`target_ppl` is {self.target_ppl:g}")
+        self._remember(step, usage.cpu())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the heat map, spell out codes, and compare the floor with the perplexity reached."""
+        head = _head(pl_module)
+        if head is None or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        reached = trainer.callback_metrics.get("val/ppl")
+        if reached is not None and float(head.ppl_floor()) > 0.8 * float(reached):
+            self._warn(float(head.ppl_floor()), f"validation reached {float(reached):.2f}")
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                step = trainer.global_step
+                logger.experiment.add_text("vq/tokens", self._spell_out(head, tokenizer), step)
+                if self.snapshots:
+                    logger.experiment.add_figure(
+                        "vq/usage", usage_figure(torch.stack(self.snapshots), self.steps), step
+                    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The usage so far, so that a resumed run draws the whole picture."""
+        snapshots = torch.stack(self.snapshots) if self.snapshots else None
+        return {"last_step": self.last_step, "stride": self.stride, "steps": self.steps, "snapshots": snapshots}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where the checkpoint left off."""
+        self.last_step, self.stride = state_dict["last_step"], state_dict["stride"]
+        self.steps = list(state_dict["steps"])
+        snapshots = state_dict["snapshots"]
+        self.snapshots = [] if snapshots is None else list(snapshots)
+
+    def _remember(self, step: int, usage: Tensor) -> None:
+        """Keep at most `_MAX_SNAPSHOTS` evenly spaced snapshots: when they are full, every second one goes."""
+        self.looks += 1
+        if self.looks % self.stride:
+            return
+        self.steps.append(step)
+        self.snapshots.append(usage)
+        if len(self.steps) >= _MAX_SNAPSHOTS:
+            self.steps, self.snapshots, self.stride = self.steps[1::2], self.snapshots[1::2], 2 * self.stride
+
+    def _warn(self, floor: float, against: str) -> None:
+        if not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"The mapping of tokens to codes allows no perplexity below {floor:.2f}, and {against}: a better"
+                " backbone will not help. Use a larger `codebook_size`, `bias=True` or a `learned` mapping."
+            )
+
+    def _spell_out(self, head: VQLogitsHead, tokenizer: Any) -> str:
+        usage, sizes = head.usage(), torch.bincount(head.token_to_code, minlength=head.codebook_size)
+        order = usage.argsort(descending=True)
+        picks = torch.linspace(0, order.numel() - 1, min(self.num_codes, order.numel())).round().long()
+        rows = ["| code | share of targets | tokens | most frequent |", "|---|---|---|---|"]
+        for code in order[picks.to(order.device)].tolist():
+            tokens = (head.token_to_code == code).nonzero().squeeze(1)
+            top = tokens[head.token_counts[tokens].argsort(descending=True, stable=True)][: self.num_tokens].tolist()
+            words = [str(token) if tokenizer is None else _visible(tokenizer.decode([token])) for token in top]
+            rows.append(f"| {code} | {usage[code].item():.3%} | {int(sizes[code])} | {' '.join(words)} |")
+        return "\n".join(rows)
+
+
+def usage_figure(snapshots: Tensor, steps: list[int]) -> Figure:
+    """Heat map of code usage over training beside the latest usage, codes sorted by it.
+
+    Args:
+        snapshots: (S, K), the share of targets that each code carried.
+        steps: the optimizer step of each snapshot.
+
+    """
+    num_codes = snapshots.shape[1]
+    relative = snapshots * num_codes
+    order = relative[-1].argsort(descending=True)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    heat, curve = figure.subplots(1, 2, width_ratios=(3, 1))
+    image = heat.imshow(
+        relative[:, order].T.clamp(min=1e-3).log10(),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        vmin=-3,
+        vmax=max(1.0, float(relative.max().clamp(min=1e-3).log10())),
+    )
+    ticks = torch.linspace(0, len(steps) - 1, min(6, len(steps))).round().long().unique().tolist()
+    heat.set_xticks(ticks, [str(steps[tick]) for tick in ticks])
+    heat.set(xlabel="optimizer step", ylabel="code, most used now at the top", title=f"use of {num_codes} codes")
+    figure.colorbar(image, ax=heat, label="log10 of the share of targets × K")
+    curve.plot(relative[-1, order].clamp(min=1e-3), torch.arange(num_codes))
+    curve.axvline(1.0, linestyle="--", linewidth=1, color="grey", label="even use")
+    curve.set(xscale="log", ylim=(num_codes - 0.5, -0.5), xlabel="share × K", title=f"step {steps[-1]}")
+    curve.legend(loc="lower left", fontsize="small")
+    return figure
+
+
+def _visible(text: str) -> str:
+    """A token as inline code that keeps its white space visible in a Markdown table."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·").replace("|", "&#124;").replace("`", "'")
+    return f"`{shown}`"
+
+
+def _head(pl_module: LightningModule) -> VQLogitsHead | None:
+    return next((module for module in pl_module.modules() if isinstance(module, VQLogitsHead)), None)

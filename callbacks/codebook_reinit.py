@@ -1,0 +1,100 @@
+"""`CodebookReinit`: revives dead codes of a vector-quantised head in training.
+
+Letters: K codes.
+"""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lit_logits.modules import VQLogitsHead
+
+__all__ = ["CodebookReinit", "reset_optimizer_rows"]
+
+
+class CodebookReinit(Callback):
+    """Every n optimizer steps, give each dead code one half of the code that costs most, and reset what goes with it.
+
+    A code is dead when no token maps to it or when it carries less than `min_usage` of an even share of the targets
+    (running counts over all ranks). `VQLogitsHead.revive` splits the heavy code; the rows of the optimizer's moments
+    are cleared with the vectors, because the next update would otherwise undo the revival. All ranks end with the same
+    codes. Logs `vq/reinit`, the number of codes revived.
+
+    Args:
+        every_n_steps: optimizer steps between looks.
+        min_usage: share below which a code is dead, in units of the even share 1/K; 0 for codes without tokens only.
+        stop_step: no revival from this step on, so that the last ones have time to train; default never stops.
+        seed: of the 2-means, together with the step.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Example:
+        >>> CodebookReinit(every_n_steps=100, min_usage=0.01).every_n_steps
+        100
+
+    """
+
+    def __init__(
+        self, every_n_steps: int = 200, min_usage: float = 0.01, stop_step: int | None = None, seed: int = 0
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        if not 0 <= min_usage < 1:
+            raise ValueError(f"Expected `min_usage` to be in [0, 1), in units of 1/K, but got {min_usage}.")
+        self.every_n_steps, self.min_usage, self.stop_step, self.seed = every_n_steps, min_usage, stop_step, seed
+        self.last_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say so when there is nothing to revive."""
+        if not _heads(pl_module):
+            rank_zero_warn("CodebookReinit found no VQLogitsHead in the model and will do nothing.")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Look for dead codes when a multiple of `every_n_steps` has just been reached."""
+        step = trainer.global_step
+        stopped = self.stop_step is not None and step >= self.stop_step
+        if step == self.last_step or step % self.every_n_steps or stopped:
+            return
+        self.last_step = step
+        revived = 0
+        for head in _heads(pl_module):
+            dead = head.dead_codes(self.min_usage)
+            if dead.numel() == 0:
+                continue
+            generator = torch.Generator(head.codebook.device).manual_seed(self.seed + step)
+            changed = head.revive(dead, generator=generator)
+            revived += dead.numel()
+            for optimizer in trainer.optimizers:
+                reset_optimizer_rows(optimizer, head.codebook, changed)
+        pl_module.log("vq/reinit", float(revived))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the last look, so that a resumed run does not look twice."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where the checkpoint left off."""
+        self.last_step = state_dict["last_step"]
+
+
+@torch.no_grad()
+def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Clear the rows of every moment that `optimizer` keeps of `parameter`; step counts stay.
+
+    Args:
+        optimizer: any optimizer whose moments have the shape of the parameter.
+        parameter: (K, ...).
+        rows: (D,) int64.
+
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows] = 0
+
+
+def _heads(pl_module: LightningModule) -> list[VQLogitsHead]:
+    return [module for module in pl_module.modules() if isinstance(module, VQLogitsHead)]

@@ -1,0 +1,1 @@
+"""One commented YAML a recipe; `lit-logits fit --config vq_logits.yaml` finds them by name."""

@@ -1,0 +1,80 @@
+"""Checks that several methods share: each raises an error that names the argument, the rule and what came.
+
+A check reads values only where that is free. On an accelerator a comparison would make the host wait for the device in
+every step, so `check_labels` looks at tensors in host memory unless it is told to look anyway.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_finite", "check_labels", "check_token_to_code"]
+
+
+def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = -100, wait: bool = False) -> None:
+    """Raise unless every label is `ignore_index` or in [0, num_classes).
+
+    Args:
+        labels: integer class or token ids, any shape.
+        num_classes: number of classes, or the vocabulary size.
+        ignore_index: label that marks positions to leave out.
+        wait: look at labels on an accelerator too; the host then waits for the device.
+
+    Raises:
+        ValueError: for a label out of range.
+        TypeError: for labels that are not integers.
+
+    Example:
+        >>> check_labels(torch.tensor([3, -100]), num_classes=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `labels` to be in [0, 3) or -100 (ignored), but got 3.
+
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"Expected `labels` to be integer ids, but got {labels.dtype}.")
+    if labels.device.type != "cpu" and not wait:
+        return
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"Expected `labels` to be in [0, {num_classes}) or {ignore_index} (ignored), but got {wrong[0].item()}."
+        )
+
+
+def check_token_to_code(token_to_code: Tensor, vocab_size: int, codebook_size: int) -> None:
+    """Raise unless `token_to_code` maps each of `vocab_size` tokens to a code in [0, codebook_size).
+
+    Raises:
+        ValueError: for another shape, a dtype that is not integer, or a code out of range.
+
+    Example:
+        >>> check_token_to_code(torch.tensor([0, 2]), vocab_size=2, codebook_size=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `token_to_code` to map tokens to codes in [0, 2), but token 1 maps to 2.
+
+    """
+    if token_to_code.shape != (vocab_size,) or token_to_code.is_floating_point():
+        raise ValueError(
+            f"Expected `token_to_code` to hold {vocab_size} integer codes, one a token, but got"
+            f" {token_to_code.dtype} of shape {tuple(token_to_code.shape)}."
+        )
+    wrong = ((token_to_code < 0) | (token_to_code >= codebook_size)).nonzero()
+    if wrong.numel():
+        token = int(wrong[0])
+        raise ValueError(
+            f"Expected `token_to_code` to map tokens to codes in [0, {codebook_size}), but token {token} maps to"
+            f" {int(token_to_code[token])}."
+        )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise unless every element of the floating-point `tensor`, called `name` in the error, is finite.
+
+    Raises:
+        ValueError: for a NaN or an infinity; the error counts them.
+
+    """
+    wrong = int((~torch.isfinite(tensor)).sum())
+    if wrong:
+        raise ValueError(f"Expected `{name}` to be finite, but got {wrong} NaN or infinite values of {tensor.numel()}.")

@@ -1,0 +1,42 @@
+"""Reductions over the tokens that count.
+
+Letters: N tokens of which some are ignored.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["Reduction", "reduce_tokens"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Reduce per-token `values` over the tokens where `mask` is true.
+
+    The mean divides by the number of tokens that count, so it is the same under padding and, weighted by that number,
+    under any split of the batch. With no token that counts it is a zero that still has a graph.
+
+    Args:
+        values: one number a token, any shape; values at masked-out tokens must be finite.
+        mask: boolean, of the shape of `values`.
+        reduction: `mean` over the tokens that count, their `sum`, or `none` (masked-out tokens become 0).
+
+    Raises:
+        ValueError: for another `reduction`.
+
+    Example:
+        >>> import torch
+        >>> reduce_tokens(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
+        tensor(1.5000)
+
+    """
+    values = values * mask
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "mean":
+        return values.sum() / mask.sum().clamp(min=1)
+    raise ValueError(f"Expected `reduction` to be 'mean', 'sum' or 'none', but got {reduction!r}.")

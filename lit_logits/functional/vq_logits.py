@@ -1,0 +1,237 @@
+"""Vector-quantised logits: a codebook scores K codes, a mapping gives each of V tokens the score of its code.
+
+The probability of a token splits into that of its code and that of the token within the code,
+
+    l = h Cᵀ      z_v = l_{M(v)} + b_v      β_k = logsumexp_{v: M(v)=k} b_v
+    p(v | h) = softmax(l + β)_{M(v)} · exp(b_v − β_{M(v)}),
+
+so the loss is exact without the (N, V) logits. The second factor does not depend on h: its
+cross-entropy is a floor under the loss of any backbone.
+
+Letters: N tokens, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}).
+
+References:
+    [0]: VQ-Logits, 2025, arXiv 2505.10202. The collapsed loss is ours.
+
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.reductions import Reduction, reduce_tokens
+
+__all__ = [
+    "code_log_mass",
+    "code_logits",
+    "scatter_code_logits",
+    "straight_through_vq_cross_entropy",
+    "vq_cross_entropy",
+]
+
+
+def code_log_mass(token_to_code: Tensor, codebook_size: int, token_bias: Tensor | None = None) -> Tensor:
+    """Log mass of each code, β_k = logsumexp_{v: M(v)=k} b_v: the log of its token count when there is no bias.
+
+    Args:
+        token_to_code: (V,) int64.
+        codebook_size: K.
+        token_bias: (V,) in nats; default 0.
+
+    Returns:
+        (K,), at least float32, −inf for an empty code; differentiable in `token_bias`.
+
+    Example:
+        >>> code_log_mass(torch.tensor([0, 0, 2]), codebook_size=3).exp()
+        tensor([2., 0., 1.])
+
+    """
+    if token_bias is None:
+        ones = torch.ones_like(token_to_code, dtype=torch.float32)
+        return ones.new_zeros(codebook_size).index_add_(0, token_to_code, ones).log()  # bincount would wait for a GPU
+    bias = token_bias.to(torch.promote_types(token_bias.dtype, torch.float32))
+    highest = bias.detach().new_full((codebook_size,), -torch.inf)
+    highest = highest.scatter_reduce(0, token_to_code, bias.detach(), "amax")
+    mass = bias.new_zeros(codebook_size).index_add(0, token_to_code, (bias - highest[token_to_code]).exp())
+    return highest + mass.log()
+
+
+def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: Tensor | None = None) -> Tensor:
+    """Token logits z_v = l_{M(v)} + b_v: the paper's "scatter", and the readable reference of everything here.
+
+    Args:
+        code_logits: (..., K) in nats.
+        token_to_code: (V,) int64.
+        token_bias: (V,) in nats; default 0.
+
+    Returns:
+        (..., V).
+
+    Example:
+        >>> scatter_code_logits(torch.tensor([1.0, 2.0]), torch.tensor([1, 0, 1]))
+        tensor([2., 1., 2.])
+
+    """
+    logits = code_logits.index_select(-1, token_to_code)
+    return logits if token_bias is None else logits + token_bias
+
+
+def code_logits(hidden: Tensor, codebook: Tensor, log_mass: Tensor | None = None) -> Tensor:
+    """Code logits l = h Cᵀ, plus `log_mass` if given, in at least float32 whatever the autocast.
+
+    Args:
+        hidden: (..., d).
+        codebook: (K, d).
+        log_mass: (K,) in nats, such as β.
+
+    Returns:
+        (..., K) in nats.
+
+    """
+    low_precision = hidden.dtype.itemsize < 4 or torch.is_autocast_enabled(hidden.device.type)
+    if not low_precision:  # one fused pass
+        return F.linear(hidden, codebook, None if log_mass is None else log_mass.to(hidden.dtype))
+    logits = F.linear(hidden, codebook).float()  # a bfloat16 sum with log_mass would round away the mass
+    return logits if log_mass is None else logits + log_mass
+
+
+def vq_cross_entropy(
+    hidden: Tensor,
+    codebook: Tensor,
+    token_to_code: Tensor,
+    labels: Tensor,
+    *,
+    token_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Next-token cross-entropy of vector-quantised logits, exact, in O(N·K) time and memory.
+
+    CE(y) = −log softmax(l + β)_{M(y)} + (β_{M(y)} − b_y), with l = h Cᵀ and β = `code_log_mass`. Equal in value and
+    gradient to `cross_entropy(scatter_code_logits(l, M, b), y)`, which makes the (N, V) logits.
+
+    Args:
+        hidden: (..., d) hidden states.
+        codebook: (K, d).
+        token_to_code: (V,) int64.
+        labels: (...) token ids in [0, V) or `ignore_index`, already shifted: `labels[n]` is the token after n.
+        token_bias: (V,) in nats; default 0, the paper's head.
+        ignore_index: label of tokens that do not count.
+        reduction: `mean` over the tokens that count (0 if none does), `sum` or `none`.
+
+    Returns:
+        Nats, at least float32; a scalar, or (...) for `none`.
+
+    Raises:
+        ValueError: for a label out of range (checked in host memory only).
+
+    Example:
+        >>> hidden, codebook = torch.zeros(1, 2), torch.zeros(2, 2)
+        >>> vq_cross_entropy(hidden, codebook, torch.tensor([0, 0, 1, 1]), torch.tensor([3])).exp()
+        tensor(4.)
+
+    """
+    check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
+    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
+    log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
+    losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
+    return reduce_tokens(losses, mask, reduction)
+
+
+def straight_through_vq_cross_entropy(
+    hidden: Tensor,
+    codebook: Tensor,
+    token_to_code: Tensor,
+    labels: Tensor,
+    *,
+    latents: Tensor,
+    token_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`vq_cross_entropy` whose gradient also reaches a latent table behind the codes, straight through.
+
+    Value and other gradients are those of `vq_cross_entropy`; the latents get the gradient that a dense (V, d) output
+    layer holding each token's code would get,
+
+        dCE/dA_v = exp(b_v − β_{M(v)}) · (Pᵀ H)_{M(v)} − Σ_{n: y_n=v} h_n,    P = softmax(l + β),
+
+    from collapsed quantities alone: O(N·K·d + V·d). Departure from the usual straight-through estimator: the codebook
+    keeps its own gradient too.
+
+    Args:
+        hidden: (..., d) hidden states.
+        codebook: (K, d).
+        token_to_code: (V,) int64, the nearest code of each latent.
+        labels: (...) token ids in [0, V) or `ignore_index`.
+        latents: (V, d) table A, whose value does not enter.
+        token_bias: (V,) in nats; default 0.
+        ignore_index: label of tokens that do not count.
+        reduction: `mean` over the tokens that count (0 if none does), `sum` or `none`.
+
+    Returns:
+        Nats, at least float32; a scalar, or (...) for `none`.
+
+    Raises:
+        ValueError: for a label out of range (checked in host memory only).
+
+    """
+    check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
+    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
+    log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
+    losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
+    log_share = -log_mass[token_to_code] if token_bias is None else token_bias - log_mass[token_to_code]
+    port = _StraightThrough.apply(
+        latents,
+        hidden.detach().reshape(-1, hidden.shape[-1]),
+        log_probs.detach().reshape(-1, log_probs.shape[-1]),
+        log_share.detach().exp(),
+        token_to_code,
+        labels.masked_fill(~mask, 0).reshape(-1),
+    )
+    return reduce_tokens(losses + port.reshape(labels.shape), mask, reduction)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Zeros (N,) whose backward is the gradient of the per-token losses with respect to the latent table."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        latents: Tensor,
+        hidden: Tensor,
+        log_probs: Tensor,
+        share: Tensor,
+        token_to_code: Tensor,
+        tokens: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, log_probs, share, token_to_code, tokens)
+        ctx.dtype = latents.dtype  # type: ignore[attr-defined]
+        return log_probs.new_zeros(tokens.shape)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, log_probs, share, token_to_code, tokens = ctx.saved_tensors  # type: ignore[attr-defined]
+        hidden, grad = hidden.to(log_probs.dtype), grad.unsqueeze(1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            code_sums = (log_probs.exp() * grad).T @ hidden
+        grad_latents = share.unsqueeze(1).to(log_probs.dtype) * code_sums[token_to_code]
+        grad_latents.index_add_(0, tokens, hidden * grad, alpha=-1)
+        return grad_latents.to(ctx.dtype), None, None, None, None, None  # type: ignore[attr-defined]
+
+
+def _token_losses(
+    log_probs: Tensor,
+    log_mass: Tensor,
+    token_to_code: Tensor,
+    labels: Tensor,
+    token_bias: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token and the mask of the tokens that count, both of the shape of `labels`."""
+    mask = labels != ignore_index
+    tokens = labels.masked_fill(~mask, 0)
+    codes = token_to_code[tokens]
+    within = log_mass[codes] if token_bias is None else log_mass[codes] - token_bias[tokens]
+    return within - log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1), mask

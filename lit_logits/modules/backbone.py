@@ -1,0 +1,143 @@
+"""Causal language models of transformers, taken apart into a backbone that gives hidden states and an output layer.
+
+Letters: B batch, T sequence, d hidden size, V vocabulary.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+__all__ = ["CausalBackbone", "load_backbone", "load_causal_lm"]
+
+# Models that change the logits after the output layer, which no other head behind them would know.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+class CausalBackbone(NamedTuple):
+    """Result of `load_backbone`.
+
+    Attributes:
+        model: module whose output has `last_hidden_state` (B, T, d), the input of the output layer.
+        output_weight: (V, d) rows of the pretrained output layer, or None for a model that was built from a config.
+        output_bias: (V,) bias of the pretrained output layer, or None.
+        tied: whether the output layer was the input embedding.
+        hidden_size: d of the output layer.
+        vocab_size: V of the output layer, padding included.
+
+    """
+
+    model: PreTrainedModel
+    output_weight: Tensor | None
+    output_bias: Tensor | None
+    tied: bool
+    hidden_size: int
+    vocab_size: int
+
+
+def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a pretrained causal language model in float32.
+
+    Args:
+        name_or_path: hub id, local folder, or path of a `.gguf` file (needs the extra `gguf`).
+        **kwargs: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: if there is no such model; the message says what was tried.
+
+    """
+    kwargs.setdefault("dtype", torch.float32)
+    path = os.path.expanduser(name_or_path)
+    try:
+        if not path.endswith(".gguf"):
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        folder, file = os.path.split(path)
+        model = AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, **kwargs)
+    except ImportError as error:
+        raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
+    except OSError as error:
+        raise ValueError(
+            "Expected `backbone` to be a hub id, a local folder, the path of a .gguf file or a mapping with"
+            f" `model_type`, but got {name_or_path!r}, which could not be loaded: {error}"
+        ) from error
+    if hasattr(model.config, "quantization_config"):  # the weights are dense now; saving would refuse otherwise
+        del model.config.quantization_config
+    return model
+
+
+def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_size: int | None = None) -> CausalBackbone:
+    """Split a causal language model into the backbone and what its output layer was.
+
+    Args:
+        backbone: hub id, local folder, `.gguf` path, a loaded model, or a config as a mapping with `model_type` (any
+            of transformers, such as `llama`), which gives a model of random weights.
+        vocab_size: V of the tokenizer. A config takes it over; a pretrained model must have at least as many rows (its
+            table may be padded).
+
+    Raises:
+        ValueError: for a model that cannot be loaded, has no output layer or changes the logits behind it, a mapping
+            without `model_type`, or a vocabulary that does not fit.
+
+    """
+    if isinstance(backbone, dict):
+        config = _make_config(backbone, vocab_size)
+        text_config = config.get_text_config()
+        model = AutoModel.from_config(config)
+        return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
+    causal_lm = load_causal_lm(backbone) if isinstance(backbone, str) else backbone
+    output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    if output is None:
+        raise ValueError(
+            f"Expected a causal language model with an output layer, but {type(causal_lm).__name__} has none."
+        )
+    _check_logits_are_plain(causal_lm)
+    weight = output.weight.detach()
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(
+            f"Expected a backbone of at least {vocab_size} tokens, the vocabulary of the tokenizer, but its output"
+            f" layer has {weight.shape[0]} rows. Use the tokenizer that belongs to the model."
+        )
+    bias = getattr(output, "bias", None)
+    return CausalBackbone(
+        model=causal_lm.base_model,
+        output_weight=weight,
+        output_bias=None if bias is None else bias.detach(),
+        tied=output.weight is table.weight,
+        hidden_size=weight.shape[1],
+        vocab_size=weight.shape[0],
+    )
+
+
+def _make_config(backbone: dict[str, Any], vocab_size: int | None) -> Any:
+    settings = dict(backbone)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            "Expected the mapping `backbone` to have the key `model_type` (such as llama, gpt2, qwen2), but got the"
+            f" keys {sorted(backbone)}."
+        )
+    if vocab_size is not None:
+        if settings.get("vocab_size", vocab_size) != vocab_size:
+            raise ValueError(
+                f"Expected `backbone.vocab_size` to be the tokenizer's {vocab_size}, but got"
+                f" {settings['vocab_size']}. Leave it out."
+            )
+        settings["vocab_size"] = vocab_size
+    config = AutoConfig.for_model(model_type, **settings)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # defaults of a config may lie outside a small table
+        token = getattr(config, name, None)
+        if isinstance(token, int) and token >= config.vocab_size:
+            setattr(config, name, None)
+    return config
+
+
+def _check_logits_are_plain(model: nn.Module) -> None:
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(model.config, name, neutral)
+        if value not in (None, neutral):
+            raise ValueError(
+                f"Expected a model whose logits are its output layer's, but {type(model).__name__} sets"
+                f" {name}={value}, which changes them afterwards."
+            )
