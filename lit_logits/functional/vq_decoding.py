@@ -83,7 +83,7 @@ def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables) -> Tensor:
         (...) int64 token ids.
 
     """
-    return tables.best_token[code_logits(hidden, codebook, tables.best_bias).argmax(dim=-1)]
+    return tables.best_token.take(code_logits(hidden, codebook, tables.best_bias).argmax(dim=-1))
 
 
 def sampling_tables(

@@ -1,0 +1,5 @@
+"""Data modules: they know nothing of the methods and meet the models only in the batch dict."""
+
+from lit_logits.datamodules.text import TextDataModule
+
+__all__ = ["TextDataModule"]

@@ -1,0 +1,198 @@
+"""Training loaders that stop and go on: what a resumed run sees is what the uninterrupted run would have seen.
+
+A position is (epoch, batches): passes over the data that are complete, and batches of the present one that the trainer
+has processed. The order of a pass is a function of the seed and the epoch alone, so a position is the whole state of a
+map-style loader. Three things make it exact under Lightning.
+
+* What the loader has yielded is not what the trainer has processed: a batch whose step raised is given again, and so is
+  the one that Lightning holds back from a loader without length. Lightning's counters tell them apart.
+* The loader counts its own passes and ignores `set_epoch`: Lightning calls an epoch that `max_steps` cut short
+  complete.
+* Iterating is lazy: Lightning calls `iter` before it has restored its loops, and drops iterators that it never
+  advanced. An iterator that was left early is continued by the next one.
+"""
+
+from collections.abc import Iterator, Sized
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+__all__ = ["BlockLoader", "BlockSampler", "Cursor", "Position", "block_loader", "collate_blocks"]
+
+
+class Position(NamedTuple):
+    """Where a pass over the data stands.
+
+    Attributes:
+        epoch: number of complete passes.
+        batches: number of processed batches of the present pass, on each rank.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+
+
+class Cursor:
+    """Keeps a training loader's position.
+
+    Args:
+        trainer: the trainer that consumes the loader; None in a plain loop, where a yielded batch is a processed one.
+    """
+
+    def __init__(self, trainer: Trainer | None = None) -> None:
+        self.trainer = trainer
+        self.start = Position()
+        self.yielded = 0
+        self.exhausted = False
+
+    def begin(self, position: Position) -> None:
+        """Start, or start again, at a position."""
+        self.start, self.yielded, self.exhausted = position, position.batches, False
+
+    def position(self, length: float) -> Position:
+        """Return the position of the next batch that the trainer has not processed.
+
+        Args:
+            length: batches in a pass, infinity where that is not known.
+        """
+        batches = self.yielded
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            limit = self.trainer.num_training_batches
+            held_back = limit == float("inf") and self.yielded > self.start.batches and not self.exhausted
+            batches = max(self.start.batches, batches - held_back - (progress.ready - progress.processed))
+            length = min(length, limit) if limit else length
+        if batches >= length or (self.exhausted and batches == self.yielded):
+            return Position(self.start.epoch + 1, 0)
+        return Position(self.start.epoch, batches)
+
+
+class BlockSampler(DistributedSampler):
+    """Deals a permutation of the data set out to the ranks, one index each in turn.
+
+    The permutation depends on the seed and the epoch only, so W ranks with batch size B see, step by step, the batches
+    that one process with batch size W·B sees. Lightning leaves a `DistributedSampler` in place.
+
+    Args:
+        dataset: anything with a length.
+        num_replicas: W, the number of ranks.
+        rank: of this process.
+        shuffle: False keeps the order of the data set.
+        seed: of the permutations.
+        drop_last: drop up to W − 1 items so that all ranks have equally many. If False, up to W − 1 items are seen
+            twice.
+
+    Attributes:
+        start: number of this rank's indices to leave out at the beginning of the next iteration.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int = 1,
+        rank: int = 0,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        sized: Any = dataset  # torch's annotation asks for a `Dataset`, its code for a length
+        super().__init__(sized, num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield this rank's indices of the epoch, from `start` on."""
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+            order = torch.randperm(size, generator=generator)
+        else:
+            order = torch.arange(size)
+        if size < self.total_size:
+            order = order.repeat(-(-self.total_size // size))
+        mine = order[: self.total_size][self.rank :: self.num_replicas]
+        return iter(mine[self.start :].tolist())
+
+
+class BlockLoader(DataLoader):
+    """A map-style training loader that saves and restores its position.
+
+    Its sampler is a `BlockSampler`. `len` is that of a whole pass, also when the next iteration starts in the middle:
+    it is what Lightning reckons with. Batches that were processed before are never read again.
+    """
+
+    cursor: Cursor
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the rest of the present pass, or the next pass if none is left."""
+        position = self.cursor.position(len(self))
+        self.cursor.begin(position)
+        if isinstance(self.sampler, BlockSampler):  # `Trainer(overfit_batches=...)` puts another one in its place
+            self.sampler.set_epoch(position.epoch)
+            self.sampler.start = position.batches * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.cursor.yielded += 1
+            yield batch
+        self.cursor.exhausted = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain integers."""
+        return self.cursor.position(len(self))._asdict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next iteration start at a saved position."""
+        self.cursor.begin(Position(state_dict["epoch"], state_dict["batches"]))
+
+
+def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack blocks into a batch.
+
+    Args:
+        rows: B times `{"input_ids": T token ids}`.
+
+    Returns:
+        `input_ids`, `attention_mask` (ones) and `labels` (the same ids, unshifted), LongTensors of shape (B, T).
+    """
+    input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+
+
+def block_loader(
+    dataset: Dataset, batch_size: int, trainer: Trainer | None, seed: int, *, train: bool, **kwargs: Any
+) -> DataLoader:
+    """Build the loader of a split of blocks for the trainer's rank.
+
+    Args:
+        dataset: rows `{"input_ids": ...}`.
+        batch_size: B, blocks a rank and batch.
+        trainer: tells rank and world size; None is a single process.
+        seed: of the training order.
+        train: shuffled, resumable, and without a last short batch; else in order and complete.
+        kwargs: further arguments of `DataLoader`.
+
+    Raises:
+        ValueError: If there is less than a training batch for every rank.
+    """
+    world_size = trainer.world_size if trainer else 1
+    size = len(dataset)  # type: ignore[arg-type]
+    if train and size < batch_size * world_size:
+        raise ValueError(
+            f"Expected at least {batch_size * world_size} training blocks for batches of {batch_size} on {world_size} "
+            f"rank(s), but got {size}. Lower `batch_size` or `block_size`."
+        )
+    sampler = BlockSampler(
+        dataset,  # type: ignore[arg-type]
+        world_size,
+        trainer.global_rank if trainer else 0,
+        shuffle=train,
+        seed=seed,
+        drop_last=train,
+    )
+    cls = BlockLoader if train else DataLoader
+    loader = cls(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_blocks, drop_last=train, **kwargs)
+    if isinstance(loader, BlockLoader):
+        loader.cursor = Cursor(trainer)
+    return loader

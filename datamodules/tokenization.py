@@ -1,0 +1,84 @@
+"""The tokenizer: loaded from the hub, a folder or a GGUF file, or a byte-level BPE trained on the training split."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+__all__ = ["load_tokenizer", "train_bpe"]
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer that has an end-of-sequence token.
+
+    Args:
+        name: hub id, local folder, or path of a `.gguf` file.
+
+    Raises:
+        ValueError: If there is no such tokenizer, or it is a slow one, or it has no end-of-sequence token.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise FileNotFoundError(f"no such file: {path}")
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected `tokenizer` to be a hub id, a local folder, or a `.gguf` file, but got {str(name)!r}: {error}"
+        ) from error
+    return _check(tokenizer, name)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Train a byte-level BPE and save it for `load_tokenizer`; equal documents give an equal tokenizer.
+
+    Every byte is in the alphabet, so no text is unknown. `<|endoftext|>`, token 0, ends, begins and pads sequences.
+
+    Args:
+        documents: the training texts.
+        vocab_size: number of tokens, at least 257: the bytes and `<|endoftext|>`. A small corpus may give fewer.
+        directory: existing folder to write into.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        rank_zero_warn(
+            f"Expected the corpus to be large enough for `bpe_vocab_size`={vocab_size}, but it gave "
+            f"{tokenizer.get_vocab_size()} tokens."
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    fast.save_pretrained(directory)
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer if it can serve; documents are never cut or padded by what its files ask for."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"Expected `tokenizer` to be a fast one, but {str(name)!r} is a {type(tokenizer).__name__} without a "
+            "`tokenizer.json`."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"Expected `tokenizer` to have an end-of-sequence token, but {str(name)!r} has none. Set `eos_token` in "
+            "its `tokenizer_config.json`."
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
