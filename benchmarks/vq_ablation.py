@@ -1,0 +1,180 @@
+"""Codebook size × start × mapping on the embedded corpus, beside the dense baseline at equal steps.
+
+    python -m benchmarks.vq_ablation [--steps 300] [--seeds 0 1 2]
+
+Two tables: models trained from scratch, and models whose dense output layer was replaced after as many steps of
+pretraining and then trained on as long. Perplexity is that of the test split, mean ± sample standard deviation over
+the seeds; the floor is what the mapping and bias allow at best on the running training counts.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+
+from benchmarks.measure import machine, markdown_table, spread
+from lit_logits import VQLogitsLM
+from lit_logits.callbacks import CodebookReinit
+from lit_logits.datamodules import TextDataModule
+from lit_logits.functional import unigram_bias
+from lit_logits.modules import VQLogitsHead
+
+BACKBONE = {
+    "model_type": "llama",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+LR = 1e-3
+SCRATCH: list[dict[str, Any]] = [
+    {"init": "random"},
+    {"init": "random", "bias": False},
+    {"init": "frequency"},
+    {"init": "frequency", "bias": False},
+    {"init": "frequency", "mapping": "reassigned", "reassign_every_n_steps": 20},
+    {"init": "frequency", "mapping": "learned", "reassign_every_n_steps": 5},
+    {"init": "frequency", "mapping": "learned", "reassign_every_n_steps": 5, "codebook_update": "ema", "decay": 0.9},
+    {"init": "frequency", "codebook_update": "ema", "decay": 0.9},
+]
+REPLACED: list[dict[str, Any]] = [
+    {"init": "random"},
+    {"init": "frequency"},
+    {"init": "kmeans"},
+    {"init": "weighted_kmeans"},
+    {"init": "weighted_kmeans", "mapping": "learned", "reassign_every_n_steps": 5},
+]
+
+
+class Run(NamedTuple):
+    """What a training run came to; `start_ppl` is before its first step."""
+
+    start_ppl: float
+    ppl: float
+    floor: float
+    used_codes: float
+    seconds: float
+
+
+def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int, save: Path | None = None) -> Run:
+    L.seed_everything(seed, verbose=False)
+    model = VQLogitsLM(
+        settings.pop("backbone", BACKBONE),
+        data.vocab_size,
+        **settings,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1),
+    )
+    callbacks = [CodebookReinit(every_n_steps=50, min_usage=0.01, stop_step=steps * 3 // 4)]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        accelerator="auto",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        callbacks=callbacks if isinstance(model.head, VQLogitsHead) else [],
+        **quiet,
+    )
+    data.prepare_data()
+    data.setup()
+    model.initialize_head(data.train_dataloader())
+    tester = L.Trainer(accelerator="auto", **quiet)
+    start = tester.test(model, data, verbose=False)[0]["test/ppl"]
+    began = time.perf_counter()
+    trainer.fit(model, data)
+    seconds = time.perf_counter() - began
+    ppl = tester.test(model, data, verbose=False)[0]["test/ppl"]
+    if save is not None:
+        _save_dense(model, save)
+    if isinstance(model.head, VQLogitsHead):
+        return Run(start, ppl, float(model.head.ppl_floor()), float((model.head.usage() > 0).sum()), seconds)
+    return Run(start, ppl, 1.0, float("nan"), seconds)
+
+
+def _save_dense(model: VQLogitsLM, folder: Path) -> None:
+    """The trained dense model as a plain transformers model with an output layer of its own."""
+    from transformers import AutoModelForCausalLM
+
+    causal_lm = AutoModelForCausalLM.from_config(model.backbone.config)
+    causal_lm.base_model.load_state_dict(model.backbone.state_dict())
+    causal_lm.get_output_embeddings().weight.data.copy_(model.head.weight.data)
+    causal_lm.save_pretrained(folder)
+
+
+def unigram_ppl(data: TextDataModule) -> float:
+    """Test perplexity of the training split's token frequencies, one half added to each count."""
+    counts = torch.zeros(data.vocab_size)
+    for batch in data.train_dataloader():
+        counts += torch.bincount(batch["labels"].flatten(), minlength=data.vocab_size)
+    labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in data.test_dataloader()])
+    return float((-unigram_bias(counts)[labels].mean()).exp())
+
+
+def _describe(settings: dict[str, Any]) -> list[object]:
+    codes = settings.get("codebook_size", "dense")
+    if codes == "dense":
+        return ["dense", "", "", ""]
+    mapping = settings.get("mapping", "fixed")
+    update = " + EMA codebook" if settings.get("codebook_update") == "ema" else ""
+    return [codes, settings["init"], f"{mapping}{update}", "yes" if settings.get("bias", True) else "no"]
+
+
+def _table(cases: list[dict[str, Any]], data: TextDataModule, args: argparse.Namespace, sources: dict[int, str]) -> str:
+    header = ["K", "init", "mapping", "bias", "before", "test perplexity", "ratio to dense", "floor", "used codes", "s"]
+    rows: list[list[object]] = []
+    dense: list[Run] = []
+    for settings in cases:
+        runs = []
+        for seed in args.seeds:
+            backbone = {"backbone": sources[seed]} if sources else {}
+            runs.append(train({**settings, **backbone}, data, args.steps, seed))
+            print(settings, seed, runs[-1], flush=True)
+        dense = dense or runs
+        rows.append(
+            [
+                *_describe(settings),
+                spread([run.start_ppl for run in runs], 1),
+                spread([run.ppl for run in runs], 1),
+                spread([run.ppl / base.ppl for run, base in zip(runs, dense, strict=True)]),
+                spread([run.floor for run in runs], 2),
+                f"{sum(run.used_codes for run in runs) / len(runs):.0f}",
+                f"{min(run.seconds for run in runs):.0f}",
+            ]
+        )
+    return markdown_table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--codes", type=int, nargs="+", default=[128, 512])
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    data = TextDataModule(block_size=128, batch_size=16)
+    data.prepare_data()
+    data.setup()
+    scratch = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, SCRATCH)]
+    replaced = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, REPLACED)]
+    dense: dict[str, Any] = {"head": "dense"}
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {seed: f"{folder}/{seed}" for seed in args.seeds}
+        for seed, source in sources.items():
+            train({"head": "dense", "bias": False}, data, args.steps, seed, save=Path(source))
+        first = _table([dense, *scratch], data, args, {})
+        second = _table([dense, *replaced], data, args, sources)
+    print(f"\nV = {data.vocab_size:,}, {args.steps} steps of 16 × 128 tokens, seeds {args.seeds};", end=" ")
+    print(f"unigram test perplexity {unigram_ppl(data):.1f}; {machine(torch.device('cpu'))}\n")
+    print(f"From scratch:\n\n{first}\n\nDense output layer replaced after pretraining:\n\n{second}")
+
+
+if __name__ == "__main__":
+    main()

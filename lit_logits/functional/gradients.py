@@ -1,0 +1,101 @@
+"""Two gradients that may oppose each other: their angle, the projection that ends the conflict, their mean over ranks.
+
+A gradient is a tensor, or the list of the tensors of all parameters read as one long vector.
+
+References:
+    [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
+    [1]: Gradient Surgery for Multi-Task Learning, 2020, arXiv 2001.06782, Alg. 1.
+
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_logits.functional.distributed import all_reduce_sum_
+
+__all__ = ["AlignedGradients", "align_gradients", "average_over_ranks", "project_conflicting_gradient"]
+
+
+class AlignedGradients(NamedTuple):
+    """Result of `align_gradients`.
+
+    Attributes:
+        grads: the projected gradient, one tensor for each that came.
+        cosine: scalar, of the angle before the projection; 0 if either gradient is.
+        conflict: scalar, 1 if the gradients opposed each other, else 0.
+
+    """
+
+    grads: list[Tensor]
+    cosine: Tensor
+    conflict: Tensor
+
+
+def project_conflicting_gradient(grad: Tensor, reference: Tensor) -> Tensor:
+    """Take from `grad` what opposes `reference` [1]: g − (⟨g, r⟩ / ‖r‖²) r if ⟨g, r⟩ < 0, else g.
+
+    Args:
+        grad: g, any shape, read as one vector.
+        reference: r, of the shape of `grad`; only its direction matters.
+
+    Returns:
+        A gradient whose inner product with `reference` is not negative.
+
+    Example:
+        >>> project_conflicting_gradient(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 0.0]))
+        tensor([0., 1.])
+
+    """
+    return align_gradients([grad], [reference]).grads[0]
+
+
+def align_gradients(grads: Sequence[Tensor], references: Sequence[Tensor]) -> AlignedGradients:
+    """`project_conflicting_gradient` over a list of tensors that make up one vector, without waiting for the device.
+
+    Args:
+        grads: g, one tensor a parameter.
+        references: r, of the same shapes.
+
+    Raises:
+        ValueError: for lists of different shapes.
+
+    Example:
+        >>> align_gradients([torch.tensor([-1.0]), torch.tensor([1.0])], [torch.tensor([1.0]), torch.tensor([0.0])])
+        AlignedGradients(grads=[tensor([0.]), tensor([1.])], cosine=tensor(-0.7071), conflict=tensor(1.))
+
+    """
+    if [grad.shape for grad in grads] != [reference.shape for reference in references]:
+        raise ValueError(
+            f"Expected `grads` and `references` of the same shapes, but got {[tuple(g.shape) for g in grads]} and"
+            f" {[tuple(r.shape) for r in references]}."
+        )
+    inner = _inner_product(grads, references)
+    squared_norm, own = _inner_product(references, references), _inner_product(grads, grads)
+    tiny = torch.finfo(inner.dtype).tiny
+    conflict = inner < 0
+    share = torch.where(conflict, inner / squared_norm.clamp(min=tiny), 0.0)
+    aligned = [grad - share.to(grad.dtype) * reference for grad, reference in zip(grads, references, strict=True)]
+    cosine = inner / (squared_norm.sqrt() * own.sqrt()).clamp(min=tiny)
+    return AlignedGradients(aligned, cosine, conflict.to(inner.dtype))
+
+
+def average_over_ranks(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Mean of each tensor over all ranks, by one collective; every rank must call it with the same shapes."""
+    if not grads or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(grads)
+    flat = all_reduce_sum_(torch.cat([grad.flatten() for grad in grads])) / dist.get_world_size()
+    parts = flat.split([grad.numel() for grad in grads])
+    return [part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True)]
+
+
+def _inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner product of two lists read as vectors, in at least float32."""
+    terms = []
+    for a, b in zip(left, right, strict=True):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        terms.append(torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)))
+    return torch.stack(terms).sum()

@@ -1,0 +1,154 @@
+"""The import rule of the house, held by walking the syntax trees.
+
+torch ← functional ← modules ← <method>.py ← cli ← train.py
+functional, modules ← callbacks ← cli
+torch, lightning ← datamodules ← cli
+"""
+
+import ast
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"lit_logits": "lit_logits", "callbacks": "lit_logits.callbacks", "datamodules": "lit_logits.datamodules"}
+
+
+class Rule(NamedTuple):
+    """What a layer may import of this library (prefixes), and which other packages it may not, or alone may."""
+
+    inside: tuple[str, ...]
+    banned: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+
+
+FUNCTIONAL, MODULES = "lit_logits.functional", "lit_logits.modules"
+CALLBACKS, DATAMODULES = "lit_logits.callbacks", "lit_logits.datamodules"
+
+RULES = {
+    "functional": Rule(inside=(FUNCTIONAL,), only=("torch", "tqdm")),
+    "modules": Rule(inside=(FUNCTIONAL, MODULES), banned=("lightning", "datasets", "matplotlib")),
+    "method": Rule(inside=(FUNCTIONAL, MODULES), banned=("datasets",)),
+    "callbacks": Rule(inside=(FUNCTIONAL, MODULES, CALLBACKS), banned=("datasets",)),
+    "datamodules": Rule(inside=(DATAMODULES,)),
+    "cli": Rule(inside=("lit_logits",)),
+    "package": Rule(inside=("lit_logits",)),
+}
+
+
+def layer_of(module: str) -> str:
+    """The key of `RULES` for a dotted module name; whatever is new at the top of the package is a method file."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return "package"
+    return parts[1] if parts[1] in RULES else "method"
+
+
+def imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Dotted names that a module imports anywhere in its tree, also in functions; relative ones made absolute.
+
+    Of `from a import b` both `a` and `a.b` are given, as `b` may be a module.
+    """
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Imports of `source` that its layer's rule forbids."""
+    rule = RULES[layer_of(module)]
+    found = []
+    for name in imports(source, module, is_package):
+        top = name.split(".")[0]
+        if top == "lit_logits":
+            parents = {"lit_logits"}  # `from lit_logits import x` is judged by `lit_logits.x`
+            wrong = name not in parents and not any(f"{name}.".startswith(f"{prefix}.") for prefix in rule.inside)
+            wrong = wrong or (name.startswith("lit_logits.cli") and module != "lit_logits.cli")
+        else:
+            third_party = top not in sys.stdlib_module_names
+            wrong = top in rule.banned or (rule.only is not None and third_party and top not in rule.only)
+        if wrong:
+            found.append(f"{module} ({layer_of(module)}) imports {name}")
+    return found
+
+
+def sources() -> dict[str, Path]:
+    """Dotted module name → file, of everything that is installed."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+SOURCES = sources()
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_one_way(module):
+    path = SOURCES[module]
+    assert violations(path.read_text(), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_module_has_a_docstring_and_a_public_surface(module):
+    """A package's `__init__` may be a docstring alone; where it imports, it says what it passes on."""
+    path = SOURCES[module]
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    assigned = [target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    is_bare_package = path.name == "__init__.py" and len(tree.body) == 1
+    assert "__all__" in assigned or is_bare_package
+
+
+def test_only_the_entry_point_imports_the_cli():
+    files = [path for path in ROOT.glob("*.py") if "lit_logits.cli" in imports(path.read_text(), path.stem)]
+    assert [path.name for path in files] == ["train.py"]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lit_logits.functional.vq_logits", "import lightning"),
+        ("lit_logits.functional.vq_logits", "from transformers import AutoModel"),
+        ("lit_logits.functional.vq_logits", "from ..modules import VQLogitsHead"),
+        ("lit_logits.functional.vq_logits", "def late():\n    import numpy"),
+        ("lit_logits.modules.vq_logits", "from lightning import LightningModule"),
+        ("lit_logits.modules.vq_logits", "import lit_logits.vq_logits"),
+        ("lit_logits.vq_logits", "from lit_logits.gld_fusion import GLDFusionModule"),
+        ("lit_logits.vq_logits", "from lit_logits import gld_fusion"),
+        ("lit_logits.vq_logits", "from .callbacks import CodeUsage"),
+        ("lit_logits.vq_logits", "from lit_logits.datamodules.text import TextDataModule"),
+        ("lit_logits.callbacks.code_usage", "from lit_logits.vq_logits import VQLogitsLM"),
+        ("lit_logits.callbacks.code_usage", "from lit_logits.cli import main"),
+        ("lit_logits.datamodules.text", "from lit_logits.functional import checks"),
+        ("lit_logits", "from lit_logits.cli import main"),
+    ],
+)
+def test_a_planted_violation_is_caught(module, source):
+    assert violations(source, module, is_package=module == "lit_logits")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lit_logits.functional.vq_logits", "import math\nfrom torch import Tensor\nfrom tqdm import tqdm"),
+        ("lit_logits.functional.vq_logits", "from .checks import check_range"),
+        ("lit_logits.modules.vq_logits", "import transformers\nfrom lit_logits import functional as F"),
+        ("lit_logits.vq_logits", "from lightning import LightningModule\nfrom lit_logits.modules import VQLogitsHead"),
+        ("lit_logits.callbacks.code_usage", "import matplotlib\nfrom lit_logits.modules import VQLogitsHead"),
+        ("lit_logits.datamodules.text", "import datasets\nfrom lit_logits.datamodules.packing import pack"),
+    ],
+)
+def test_an_allowed_import_passes(module, source):
+    assert violations(source, module) == []

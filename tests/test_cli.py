@@ -1,0 +1,392 @@
+"""The command line with the real parser, Trainer and TensorBoard files, on a model of a few numbers."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel  # noqa: F401  (short names)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_logits.cli import LastCheckpoint, LineProgress, LitLogitsCLI, SaveRun, WarmupStableDecayLR
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+class CountingLM(L.LightningModule):
+    """A bigram model that remembers what the CLI gave it."""
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] = "none",
+        vocab_size: int | None = None,
+        sleep: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-2),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.vocab_size, self.sleep = backbone, vocab_size, sleep
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.logits = nn.Embedding(vocab_size or 3, vocab_size or 3)
+        self.steps_seen: list[int] = []
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        return nn.functional.cross_entropy(self.logits(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.steps_seen.append(self.global_step)
+        time.sleep(self.sleep)
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch), prog_bar=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("test/loss", self.loss(batch))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.logits(batch["input_ids"]).argmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        settings = {"scheduler": scheduler, "interval": "step"}
+        if hasattr(scheduler, "monitor"):
+            settings.update(interval="epoch", monitor=scheduler.monitor)
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+
+class CountingData(L.LightningDataModule):
+    def __init__(self, size: int = 5) -> None:
+        super().__init__()
+        self.size = size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size
+
+    def _loader(self) -> DataLoader:
+        return DataLoader([{"input_ids": torch.arange(i, i + 4) % self.size} for i in range(8)], batch_size=2)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
+
+
+class ParseOnly(LitLogitsCLI):
+    """Stops after parsing: nothing is made and nothing is run."""
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-logits"])
+
+
+def cli(subcommand: str, *args: str, model: str = "CountingLM", data: str = "CountingData") -> LitLogitsCLI:
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"]
+    return LitLogitsCLI([subcommand, f"--model={model}", f"--data={data}", *quiet, *args])
+
+
+def fit(*args: str, steps: int = 2, **classes: str) -> LitLogitsCLI:
+    return cli("fit", f"--trainer.max_steps={steps}", *args, **classes)
+
+
+def python(statement: str) -> list[str]:
+    """The command of a new process that runs `statement` with this module imported."""
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cli; {statement}"
+    return [sys.executable, "-W", "ignore", "-c", program]
+
+
+def events(run: str) -> EventAccumulator:
+    return EventAccumulator(run).Reload()
+
+
+# --- subcommands and the record of a run ---
+
+
+def test_fit_leaves_a_run_folder_with_scalars_hparams_and_config(capsys):
+    fit("--trainer.limit_val_batches=1", steps=4)
+
+    run = Path("runs/CountingLM/version_0")
+    assert (run / "checkpoints/last.ckpt").is_file()
+    log = events(str(run))
+    scalars = log.Tags()["scalars"]
+    assert {"train/loss", "val/loss", "lr-AdamW"} <= set(scalars)
+    assert "hp_metric" not in scalars
+    assert [event.step for event in log.Scalars("train/loss")] == [0, 1, 2, 3]
+    text = log.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "seed_everything: 42" in text
+    start = log.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model.optimizer.lr" in start
+    assert b"data.size" in start
+    assert b"val/ppl" in log.summary_metadata["_hparams_/experiment"].plugin_data.content
+
+    printed = capsys.readouterr().out
+    assert f"Run folder: {run}" in printed
+    assert "tensorboard --logdir runs" in printed
+    final = re.search(r"^val/loss: ([\d.]+)$", printed, re.MULTILINE)
+    assert final
+    assert float(final[1]) == pytest.approx(log.Scalars("val/loss")[-1].value, abs=1e-4)
+
+
+def test_saved_config_starts_the_same_run_again():
+    first = fit("--data.size=4", "--model.optimizer=SGD", "--model.optimizer.lr=0.5")
+    saved = yaml.safe_load(Path("runs/CountingLM/version_0/config.yaml").read_text())
+    assert saved["seed_everything"] == 42
+    assert saved["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+
+    second = LitLogitsCLI(["fit", "--config=runs/CountingLM/version_0/config.yaml"])
+
+    assert torch.equal(first.model.logits.weight, second.model.logits.weight)
+    assert Path("runs/CountingLM/version_1/config.yaml").is_file()
+
+
+def test_validate_test_and_predict_take_the_last_checkpoint():
+    trained = fit().model.logits.weight
+    for subcommand in ("validate", "test", "predict"):
+        done = cli(subcommand, "--ckpt_path=last")
+        assert torch.equal(done.model.logits.weight, trained)
+    assert "test/loss" in cli("test", "--ckpt_path=last").trainer.callback_metrics
+
+
+def test_no_logger_leaves_the_working_directory_alone():
+    Path("config.yaml").write_text("mine")
+    fit("--trainer.logger=false", "--trainer.enable_checkpointing=false")
+    assert [path.name for path in Path().iterdir()] == ["config.yaml"]
+    assert Path("config.yaml").read_text() == "mine"
+
+
+def test_another_logger_gets_the_hyperparameters():
+    fit("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere")
+    assert "model.optimizer.lr: 0.01" in Path("elsewhere/CountingLM/version_0/hparams.yaml").read_text()
+
+
+# --- going on ---
+
+
+def test_resume_from_last_continues_the_global_step_and_equals_an_uninterrupted_run():
+    whole = fit(steps=12)
+    fit("--trainer.logger.name=parts", steps=8)
+    rest = fit("--trainer.logger.name=parts", "--ckpt_path=last", steps=12)
+
+    assert rest.model.steps_seen == [8, 9, 10, 11]
+    assert torch.equal(rest.model.logits.weight, whole.model.logits.weight)
+    saved = yaml.safe_load(Path("runs/parts/version_1/config.yaml").read_text())
+    assert saved["ckpt_path"] == "runs/parts/version_0/checkpoints/last.ckpt"
+
+
+def test_ckpt_path_last_takes_the_newest_run():
+    fit(steps=1)
+    fit(steps=3)
+    os.utime("runs/CountingLM/version_0/checkpoints/last.ckpt", (0, 0))
+    assert fit("--ckpt_path=last", steps=4).model.steps_seen == [3]
+
+
+def test_ckpt_path_last_without_a_run_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        fit("--ckpt_path=last")
+    assert "Expected `ckpt_path: last` to find runs/CountingLM/*/checkpoints/last.ckpt" in capsys.readouterr().err
+
+
+def test_given_version_is_gone_on_with_in_place():
+    fit("--trainer.logger.version=0")
+    fit("--trainer.logger.version=0", "--ckpt_path=last", steps=3)
+    assert [path.name for path in Path("runs/CountingLM").iterdir()] == ["version_0"]
+
+
+def test_command_line_wins_over_the_hyperparameters_in_a_checkpoint():
+    """Lightning 2.6 lays a checkpoint's saved hyper-parameters over the config, and `--model.sleep` had no effect."""
+    fit()
+    path = "runs/CountingLM/version_0/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=False)
+    torch.save({**checkpoint, "hyper_parameters": {"sleep": 7.0}}, path)
+    assert fit(f"--ckpt_path={path}", "--model.sleep=0.001", steps=3).model.sleep == 0.001
+
+
+def test_last_checkpoint_keeps_up_when_the_monitored_metric_does_not_improve():
+    """With `ModelCheckpoint(monitor=..., save_last=True)` alone, last.ckpt stays where the metric was best."""
+    best = "{class_path: ModelCheckpoint, init_args: {monitor: val/loss, mode: max}}"
+    fit(f"--trainer.callbacks=[{best}]", steps=12)
+    assert torch.load("runs/CountingLM/version_0/checkpoints/last.ckpt", weights_only=False)["global_step"] == 12
+
+
+def test_last_checkpoint_has_the_steps_after_the_last_validation():
+    fit("--trainer.val_check_interval=2", steps=3)
+    assert torch.load("runs/CountingLM/version_0/checkpoints/last.ckpt", weights_only=False)["global_step"] == 3
+
+
+def test_sigterm_leaves_a_checkpoint():
+    command = [*python("test_cli.fit('--model.sleep=0.1', steps=10**6)")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 0  step 2"):
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
+    step = torch.load("runs/CountingLM/version_0/checkpoints/last.ckpt", weights_only=False)["global_step"]
+    assert step >= 2
+    assert f"Stopped at step {step}; go on with `--ckpt_path" in rest
+
+
+# --- what the parser makes ---
+
+
+def test_vocab_size_goes_from_the_data_to_the_model():
+    assert fit("--data.size=9").model.vocab_size == 9
+
+
+def test_given_vocab_size_is_kept_here_and_in_the_saved_config():
+    """With a link for every run, jsonargparse leaves the value out of all dumps, and a run could not be repeated."""
+    assert fit("--model.vocab_size=6").model.vocab_size == 6
+    assert LitLogitsCLI(["fit", "--config=runs/CountingLM/version_0/config.yaml"]).model.vocab_size == 6
+
+
+def test_link_is_without_effect_where_either_side_lacks_it():
+    assert fit("--model.vocab_size=6", data="BoringText").model.vocab_size == 6
+    assert fit("--data.size=3", data="BoringText").model.vocab_size is None
+    assert isinstance(fit(model="BoringModel", data="BoringDataModule").model, BoringModel)
+    assert LitLogitsCLI(["fit", "--model=BoringModel", "--trainer.fast_dev_run=1"]).datamodule is None
+
+
+class BoringText(CountingData):
+    """The same data without a `vocab_size`."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "vocab_size":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_default_callbacks_join_those_of_the_user():
+    trainer = fit("--trainer.callbacks=[DeviceStatsMonitor]", "--trainer.fast_dev_run=1").trainer
+    kinds = [type(c) for c in trainer.callbacks]
+    assert {LastCheckpoint, LearningRateMonitor, LineProgress} <= set(kinds)
+
+
+def test_default_callbacks_yield_to_those_of_the_user():
+    own = "[{class_path: ModelCheckpoint, init_args: {save_last: true}}, LearningRateMonitor, TQDMProgressBar]"
+    callbacks = fit(f"--trainer.callbacks={own}").trainer.callbacks
+    counts = {kind: sum(isinstance(c, kind) for c in callbacks) for kind in (ModelCheckpoint, LearningRateMonitor)}
+    assert counts == {ModelCheckpoint: 1, LearningRateMonitor: 1}
+    assert any(isinstance(c, TQDMProgressBar) for c in callbacks)
+    assert not any(isinstance(c, LastCheckpoint | LineProgress) for c in callbacks)
+    assert any(isinstance(c, SaveRun) for c in callbacks)
+
+
+def test_default_callbacks_obey_the_switches():
+    off = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    kept = [c for c in fit(*off).trainer.callbacks if type(c).__module__ == "lit_logits.cli"]
+    assert kept == []
+
+
+def test_progress_is_printed_in_lines(capsys):
+    fit("--trainer.accumulate_grad_batches=2", steps=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [re.match(r"epoch (\d)  step (\d)  train/loss [\d.]+", line)[2] for line in lines] == ["1", "2", "2"]
+    assert "val/loss" in lines[-1]
+
+
+def test_warmup_stable_decay_rises_falls_and_stays_at_its_floor():
+    schedule = "--model.lr_scheduler.num_warmup_steps=2 --model.lr_scheduler.num_stable_steps=0 "
+    schedule += "--model.lr_scheduler.num_decay_steps=4 --model.lr_scheduler.min_lr_ratio=0.1"
+    fit(f"--model.lr_scheduler={WarmupStableDecayLR.__module__}.WarmupStableDecayLR", *schedule.split(), steps=9)
+    rates = [event.value for event in events("runs/CountingLM/version_0").Scalars("lr-AdamW")]
+
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
+    ramp = [0.1, 0.55]  # from the floor, in two steps
+    assert rates == pytest.approx([1e-2 * r for r in [*ramp, *cosine, 0.1, 0.1]], abs=1e-8)
+
+
+def test_reduce_on_plateau_of_lightning():
+    fit("--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss")
+    saved = yaml.safe_load(Path("runs/CountingLM/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["lr_scheduler"]["init_args"]["monitor"] == "val/loss"
+
+
+# --- config files ---
+
+
+def test_print_config_round_trips_in_a_new_process(capsys):
+    with pytest.raises(SystemExit):
+        cli("fit", "--model.optimizer.lr=0.3", "--print_config")
+    first = capsys.readouterr().out
+    parsed = yaml.safe_load(first)
+    assert parsed["seed_everything"] == 42
+    assert parsed["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.3
+    assert parsed["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+
+    Path("again.yaml").write_text(first)
+    command = [*python("test_cli.LitLogitsCLI(sys.argv[1:])"), "fit", "--config=again.yaml", "--print_config"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == first
+
+
+def test_shipped_recipe_is_found_by_name_and_a_file_here_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "shipped").mkdir()
+    recipe = "model: CountingLM\ndata: {class_path: CountingData, init_args: {size: %d}}\n"
+    (tmp_path / "shipped/tiny.yaml").write_text(recipe % 6)
+    monkeypatch.setattr("lit_logits.cli.files", lambda package: {"lit_logits.configs": tmp_path / "shipped"}[package])
+
+    assert ParseOnly(["fit", "--config", "tiny.yaml"]).config.fit.data.init_args.size == 6
+    Path("tiny.yaml").write_text(recipe % 8)
+    assert ParseOnly(["fit", "-c", "tiny.yaml"]).config.fit.data.init_args.size == 8
+
+
+def test_unknown_recipe_names_the_shipped_ones(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").touch()
+    monkeypatch.setattr("lit_logits.cli.files", lambda package: tmp_path)
+    with pytest.raises(SystemExit):
+        ParseOnly(["fit", "--config=absent.yaml"])
+    message = capsys.readouterr().err
+    assert "Expected a file or one of the shipped recipes ['tiny.yaml'], but got 'absent.yaml'." in message
+
+
+def test_recipes_of_the_checkout_are_the_installed_ones():
+    from importlib.resources import files
+
+    assert {path.name for path in CONFIGS} <= {path.name for path in files("lit_logits.configs").iterdir()}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(config):
+    parsed = ParseOnly(["fit", f"--config={config.name}"]).config.fit
+    assert parsed.model.class_path.startswith("lit_logits.")
+    assert parsed.data.class_path.startswith("lit_logits.datamodules.")
+
+
+def test_own_module_by_dotted_path(monkeypatch):
+    Path("my_models.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Mine(BoringModel):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    assert type(fit(model="my_models.Mine", data="BoringDataModule").model).__name__ == "Mine"
+
+
+def test_misspelt_option_is_an_error_that_names_it(capsys):
+    with pytest.raises(SystemExit):
+        ParseOnly(["fit", "--model=CountingLM", "--data=CountingData", "--model.vocabulary=3"])
+    assert "vocabulary" in capsys.readouterr().err

@@ -1,0 +1,6 @@
+"""Trains, validates, tests or predicts from a recipe: `python train.py fit --config configs/vq_logits.yaml`."""
+
+from lit_logits.cli import main
+
+if __name__ == "__main__":
+    main()
