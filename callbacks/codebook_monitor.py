@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional import code_perplexity
 from lit_logits.modules import VQLogitsHead
 
@@ -67,20 +68,21 @@ class CodebookMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log scalars and remember the usage when a multiple of `every_n_steps` has just been reached."""
         step, head = trainer.global_step, _head(pl_module)
-        if head is None or step == self.last_step or (step % self.every_n_steps and step != 1):
+        if head is None or step in (0, self.last_step) or (step % self.every_n_steps and step != 1):
             return
         self.last_step = step
-        usage, floor = head.usage(), head.ppl_floor()
-        pl_module.log_dict(
+        usage, floor = head.usage(), float(head.ppl_floor())
+        log_scalars(
+            trainer,
             {
-                "vq/used_codes": (usage > 0).sum().float(),
-                "vq/code_perplexity": code_perplexity(usage),
+                "vq/used_codes": float((usage > 0).sum()),
+                "vq/code_perplexity": float(code_perplexity(usage)),
                 "vq/dead_codes": float(head.dead_codes(self.min_usage).numel()),
                 "vq/ppl_floor": floor,
-            }
+            },
         )
-        if self.target_ppl is not None and float(floor) > 0.8 * self.target_ppl:
-            self._warn(float(floor), f"`target_ppl` is {self.target_ppl:g}")
+        if self.target_ppl is not None and floor > 0.8 * self.target_ppl:
+            self._warn(floor, f"`target_ppl` is {self.target_ppl:g}")
         self._remember(step, usage.cpu())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,11 +106,17 @@ class CodebookMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The usage so far, so that a resumed run draws the whole picture."""
         snapshots = torch.stack(self.snapshots) if self.snapshots else None
-        return {"last_step": self.last_step, "stride": self.stride, "steps": self.steps, "snapshots": snapshots}
+        return {
+            "last_step": self.last_step,
+            "looks": self.looks,
+            "stride": self.stride,
+            "steps": self.steps,
+            "snapshots": snapshots,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where the checkpoint left off."""
-        self.last_step, self.stride = state_dict["last_step"], state_dict["stride"]
+        self.last_step, self.looks, self.stride = (state_dict[name] for name in ("last_step", "looks", "stride"))
         self.steps = list(state_dict["steps"])
         snapshots = state_dict["snapshots"]
         self.snapshots = [] if snapshots is None else list(snapshots)

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.modules import VQLogitsHead
 
 __all__ = ["CodebookReinit", "reset_optimizer_rows"]
@@ -67,10 +68,10 @@ class CodebookReinit(Callback):
                 continue
             generator = torch.Generator(head.codebook.device).manual_seed(self.seed + step)
             changed = head.revive(dead, generator=generator)
-            revived += dead.numel()
+            revived += dead.numel() - int(torch.isin(dead, head.dead_codes()).sum())
             for optimizer in trainer.optimizers:
                 reset_optimizer_rows(optimizer, head.codebook, changed)
-        pl_module.log("vq/reinit", float(revived))
+        log_scalars(trainer, {"vq/reinit": float(revived)})
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the last look, so that a resumed run does not look twice."""

@@ -138,7 +138,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
-        kwargs = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         loader: Any
         if self.streaming:
             loader = StreamLoader(self._open_stream, self.batch_size, self.trainer, **kwargs)
@@ -224,7 +224,7 @@ class TextDataModule(LightningDataModule):
     def _eval_loader(self, split: str) -> Any:
         if split not in self._blocks:
             return []
-        kwargs = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         return block_loader(self._blocks[split], self.batch_size, self.trainer, self.seed, train=False, **kwargs)
 
     def _train_loader(self) -> Any:

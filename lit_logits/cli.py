@@ -31,8 +31,8 @@ for _package in (lit_logits, callbacks, datamodules):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         import_module(_module.name)
 
-# A recipe gives `init_args` to classes only, and transformers' schedules are functions. This one stays at its floor past
-# the end, where `OneCycleLR` raises and the other cosines of torch and transformers climb again.
+# A recipe gives `init_args` to classes only, and transformers' schedules are functions. This one stays at its floor
+# past the end, where `OneCycleLR` raises and the other cosines of torch and transformers climb again.
 WarmupStableDecayLR = class_from_function(get_wsd_schedule, LambdaLR, name="WarmupStableDecayLR")
 
 

@@ -4,13 +4,15 @@ Letters: B batch, T sequence, d hidden size, V vocabulary, K codes.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from copy import copy
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lit_logits.functional import check_labels
@@ -103,7 +105,7 @@ class VQLogitsLM(LightningModule):
         )
         parts = load_backbone(backbone, vocab_size=vocab_size)
         pretrained = parts.output_weight is not None
-        self.backbone = parts.model
+        self.backbone = parts.model.train()  # `from_pretrained` leaves it in eval mode
         self.init = choose_init(init, pretrained=pretrained)
         self.count_power, self.calibration_batches = count_power, calibration_batches
         self.commitment_weight = commitment_weight
@@ -121,7 +123,7 @@ class VQLogitsLM(LightningModule):
                 decay=decay,
                 reassign_every_n_steps=reassign_every_n_steps,
             )
-            self.head.bind_token_table(parts.model.get_input_embeddings())
+            self.head.bind_token_table(cast(nn.Embedding, parts.model.get_input_embeddings()))
         elif head == "dense":
             self.head = DenseLogitsHead(parts.hidden_size, parts.vocab_size, bias=bias)
             self.head.copy_output_layer(parts.output_weight, parts.output_bias)
@@ -130,7 +132,8 @@ class VQLogitsLM(LightningModule):
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = (parts.output_weight, parts.output_bias)
         self.register_buffer("head_ready", torch.tensor(head == "dense" and pretrained))
-        self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
+        # A diverged model must not look healthy, so NaN is not left out of the mean.
+        self.val_nll, self.test_nll = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         if parts.tied:
             rank_zero_info(describe_untying(parts, self.head))
 
@@ -156,7 +159,7 @@ class VQLogitsLM(LightningModule):
         """Start the head from calibration batches, unless a checkpoint brought it along."""
         if not self.head_ready:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            loader = self.trainer.train_dataloader if data is None else data.train_dataloader()
+            loader = _fresh(self.trainer.train_dataloader) if data is None else data.train_dataloader()
             self.initialize_head(loader)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -221,7 +224,7 @@ class VQLogitsLM(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric) -> None:
         losses, labels = self._loss(batch, reduction="none")
-        metric.update(losses, weight=(labels != -100).to(losses))
+        metric.update(losses[labels != -100])  # with NaN kept, torchmetrics 1.9 ignores weights
 
     def _log_perplexity(self, stage: str, metric: MeanMetric) -> None:
         nll = metric.compute()
@@ -303,3 +306,12 @@ class VQLogitsLM(LightningModule):
         self.head_ready.fill_(True)
         self._output_layer = (None, None)  # frees the dense weights
         rank_zero_info(describe_head(self.head))
+
+
+def _fresh(loader: Any) -> Any:
+    """A loader to read ahead of training; persistent workers are one iterator, which training must keep to itself."""
+    if not (isinstance(loader, DataLoader) and loader.persistent_workers):
+        return loader
+    loader = copy(loader)
+    loader._iterator = None
+    return loader

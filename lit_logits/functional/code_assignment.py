@@ -67,10 +67,10 @@ def frequency_assignment(token_counts: Tensor, codebook_size: int, *, power: flo
     order = token_counts.argsort(descending=True, stable=True)
     mass = (token_counts[order].double() + 1).pow(power)
     target = ((mass.cumsum(0) - 0.5 * mass) / mass.sum() * codebook_size).long().clamp(max=codebook_size - 1)
+    target[0] = 0
     rank = torch.arange(order.numel(), device=order.device)
     # From one rank to the next the code may rise by 1 at most, and it must reach K − 1 at the last rank.
     codes = torch.maximum((target - rank).cummin(0).values + rank, codebook_size - order.numel() + rank)
-    codes = codes - codes[0].clamp(min=0)
     return torch.empty_like(codes).scatter_(0, order, codes)
 
 
@@ -99,7 +99,7 @@ def weighted_kmeans(
         power: exponent of the counts.
         num_iters: largest number of k-means iterations.
         generator: source of randomness, on the device of `weight`.
-        progress_bar: show one line of progress on stderr.
+        progress_bar: show one line of progress on a terminal.
 
     Returns:
         Centroids (K, d) in the space of W, assignments (V,), and the inertia, which is the objective.
@@ -148,9 +148,10 @@ def code_means(
         weights: (V,), non-negative; default all 1.
 
     Returns:
-        Means (K, d), zero for a code without mass, and masses (K,).
+        Means (K, d), zero for a code without mass, and masses (K,), both at least float32.
 
     """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     weights = torch.ones_like(vectors[:, 0]) if weights is None else weights.to(vectors.dtype)
     mass = vectors.new_zeros(codebook_size).index_add(0, token_to_code, weights)
     sums = vectors.new_zeros(codebook_size, vectors.shape[1])

@@ -125,7 +125,8 @@ def commitment_loss(latents: Tensor, codebook: Tensor, token_to_code: Tensor) ->
         tensor(2.)
 
     """
-    return (codebook.detach()[token_to_code] - latents).float().square().sum(dim=1).mean()
+    difference = codebook.detach()[token_to_code] - latents
+    return difference.to(torch.promote_types(difference.dtype, torch.float32)).square().sum(dim=1).mean()
 
 
 def unigram_bias(token_counts: Tensor, token_to_code: Tensor | None = None, codebook_size: int | None = None) -> Tensor:

@@ -47,10 +47,15 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
         tensor([0, 1])
 
     """
-    half_norms = 0.5 * centroids.square().sum(dim=1)
-    chunk_size = max(1, _CHUNK_ELEMENTS // centroids.shape[0])
+    origin = centroids.mean(dim=0)  # distances far from 0 would drown in the norms
+    centred = centroids - origin
+    half_norms = 0.5 * centred.square().sum(dim=1)
+    chunk_size = max(1, _CHUNK_ELEMENTS // max(centroids.shape))
     return torch.cat(
-        [torch.addmm(half_norms, chunk, centroids.T, alpha=-1).argmin(dim=1) for chunk in points.split(chunk_size)]
+        [
+            torch.addmm(half_norms, chunk - origin, centred.T, alpha=-1).argmin(dim=1)
+            for chunk in points.split(chunk_size)
+        ]
     )
 
 
@@ -76,7 +81,7 @@ def kmeans(
         weights: (P,), finite, non-negative, with a positive sum; default all 1.
         num_iters: largest number of Lloyd iterations.
         generator: source of randomness, on the device of `points`.
-        progress_bar: show one line of progress on stderr.
+        progress_bar: show one line of progress on a terminal.
 
     Raises:
         ValueError: for K outside [1, P], points or weights that are not finite, or weights that do not fit.
@@ -95,7 +100,9 @@ def kmeans(
     weights = weights.to(points)
     centroids = _draw_seeds(points, num_clusters, weights, generator)
     assignments = nearest_centroids(points, centroids)
-    for _ in tqdm(range(num_iters), desc=f"k-means, {num_clusters} clusters", disable=not progress_bar, leave=False):
+    for _ in tqdm(
+        range(num_iters), desc=f"k-means, {num_clusters} clusters", disable=None if progress_bar else True, leave=False
+    ):
         previous = assignments
         centroids = _update(points, weights, assignments, centroids)
         assignments = nearest_centroids(points, centroids)

@@ -50,11 +50,11 @@ def code_log_mass(token_to_code: Tensor, codebook_size: int, token_bias: Tensor 
     if token_bias is None:
         ones = torch.ones_like(token_to_code, dtype=torch.float32)
         return ones.new_zeros(codebook_size).index_add_(0, token_to_code, ones).log()  # bincount would wait for a GPU
-    bias = token_bias.to(torch.promote_types(token_bias.dtype, torch.float32))
+    bias = _at_least_float32(token_bias)
     highest = bias.detach().new_full((codebook_size,), -torch.inf)
     highest = highest.scatter_reduce(0, token_to_code, bias.detach(), "amax")
     mass = bias.new_zeros(codebook_size).index_add(0, token_to_code, (bias - highest[token_to_code]).exp())
-    return highest + mass.log()
+    return highest + mass.clamp(min=torch.finfo(mass.dtype).tiny).log()  # no infinite slope at empty codes
 
 
 def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: Tensor | None = None) -> Tensor:
@@ -89,8 +89,9 @@ def code_logits(hidden: Tensor, codebook: Tensor, log_mass: Tensor | None = None
         (..., K) in nats.
 
     """
-    low_precision = hidden.dtype.itemsize < 4 or torch.is_autocast_enabled(hidden.device.type)
-    if not low_precision:  # one fused pass
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if hidden.dtype.itemsize >= 4 and not autocast:  # one fused pass
         return F.linear(hidden, codebook, None if log_mass is None else log_mass.to(hidden.dtype))
     logits = F.linear(hidden, codebook).float()  # a bfloat16 sum with log_mass would round away the mass
     return logits if log_mass is None else logits + log_mass
@@ -133,6 +134,7 @@ def vq_cross_entropy(
 
     """
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
+    token_bias = None if token_bias is None else _at_least_float32(token_bias)  # its gradient is summed there too
     log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
     log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
@@ -178,6 +180,7 @@ def straight_through_vq_cross_entropy(
 
     """
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
+    token_bias = None if token_bias is None else _at_least_float32(token_bias)  # its gradient is summed there too
     log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
     log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
@@ -211,7 +214,7 @@ class _StraightThrough(torch.autograd.Function):
         return log_probs.new_zeros(tokens.shape)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, log_probs, share, token_to_code, tokens = ctx.saved_tensors  # type: ignore[attr-defined]
         hidden, grad = hidden.to(log_probs.dtype), grad.unsqueeze(1)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -235,3 +238,7 @@ def _token_losses(
     codes = token_to_code[tokens]
     within = log_mass[codes] if token_bias is None else log_mass[codes] - token_bias[tokens]
     return within - log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1), mask
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

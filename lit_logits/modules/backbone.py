@@ -4,7 +4,7 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         )
     bias = getattr(output, "bias", None)
     return CausalBackbone(
-        model=causal_lm.base_model,
+        model=cast(PreTrainedModel, causal_lm.base_model),
         output_weight=weight,
         output_bias=None if bias is None else bias.detach(),
         tied=output.weight is table.weight,

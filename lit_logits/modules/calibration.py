@@ -51,7 +51,7 @@ def calibrate(
         device: where to compute.
         backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
         ignore_index: label of positions that do not count.
-        progress_bar: show one line of progress on stderr.
+        progress_bar: show one line of progress on a terminal.
 
     Raises:
         ValueError: for a label outside the vocabulary, or if no batch has a target.
@@ -63,7 +63,9 @@ def calibrate(
     if backbone is not None:
         backbone.eval()
     total = num_batches if num_batches < 1 << 31 else None
-    for batch in tqdm(islice(batches, num_batches), "calibration", total=total, disable=not progress_bar, leave=False):
+    for batch in tqdm(
+        islice(batches, num_batches), "calibration", total=total, disable=None if progress_bar else True, leave=False
+    ):
         labels = batch["labels"].to(device)[:, 1:]
         check_labels(labels, vocab_size, ignore_index=ignore_index, wait=True)
         counts += torch.bincount(labels[labels != ignore_index], minlength=vocab_size)

@@ -42,7 +42,7 @@ class DenseLogitsHead(nn.Module):
         """Cross-entropy in nats; makes the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
         check_labels(labels, self.weight.shape[0], ignore_index=ignore_index)
         logits = self(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, self.vocab_size)
         losses = F.cross_entropy(logits, labels.flatten(), ignore_index=ignore_index, reduction="none")
         return reduce_tokens(losses.view_as(labels), labels != ignore_index, reduction)
 
@@ -63,8 +63,10 @@ class DenseLogitsHead(nn.Module):
 
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
-        probs = (self(hidden).float() / temperature).softmax(dim=-1)
-        return torch.multinomial(probs.flatten(0, -2), 1, generator=generator).view(hidden.shape[:-1])
+        if not temperature > 0:
+            raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
+        probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
+        return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
 
     def footprint(self) -> Footprint:
         """Parameters and bytes, beside those of the dense head without a bias."""

@@ -69,7 +69,7 @@ def initialize_vq_head(
         output_weight: (V, d) pretrained rows; the k-means kinds need them.
         output_bias: (V,) pretrained bias, which is added.
         count_power: exponent of the counts in `weighted_kmeans`.
-        progress_bar: show one line of progress on stderr.
+        progress_bar: show one line of progress on a terminal.
 
     """
     device = head.codebook.device

@@ -185,8 +185,16 @@ class VQLogitsHead(nn.Module):
             hidden, self.codebook, cast(SamplingTables, tables), temperature=temperature, generator=generator
         )
 
+    def train(self, mode: bool = True) -> "VQLogitsHead":
+        """Switch between training and evaluation, and forget the decoding tables."""
+        self._cache.clear()
+        return super().train(mode)
+
     def _cached(self, name: str, make: Any) -> Any:
-        """Tables of mapping and bias, made anew when either was written to since."""
+        """Tables of mapping and bias, made anew when either was written to since.
+
+        Writing through `.data`, as some optimizers do, leaves no trace here: `after_step` and `eval` forget the tables.
+        """
         sources = [self.token_to_code] if self.token_bias is None else [self.token_to_code, self.token_bias]
         if any(source.is_inference() for source in sources):  # such tensors do not count their versions
             return make()
@@ -292,6 +300,7 @@ class VQLogitsHead(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move what gradients do not: the EMA codebook, and the mapping every `reassign_every_n_steps`."""
+        self._cache.clear()
         self.num_updates += 1
         if self.codebook_update == "ema":
             self._update_ema()
