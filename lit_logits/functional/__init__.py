@@ -21,7 +21,7 @@ from lit_logits.functional.codebook import (
 )
 from lit_logits.functional.distributed import all_reduce_sum_, broadcast_
 from lit_logits.functional.kmeans import KMeansResult, kmeans, nearest_centroids
-from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 from lit_logits.functional.vq_decoding import (
     GreedyTables,
     SamplingTables,
@@ -46,6 +46,7 @@ __all__ = [
     "Reduction",
     "SamplingTables",
     "all_reduce_sum_",
+    "at_least_float32",
     "broadcast_",
     "check_finite",
     "check_labels",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_logits.functional.checks import check_finite, check_token_to_code
 from lit_logits.functional.kmeans import KMeansResult, kmeans, nearest_centroids
+from lit_logits.functional.reductions import at_least_float32
 
 __all__ = [
     "CodeSplit",
@@ -151,7 +152,7 @@ def code_means(
         Means (K, d), zero for a code without mass, and masses (K,), both at least float32.
 
     """
-    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    vectors = at_least_float32(vectors)
     weights = torch.ones_like(vectors[:, 0]) if weights is None else weights.to(vectors.dtype)
     mass = vectors.new_zeros(codebook_size).index_add(0, token_to_code, weights)
     sums = vectors.new_zeros(codebook_size, vectors.shape[1])

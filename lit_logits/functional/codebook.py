@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.vq_logits import code_log_mass
 
 __all__ = ["Footprint", "code_perplexity", "code_usage", "commitment_loss", "ppl_floor", "unigram_bias", "vq_footprint"]
@@ -125,8 +126,7 @@ def commitment_loss(latents: Tensor, codebook: Tensor, token_to_code: Tensor) ->
         tensor(2.)
 
     """
-    difference = codebook.detach()[token_to_code] - latents
-    return difference.to(torch.promote_types(difference.dtype, torch.float32)).square().sum(dim=1).mean()
+    return at_least_float32(codebook.detach()[token_to_code] - latents).square().sum(dim=1).mean()
 
 
 def unigram_bias(token_counts: Tensor, token_to_code: Tensor | None = None, codebook_size: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_logits.functional.checks import check_finite
+from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["KMeansResult", "kmeans", "nearest_centroids"]
 
@@ -96,7 +97,7 @@ def kmeans(
 
     """
     weights = _check_points(points, num_clusters, weights)
-    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    points = at_least_float32(points)
     weights = weights.to(points)
     centroids = _draw_seeds(points, num_clusters, weights, generator)
     assignments = nearest_centroids(points, centroids)

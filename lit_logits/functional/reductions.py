@@ -1,15 +1,27 @@
-"""Reductions over the tokens that count.
+"""Reductions over the tokens that count, and the precision that they are made in.
 
 Letters: N tokens of which some are ignored.
 """
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "reduce_tokens"]
+__all__ = ["Reduction", "at_least_float32", "reduce_tokens"]
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 if it has fewer bits, else as it is: sums in half precision would lose their small terms.
+
+    Example:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -27,7 +39,6 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
         ValueError: for another `reduction`.
 
     Example:
-        >>> import torch
         >>> reduce_tokens(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
         tensor(1.5000)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_logits.functional.checks import check_labels
-from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 
 __all__ = [
     "code_log_mass",
@@ -50,7 +50,7 @@ def code_log_mass(token_to_code: Tensor, codebook_size: int, token_bias: Tensor 
     if token_bias is None:
         ones = torch.ones_like(token_to_code, dtype=torch.float32)
         return ones.new_zeros(codebook_size).index_add_(0, token_to_code, ones).log()  # bincount would wait for a GPU
-    bias = _at_least_float32(token_bias)
+    bias = at_least_float32(token_bias)
     highest = bias.detach().new_full((codebook_size,), -torch.inf)
     highest = highest.scatter_reduce(0, token_to_code, bias.detach(), "amax")
     mass = bias.new_zeros(codebook_size).index_add(0, token_to_code, (bias - highest[token_to_code]).exp())
@@ -134,7 +134,7 @@ def vq_cross_entropy(
 
     """
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
-    token_bias = None if token_bias is None else _at_least_float32(token_bias)  # its gradient is summed there too
+    token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
     log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
     log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
@@ -180,7 +180,7 @@ def straight_through_vq_cross_entropy(
 
     """
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
-    token_bias = None if token_bias is None else _at_least_float32(token_bias)  # its gradient is summed there too
+    token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
     log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
     log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
@@ -238,7 +238,3 @@ def _token_losses(
     codes = token_to_code[tokens]
     within = log_mass[codes] if token_bias is None else log_mass[codes] - token_bias[tokens]
     return within - log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1), mask
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

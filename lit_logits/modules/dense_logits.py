@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_logits.functional import Footprint, Reduction, check_labels, reduce_tokens
+from lit_logits.functional import Footprint, Reduction, at_least_float32, check_labels, reduce_tokens
 
 __all__ = ["DenseLogitsHead"]
 
@@ -41,8 +41,7 @@ class DenseLogitsHead(nn.Module):
     ) -> Tensor:
         """Cross-entropy in nats; makes the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
         check_labels(labels, self.weight.shape[0], ignore_index=ignore_index)
-        logits = self(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, self.vocab_size)
+        logits = at_least_float32(self(hidden)).reshape(-1, self.vocab_size)
         losses = F.cross_entropy(logits, labels.flatten(), ignore_index=ignore_index, reduction="none")
         return reduce_tokens(losses.view_as(labels), labels != ignore_index, reduction)
 
