@@ -21,7 +21,7 @@ from datasets import IterableDataset, load_dataset, load_dataset_builder
 from lit_logits.datamodules.caching import digest, digest_file
 from lit_logits.datamodules.python_docs import fingerprint_python_docs, read_python_docs
 
-__all__ = ["fingerprint_source", "iter_column", "read_source", "stream_source"]
+__all__ = ["SPLIT_NAMES", "fingerprint_source", "iter_column", "read_source", "stream_source"]
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}

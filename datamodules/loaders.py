@@ -12,7 +12,7 @@ map-style loader. Three things make it exact under Lightning.
   advanced. An iterator that was left early is continued by the next one.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +121,8 @@ class BlockLoader(DataLoader):
     """A map-style training loader that saves and restores its position.
 
     Its sampler is a `BlockSampler`. `len` is that of a whole pass, also when the next iteration starts in the middle:
-    it is what Lightning reckons with. Batches that were processed before are never read again.
+    it is what Lightning reckons with. Batches that were processed before are never read again. A data set with a method
+    `set_epoch` is told which pass it is read for, so that what it draws can depend on it.
     """
 
     cursor: Cursor
@@ -133,6 +134,8 @@ class BlockLoader(DataLoader):
         if isinstance(self.sampler, BlockSampler):  # `Trainer(overfit_batches=...)` puts another one in its place
             self.sampler.set_epoch(position.epoch)
             self.sampler.start = position.batches * (self.batch_size or 1)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(position.epoch)
         for batch in super().__iter__():
             self.cursor.yielded += 1
             yield batch
@@ -161,16 +164,28 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def block_loader(
-    dataset: Dataset, batch_size: int, trainer: Trainer | None, seed: int, *, train: bool, **kwargs: Any
+    dataset: Dataset,
+    batch_size: int,
+    trainer: Trainer | None,
+    seed: int,
+    *,
+    train: bool,
+    collate_fn: Callable[[Any], Any] = collate_blocks,
+    items: str = "blocks",
+    advice: str = "Lower `batch_size` or `block_size`.",
+    **kwargs: Any,
 ) -> DataLoader:
-    """Build the loader of a split of blocks for the trainer's rank.
+    """Build the loader of a split for the trainer's rank.
 
     Args:
-        dataset: rows `{"input_ids": ...}`.
-        batch_size: B, blocks a rank and batch.
+        dataset: the split's items; rows `{"input_ids": ...}` unless `collate_fn` takes others.
+        batch_size: B, items a rank and batch.
         trainer: tells rank and world size; None is a single process.
         seed: of the training order.
         train: shuffled, resumable, and without a last short batch; else in order and complete.
+        collate_fn: makes a batch of B items.
+        items: what an error message calls them.
+        advice: last sentence of the message that there are too few.
         kwargs: further arguments of `DataLoader`.
 
     Raises:
@@ -180,8 +195,8 @@ def block_loader(
     size = len(dataset)  # type: ignore[arg-type]
     if train and size < batch_size * world_size:
         raise ValueError(
-            f"Expected at least {batch_size * world_size} training blocks for batches of {batch_size} on {world_size} "
-            f"rank(s), but got {size}. Lower `batch_size` or `block_size`."
+            f"Expected at least {batch_size * world_size} training {items} for batches of {batch_size} on {world_size} "
+            f"rank(s), but got {size}. {advice}"
         )
     sampler = BlockSampler(
         dataset,  # type: ignore[arg-type]
@@ -192,7 +207,7 @@ def block_loader(
         drop_last=train,
     )
     cls = BlockLoader if train else DataLoader
-    loader = cls(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_blocks, drop_last=train, **kwargs)
+    loader = cls(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=train, **kwargs)
     if isinstance(loader, BlockLoader):
         loader.cursor = Cursor(trainer)
     return loader

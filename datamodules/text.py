@@ -13,14 +13,15 @@ import tokenizers
 import torch
 from datasets import IterableDataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
+from lit_logits.datamodules.checks import check_at_least
 from lit_logits.datamodules.corpus import Corpus
 from lit_logits.datamodules.loaders import block_loader
 from lit_logits.datamodules.packing import read_blocks, read_sizes, write_splits
+from lit_logits.datamodules.resuming import ResumePoint
 from lit_logits.datamodules.splitting import check_fractions
 from lit_logits.datamodules.streaming import StreamLoader, pack_stream
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
@@ -84,10 +85,10 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check_at_least(257, bpe_vocab_size=bpe_vocab_size)
-        _check_at_least(1, bpe_documents=bpe_documents, block_size=block_size, batch_size=batch_size)
-        _check_at_least(1, val_blocks=val_blocks, shuffle_buffer=shuffle_buffer)
-        _check_at_least(0, num_workers=num_workers)
+        check_at_least(257, bpe_vocab_size=bpe_vocab_size)
+        check_at_least(1, bpe_documents=bpe_documents, block_size=block_size, batch_size=batch_size)
+        check_at_least(1, val_blocks=val_blocks, shuffle_buffer=shuffle_buffer)
+        check_at_least(0, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
         self.corpus = Corpus(source, subset, text_column, streaming=streaming, fractions=fractions, seed=seed)
@@ -100,7 +101,7 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._blocks: dict[str, Any] = {}
-        self._resume: dict[str, Any] | None = None
+        self._resume = ResumePoint("blocks")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -144,11 +145,7 @@ class TextDataModule(LightningDataModule):
             loader = StreamLoader(self._open_stream, self.batch_size, self.trainer, **kwargs)
         else:
             loader = block_loader(self._blocks["train"], self.batch_size, self.trainer, self.seed, train=True, **kwargs)
-        previous = self._train_loader()
-        if state := self._resume or (previous and previous.state_dict()):  # the latter when Lightning reloads
-            loader.load_state_dict(state)
-        self._resume = None
-        return loader
+        return self._resume.apply(loader, self.trainer)
 
     def val_dataloader(self) -> Any:
         """Return all validation batches in order; an empty list if validation is switched off."""
@@ -164,27 +161,11 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the training loader's position and what gives it a meaning."""
-        loader = self._train_loader()
-        return {} if loader is None else {"train": loader.state_dict(), "order": self._order()}
+        return self._resume.state_dict(self.trainer, self._order())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved position for the training loader.
-
-        Lightning restores its own copy of the loader's state too late if `configure_optimizers` has read
-        `trainer.estimated_stepping_batches`, and not at all at an epoch's end; this one comes in time.
-        """
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or not state_dict:
-            return
-        changed = {name: value for name, value in self._order().items() if value != state_dict["order"].get(name)}
-        if changed:
-            rank_zero_warn(
-                f"Expected the checkpoint's {sorted(changed)} to be unchanged, but got {changed}. Training goes on at "
-                "the same batch index, but some blocks of this epoch are seen twice or never."
-            )
-        if (loader := self._train_loader()) is not None:
-            loader.load_state_dict(state_dict["train"])
-        else:
-            self._resume = state_dict["train"]
+        """Keep a saved position for the training loader."""
+        self._resume.load_state_dict(state_dict, self.trainer, self._order())
 
     @cached_property
     def _directory(self) -> Path:
@@ -227,12 +208,6 @@ class TextDataModule(LightningDataModule):
         kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         return block_loader(self._blocks[split], self.batch_size, self.trainer, self.seed, train=False, **kwargs)
 
-    def _train_loader(self) -> Any:
-        """Return the training loader of the running fit, or None before Lightning asked for it."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return None
-        return self.trainer.train_dataloader
-
     def _order(self) -> dict[str, Any]:
         """Return what, besides the position, decides which batch comes next."""
         world_size = self.trainer.world_size if self.trainer else 1
@@ -240,9 +215,3 @@ class TextDataModule(LightningDataModule):
         if self.streaming:  # its workers read different shards
             order |= {"num_workers": self.num_workers, "shuffle_buffer": self.shuffle_buffer}
         return order
-
-
-def _check_at_least(minimum: int, **arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < minimum:
-            raise ValueError(f"Expected `{name}` to be at least {minimum}, but got {value}.")
