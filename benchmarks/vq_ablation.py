@@ -10,7 +10,6 @@ the seeds; the floor is what the mapping and bias allow at best on the running t
 import argparse
 import itertools
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +26,13 @@ from lit_logits.modules import VQLogitsHead
 
 BACKBONE = {
     "model_type": "llama",
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
-LR = 1e-3
+LR = 2e-3
 SCRATCH: list[dict[str, Any]] = [
     {"init": "random"},
     {"init": "random", "bias": False},
@@ -60,7 +59,6 @@ class Run(NamedTuple):
     ppl: float
     floor: float
     used_codes: float
-    seconds: float
 
 
 def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int, save: Path | None = None) -> Run:
@@ -88,15 +86,13 @@ def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int,
     model.initialize_head(data.train_dataloader())
     tester = L.Trainer(accelerator="auto", **quiet)
     start = tester.test(model, data, verbose=False)[0]["test/ppl"]
-    began = time.perf_counter()
     trainer.fit(model, data)
-    seconds = time.perf_counter() - began
     ppl = tester.test(model, data, verbose=False)[0]["test/ppl"]
     if save is not None:
         _save_dense(model, save)
     if isinstance(model.head, VQLogitsHead):
-        return Run(start, ppl, float(model.head.ppl_floor()), float((model.head.usage() > 0).sum()), seconds)
-    return Run(start, ppl, 1.0, float("nan"), seconds)
+        return Run(start, ppl, float(model.head.ppl_floor()), float((model.head.usage() > 0).sum()))
+    return Run(start, ppl, 1.0, float("nan"))
 
 
 def _save_dense(model: VQLogitsLM, folder: Path) -> None:
@@ -128,7 +124,7 @@ def _describe(settings: dict[str, Any]) -> list[object]:
 
 
 def _table(cases: list[dict[str, Any]], data: TextDataModule, args: argparse.Namespace, sources: dict[int, str]) -> str:
-    header = ["K", "init", "mapping", "bias", "before", "test perplexity", "ratio to dense", "floor", "used codes", "s"]
+    header = ["K", "init", "mapping", "bias", "before", "test perplexity", "ratio to dense", "floor", "used codes"]
     rows: list[list[object]] = []
     dense: list[Run] = []
     for settings in cases:
@@ -146,7 +142,6 @@ def _table(cases: list[dict[str, Any]], data: TextDataModule, args: argparse.Nam
                 spread([run.ppl / base.ppl for run, base in zip(runs, dense, strict=True)]),
                 spread([run.floor for run in runs], 2),
                 f"{sum(run.used_codes for run in runs) / len(runs):.0f}",
-                f"{min(run.seconds for run in runs):.0f}",
             ]
         )
     return markdown_table(header, rows)
@@ -159,7 +154,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, nargs="+", default=[128, 512])
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    data = TextDataModule(block_size=128, batch_size=16)
+    data = TextDataModule(block_size=128, batch_size=8)
     data.prepare_data()
     data.setup()
     scratch = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, SCRATCH)]
@@ -171,7 +166,7 @@ def main() -> None:
             train({"head": "dense", "bias": False}, data, args.steps, seed, save=Path(source))
         first = _table([dense, *scratch], data, args, {})
         second = _table([dense, *replaced], data, args, sources)
-    print(f"\nV = {data.vocab_size:,}, {args.steps} steps of 16 × 128 tokens, seeds {args.seeds};", end=" ")
+    print(f"\nV = {data.vocab_size:,}, {args.steps} steps of 8 × 128 tokens, seeds {args.seeds};", end=" ")
     print(f"unigram test perplexity {unigram_ppl(data):.1f}; {machine(torch.device('cpu'))}\n")
     print(f"From scratch:\n\n{first}\n\nDense output layer replaced after pretraining:\n\n{second}")
 

@@ -2,5 +2,6 @@
 
 from lit_logits.callbacks.codebook_monitor import CodebookMonitor
 from lit_logits.callbacks.codebook_reinit import CodebookReinit
+from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
 
-__all__ = ["CodebookMonitor", "CodebookReinit"]
+__all__ = ["CodebookMonitor", "CodebookReinit", "NeuralCollapseMonitor"]

@@ -187,7 +187,7 @@ def usage_figure(snapshots: Tensor, steps: list[int]) -> Figure:
 def _visible(text: str) -> str:
     """A token as inline code that keeps its white space visible in a Markdown table."""
     shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·").replace("|", "&#124;").replace("`", "'")
-    return f"`{shown}`"
+    return f"`{shown}`" if shown.isprintable() and shown else f"`{ascii(text)[1:-1] or '(empty)'}`"
 
 
 def _head(pl_module: LightningModule) -> VQLogitsHead | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ActionConfigFile, Namespace, class_from_function
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -113,6 +113,11 @@ class SaveRun(SaveConfigCallback):
                 logger.log_hyperparams(flat)
 
 
+def _attributes(data: Namespace | None) -> list[str]:
+    """What the class of a parsed `data` has, before anything is made of it."""
+    return [] if data is None else dir(pkgutil.resolve_name(data.class_path))
+
+
 class _RecipeFile(ActionConfigFile):
     """`--config`, which also finds the shipped recipes by their file names."""
 
@@ -128,9 +133,10 @@ class _RecipeFile(ActionConfigFile):
 class LitLogitsCLI(LightningCLI):
     """LightningCLI with the library's classes by their short names, and runs that leave a record.
 
-    A model whose `vocab_size` is not given gets that of the data. `trainer.callbacks` is joined by a `LastCheckpoint`,
-    a `LearningRateMonitor` and, where the output is no terminal, a `LineProgress`: each unless the list has one for
-    the same purpose, or the Trainer's switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
+    A model whose `vocab_size` or `num_classes` is not given gets that of the data. `trainer.callbacks` is joined by a
+    `LastCheckpoint`, a `LearningRateMonitor` and a progress bar (a `LineProgress` where the output is no terminal):
+    each unless the list has one for the same purpose, or the Trainer's switch is off (`enable_checkpointing`,
+    `logger`, `enable_progress_bar`).
 
     Args:
         args: The arguments as on the command line, or as a dict; None takes `sys.argv`.
@@ -159,9 +165,11 @@ class LitLogitsCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Links data and model, names the run's folder and finds the newest checkpoint for `ckpt_path: last`."""
         config = self.config[self.subcommand]
-        if config.model.get("init_args.vocab_size", 0) is None:  # dumps leave linked values out, so never a given one
-            links = self._parser(self.subcommand)
-            links.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
+        for size in ("vocab_size", "num_classes"):
+            if config.model.get(f"init_args.{size}", 0) is None:  # dumps leave linked values out, so never a given one
+                source = size if size in _attributes(config.get("data")) else "vocab_size"  # classes may be tokens
+                links = self._parser(self.subcommand)
+                links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
         logger: Any = config.trainer.logger.get("init_args", {}) if isinstance(config.trainer.logger, Namespace) else {}
         if logger.get("name") == "lightning_logs":
             logger.name = config.model.class_path.rpartition(".")[2]
@@ -181,7 +189,7 @@ class LitLogitsCLI(LightningCLI):
         if config.logger is not False and not any(isinstance(c, LearningRateMonitor) for c in chosen):
             chosen.append(LearningRateMonitor(logging_interval="step"))
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in chosen):
-            chosen += [] if sys.stdout.isatty() else [LineProgress()]
+            chosen.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
         if config.logger is False:
             self.save_config_callback = None  # it would write into the working directory
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})

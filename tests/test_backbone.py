@@ -99,7 +99,7 @@ def test_a_config_takes_the_vocabulary_of_the_tokenizer():
     [
         ({"hidden_size": 8}, V, r"the key `model_type`.*got the keys \['hidden_size'\]"),
         ({"model_type": "gpt2", "vocab_size": 7}, V, "to be the tokenizer's 61, but got 7"),
-        ("no/such/folder/anywhere", V, "`backbone` to be a hub id, a local folder"),
+        ("no/such/folder/anywhere", V, "the model to be a hub id, a local folder"),
     ],
 )
 def test_backbones_that_do_not_fit_raise(backbone, vocab_size, message):

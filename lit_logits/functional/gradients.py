@@ -17,7 +17,13 @@ from torch import Tensor
 
 from lit_logits.functional.distributed import all_reduce_sum_
 
-__all__ = ["AlignedGradients", "align_gradients", "average_over_ranks", "project_conflicting_gradient"]
+__all__ = [
+    "AlignedGradients",
+    "align_gradients",
+    "any_over_ranks",
+    "average_over_ranks",
+    "project_conflicting_gradient",
+]
 
 
 class AlignedGradients(NamedTuple):
@@ -92,10 +98,17 @@ def average_over_ranks(grads: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True)]
 
 
+def any_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Whether each flag is set on any rank; every rank must call it with as many flags."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(flags)
+    return [count > 0 for count in all_reduce_sum_(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()]
+
+
 def _inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Inner product of two lists read as vectors, in at least float32."""
     terms = []
     for a, b in zip(left, right, strict=True):
         dtype = torch.promote_types(a.dtype, torch.float32)
         terms.append(torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)))
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if terms else torch.zeros(())

@@ -2,7 +2,37 @@
 
 from lit_logits.modules.backbone import CausalBackbone, load_backbone, load_causal_lm
 from lit_logits.modules.calibration import Calibration, calibrate
+from lit_logits.modules.cifar_mobilenet import MobileNetV2, mobilenetv2
+from lit_logits.modules.cifar_resnet import (
+    CifarResNet,
+    resnet8,
+    resnet8x4,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet56,
+    resnet110,
+)
+from lit_logits.modules.cifar_shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from lit_logits.modules.cifar_vgg import CifarVGG, vgg8, vgg13
+from lit_logits.modules.cifar_wrn import WideResNet, wrn_16_2, wrn_40_1, wrn_40_2
+from lit_logits.modules.classifiers import (
+    MODEL_ZOO,
+    classifier_logits,
+    find_classifier,
+    is_causal_lm,
+    load_classifier,
+    tap_features,
+)
 from lit_logits.modules.dense_logits import DenseLogitsHead
+from lit_logits.modules.dual_head_kd import (
+    AuxHeadKind,
+    AuxiliaryHead,
+    DualHeadClassifier,
+    DualHeadOutput,
+    GradAlign,
+    GradientAligner,
+)
 from lit_logits.modules.head_init import (
     HeadInit,
     choose_init,
@@ -11,22 +41,60 @@ from lit_logits.modules.head_init import (
     initialize_dense_head,
     initialize_vq_head,
 )
+from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
 from lit_logits.modules.vq_logits import CodebookUpdate, MappingStrategy, VQLogitsHead
 
 __all__ = [
+    "MODEL_ZOO",
+    "AuxHeadKind",
+    "AuxiliaryHead",
     "Calibration",
     "CausalBackbone",
+    "CifarResNet",
+    "CifarVGG",
     "CodebookUpdate",
     "DenseLogitsHead",
+    "DualHeadClassifier",
+    "DualHeadOutput",
+    "FrozenTeacher",
+    "GradAlign",
+    "GradientAligner",
     "HeadInit",
     "MappingStrategy",
+    "MobileNetV2",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
     "VQLogitsHead",
+    "WideResNet",
     "calibrate",
     "choose_init",
+    "classifier_logits",
     "describe_head",
     "describe_untying",
+    "find_classifier",
     "initialize_dense_head",
     "initialize_vq_head",
+    "is_causal_lm",
     "load_backbone",
     "load_causal_lm",
+    "load_classifier",
+    "load_teacher",
+    "load_weights",
+    "mobilenetv2",
+    "read_weights",
+    "resnet8",
+    "resnet8x4",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
+    "resnet56",
+    "resnet110",
+    "shufflenetv1",
+    "shufflenetv2",
+    "tap_features",
+    "vgg8",
+    "vgg13",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
 ]

@@ -59,7 +59,7 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
     except OSError as error:
         raise ValueError(
-            "Expected `backbone` to be a hub id, a local folder, the path of a .gguf file or a mapping with"
+            "Expected the model to be a hub id, a local folder, the path of a .gguf file or a mapping with"
             f" `model_type`, but got {name_or_path!r}, which could not be loaded: {error}"
         ) from error
     if hasattr(model.config, "quantization_config"):  # the weights are dense now; saving would refuse otherwise

@@ -1,0 +1,247 @@
+"""`NeuralCollapseMonitor`: whether the head of a classifier collapses, as scalars and a picture.
+
+Letters: B batch, d features, C classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_logits.functional import ClassMoments, all_reduce_sum_, class_moments, cosine_matrix, neural_collapse
+from lit_logits.functional.neural_collapse import relative_spread, simplex_gap
+from lit_logits.modules import DualHeadClassifier, DualHeadOutput, GradientAligner
+
+__all__ = ["NeuralCollapseMonitor", "cosine_figure"]
+
+_MAX_NAMES = 30
+
+_Part = TypeVar("_Part", bound=nn.Module)
+
+
+class NeuralCollapseMonitor(Callback):
+    """Log how far features and head of a `DualHeadClassifier` are from the simplex, each 0 in a healthy end.
+
+    After each validation, over all samples of all ranks and data loaders: `nc/nc1`, `nc/nc2` (angles of the head's
+    rows), `nc/nc2_norm_rows`, `nc/nc2_angle_means`, `nc/nc2_norm_means`, `nc/nc3`, see `NeuralCollapse`; with an
+    auxiliary head `nc_aux/nc2` and `nc_aux/nc2_norm_rows`, of its last layer; and to TensorBoard `nc/cosines`, the
+    cosines between the head's rows. A head whose losses fight shows rows that crowd together: cosines towards 1 and an
+    `nc/nc2` that grows. Tests log the same as `test/nc1` ... `test/aux_nc2` ... `test/cosines`. Features are those that
+    the model computes anyway; training steps cost nothing.
+
+    Where gradients are not aligned (`grad_align="none"`), the steps that are measured also give `kd/grad_cosine` and
+    `kd/conflict` of the two losses over the backbone, for one more backward pass each; the update is the same.
+
+    Args:
+        measure_gradients_every_n_steps: optimizer steps between measured ones, the first included; default none.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Example:
+        >>> NeuralCollapseMonitor(measure_gradients_every_n_steps=100).measure_gradients_every_n_steps
+        100
+
+    """
+
+    def __init__(self, measure_gradients_every_n_steps: int | None = None) -> None:
+        if measure_gradients_every_n_steps is not None and measure_gradients_every_n_steps < 1:
+            raise ValueError(
+                "Expected `measure_gradients_every_n_steps` to be at least 1 or None, but got"
+                f" {measure_gradients_every_n_steps}."
+            )
+        self.measure_gradients_every_n_steps = measure_gradients_every_n_steps
+        self._moments: ClassMoments | None = None
+        self._features: Tensor | None = None
+        self._hook: RemovableHandle | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say so when there is nothing to watch."""
+        net = next(_parts(pl_module, DualHeadClassifier), None)
+        if net is None:
+            rank_zero_warn("NeuralCollapseMonitor found no DualHeadClassifier in the model and will do nothing.")
+        elif net.is_causal_lm:
+            rank_zero_warn(
+                "NeuralCollapseMonitor will do nothing: the classes of a causal language model are its vocabulary,"
+                " whose features do not collapse to one mean a class."
+            )
+
+    # ------------------------------------------------------------------ gradients
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure all micro-batches of the optimizer step that is due; the step counts up behind the last of them."""
+        if self.measure_gradients_every_n_steps is not None and _classifier(pl_module) is not None:
+            step = trainer.global_step + 1
+            self._measure(pl_module, step == 1 or step % self.measure_gradients_every_n_steps == 0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure no more."""
+        self._measure(pl_module, False)
+
+    def _measure(self, pl_module: LightningModule, value: bool) -> None:
+        if self.measure_gradients_every_n_steps is not None:
+            for aligner in _parts(pl_module, GradientAligner):
+                aligner.measuring = value
+
+    # ------------------------------------------------------------------ features
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to collect."""
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Add the batch to the moments."""
+        self._add(args[0])
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to collect."""
+        self._start(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Add the batch to the moments."""
+        self._add(args[0])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and draw."""
+        self._finish(trainer, pl_module, "nc/", "nc_aux/")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and draw."""
+        self._finish(trainer, pl_module, "test/", "test/aux_")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        self._leave(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind, also where training stopped between two micro-batches."""
+        self._leave(pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+        net = _classifier(pl_module)
+        if net is not None and not trainer.sanity_checking:
+            # Sums are float64, which Apple's GPU has not. Every rank has some, also one that gets no batch.
+            device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+            nothing = torch.zeros(0, net.num_features, device=device)
+            self._moments = class_moments(nothing, nothing.new_zeros(0, dtype=torch.long), net.num_classes)
+            self._hook = net.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: Any, output: DualHeadOutput) -> None:
+        self._features = output.features.detach()
+
+    def _add(self, batch: Any) -> None:
+        """Of several calls in one batch the last counts."""
+        features, self._features = self._features, None
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if self._moments is None or features is None or labels is None or labels.shape != features.shape[:1]:
+            return
+        counts = self._moments.counts
+        part = class_moments(features.to(counts.device), labels.to(counts.device).long(), len(counts))
+        for total, more in zip(self._moments, part, strict=True):
+            total += more
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        self._stop()
+        self._measure(pl_module, False)
+        for aligner in _parts(pl_module, GradientAligner):
+            aligner.reset()
+
+    def _stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._moments = self._features = None
+
+    # ------------------------------------------------------------------ figures
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str, aux_prefix: str) -> None:
+        moments, net = self._moments, _classifier(pl_module)
+        self._stop()
+        if moments is None or net is None:
+            return
+        for tensor in moments:
+            all_reduce_sum_(tensor)
+        weight = net.main_head.weight.detach().to(moments.sums)
+        result, seen = neural_collapse(moments, weight), moments.counts > 0
+        values = {
+            f"{prefix}nc1": result.nc1,
+            f"{prefix}nc2": result.nc2_angle_rows,
+            f"{prefix}nc2_norm_rows": result.nc2_norm_rows,
+            f"{prefix}nc2_angle_means": result.nc2_angle_means,
+            f"{prefix}nc2_norm_means": result.nc2_norm_means,
+            f"{prefix}nc3": result.nc3,
+        }
+        num_seen = int(seen.sum())
+        if num_seen < 2:
+            rank_zero_warn(
+                f"NeuralCollapseMonitor needs labelled features of at least two classes, but met {num_seen}. It reads"
+                " batches with `labels` of shape (B,), and what the DualHeadClassifier returns for them."
+            )
+        elif net.aux_head is not None:
+            rows = net.aux_head.classifier.weight.detach().to(moments.sums)[seen]
+            values[f"{aux_prefix}nc2"] = simplex_gap(cosine_matrix(rows))
+            values[f"{aux_prefix}nc2_norm_rows"] = relative_spread(rows)
+        values = {name: value.float() for name, value in values.items()}
+        pl_module.log_dict(values, sync_dist=True)  # alike on all ranks: this only keeps Lightning from warning
+        if trainer.is_global_zero and num_seen > 1:
+            self._draw(trainer, f"{prefix}cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
+
+    def _draw(self, trainer: Trainer, tag: str, cosines: Tensor, seen: Tensor) -> None:
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = list(map(str, range(len(seen)) if names is None or len(names) != len(seen) else names))
+        shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                figure = cosine_figure(cosines, trainer.current_epoch, shown)
+                logger.experiment.add_figure(tag, figure, trainer.global_step)
+
+
+def cosine_figure(cosines: Tensor, epoch: int, class_names: Sequence[str] | None = None) -> Figure:
+    """Heat map of the cosines between a classifier's rows beside how often each occurs, and where the simplex has them.
+
+    Args:
+        cosines: (C, C), C ≥ 2.
+        epoch: for the title.
+        class_names: of the C rows; shown for up to 30.
+
+    """
+    num_classes = len(cosines)
+    figure = Figure(figsize=(10.5, 5), layout="constrained")
+    heat, counts = figure.subplots(1, 2, width_ratios=(6, 5))
+    image = heat.imshow(cosines.numpy(), interpolation="nearest", cmap="RdBu_r", vmin=-1, vmax=1)
+    figure.colorbar(image, ax=heat, label="cosine")
+    heat.set_title(f"cosines between {num_classes} rows, epoch {epoch}: nc2 = {float(simplex_gap(cosines)):.3f}")
+    if class_names is not None and num_classes <= _MAX_NAMES:
+        labels, size = [f"{name:.20}" for name in class_names], "medium" if num_classes <= 12 else "x-small"
+        heat.set_xticks(range(num_classes), labels, rotation=90, fontsize=size)
+        heat.set_yticks(range(num_classes), labels, fontsize=size)
+    else:
+        heat.set(xlabel="row of the classifier", ylabel="row of the classifier")
+        for axis in (heat.xaxis, heat.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+    pairs = cosines[tuple(torch.triu_indices(num_classes, num_classes, offset=1))].clamp(-1, 1)
+    simplex, mean = -1 / (num_classes - 1), float(pairs.mean())
+    counts.hist(pairs.numpy(), bins=80, range=(-1, 1), color="tab:blue")
+    counts.axvline(simplex, linestyle="--", color="black", label=f"simplex, −1/(C−1): {simplex:.3f}")
+    counts.axvline(mean, color="tab:orange", label=f"mean: {mean:.3f}")
+    counts.set(xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1), xlabel="cosine", ylabel="pairs of rows")
+    counts.yaxis.set_major_locator(MaxNLocator(integer=True))
+    counts.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return figure
+
+
+def _parts(pl_module: LightningModule, kind: type[_Part]) -> Iterator[_Part]:
+    return (module for module in pl_module.modules() if isinstance(module, kind))
+
+
+def _classifier(pl_module: LightningModule) -> DualHeadClassifier | None:
+    """The part to watch, unless its classes are a vocabulary."""
+    net = next(_parts(pl_module, DualHeadClassifier), None)
+    return None if net is None or net.is_causal_lm else net

@@ -1,0 +1,351 @@
+"""`DualHeadKD`: distillation of labels and of a teacher's logits through two heads, with the baselines beside it.
+
+Letters: B batch, T sequence, N tokens that count, C classes (of a language model its vocabulary), d features.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from lit_logits.functional import at_least_float32, check_labels, reduce_tokens
+from lit_logits.functional.dual_head_kd import LogitLoss, chunked_sum, logit_loss
+from lit_logits.modules.classifiers import classifier_logits, find_classifier, is_causal_lm, load_classifier
+from lit_logits.modules.dual_head_kd import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.modules.teacher import FrozenTeacher, load_teacher
+
+__all__ = ["DualHeadKD"]
+
+Method = Literal["ce", "kd", "single_head", "dual_head"]
+
+
+class Losses(NamedTuple):
+    """The two terms before weighting, means over what counts; `kd` is None for cross-entropy alone."""
+
+    ce: Tensor
+    kd: Tensor | None
+
+
+class DualHeadKD(LightningModule):
+    """Distil a teacher into a student of any class through an auxiliary head on the student's features [0].
+
+    L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ sees the labels and the auxiliary head z₂ the teacher. Logs
+    `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head), `val/acc`, for language models
+    `val/ppl`, the same under `test/`, and where gradients are aligned `kd/grad_cosine` and `kd/conflict`.
+
+    Optimisation stays Lightning's automatic one: with `grad_align` the `backward` hook keeps the two gradients apart
+    and the optimizer's closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP are the
+    Trainer's as ever.
+
+    Args:
+        student: any classifier as a module; a name of the zoo such as `resnet8x4`; a hub id or folder of transformers
+            (image or sequence classifier, causal language model); or the config of a new transformers model as a
+            mapping with `model_type`.
+        teacher: the same; not needed for `ce`. It is frozen, in `eval`, and in neither checkpoint nor optimizer.
+        teacher_checkpoint: Lightning checkpoint or `state_dict` file for the teacher; see `load_weights`.
+        num_classes: C of models that are made here; also helps to find the last layer.
+        method: `ce`; `kd`: both terms on the one head; `single_head`: the same with BinaryKL or BinaryKL-Norm, the
+            paper's collapse; `dual_head`.
+        kd_loss: `kl` (default of `kd`), `binary_kl_norm` (default of the other two), `binary_kl`, `mse`, `l1` or
+            `cosine`; see `logit_loss`.
+        temperature: τ; default 4 for `kl`, else 2.
+        ce_weight: γ.
+        kd_weight: α.
+        grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
+            the `backbone` or over `all`; costs one more backward pass.
+        aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
+        classifier: dotted name of the student's last linear layer, where it is not found.
+        chunk_size: tokens of a language model whose logits are in memory at a time.
+        optimizer: callable that takes the parameters.
+        lr_scheduler: callable that takes the optimizer; `ReduceLROnPlateau` is stepped on its monitored value.
+        lr_interval: step the scheduler every `epoch` or every optimizer `step`.
+
+    Raises:
+        ValueError: for models that do not fit each other or an argument out of range; the message says what to pass.
+
+    References:
+        [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
+
+    Example:
+        >>> from torch import nn
+        >>> model = DualHeadKD(nn.Linear(4, 3), nn.Linear(4, 3), grad_align="backbone")
+        >>> model(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | str | dict[str, Any],
+        teacher: nn.Module | str | dict[str, Any] | None = None,
+        *,
+        teacher_checkpoint: str | None = None,
+        num_classes: int | None = None,
+        method: Method = "dual_head",
+        kd_loss: LogitLoss | None = None,
+        temperature: float | None = None,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        grad_align: GradAlign = "none",
+        aux_head: AuxHeadKind = "linear",
+        classifier: str | None = None,
+        chunk_size: int = 1024,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
+        _check_options(method, grad_align, temperature, chunk_size, teacher)
+        self.method, self.ce_weight, self.kd_weight = method, ce_weight, kd_weight
+        self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
+        self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
+        self.chunk_size = chunk_size
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+
+        self.net = DualHeadClassifier(
+            load_classifier(student, num_classes),
+            num_classes=num_classes,
+            classifier=classifier,
+            aux_head=aux_head if method == "dual_head" else None,
+        )
+        self.aligner = GradientAligner(grad_align)
+        self.teacher: FrozenTeacher | None = None
+        if method != "ce" and teacher is not None:
+            self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
+            _check_pair(self.net, self.teacher.model)
+        # A diverged model must not look healthy, so NaN is not left out of the mean.
+        self.val_nll, self.test_nll = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        self.val_acc, self.val_aux_acc, self.test_acc, self.test_aux_acc = (MeanMetric() for _ in range(4))
+
+    @property
+    def student(self) -> nn.Module:
+        """The student itself, of its own class; what `export` writes."""
+        return self.net.student
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the student returns."""
+        return self.student(*args, **kwargs)
+
+    # ------------------------------------------------------------------ losses
+
+    def losses(self, batch: Mapping[str, Tensor]) -> Losses:
+        """Cross-entropy of the main head and the distillation term, before weighting."""
+        check_labels(batch["labels"], self.net.num_classes)
+        if self.net.is_causal_lm:
+            return self._token_losses(batch)
+        inputs, labels = _inputs(batch), batch["labels"]
+        output = self.net(inputs)
+        ce = reduce_tokens(F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != -100)
+        if self.teacher is None:
+            return Losses(ce, None)
+        logits = output.logits if output.aux_logits is None else output.aux_logits
+        return Losses(ce, self._kd(logits, self.teacher(inputs)))
+
+    def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
+        """The same over next tokens, in chunks of tokens: (N, C) logits of neither head nor teacher are held."""
+        inputs, mask = _inputs(batch), batch["labels"][:, 1:] != -100
+        hidden, labels = self.net.hidden_states(inputs)[:, :-1][mask], batch["labels"][:, 1:][mask]
+        count = mask.sum().clamp(min=1)
+
+        def ce(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(at_least_float32(self.net.main_head(rows)), targets, reduction="sum")
+
+        ce_term = chunked_sum(ce, hidden, labels, chunk_size=self.chunk_size) / count
+        if self.teacher is None:
+            return Losses(ce_term, None)
+        aux, teacher_head = self.net.aux_head, self.teacher.output_layer
+        head = self.net.main_head if aux is None else aux.classifier
+
+        def kd(rows: Tensor, teacher_rows: Tensor) -> Tensor:
+            return self._kd(head(rows), teacher_head(teacher_rows), reduction="sum")
+
+        rows = hidden if aux is None else aux.trunk(hidden)
+        teacher_rows = self.teacher.hidden_states(inputs)[:, :-1][mask]
+        return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, chunk_size=self.chunk_size) / count)
+
+    def _kd(self, logits: Tensor, teacher_logits: Tensor, **kwargs: Any) -> Tensor:
+        return logit_loss(logits, teacher_logits, kind=self.kd_loss, temperature=self.temperature, **kwargs)
+
+    # ------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        """Forget gradients of a fit that was cut off between micro-batches, and refuse sharded ones."""
+        self.aligner.reset()
+        sharded = type(self.trainer.strategy).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel"))
+        if self.aligner.is_active and sharded:
+            raise ValueError(
+                f"Expected the strategy 'ddp' or one device for grad_align={self.aligner.mode!r}, because"
+                f" {type(self.trainer.strategy).__name__} shards the gradients, but got that. Set `grad_align: none`."
+            )
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Check the labels of the first batch, on an accelerator too."""
+        if batch_idx == 0:
+            check_labels(batch["labels"], self.net.num_classes, wait=True)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Weighted sum of both terms."""
+        ce, kd = self.losses(batch)
+        loss = ce_term = self.ce_weight * ce
+        self.log("train/loss_ce", ce)
+        if kd is not None:
+            kd_term = self.kd_weight * kd
+            loss = ce_term + kd_term
+            self._terms = (ce_term, kd_term)
+            self.log("train/loss_kd", kd)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """One pass, or one for each term where their gradients are kept apart."""
+        if self.aligner.is_active and self.teacher is not None:
+            self.aligner.collect(loss, *self._terms, self._trained())
+            del self._terms
+        else:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Join the two gradients behind the last micro-batch: before the loss is unscaled and gradients are clipped."""
+
+        def closure() -> Any:
+            result = optimizer_closure() if optimizer_closure is not None else None
+            aligned = self.aligner.join(self._trained(), self.net.head_parameters())
+            if aligned is not None and bool(aligned.cosine.isfinite()):  # not so where the loss scale was too large
+                values = {"kd/grad_cosine": aligned.cosine, "kd/conflict": aligned.conflict}
+                self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer and scheduler."""
+        optimizer = self.optimizer(self._trained())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", None)
+        interval = self.lr_interval if monitor is None else "epoch"
+        settings = {"scheduler": scheduler, "interval": interval, "monitor": monitor or "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy of the main head, and accuracy of the auxiliary one."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy of the main head, and accuracy of the auxiliary one."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means over all samples of all ranks."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log means over all samples of all ranks."""
+        self._log_means("test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+        check_labels(batch["labels"], self.net.num_classes)
+        nll, acc, aux_acc = (getattr(self, f"{stage}_{name}") for name in ("nll", "acc", "aux_acc"))
+        if self.net.is_causal_lm:
+            mask = batch["labels"][:, 1:] != -100
+            rows = self.net.hidden_states(_inputs(batch))[:, :-1][mask].split(self.chunk_size)
+            parts = [(self.net.main_head(part), None) for part in rows]
+            labels = batch["labels"][:, 1:][mask].split(self.chunk_size)
+        else:
+            output = self.net(_inputs(batch))
+            known = batch["labels"] != -100
+            parts = [(output.logits[known], None if output.aux_logits is None else output.aux_logits[known])]
+            labels = (batch["labels"][known],)
+        for (logits, aux_logits), targets in zip(parts, labels, strict=True):
+            nll.update(F.cross_entropy(at_least_float32(logits), targets, reduction="none"))
+            acc.update((logits.argmax(-1) == targets).float())
+            if aux_logits is not None:
+                aux_acc.update((aux_logits.argmax(-1) == targets).float())
+
+    def _log_means(self, stage: str) -> None:
+        nll, acc, aux_acc = (getattr(self, f"{stage}_{name}") for name in ("nll", "acc", "aux_acc"))
+        values = {f"{stage}/loss": nll.compute(), f"{stage}/acc": acc.compute()}
+        if self.net.is_causal_lm:
+            values[f"{stage}/ppl"] = values[f"{stage}/loss"].exp()
+        elif self.net.aux_head is not None:
+            values[f"{stage}/aux_acc"] = aux_acc.compute()
+        self.log_dict(values, prog_bar=True)
+        for metric in (nll, acc, aux_acc):
+            metric.reset()
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Logits of the main head, (B, C) or (B, T, C), and the class that is most likely."""
+        logits = classifier_logits(self.student, _inputs(batch))
+        return {"logits": logits, "predictions": logits.argmax(-1)}
+
+    # ------------------------------------------------------------------ export
+
+    def export(self, path: str | Path) -> Path:
+        """Write the student with its main head alone, as what it was before it came here.
+
+        A transformers student becomes a folder for `from_pretrained`, any other a file for `load_state_dict` of its
+        own class.
+
+        Args:
+            path: the folder, or the file.
+
+        """
+        path = Path(path)
+        if isinstance(self.student, PreTrainedModel):
+            self.student.save_pretrained(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}, path)
+        return path
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _check_options(method: str, grad_align: str, temperature: float | None, chunk_size: int, teacher: object) -> None:
+    if method not in ("ce", "kd", "single_head", "dual_head"):
+        raise ValueError(f"Expected `method` to be 'ce', 'kd', 'single_head' or 'dual_head', but got {method!r}.")
+    if method != "ce" and teacher is None:
+        raise ValueError(f"Expected a `teacher` for method={method!r}, but got None. Train one with method='ce'.")
+    if method == "ce" and grad_align != "none":
+        raise ValueError(f"Expected `grad_align` to be 'none' for method='ce', which has one loss, not {grad_align!r}.")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
+    if chunk_size < 1:
+        raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
+
+
+def _check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:
+    """Refuse a teacher of other classes, as far as its last layer is found; else the first batch tells."""
+    student, other = type(net.student).__name__, type(teacher).__name__
+    if teacher is net.student or not set(map(id, teacher.parameters())).isdisjoint(map(id, net.parameters())):
+        raise ValueError("Expected a teacher that shares no parameters with the student: it is frozen. Pass a copy.")
+    if is_causal_lm(teacher) != net.is_causal_lm:
+        raise ValueError(f"Expected two classifiers or two causal language models, but got {student} and {other}.")
+    try:
+        layer = teacher.get_submodule(find_classifier(teacher))
+    except ValueError:
+        return
+    if layer.out_features != net.num_classes:
+        raise ValueError(
+            f"Expected student and teacher to have the same classes, but {student} has {net.num_classes} and {other}"
+            f" has {layer.out_features}. Pass the same `num_classes` (or vocabulary) to both."
+        )

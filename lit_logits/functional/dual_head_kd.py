@@ -1,0 +1,248 @@
+"""Distillation losses on logits: those of dual-head knowledge distillation and the ones that it is compared with.
+
+The teacher's logits z_T pull on the student's z_S class by class (BinaryKL), or through their difference alone,
+
+    KL(½ ‖ σ(x)) = log cosh(x / 2),      x = (z_S − z_T) / τ,
+
+which needs no clamping. Every loss sums over classes, so that its gradient does not shrink with their number, and is
+zero where student and teacher agree.
+
+Letters: B rows (images, sequences or tokens), C classes, τ temperature.
+
+References:
+    [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
+    [1]: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531, Sec. 2.
+
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+
+__all__ = [
+    "LogitLoss",
+    "binary_kl",
+    "binary_kl_norm",
+    "chunked_sum",
+    "cosine_logit_loss",
+    "kd_kl_divergence",
+    "l1_logit_loss",
+    "logit_loss",
+    "mse_logit_loss",
+]
+
+LogitLoss = Literal["kl", "binary_kl", "binary_kl_norm", "mse", "l1", "cosine"]
+
+
+def kd_kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
+) -> Tensor:
+    """Knowledge distillation [1], τ² KL(softmax(z_T/τ) ‖ softmax(z_S/τ)).
+
+    Args:
+        student_logits: (..., C).
+        teacher_logits: (..., C); no gradient is stopped here.
+        temperature: τ > 0; the factor τ² keeps gradients of one size over τ.
+        reduction: over rows.
+
+    Returns:
+        Nats, at least float32; a scalar, or (...) for `none`.
+
+    Example:
+        >>> kd_kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 4.0]]), temperature=4.0)
+        tensor(1.7751)
+
+    """
+    student, teacher = _prepare(student_logits, teacher_logits, temperature)
+    log_p, log_q = F.log_softmax(teacher / temperature, dim=-1), F.log_softmax(student / temperature, dim=-1)
+    return _reduce(temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1), reduction)
+
+
+def binary_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
+) -> Tensor:
+    """BinaryKL [0], τ² Σ_k KL(σ(z_T/τ) ‖ σ(z_S/τ)): every class is a question of yes or no of its own.
+
+    On one head it fights with cross-entropy, whose logits it does not leave free up to a constant; that is the
+    collapse that the paper reports.
+
+    Args:
+        student_logits: (..., C).
+        teacher_logits: (..., C).
+        temperature: τ > 0.
+        reduction: over rows; classes are summed.
+
+    Returns:
+        Nats, at least float32; a scalar, or (...) for `none`.
+
+    Example:
+        >>> binary_kl(torch.zeros(1, 1), torch.tensor([[2.0]]), temperature=1.0)  # log 2 − entropy of σ(2)
+        tensor(0.3278)
+
+    """
+    student, teacher = _prepare(student_logits, teacher_logits, temperature)
+    a, b = teacher / temperature, student / temperature
+    yes = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
+    no = torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))  # 1 − σ(a) would lose its digits
+    return _reduce(temperature**2 * (yes + no).sum(-1), reduction)
+
+
+def binary_kl_norm(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
+) -> Tensor:
+    """BinaryKL-Norm [0], τ² Σ_k KL(½ ‖ σ((z_S − z_T)/τ)), in closed form.
+
+    It is τ² Σ_k log cosh x, x = (z_S − z_T)/(2τ), whose gradient (τ/2) tanh x is bounded by τ/2 a class: quadratic
+    where the logits are close and linear where they are far apart, whatever their size.
+
+    Args:
+        student_logits: (..., C).
+        teacher_logits: (..., C).
+        temperature: τ > 0.
+        reduction: over rows; classes are summed.
+
+    Returns:
+        Nats, at least float32; a scalar, or (...) for `none`.
+
+    Example:
+        >>> binary_kl_norm(torch.tensor([[100.0, 0.0]]), torch.zeros(1, 2), temperature=1.0)  # 50 − log 2
+        tensor(49.3069)
+
+    """
+    student, teacher = _prepare(student_logits, teacher_logits, temperature)
+    half = student / (2 * temperature) - teacher / (2 * temperature)  # the difference of huge logits could overflow
+    return _reduce(temperature**2 * _LogCosh.apply(half).sum(-1), reduction)
+
+
+def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Squared error of the logits, Σ_k (z_S − z_T)².
+
+    Example:
+        >>> mse_logit_loss(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+        tensor(5.)
+
+    """
+    student, teacher = _prepare(student_logits, teacher_logits)
+    return _reduce((student - teacher).square().sum(-1), reduction)
+
+
+def l1_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Absolute error of the logits, Σ_k |z_S − z_T|.
+
+    Example:
+        >>> l1_logit_loss(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2))
+        tensor(3.)
+
+    """
+    student, teacher = _prepare(student_logits, teacher_logits)
+    return _reduce((student - teacher).abs().sum(-1), reduction)
+
+
+def cosine_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """One minus the cosine of the angle between the logits, in [0, 2]; blind to their length.
+
+    Example:
+        >>> cosine_logit_loss(torch.tensor([[0.0, 3.0]]), torch.tensor([[2.0, 0.0]]))
+        tensor(1.)
+
+    """
+    student, teacher = _prepare(student_logits, teacher_logits)
+    return _reduce(1 - F.cosine_similarity(student, teacher, dim=-1), reduction)
+
+
+def logit_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: LogitLoss,
+    temperature: float,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The loss that `kind` names; `temperature` matters to `kl`, `binary_kl` and `binary_kl_norm` only.
+
+    Raises:
+        ValueError: for another kind, a temperature that is not positive, or logits of different shapes.
+
+    Example:
+        >>> logit_loss(torch.tensor([[1.0]]), torch.zeros(1, 1), kind="mse", temperature=2.0)
+        tensor(1.)
+
+    """
+    functions: dict[str, Callable[..., Tensor]] = {
+        "kl": partial(kd_kl_divergence, temperature=temperature),
+        "binary_kl": partial(binary_kl, temperature=temperature),
+        "binary_kl_norm": partial(binary_kl_norm, temperature=temperature),
+        "mse": mse_logit_loss,
+        "l1": l1_logit_loss,
+        "cosine": cosine_logit_loss,
+    }
+    if kind not in functions:
+        raise ValueError(f"Expected `kind` to be one of {sorted(functions)}, but got {kind!r}.")
+    return functions[kind](student_logits, teacher_logits, reduction=reduction)
+
+
+def chunked_sum(function: Callable[..., Tensor], *tensors: Tensor, chunk_size: int) -> Tensor:
+    """Σ over chunks of `function(*chunk)`; what a chunk makes is freed, and made again in backward.
+
+    Peak memory is that of one chunk, for one more evaluation of `function`: a token loss never holds (N, V) logits.
+
+    Args:
+        function: takes a slice of every tensor and returns a scalar sum; without randomness.
+        *tensors: (N, ...), cut along the first dimension; N may be 0.
+        chunk_size: rows a chunk.
+
+    Example:
+        >>> chunked_sum(lambda x: x.exp().sum(), torch.zeros(5), chunk_size=2)
+        tensor(5.)
+
+    """
+    if chunk_size < 1:
+        raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
+    chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
+    sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum()
+
+
+def _prepare(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Both logits in at least float32, once shapes and temperature are right."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"Expected `student_logits` and `teacher_logits` of one shape, but got {tuple(student_logits.shape)} and"
+            f" {tuple(teacher_logits.shape)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
+    student_logits = at_least_float32(student_logits)
+    return student_logits, teacher_logits.to(student_logits.dtype)
+
+
+class _LogCosh(torch.autograd.Function):
+    """Log cosh x without overflow or cancellation, and its derivative tanh x; only x is kept for backward."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        size = x.abs()
+        far = size + F.softplus(-2 * size) - math.log(2)
+        near = torch.log1p(2 * torch.sinh(size.clamp(max=1) / 2).square())  # where `far` cancels
+        return torch.where(size < 1, near, far)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad * torch.tanh(x)
+
+
+def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
+    return reduce_tokens(rows, torch.ones_like(rows, dtype=torch.bool), reduction)
