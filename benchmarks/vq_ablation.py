@@ -141,7 +141,7 @@ def _table(cases: list[dict[str, Any]], data: TextDataModule, args: argparse.Nam
                 spread([run.ppl for run in runs], 1),
                 spread([run.ppl / base.ppl for run, base in zip(runs, dense, strict=True)]),
                 spread([run.floor for run in runs], 2),
-                f"{sum(run.used_codes for run in runs) / len(runs):.0f}",
+                f"{sum(run.used_codes for run in runs) / len(runs):.0f}" if "codebook_size" in settings else "",
             ]
         )
     return markdown_table(header, rows)

@@ -301,7 +301,7 @@ class VQLogitsLM(LightningModule):
                 count_power=self.count_power,
                 progress_bar=self.global_rank == 0,
             )
-        else:
+        elif weight is None:  # a pretrained layer has its own start
             initialize_dense_head(self.head, calibration)
         self.head_ready.fill_(True)
         self._output_layer = (None, None)  # frees the dense weights

@@ -371,6 +371,8 @@ def test_dense_keeps_the_pretrained_logits(tmp_path):
     ids = next(iter(loader()))["input_ids"]
     torch.testing.assert_close(model(ids), original(ids).logits)
     assert model.head_ready
+    model.initialize_head(loader())  # token counts would be added to a layer that knows them already
+    torch.testing.assert_close(model(ids), original(ids).logits)
 
 
 def test_k_means_needs_a_pretrained_model():
