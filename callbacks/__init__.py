@@ -2,6 +2,16 @@
 
 from lit_logits.callbacks.codebook_monitor import CodebookMonitor
 from lit_logits.callbacks.codebook_reinit import CodebookReinit
+from lit_logits.callbacks.last_checkpoint import LastCheckpoint
+from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
+from lit_logits.callbacks.prediction_writer import PredictionWriter
 
-__all__ = ["CodebookMonitor", "CodebookReinit", "NeuralCollapseMonitor"]
+__all__ = [
+    "CodebookMonitor",
+    "CodebookReinit",
+    "LastCheckpoint",
+    "LineProgress",
+    "NeuralCollapseMonitor",
+    "PredictionWriter",
+]

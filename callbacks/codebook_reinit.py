@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_logits.callbacks.scalars import log_scalars
+from lit_logits.functional import broadcast_
 from lit_logits.modules import VQLogitsHead
 
 __all__ = ["CodebookReinit", "reset_optimizer_rows"]
@@ -63,7 +64,10 @@ class CodebookReinit(Callback):
         self.last_step = step
         revived = 0
         for head in _heads(pl_module):
-            dead = head.dead_codes(self.min_usage)
+            is_dead = torch.zeros(head.codebook_size, dtype=torch.uint8, device=head.codebook.device)
+            is_dead[head.dead_codes(self.min_usage)] = 1
+            broadcast_(is_dead)  # a count that rounds otherwise on one rank must not part the ranks
+            dead = is_dead.nonzero().squeeze(1)
             if dead.numel() == 0:
                 continue
             generator = torch.Generator(head.codebook.device).manual_seed(self.seed + step)

@@ -175,9 +175,16 @@ def _read_files(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
         elif file.endswith(".parquet"):
             texts = iter_column(load_dataset("parquet", data_files=file, split="train", streaming=True), text_column)
         else:
-            texts = [Path(file).read_text(encoding="utf-8")]
+            texts = [_read_text(file)]
         for text in texts:
             yield {"text": text}
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {file} to be UTF-8 text, but got: {error}") from error
 
 
 def iter_jsonl(file: str, text_column: str) -> Iterator[str]:

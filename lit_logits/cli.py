@@ -4,8 +4,10 @@ A recipe that is no file here is looked for among those that the package ships, 
 wherever the package is installed.
 """
 
+import os
 import pkgutil
 import sys
+import traceback
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ActionConfigFile, Namespace, class_from_function
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,8 +25,9 @@ from transformers import get_wsd_schedule
 
 import lit_logits
 from lit_logits import callbacks, datamodules
+from lit_logits.callbacks import LastCheckpoint, LineProgress, PredictionWriter
 
-__all__ = ["LastCheckpoint", "LineProgress", "LitLogitsCLI", "WarmupStableDecayLR", "main"]
+__all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 
 # The parser finds `--model VQLogitsLM` among the classes that have been imported.
 for _package in (lit_logits, callbacks, datamodules):
@@ -34,64 +37,6 @@ for _package in (lit_logits, callbacks, datamodules):
 # A recipe gives `init_args` to classes only, and transformers' schedules are functions. This one stays at its floor
 # past the end, where `OneCycleLR` raises and the other cosines of torch and transformers climb again.
 WarmupStableDecayLR = class_from_function(get_wsd_schedule, LambdaLR, name="WarmupStableDecayLR")
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt` of the run folder up to date, whatever makes training stop.
-
-    Saves after every validation and epoch, at the end, and when an exception, Ctrl-C or SIGTERM ends training.
-    Lightning's `save_last` comes only with a top-k checkpoint, and stays behind once the metric is past its best.
-    """
-
-    saved_step = 0
-
-    def __init__(self) -> None:
-        super().__init__(save_top_k=0, save_last=True)  # of the parent only its choice of the folder is used
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: a run that goes on has a folder of its own."""
-        return {}
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves, unless the epoch is about to end: its own hook saves with the epoch counted as complete."""
-        if not trainer.is_last_batch:
-            self._save(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves and tells how to go on."""
-        self._save(trainer)
-        if self.saved_step:
-            rank_zero_info(f"Stopped at step {self.saved_step}; go on with `--ckpt_path {self.dirpath}/last.ckpt`.")
-
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule | None = None) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if self.saved_step != trainer.global_step:
-            trainer.save_checkpoint(Path(str(self.dirpath), "last.ckpt"), weights_only=False)
-            self.saved_step = trainer.global_step
-
-    on_train_epoch_end = on_train_end = _save
-
-
-class LineProgress(ProgressBar):
-    """One line every `log_every_n_steps` steps and one a validation, for output that is a file or a pipe."""
-
-    printed_step = 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Prints once for each step that is due, however many batches are accumulated into it."""
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if due and trainer.global_step != self.printed_step:
-            self.printed_step = trainer.global_step
-            self._print(trainer, pl_module)
-
-    def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-            values = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-            print(f"epoch {trainer.current_epoch}  step {trainer.global_step}  {values}", flush=True)
-
-    on_validation_end = _print
 
 
 class SaveRun(SaveConfigCallback):
@@ -133,10 +78,11 @@ class _RecipeFile(ActionConfigFile):
 class LitLogitsCLI(LightningCLI):
     """LightningCLI with the library's classes by their short names, and runs that leave a record.
 
-    A model whose `vocab_size` or `num_classes` is not given gets that of the data. `trainer.callbacks` is joined by a
-    `LastCheckpoint`, a `LearningRateMonitor` and a progress bar (a `LineProgress` where the output is no terminal):
-    each unless the list has one for the same purpose, or the Trainer's switch is off (`enable_checkpointing`,
-    `logger`, `enable_progress_bar`).
+    Runs are kept in `runs/RECIPE`, or under the model's name where there is no recipe; `--ckpt_path last` takes the
+    newest there. A model whose `vocab_size` or `num_classes` is not given gets that of the data. `trainer.callbacks` is
+    joined by a `LastCheckpoint`, a `LearningRateMonitor`, a progress bar (a `LineProgress` where the output is no
+    terminal) and, to predict, a `PredictionWriter`: each unless the list has one for the same purpose, or the Trainer's
+    switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
 
     Args:
         args: The arguments as on the command line, or as a dict; None takes `sys.argv`.
@@ -172,13 +118,15 @@ class LitLogitsCLI(LightningCLI):
                 links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
         logger: Any = config.trainer.logger.get("init_args", {}) if isinstance(config.trainer.logger, Namespace) else {}
         if logger.get("name") == "lightning_logs":
-            logger.name = config.model.class_path.rpartition(".")[2]
+            recipes = [Path(str(path)).stem for path in config.get("config") or []]
+            logger.name = recipes[-1] if recipes else config.model.class_path.rpartition(".")[2]
         if config.get("ckpt_path") == "last" and logger.get("save_dir"):
             folder = Path(logger.save_dir, logger.get("name") or "")  # Lightning looks into the new run's, empty one
-            found = sorted(folder.glob("*/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+            found = [*folder.glob("*/checkpoints/last*.ckpt"), *folder.glob("checkpoints/last*.ckpt")]
             if not found:
                 self.parser.error(f"Expected `ckpt_path: last` to find {folder}/*/checkpoints/last.ckpt, got none.")
-            config.ckpt_path = str(found[-1])
+            config.ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime))
+            rank_zero_info(f"`ckpt_path: last` is {config.ckpt_path}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Makes the trainer with the default callbacks that the class lists."""
@@ -190,6 +138,8 @@ class LitLogitsCLI(LightningCLI):
             chosen.append(LearningRateMonitor(logging_interval="step"))
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in chosen):
             chosen.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
+        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in chosen):
+            chosen.append(PredictionWriter())
         if config.logger is False:
             self.save_config_callback = None  # it would write into the working directory
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})
@@ -197,12 +147,27 @@ class LitLogitsCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tells where the run is, how to look at it and how it ended."""
         folder = self.trainer.log_dir  # on every rank, as it is broadcast
-        if self.trainer.is_global_zero and self.trainer.logger:
+        if self.trainer.is_global_zero and isinstance(self.trainer.logger, TensorBoardLogger):
             print(f"\nRun folder: {folder}\nLook at it: tensorboard --logdir {self.trainer.logger.save_dir}")
             metrics = self.trainer.callback_metrics.items()
             print("\n".join(f"{name}: {value:.4f}" for name, value in metrics if name.startswith("val/")))
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs the command line: the `lit-logits` command and `train.py`."""
-    LitLogitsCLI(args)
+    """Runs the command line: the `lit-logits` command and `train.py`.
+
+    Classes of modules in the working directory can be named. An error that this library explains stands below its
+    traceback in a sentence of its own, whatever the parser wrapped it in.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        LitLogitsCLI(args)
+    except (ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not str(cause).startswith("Expected "):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        traceback.print_exc()
+        raise SystemExit(f"\nlit-logits: {cause}") from None

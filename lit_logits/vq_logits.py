@@ -103,8 +103,11 @@ class VQLogitsLM(LightningModule):
         self.save_hyperparameters(
             ignore=["optimizer", "lr_scheduler"] if plain else ["optimizer", "lr_scheduler", "backbone"]
         )
+        _check_options(calibration_batches, count_power, commitment_weight)
         parts = load_backbone(backbone, vocab_size=vocab_size)
         pretrained = parts.output_weight is not None
+        if parts.output_bias is not None and not bias:
+            raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
         self.backbone = parts.model.train()  # `from_pretrained` leaves it in eval mode
         self.init = choose_init(init, pretrained=pretrained)
         self.count_power, self.calibration_batches = count_power, calibration_batches
@@ -130,7 +133,7 @@ class VQLogitsLM(LightningModule):
         else:
             raise ValueError(f"Expected `head` to be 'vq' or 'dense', but got {head!r}.")
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
-        self._output_layer = (parts.output_weight, parts.output_bias)
+        self._output_layer = (parts.output_weight, parts.output_bias) if head == "vq" else (None, None)
         self.register_buffer("head_ready", torch.tensor(head == "dense" and pretrained))
         # A diverged model must not look healthy, so NaN is not left out of the mean.
         self.val_nll, self.test_nll = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
@@ -159,8 +162,8 @@ class VQLogitsLM(LightningModule):
         """Start the head from calibration batches, unless a checkpoint brought it along."""
         if not self.head_ready:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            loader = _fresh(self.trainer.train_dataloader) if data is None else data.train_dataloader()
-            self.initialize_head(loader)
+            self.initialize_head(_fresh(self.trainer.train_dataloader if data is None else data.train_dataloader()))
+        self._output_layer = (None, None)  # a checkpoint that brought the head along needs the dense rows no more
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Check the labels of the first batch, on an accelerator too."""
@@ -245,33 +248,57 @@ class VQLogitsLM(LightningModule):
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
+        eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue prompts with a KV cache, without token logits.
+        """Continue prompts with a KV cache, without token logits and without dropout.
 
         Args:
             input_ids: (B, T) prompts, left-padded where they differ in length.
             attention_mask: (B, T), 0 at padding; default all 1.
             max_new_tokens: how many tokens to add to each.
             temperature: 0 for the most likely token, else sample.
+            eos_token_id: token that ends a text; what would follow it is the same token. Stops when all have ended.
             generator: source of randomness, on the device of the model.
 
         Returns:
-            (B, T + max_new_tokens) token ids.
+            (B, at most T + max_new_tokens) token ids.
 
         """
+        was_training = self.training
+        self.eval()
+        try:
+            return self._continue(input_ids, attention_mask, max_new_tokens, temperature, eos_token_id, generator)
+        finally:
+            self.train(was_training)
+
+    def _continue(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+        temperature: float,
+        eos_token_id: int | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         padded = not bool(mask.all())
         kwargs: dict[str, Tensor] = {}
         fresh, cache = input_ids, None
+        ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         for _ in range(max_new_tokens):
             if padded:
                 kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
             output = self.hidden_states(fresh, mask, past_key_values=cache, use_cache=True, **kwargs)
             hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
             token = self.head.sample(hidden, temperature, generator) if temperature else self.head.greedy(hidden)
+            if eos_token_id is not None:
+                token = token.masked_fill(ended, eos_token_id)
+                ended |= token == eos_token_id
             fresh = token.unsqueeze(1)
             input_ids, mask = torch.cat([input_ids, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
+            if bool(ended.all()):
+                break
         return input_ids
 
     # ------------------------------------------------------------------ start of the head
@@ -301,11 +328,19 @@ class VQLogitsLM(LightningModule):
                 count_power=self.count_power,
                 progress_bar=self.global_rank == 0,
             )
-        elif weight is None:  # a pretrained layer has its own start
+        elif not self.head_ready:  # a pretrained layer has its own start
             initialize_dense_head(self.head, calibration)
         self.head_ready.fill_(True)
         self._output_layer = (None, None)  # frees the dense weights
         rank_zero_info(describe_head(self.head))
+
+
+def _check_options(calibration_batches: int, count_power: float, commitment_weight: float) -> None:
+    if calibration_batches < 1:
+        raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
+    for name, value in (("count_power", count_power), ("commitment_weight", commitment_weight)):
+        if not value >= 0:
+            raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")
 
 
 def _fresh(loader: Any) -> Any:

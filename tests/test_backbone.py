@@ -99,6 +99,10 @@ def test_a_config_takes_the_vocabulary_of_the_tokenizer():
     [
         ({"hidden_size": 8}, V, r"the key `model_type`.*got the keys \['hidden_size'\]"),
         ({"model_type": "gpt2", "vocab_size": 7}, V, "to be the tokenizer's 61, but got 7"),
+        ({"model_type": "lama"}, V, "`model_type` of transformers, but got 'lama'. Did you mean 'llama'"),
+        ({"model_type": "llama", "num_hiden_layers": 5}, V, "'num_hiden_layers'. Did you mean 'num_hidden_layers'"),
+        ({"model_type": "bert"}, V, "causal language model .*, but got 'bert', whose tokens see those that follow"),
+        ({"model_type": "t5"}, V, "causal language model .*, but got 't5'"),
         ("no/such/folder/anywhere", V, "the model to be a hub id, a local folder"),
     ],
 )

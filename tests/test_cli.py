@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_logits.cli import LastCheckpoint, LineProgress, LitLogitsCLI, SaveRun, WarmupStableDecayLR
+from lit_logits.callbacks import LastCheckpoint, LineProgress, PredictionWriter
+from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -182,6 +183,73 @@ def test_another_logger_gets_the_hyperparameters():
     assert "model.optimizer.lr: 0.01" in Path("elsewhere/CountingLM/version_0/hparams.yaml").read_text()
 
 
+def test_predictions_are_written():
+    fit()
+    run = cli("predict", "--ckpt_path=last").trainer
+    files = sorted(Path(run.log_dir, "predictions").iterdir())
+    assert [file.name for file in files] == [f"00000{i}-0.pt" for i in range(4)]
+    written = [torch.load(file) for file in files]
+    assert [row for part in written for row in part["rows"]] == list(range(8))
+    batches = run.datamodule.predict_dataloader()
+    for part, batch in zip(written, batches, strict=True):
+        assert torch.equal(part["predictions"], run.lightning_module.predict_step(batch, 0))
+    kinds = [type(c) for c in fit().trainer.callbacks]
+    assert PredictionWriter not in kinds
+
+
+def test_runs_of_a_recipe_are_kept_under_its_name(capsys):
+    Path("mine.yaml").write_text("model: CountingLM\ndata: CountingData\ntrainer: {max_steps: 1, accelerator: cpu}\n")
+    LitLogitsCLI(["fit", "--config=mine.yaml"])
+    assert Path("runs/mine/version_0/checkpoints/last.ckpt").is_file()
+    LitLogitsCLI(["fit", "--config=mine.yaml", "--ckpt_path=last", "--trainer.max_steps=2"])
+    LitLogitsCLI(["fit", "--config=runs/mine/version_1/config.yaml"])
+    assert Path("runs/mine/version_2").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_whose_output_is_a_pipe():
+    """Lightning asks progress bars of other ranks to disable themselves; ours once had no way to."""
+    tests = str(Path(__file__).parent)
+    Path("run.py").write_text(
+        f"import sys; sys.path.insert(0, {tests!r})\nimport test_cli\nfrom lit_logits.cli import main\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+    options = ["--model=CountingLM", "--data=CountingData", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
+    ddp = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-W", "ignore", "run.py", "fit", *options, *ddp]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 2  train/loss") == 2  # the step and the validation, from rank zero alone
+    assert Path("runs/CountingLM/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_an_exception_on_one_of_several_ranks_saves_nothing(monkeypatch):
+    """The others wait in a collective of the step; saving takes another one, and both would wait for ever."""
+    saved = []
+    callback = LastCheckpoint()
+    callback.saved_step = 1
+    trainer = fit().trainer
+    trainer.state.fn = "fit"
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *_, **__: saved.append(1))
+    monkeypatch.setattr(type(trainer), "world_size", property(lambda _: 2))
+    callback.on_exception(trainer, trainer.lightning_module, RuntimeError())
+    assert saved == []
+    monkeypatch.setattr(type(trainer), "world_size", property(lambda _: 1))
+    callback.on_exception(trainer, trainer.lightning_module, RuntimeError())
+    assert saved == [1]
+
+
+def test_a_run_without_a_step_leaves_no_checkpoint():
+    with pytest.raises(RuntimeError, match="at the start"):
+        fit("--trainer.callbacks=test_cli.FailAtStart")
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+class FailAtStart(L.Callback):
+    def on_train_start(self, *_: Any) -> None:
+        raise RuntimeError("at the start")
+
+
 # --- going on ---
 
 
@@ -300,7 +368,7 @@ def test_default_callbacks_yield_to_those_of_the_user():
 
 def test_default_callbacks_obey_the_switches():
     off = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
-    kept = [c for c in fit(*off).trainer.callbacks if type(c).__module__ == "lit_logits.cli"]
+    kept = [c for c in fit(*off).trainer.callbacks if type(c).__module__.startswith("lit_logits.")]
     assert kept == []
 
 
@@ -384,6 +452,27 @@ def test_own_module_by_dotted_path(monkeypatch):
     )
     monkeypatch.syspath_prepend(".")
     assert type(fit(model="my_models.Mine", data="BoringDataModule").model).__name__ == "Mine"
+
+
+def test_own_module_in_the_working_directory():
+    """As the README has it: `--model my_package.MyLM` where my_package is."""
+    Path("here.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Mine(BoringModel):\n    pass\n"
+    )
+    command = [str(Path(sys.executable).parent / "lit-logits"), "fit", "--model", "here.Mine", "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "class_path: here.Mine" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_explanation_is_the_last_thing_that_is_printed(capsys):
+    """The parser wraps an error of `__init__` into a dump of all values."""
+    small = "{model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}"
+    options = ["--model.codebook_size=7", "--model.vocab_size=5", f"--model.backbone={small}"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--model=VQLogitsLM", "--data=CountingData", *options])
+    expected = "lit-logits: Expected `codebook_size` to be in [1, 5], the vocabulary size, but got 7."
+    assert str(stopped.value).strip() == expected
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_misspelt_option_is_an_error_that_names_it(capsys):

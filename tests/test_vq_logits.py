@@ -642,6 +642,48 @@ def test_constructor_errors(kwargs, message):
         VQLogitsHead(D, V, **{"codebook_size": K, **kwargs})
 
 
+def test_set_codes_writes_all_or_nothing():
+    head, _ = make_head()
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    mapping = torch.zeros(V, dtype=torch.long)
+    for wrong in ({"token_bias": torch.zeros(3)}, {"codebook": torch.full((K, D), math.nan)}):
+        with pytest.raises(ValueError, match=r"Expected `(token_bias|codebook)` to"):
+            head.set_codes(**{"codebook": torch.ones(K, D), **wrong}, token_to_code=mapping)
+        assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
+    with pytest.raises(ValueError, match="integer codes"):
+        head.set_codes(token_to_code=torch.ones(V, dtype=torch.bool))
+
+
+def test_a_mapping_out_of_range_is_named_everywhere():
+    hidden, codebook, labels = torch.zeros(2, D), torch.zeros(K, D), torch.zeros(2, dtype=torch.long)
+    mapping = torch.zeros(V, dtype=torch.long)
+    mapping[3] = K
+    message = rf"codes in \[0, {K}\), but token 3 maps to {K}"
+    for function in (
+        lambda: vq_cross_entropy(hidden, codebook, mapping, labels),
+        lambda: scatter_code_logits(hidden @ codebook.T, mapping),
+        lambda: ppl_floor(torch.ones(V), mapping, K),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function()
+    head, _ = make_head()
+    with pytest.raises(ValueError, match=message):
+        head.load_state_dict({**head.state_dict(), "token_to_code": mapping})
+
+
+def test_labels_of_another_shape_are_named():
+    with pytest.raises(ValueError, match=r"shape \(2,\), one for each hidden state, but got \(1,\)"):
+        vq_cross_entropy(torch.zeros(2, D), torch.zeros(K, D), torch.zeros(V).long(), torch.zeros(1).long())
+
+
+def test_float64_without_bias_is_float64_throughout():
+    g = torch.Generator().manual_seed(0)
+    hidden, codebook = (torch.randn(n, D, generator=g, dtype=torch.float64) for n in (6, K))
+    mapping, labels = torch.randint(K, (V,), generator=g), torch.randint(V, (6,), generator=g)
+    dense = torch.nn.functional.cross_entropy((hidden @ codebook.T)[:, mapping], labels)
+    torch.testing.assert_close(vq_cross_entropy(hidden, codebook, mapping, labels), dense, rtol=1e-14, atol=1e-14)
+
+
 def test_set_codes_checks_what_it_gets():
     head, _ = make_head()
     with pytest.raises(ValueError, match="`codebook` to have shape"):

@@ -427,6 +427,35 @@ def test_left_padded_prompts_equal_one_by_one(generator_model):
         assert torch.equal(together[i, 7:], by_hand(generator_model, prompt[None], 8)[0, len(prompt) :])
 
 
+def test_generation_is_without_dropout_and_restores_the_mode():
+    model = make_model(backbone={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.9})
+    ids = torch.arange(6).view(2, 3)
+    texts = [model.train().generate(ids, max_new_tokens=8) for _ in range(4)]
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    assert model.training
+
+
+def test_generation_stops_when_all_texts_have_ended(generator_model):
+    ids = torch.arange(8).view(2, 4)
+    free = generator_model.generate(ids, max_new_tokens=12)
+    eos = int(free[0, 6])
+    ended = generator_model.generate(ids, max_new_tokens=12, eos_token_id=eos)
+    lengths = []
+    for row, full in zip(ended.tolist(), free.tolist(), strict=True):
+        new, wanted = row[4:], full[4:]
+        stop = wanted.index(eos) + 1 if eos in wanted else len(wanted)
+        lengths.append(stop)
+        assert new[: min(stop, len(new))] == wanted[: min(stop, len(new))]
+        assert set(new[stop:]) <= {eos}
+    assert ended.shape[1] == 4 + max(lengths)
+
+
+def test_arguments_out_of_range_are_named_at_once():
+    for name, value in (("calibration_batches", 0), ("count_power", -1.0), ("commitment_weight", -0.1)):
+        with pytest.raises(ValueError, match=f"Expected `{name}` to be"):
+            make_model(**{name: value})
+
+
 def test_sampled_generation_follows_the_generator(generator_model):
     prompts = torch.stack([row["input_ids"][:5] for row in rows(6)])
     texts = [

@@ -54,14 +54,14 @@ def check_token_to_code(token_to_code: Tensor, vocab_size: int, codebook_size: i
         ValueError: Expected `token_to_code` to map tokens to codes in [0, 2), but token 1 maps to 2.
 
     """
-    if token_to_code.shape != (vocab_size,) or token_to_code.is_floating_point():
+    if token_to_code.shape != (vocab_size,) or token_to_code.is_floating_point() or token_to_code.dtype == torch.bool:
         raise ValueError(
             f"Expected `token_to_code` to hold {vocab_size} integer codes, one a token, but got"
             f" {token_to_code.dtype} of shape {tuple(token_to_code.shape)}."
         )
-    wrong = ((token_to_code < 0) | (token_to_code >= codebook_size)).nonzero()
-    if wrong.numel():
-        token = int(wrong[0])
+    lowest, highest = token_to_code.aminmax()
+    if lowest < 0 or highest >= codebook_size:
+        token = int(((token_to_code < 0) | (token_to_code >= codebook_size)).nonzero()[0])
         raise ValueError(
             f"Expected `token_to_code` to map tokens to codes in [0, {codebook_size}), but token {token} maps to"
             f" {int(token_to_code[token])}."

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.checks import check_labels
+from lit_logits.functional.checks import check_labels, check_token_to_code
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 
 __all__ = [
@@ -31,24 +31,36 @@ __all__ = [
 ]
 
 
-def code_log_mass(token_to_code: Tensor, codebook_size: int, token_bias: Tensor | None = None) -> Tensor:
+def code_log_mass(
+    token_to_code: Tensor,
+    codebook_size: int,
+    token_bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Log mass of each code, β_k = logsumexp_{v: M(v)=k} b_v: the log of its token count when there is no bias.
 
     Args:
         token_to_code: (V,) int64.
         codebook_size: K.
         token_bias: (V,) in nats; default 0.
+        dtype: of the result without a bias.
 
     Returns:
         (K,), at least float32, −inf for an empty code; differentiable in `token_bias`.
+
+    Raises:
+        ValueError: for a code out of range (checked in host memory only).
 
     Example:
         >>> code_log_mass(torch.tensor([0, 0, 2]), codebook_size=3).exp()
         tensor([2., 0., 1.])
 
     """
+    if token_to_code.device.type == "cpu":
+        check_token_to_code(token_to_code, token_to_code.shape[0], codebook_size)
     if token_bias is None:
-        ones = torch.ones_like(token_to_code, dtype=torch.float32)
+        ones = torch.ones_like(token_to_code, dtype=dtype)
         return ones.new_zeros(codebook_size).index_add_(0, token_to_code, ones).log()  # bincount would wait for a GPU
     bias = at_least_float32(token_bias)
     highest = bias.detach().new_full((codebook_size,), -torch.inf)
@@ -73,6 +85,8 @@ def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: 
         tensor([2., 1., 2.])
 
     """
+    if token_to_code.device.type == "cpu":
+        check_token_to_code(token_to_code, token_to_code.shape[0], code_logits.shape[-1])
     logits = code_logits.index_select(-1, token_to_code)
     return logits if token_bias is None else logits + token_bias
 
@@ -125,7 +139,8 @@ def vq_cross_entropy(
         Nats, at least float32; a scalar, or (...) for `none`.
 
     Raises:
-        ValueError: for a label out of range (checked in host memory only).
+        ValueError: for labels of another shape, a label or a code out of range (values are checked in host memory
+            only).
 
     Example:
         >>> hidden, codebook = torch.zeros(1, 2), torch.zeros(2, 2)
@@ -133,9 +148,10 @@ def vq_cross_entropy(
         tensor(4.)
 
     """
+    _check_one_label_each(hidden, labels)
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
     token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
-    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
+    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias, dtype=_loss_dtype(hidden))
     log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
     return reduce_tokens(losses, mask, reduction)
@@ -179,9 +195,10 @@ def straight_through_vq_cross_entropy(
         ValueError: for a label out of range (checked in host memory only).
 
     """
+    _check_one_label_each(hidden, labels)
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
     token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
-    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias)
+    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias, dtype=_loss_dtype(hidden))
     log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
     log_share = -log_mass[token_to_code] if token_bias is None else token_bias - log_mass[token_to_code]
@@ -222,6 +239,18 @@ class _StraightThrough(torch.autograd.Function):
         grad_latents = share.unsqueeze(1).to(log_probs.dtype) * code_sums[token_to_code]
         grad_latents.index_add_(0, tokens, hidden * grad, alpha=-1)
         return grad_latents.to(ctx.dtype), None, None, None, None, None  # type: ignore[attr-defined]
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _check_one_label_each(hidden: Tensor, labels: Tensor) -> None:
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"Expected `labels` to have shape {tuple(hidden.shape[:-1])}, one for each hidden state, but got"
+            f" {tuple(labels.shape)}."
+        )
 
 
 def _token_losses(

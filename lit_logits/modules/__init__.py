@@ -1,6 +1,6 @@
 """Parameters and buffers: nn.Modules that know nothing of a Trainer."""
 
-from lit_logits.modules.backbone import CausalBackbone, load_backbone, load_causal_lm
+from lit_logits.modules.backbone import CausalBackbone, is_encoder, load_backbone, load_causal_lm, make_config
 from lit_logits.modules.calibration import Calibration, calibrate
 from lit_logits.modules.cifar_mobilenet import MobileNetV2, mobilenetv2
 from lit_logits.modules.cifar_resnet import (
@@ -75,11 +75,13 @@ __all__ = [
     "initialize_dense_head",
     "initialize_vq_head",
     "is_causal_lm",
+    "is_encoder",
     "load_backbone",
     "load_causal_lm",
     "load_classifier",
     "load_teacher",
     "load_weights",
+    "make_config",
     "mobilenetv2",
     "read_weights",
     "resnet8",

@@ -4,13 +4,19 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
 import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-__all__ = ["CausalBackbone", "load_backbone", "load_causal_lm"]
+__all__ = ["CausalBackbone", "is_encoder", "load_backbone", "load_causal_lm", "make_config"]
+
+_ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}
 
 # Models that change the logits after the output layer, which no other head behind them would know.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
@@ -82,7 +88,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
 
     """
     if isinstance(backbone, dict):
-        config = _make_config(backbone, vocab_size)
+        config = _make_causal_config(backbone, vocab_size)
         text_config = config.get_text_config()
         model = AutoModel.from_config(config)
         return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
@@ -110,26 +116,71 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
     )
 
 
-def _make_config(backbone: dict[str, Any], vocab_size: int | None) -> Any:
-    settings = dict(backbone)
-    model_type = settings.pop("model_type", None)
+def make_config(settings: Mapping[str, Any]) -> Any:
+    """A transformers config from a mapping with `model_type`.
+
+    Special tokens that lie outside of a small vocabulary are left out.
+
+    Raises:
+        ValueError: without `model_type`, for a type that transformers does not know, or for a setting that the type
+            does not have, which transformers would take without a word.
+
+    Example:
+        >>> make_config({"model_type": "llama", "hiden_size": 8})
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected settings of 'llama', but got 'hiden_size'. Did you mean 'hidden_size'?
+
+    """
+    own = dict(settings)
+    model_type = own.pop("model_type", None)
     if model_type is None:
         raise ValueError(
-            "Expected the mapping `backbone` to have the key `model_type` (such as llama, gpt2, qwen2), but got the"
-            f" keys {sorted(backbone)}."
+            f"Expected a mapping with the key `model_type` (such as llama, gpt2, vit), but got the keys {sorted(own)}."
         )
-    if vocab_size is not None:
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"Expected a `model_type` of transformers, but got {model_type!r}{_suggest(model_type, CONFIG_MAPPING)}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    known = {*config_class().to_dict(), *getattr(config_class, "attribute_map", {}), *PreTrainedConfig().to_dict()}
+    known |= {"num_labels", "id2label", "label2id"}
+    for name in own:
+        if name not in known:
+            raise ValueError(f"Expected settings of {model_type!r}, but got {name!r}{_suggest(name, known)}")
+    config = config_class(**own)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and token >= getattr(config, "vocab_size", token + 1):
+            setattr(config, name, None)
+    return config
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model of this config reads in both directions: BERT and its like, unless `is_decoder` is set."""
+    return config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), 1)
+    return f". Did you mean {close[0]!r}?" if close else "."
+
+
+def _make_causal_config(backbone: dict[str, Any], vocab_size: int | None) -> Any:
+    settings = dict(backbone)
+    if vocab_size is not None and "model_type" in settings:
         if settings.get("vocab_size", vocab_size) != vocab_size:
             raise ValueError(
                 f"Expected `backbone.vocab_size` to be the tokenizer's {vocab_size}, but got"
                 f" {settings['vocab_size']}. Leave it out."
             )
         settings["vocab_size"] = vocab_size
-    config = AutoConfig.for_model(model_type, **settings)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # defaults of a config may lie outside a small table
-        token = getattr(config, name, None)
-        if isinstance(token, int) and token >= config.vocab_size:
-            setattr(config, name, None)
+    config = make_config(settings)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder(config):
+        raise ValueError(
+            f"Expected the `model_type` of a causal language model (such as llama, gpt2, qwen2), but got"
+            f" {config.model_type!r}, whose tokens see those that follow. BERT and its like take `is_decoder: true`."
+        )
     return config
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from lit_logits.modules import cifar_mobilenet, cifar_resnet, cifar_shufflenet, cifar_vgg, cifar_wrn
-from lit_logits.modules.backbone import load_causal_lm
+from lit_logits.modules.backbone import is_encoder, load_causal_lm, make_config
 
 __all__ = ["MODEL_ZOO", "classifier_logits", "find_classifier", "is_causal_lm", "load_classifier", "tap_features"]
 
@@ -153,24 +153,13 @@ def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module:
-    settings = dict(settings)
-    model_type = settings.pop("model_type", None)
-    if model_type is None:
-        raise ValueError(
-            f"Expected a mapping with `model_type` (such as llama, vit, bert), but got the keys {sorted(settings)}."
-        )
-    config = AutoConfig.for_model(model_type, **settings)
-    model_class = _class_for(config)
+    model_class = _class_for(make_config(settings))
     if num_classes is not None:
         key = "vocab_size" if model_class is transformers.AutoModelForCausalLM else "num_labels"
         if settings.get(key, num_classes) != num_classes:
             raise ValueError(f"Expected `{key}` to be `num_classes` = {num_classes}, but got {settings[key]}.")
-        setattr(config, key, num_classes)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # defaults may lie outside a small vocabulary
-        token = getattr(config, name, None)
-        if isinstance(token, int) and token >= getattr(config, "vocab_size", token + 1):
-            setattr(config, name, None)
-    return model_class.from_config(config)
+        settings = {**settings, key: num_classes}
+    return model_class.from_config(make_config(settings))
 
 
 def _class_for(config: Any) -> Any:
@@ -186,17 +175,9 @@ def _class_for(config: Any) -> Any:
             return auto_class
     if type(config) in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return transformers.AutoModelForImageClassification
-    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(config):
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not is_encoder(config):
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForSequenceClassification
-
-
-def _is_encoder(config: Any) -> bool:
-    """BERT and its like may also decode, if `is_decoder` says so."""
-    return hasattr(config, "is_decoder") and not config.is_decoder and config.model_type in _ENCODERS
-
-
-_ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}
 
 
 def _listed(linears: Mapping[str, nn.Linear], most: int = 6) -> str:

@@ -3,6 +3,8 @@
 Letters: N tokens, d hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ class DenseLogitsHead(nn.Module):
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * 0.02)
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.register_load_state_dict_pre_hook(_check_vocabulary)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Token logits (..., V) in nats of hidden states (..., d)."""
@@ -42,7 +45,7 @@ class DenseLogitsHead(nn.Module):
         """Cross-entropy in nats; makes the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
         check_labels(labels, self.weight.shape[0], ignore_index=ignore_index)
         logits = at_least_float32(self(hidden)).reshape(-1, self.vocab_size)
-        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=ignore_index, reduction="none")
+        losses = F.cross_entropy(logits, labels.flatten().long(), ignore_index=ignore_index, reduction="none")
         return reduce_tokens(losses.view_as(labels), labels != ignore_index, reduction)
 
     @torch.no_grad()
@@ -73,3 +76,13 @@ class DenseLogitsHead(nn.Module):
         size = dense + (0 if self.token_bias is None else self.token_bias.numel())
         itemsize = self.weight.dtype.itemsize
         return Footprint(size, size * itemsize, dense, dense * itemsize)
+
+
+def _check_vocabulary(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a checkpoint of another vocabulary with a message that says what to do."""
+    loaded, own = state_dict.get(prefix + "weight"), module.vocab_size
+    if loaded is not None and loaded.shape[0] != own:
+        raise ValueError(
+            f"Expected a checkpoint with `vocab_size` {own}, but this one has {loaded.shape[0]}. Use the tokenizer that"
+            " it was trained with."
+        )

@@ -15,6 +15,7 @@ from lit_logits.functional import (
     SamplingTables,
     all_reduce_sum_,
     broadcast_,
+    check_finite,
     check_token_to_code,
     code_logits,
     code_means,
@@ -272,25 +273,28 @@ class VQLogitsHead(nn.Module):
             latents: (V, d) to start the latents from; without them they restart around their codes.
 
         Raises:
-            ValueError: for another shape or a code out of range.
+            ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
 
         """
         if token_to_code is not None:
             check_token_to_code(token_to_code, self.vocab_size, self.codebook_size)
-        for name, value in (
-            ("codebook", codebook),
-            ("token_to_code", token_to_code),
-            ("token_bias", token_bias),
-            ("token_counts", token_counts),
-            ("latents", latents),
-        ):
-            target = getattr(self, name)
-            if value is None or target is None:
-                continue
+        given = {
+            "codebook": codebook,
+            "token_to_code": token_to_code,
+            "token_bias": token_bias,
+            "token_counts": token_counts,
+            "latents": latents,
+        }
+        pairs = [(name, getattr(self, name), value) for name, value in given.items() if value is not None]
+        pairs = [(name, target, value) for name, target, value in pairs if target is not None]
+        for name, target, value in pairs:  # all of them before the first is written
             if value.shape != target.shape:
                 raise ValueError(
                     f"Expected `{name}` to have shape {tuple(target.shape)}, but got {tuple(value.shape)}."
                 )
+            if value.is_floating_point():
+                check_finite(value, name)
+        for _, target, value in pairs:
             target.copy_(value)
         if latents is None:
             self._restart_latents()
@@ -327,7 +331,8 @@ class VQLogitsHead(nn.Module):
             generator: source of randomness, on the device of the head.
 
         Returns:
-            int64 codes whose vectors changed: the revived and, with latents, those they were split from.
+            int64 codes whose vectors changed, in rising order: the revived and, with latents, those they were split
+            from.
 
         """
         split = split_heavy_codes(
@@ -347,8 +352,11 @@ class VQLogitsHead(nn.Module):
         else:
             means, _ = code_means(self.latents, self.token_to_code, self.codebook_size)
             self.codebook[changed] = means[changed].to(self.codebook.dtype)
+        is_changed = torch.zeros(self.codebook_size, dtype=torch.uint8, device=self.codebook.device)
+        is_changed[changed] = 1
+        broadcast_(self.codebook, self.token_to_code, is_changed)
+        changed = is_changed.nonzero().squeeze(1)
         self._restart_ema(changed)
-        broadcast_(self.codebook, self.token_to_code)
         return changed
 
     # ------------------------------------------------------------------ inside
@@ -383,6 +391,7 @@ class VQLogitsHead(nn.Module):
         self.ema_sums.lerp_(means * mass.unsqueeze(1), 1 - self.decay)
         alive = mass > 0
         self.codebook[alive] = (self.ema_sums[alive] / self.ema_mass[alive].unsqueeze(1)).to(self.codebook.dtype)
+        broadcast_(self.codebook)  # DDP carries buffers and gradients, and this is neither
 
     def _reassign(self) -> None:
         vectors = self.token_vectors()
@@ -419,8 +428,8 @@ def _check_options(
             raise ValueError(f"Expected `{name}` to be in [0, 1), but got {value}.")
 
 
-def _check_vocabulary(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Refuse a checkpoint of another vocabulary or codebook with a message that says what to do."""
+def _check_vocabulary(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a checkpoint of another vocabulary or codebook, or of a mapping that is none, and say what to do."""
     for name, what in (("token_to_code", "vocab_size"), ("codebook", "codebook_size")):
         loaded, own = state_dict.get(prefix + name), getattr(module, name)
         if loaded is not None and loaded.shape[0] != own.shape[0]:
@@ -428,3 +437,6 @@ def _check_vocabulary(module: nn.Module, state_dict: dict[str, Any], prefix: str
                 f"Expected a checkpoint with `{what}` {own.shape[0]}, but this one has {loaded.shape[0]}. Use the"
                 " tokenizer and the codebook size that it was trained with."
             )
+    mapping = state_dict.get(prefix + "token_to_code")
+    if mapping is not None and mapping.device.type != "meta":
+        check_token_to_code(mapping, module.vocab_size, module.codebook_size)

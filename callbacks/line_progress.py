@@ -1,0 +1,43 @@
+"""`LineProgress`: progress for output that is no terminal."""
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+__all__ = ["LineProgress"]
+
+
+class LineProgress(ProgressBar):
+    """One line every `log_every_n_steps` steps and one a validation, from rank zero, for a file or a pipe.
+
+    Example:
+        >>> LineProgress().printed_step
+        0
+
+    """
+
+    printed_step = 0
+
+    def disable(self) -> None:
+        """Nothing: Lightning asks ranks other than zero, which do not print."""
+
+    def enable(self) -> None:
+        """Nothing."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Prints once for each step that is due, however many batches are accumulated into it."""
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due and trainer.global_step != self.printed_step:
+            self.printed_step = trainer.global_step
+            self._print(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what validation found."""
+        self._print(trainer, pl_module)
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
+            values = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+            print(f"epoch {trainer.current_epoch}  step {trainer.global_step}  {values}", flush=True)

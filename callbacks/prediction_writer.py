@@ -1,0 +1,55 @@
+"""`PredictionWriter`: what `predict` returns, in files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+__all__ = ["PredictionWriter"]
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write each batch's prediction, and the numbers of its rows in the data set, as it is made.
+
+    A file `predictions/BATCH-RANK.pt` of the run folder holds `{"predictions": ..., "rows": [...]}` for `torch.load`;
+    `rows` is None where the loader's sampler tells no numbers. Nothing is kept in memory and a killed run keeps what it
+    has written.
+
+    Example:
+        >>> PredictionWriter().interval.value
+        'batch'
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one file."""
+        folder = self._folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = f"{dataloader_idx}-" if dataloader_idx else ""
+        file = folder / f"{prefix}{batch_idx:06d}-{trainer.global_rank}.pt"
+        partial = file.with_suffix(".partial")
+        torch.save({"predictions": prediction, "rows": list(batch_indices) if batch_indices else None}, partial)
+        partial.replace(file)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where they are."""
+        rank_zero_info(f"Predictions: {self._folder(trainer)}")
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir, "predictions")
