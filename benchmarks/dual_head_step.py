@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Measurement, in_fresh_process, machine, markdown_table, measure
 from lit_logits import DualHeadKD
+from lit_logits.functional import binary_kl_norm
+from lit_logits.modules import AuxiliaryHead
 
 CASES: dict[str, dict[str, str]] = {
     "ce": {"method": "ce"},
@@ -51,7 +53,7 @@ def make_step(case: str, args: argparse.Namespace) -> Callable[[], None]:
         ce, kd = model.losses(batch)
         loss = ce if kd is None else ce + kd
         if model.aligner.is_active and kd is not None:
-            model.aligner.collect(loss, ce, kd, parameters)
+            model.aligner.collect(loss, kd, parameters)
             model.aligner.join(parameters, model.net.head_parameters())
         else:
             loss.backward()
@@ -69,6 +71,19 @@ def teacher_forward(args: argparse.Namespace) -> Callable[[], None]:
     def step() -> None:
         with torch.no_grad():
             teacher(images)
+
+    return step
+
+
+def head_alone(args: argparse.Namespace) -> Callable[[], None]:
+    """What the auxiliary head adds to a step: its forward pass and loss, and their gradients."""
+    device = torch.device(args.device)
+    features = torch.randn(args.batch_size, 64, device=device, requires_grad=True)
+    teacher_logits = torch.randn(args.batch_size, args.classes, device=device)
+    head = AuxiliaryHead(64, args.classes).to(device)
+
+    def step() -> None:
+        binary_kl_norm(head(features), teacher_logits, temperature=2.0).backward()
 
     return step
 
@@ -121,7 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     steps = {case: make_step(case, args) for case in CASES}
-    seconds = take_turns({**steps, "teacher": teacher_forward(args)}, args.repeats, device)
+    alone = {"teacher": teacher_forward(args), "head": head_alone(args)}
+    seconds = take_turns({**steps, **alone}, args.repeats, device)
     counted = {case: flops(step) for case, step in steps.items()}
     teacher_flops = flops(teacher_forward(args))
     peaks = {case: in_fresh_process(memory, case, args).peak_bytes for case in CASES}
@@ -144,6 +160,8 @@ def main() -> None:
     print(f"{args.repeats} turns; {machine(device)}\n")
     header = ["step", "ms", "of ce", "of ce, teacher off", "FLOPs of ce, teacher off", "peak MiB", "peak of ce"]
     print(markdown_table(header, rows))
+    head, ce = statistics.median(seconds["head"]), statistics.median(seconds["ce"])
+    print(f"\nAuxiliary head and its loss alone, forward and backward: {head * 1e3:.2f} ms, {head / ce:.2%} of ce.")
 
 
 if __name__ == "__main__":

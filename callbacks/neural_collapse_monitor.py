@@ -63,7 +63,12 @@ class NeuralCollapseMonitor(Callback):
         self._hook: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so when there is nothing to watch."""
+        """Say so when there is nothing to watch, and refuse what cannot be measured."""
+        if self.measure_gradients_every_n_steps and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise ValueError(
+                "Expected `measure_gradients_every_n_steps` to be None with the DDP option static_graph=True, whose"
+                " first steps must not differ from the others."
+            )
         net = next(_parts(pl_module, DualHeadClassifier), None)
         if net is None:
             rank_zero_warn("NeuralCollapseMonitor found no DualHeadClassifier in the model and will do nothing.")

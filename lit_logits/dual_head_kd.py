@@ -5,7 +5,7 @@ Letters: B batch, T sequence, N tokens that count, C classes (of a language mode
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ class DualHeadKD(LightningModule):
         student: any classifier as a module; a name of the zoo such as `resnet8x4`; a hub id or folder of transformers
             (image or sequence classifier, causal language model); or the config of a new transformers model as a
             mapping with `model_type`.
-        teacher: the same; not needed for `ce`. It is frozen, in `eval`, and in neither checkpoint nor optimizer.
+        teacher: the same; needed to train by any method but `ce`, and for nothing else. It is frozen, in `eval`, and
+            in neither checkpoint nor optimizer.
         teacher_checkpoint: Lightning checkpoint or `state_dict` file for the teacher; see `load_weights`.
         num_classes: C of models that are made here; also helps to find the last layer.
         method: `ce`; `kd`: both terms on the one head; `single_head`: the same with BinaryKL or BinaryKL-Norm, the
@@ -104,7 +105,7 @@ class DualHeadKD(LightningModule):
         super().__init__()
         modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        _check_options(method, grad_align, temperature, chunk_size, teacher)
+        _check_options(method, kd_loss, temperature, ce_weight, kd_weight, chunk_size, lr_interval)
         self.method, self.ce_weight, self.kd_weight = method, ce_weight, kd_weight
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
         self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
@@ -112,12 +113,13 @@ class DualHeadKD(LightningModule):
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
 
         self.net = DualHeadClassifier(
-            load_classifier(student, num_classes),
+            load_classifier(student, num_classes, new_head=True),
             num_classes=num_classes,
             classifier=classifier,
             aux_head=aux_head if method == "dual_head" else None,
         )
-        self.aligner = GradientAligner(grad_align)
+        aligner = GradientAligner(grad_align)
+        self.aligner = GradientAligner() if method == "ce" else aligner  # one loss has nothing to align
         self.teacher: FrozenTeacher | None = None
         if method != "ce" and teacher is not None:
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
@@ -138,11 +140,17 @@ class DualHeadKD(LightningModule):
     # ------------------------------------------------------------------ losses
 
     def losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Cross-entropy of the main head and the distillation term, before weighting."""
+        """Cross-entropy of the main head and the distillation term, before weighting.
+
+        Raises:
+            ValueError: for a label out of range, or without a teacher to learn from.
+
+        """
+        self._check_teacher()
         check_labels(batch["labels"], self.net.num_classes)
         if self.net.is_causal_lm:
             return self._token_losses(batch)
-        inputs, labels = _inputs(batch), batch["labels"]
+        inputs, labels = _inputs(batch), batch["labels"].long()
         output = self.net(inputs)
         ce = reduce_tokens(F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != -100)
         if self.teacher is None:
@@ -168,7 +176,7 @@ class DualHeadKD(LightningModule):
         def kd(rows: Tensor, teacher_rows: Tensor) -> Tensor:
             return self._kd(head(rows), teacher_head(teacher_rows), reduction="sum")
 
-        rows = hidden if aux is None else aux.trunk(hidden)
+        rows = hidden if aux is None else aux.hidden(hidden)
         teacher_rows = self.teacher.hidden_states(inputs)[:, :-1][mask]
         return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, chunk_size=self.chunk_size) / count)
 
@@ -180,11 +188,29 @@ class DualHeadKD(LightningModule):
     def on_fit_start(self) -> None:
         """Forget gradients of a fit that was cut off between micro-batches, and refuse sharded ones."""
         self.aligner.reset()
+        self._check_teacher()
         sharded = type(self.trainer.strategy).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel"))
         if self.aligner.is_active and sharded:
             raise ValueError(
                 f"Expected the strategy 'ddp' or one device for grad_align={self.aligner.mode!r}, because"
                 f" {type(self.trainer.strategy).__name__} shards the gradients, but got that. Set `grad_align: none`."
+            )
+
+    def _check_teacher(self) -> None:
+        if self.method != "ce" and self.teacher is None:
+            raise ValueError(
+                f"Expected a `teacher` for method={self.method!r}, but got None, which serves evaluation only. Train"
+                " one with method='ce'."
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another method in words."""
+        theirs = any(name.startswith("net.aux_head.") for name in checkpoint["state_dict"])
+        if theirs != (self.net.aux_head is not None):
+            given, own = ("with", "without") if theirs else ("without", "with")
+            raise ValueError(
+                f"Expected a checkpoint {own} an auxiliary head for method={self.method!r}, but this one is {given} it."
+                " Pass the `method` (and `aux_head`) that it was trained with."
             )
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -195,21 +221,21 @@ class DualHeadKD(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Weighted sum of both terms."""
         ce, kd = self.losses(batch)
-        loss = ce_term = self.ce_weight * ce
+        loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
         if kd is not None:
             kd_term = self.kd_weight * kd
-            loss = ce_term + kd_term
-            self._terms = (ce_term, kd_term)
+            loss = loss + kd_term
+            self._kd_term = kd_term
             self.log("train/loss_kd", kd)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """One pass, or one for each term where their gradients are kept apart."""
+        """One pass, or two where the distillation gradient is kept apart from that of all the rest."""
         if self.aligner.is_active and self.teacher is not None:
-            self.aligner.collect(loss, *self._terms, self._trained())
-            del self._terms
+            self.aligner.collect(loss, self._kd_term, self._trained())
+            del self._kd_term
         else:
             super().backward(loss, *args, **kwargs)
 
@@ -244,11 +270,11 @@ class DualHeadKD(LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss and accuracy of the main head, and accuracy of the auxiliary one."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss and accuracy of the main head, and accuracy of the auxiliary one."""
         self._evaluate(batch, "test")
 
@@ -320,17 +346,28 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _check_options(method: str, grad_align: str, temperature: float | None, chunk_size: int, teacher: object) -> None:
-    if method not in ("ce", "kd", "single_head", "dual_head"):
+def _check_options(
+    method: str,
+    kd_loss: str | None,
+    temperature: float | None,
+    ce_weight: float,
+    kd_weight: float,
+    chunk_size: int,
+    lr_interval: str,
+) -> None:
+    if method not in get_args(Method):
         raise ValueError(f"Expected `method` to be 'ce', 'kd', 'single_head' or 'dual_head', but got {method!r}.")
-    if method != "ce" and teacher is None:
-        raise ValueError(f"Expected a `teacher` for method={method!r}, but got None. Train one with method='ce'.")
-    if method == "ce" and grad_align != "none":
-        raise ValueError(f"Expected `grad_align` to be 'none' for method='ce', which has one loss, not {grad_align!r}.")
+    if kd_loss is not None and kd_loss not in get_args(LogitLoss):
+        raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
+    for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
+        if not value >= 0:
+            raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")
     if chunk_size < 1:
         raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
+    if lr_interval not in ("epoch", "step"):
+        raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
 
 
 def _check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:

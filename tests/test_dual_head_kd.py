@@ -129,6 +129,17 @@ def test_norm_is_finite_for_the_largest_finite_logits():
     assert student.grad.tolist() == [[0.5, 0.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_norm_is_finite_also_where_its_sum_is_no_number(dtype, temperature):
+    largest = torch.finfo(dtype).max
+    student = torch.full((3, 8), largest, dtype=dtype, requires_grad=True)
+    value = binary_kl_norm(student, -student.detach(), temperature=temperature)
+    value.backward()
+    assert torch.isfinite(value)
+    torch.testing.assert_close(student.grad, torch.full_like(student, temperature / 2 / 3))
+
+
 def test_norm_keeps_its_digits_for_nearly_equal_logits():
     """|x| + softplus(−2|x|) − log 2 alone is noise of 6e-8 here; 100 classes of 1e-4 come to 1.25e-7 in all."""
     student = torch.full((1, 100), 1e-4)
@@ -244,6 +255,14 @@ def test_aligned_gradients_never_oppose_and_only_the_direction_counts(seed, scal
     assert (aligned * r).sum() >= -1e-12
     torch.testing.assert_close(project_conflicting_gradient(g, scale * r), aligned, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(project_conflicting_gradient(aligned, r), aligned, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_only_the_direction_of_the_reference_counts_at_any_scale(size):
+    aligned = project_conflicting_gradient(torch.tensor([-1.0, 1.0]), torch.tensor([size, 0.0]))
+    torch.testing.assert_close(aligned, torch.tensor([0.0, 1.0]))
+    aligned = project_conflicting_gradient(torch.tensor([-size, size]), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(aligned / size, torch.tensor([0.0, 1.0]))
 
 
 def test_lists_are_one_vector():

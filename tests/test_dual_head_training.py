@@ -1,5 +1,6 @@
 """`DualHeadKD` under the real Trainer: updates against oracles, teachers, students, export, two processes."""
 
+import argparse
 import copy
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_a_fit_that_was_cut_off_leaves_no_gradients_to_the_next():
     expected, _ = oracle(model, batch_of(rows()), "backbone")
     model.double()
     ce, kd = model.losses(batch_of(rows(seed=1)))
-    model.aligner.collect(ce + kd, ce, kd, list(model.net.parameters()))  # no step follows
+    model.aligner.collect(ce + kd, kd, list(model.net.parameters()))  # no step follows
     fit(model, rows())
     check(model, expected)
 
@@ -262,6 +263,42 @@ def test_cross_entropy_alone_needs_no_teacher():
         torch.testing.assert_close(p, q - 0.5 * g)
 
 
+def test_cross_entropy_alone_has_nothing_to_align():
+    """So a recipe with `grad_align` trains its teacher by another `method` alone."""
+    model = DualHeadKD(Net(), method="ce", grad_align="all")
+    assert "kd/conflict" not in fit(model, rows()).callback_metrics
+
+
+def test_a_term_that_a_subclass_adds_is_trained_in_every_mode():
+    class Regularised(DualHeadKD):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 100 * self.student.body[0].bias.square().sum()
+
+    for mode in ("none", "all"):
+        model = make(grad_align=mode)
+        model.__class__ = Regularised
+        with torch.no_grad():
+            model.student.body[0].bias.fill_(1.0)
+        model.optimizer = lambda p: torch.optim.SGD(p, lr=0.005)
+        fit(model, rows())
+        assert model.student.body[0].bias.abs().max() < 0.05
+
+
+def test_a_single_row_has_no_batch_statistic():
+    metrics = fit(make(aux_head="nonlinear"), rows(13), batch_size=12, max_steps=2).callback_metrics
+    assert torch.isfinite(metrics["train/loss"])
+
+
+def test_students_that_return_a_mapping_or_call_by_keyword():
+    class Named(Net):
+        def forward(self, x):
+            return {"logits": self.fc(input=self.body(x)), "extra": None}
+
+    model = DualHeadKD(Named(), Net())
+    metrics = fit(model, [{**row, "labels": row["labels"].int()} for row in rows()]).callback_metrics
+    assert torch.isfinite(metrics["train/loss_kd"])
+
+
 def test_samples_without_a_label_still_learn_from_the_teacher():
     batch = batch_of(rows())
     batch["labels"][::3] = -100
@@ -306,6 +343,23 @@ def test_teacher_is_frozen_in_eval_and_nowhere_to_be_found(tmp_path):
     assert model.teacher.model.fc.weight.dtype == torch.float64  # it followed to another dtype
 
 
+def test_evaluation_needs_no_teacher(tmp_path):
+    model = make()
+    fit(model, rows()).save_checkpoint(tmp_path / "last.ckpt")
+    alone = DualHeadKD.load_from_checkpoint(tmp_path / "last.ckpt", student=Net(), teacher=None).double()
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, precision="64-true")
+    (result,) = trainer.test(alone, DataLoader(rows(), batch_size=4), verbose=False)
+    x, y = batch_of(rows()).values()
+    assert result["test/acc"] == pytest.approx((model(x).argmax(1) == y).double().mean().item())
+    with pytest.raises(ValueError, match="without an auxiliary head for method='kd', but this one is with it"):
+        DualHeadKD.load_from_checkpoint(tmp_path / "last.ckpt", student=Net(), teacher=None, method="kd")
+
+
+def test_the_whole_teacher_stays_in_eval_mode():
+    model = make(norm=True).train()
+    assert not any(module.training for module in [*model.teacher.modules(), *model.teacher.model.modules()])
+
+
 def test_resumed_training_equals_an_uninterrupted_run(tmp_path):
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
@@ -340,6 +394,9 @@ def saved_teachers(tmp_path):
     torch.save({"epoch": 3, "model": state, "opt": {"lr": 0.1}}, tmp_path / "loop.pth")
     torch.save({"state_dict": {f"module.net.student.{k}": v for k, v in state.items()}}, tmp_path / "both.ckpt")
     torch.save({"state_dict": trained.state_dict(), "epoch": 1}, tmp_path / "lightning.ckpt")
+    loop = {"model": state, "accuracy": torch.tensor(79.4), "optimizer": {"state": {}}, "epoch": 240}
+    torch.save(loop, tmp_path / "table.pth")  # as the field's tables were made
+    torch.save({**loop, "opt": argparse.Namespace(lr=0.1)}, tmp_path / "table_last.pth")
     from safetensors.torch import save_file
 
     save_file(state, tmp_path / "plain.safetensors")
@@ -383,6 +440,11 @@ def test_a_teacher_file_of_another_architecture_is_named(tmp_path):
 def test_files_that_are_no_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.pt' is not there"):
         load_weights(Net(), "nowhere.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "nothing.pt").write_bytes(b"")
+    for name in ("text.pt", "nothing.pt"):
+        with pytest.raises(ValueError, match=f"{name}' to (be a file of|hold tensors)"):
+            load_weights(Net(), tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     with pytest.raises(ValueError, match="to hold a state dict"):
         load_weights(Net(), tmp_path / "empty.pt")
@@ -397,14 +459,18 @@ def test_files_that_are_no_weights_are_named(tmp_path):
 def test_bad_arguments_say_what_to_pass():
     with pytest.raises(ValueError, match=r"same classes, but Net has 3 and Net has 4"):
         DualHeadKD(Net(), Net(classes=4))
-    with pytest.raises(ValueError, match="a `teacher` for method='kd', but got None"):
-        DualHeadKD(Net(), method="kd")
+    with pytest.raises(ValueError, match="a `teacher` for method='kd', but got None, which serves evaluation only"):
+        fit(DualHeadKD(Net(), method="kd"), rows())
+    with pytest.raises(ValueError, match=r"`kd_loss` to be one of .*, but got 'kld'"):
+        DualHeadKD(Net(), Net(), kd_loss="kld")
+    with pytest.raises(ValueError, match="`kd_weight` to be non-negative, but got -1"):
+        DualHeadKD(Net(), Net(), kd_weight=-1.0)
+    with pytest.raises(ValueError, match="`lr_interval` to be 'epoch' or 'step', but got 'batch'"):
+        DualHeadKD(Net(), Net(), lr_interval="batch")
     with pytest.raises(ValueError, match="'single_head' or 'dual_head', but got 'dual'"):
         DualHeadKD(Net(), Net(), method="dual")
     with pytest.raises(ValueError, match="'backbone' or 'all', but got 'heads'"):
         DualHeadKD(Net(), Net(), grad_align="heads")
-    with pytest.raises(ValueError, match="method='ce', which has one loss"):
-        DualHeadKD(Net(), method="ce", grad_align="all")
     with pytest.raises(ValueError, match="`temperature` to be positive, but got 0"):
         DualHeadKD(Net(), Net(), temperature=0)
     with pytest.raises(ValueError, match="Pass a copy"):

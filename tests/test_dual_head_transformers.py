@@ -146,6 +146,37 @@ def test_vocabularies_that_differ_are_named():
         DualHeadKD(llama(), torch.nn.Linear(4, V))
 
 
+def test_models_that_transform_hidden_states_before_their_output_layer_are_refused():
+    from transformers import BertConfig, BertLMHeadModel
+
+    bert = BertLMHeadModel(
+        BertConfig(
+            vocab_size=V,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            is_decoder=True,
+        )
+    )
+    with pytest.raises(ValueError, match="BertLMHeadModel transforms it in between"):
+        DualHeadKD(bert, method="ce")
+
+
+def test_pretrained_body_gets_a_new_head_as_a_student_and_is_refused_as_a_teacher(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    BertForMaskedLM(
+        BertConfig(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("BertForMaskedLM", "BertForSequenceClassification"))
+    model = DualHeadKD(str(tmp_path), method="ce", num_classes=5)
+    assert model.net.num_classes == 5
+    with pytest.raises(ValueError, match=r"its weights lack .*which would be random"):
+        DualHeadKD(str(tmp_path), str(tmp_path), num_classes=5)
+
+
 def test_student_from_a_config_takes_the_vocabulary():
     model = DualHeadKD(LLAMA, llama(), num_classes=V)
     assert is_causal_lm(model.student)

@@ -118,8 +118,8 @@ def binary_kl_norm(
 
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
-    half = student / (2 * temperature) - teacher / (2 * temperature)  # the difference of huge logits could overflow
-    return _reduce(temperature**2 * _LogCosh.apply(half).sum(-1), reduction)
+    half = (student / 2 - teacher / 2) / temperature  # the difference of huge logits could overflow
+    return _reduce(_Saturate.apply(temperature**2 * _LogCosh.apply(half).sum(-1)), reduction)
 
 
 def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -242,6 +242,22 @@ class _LogCosh(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad * torch.tanh(x)
+
+
+class _Saturate(torch.autograd.Function):
+    """Rows whose sum is no number any more become as large as a finite sum allows; gradients are as before."""
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        return rows.clamp(max=torch.finfo(rows.dtype).max / max(1, rows.numel()))
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:

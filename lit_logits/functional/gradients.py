@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_logits.functional.distributed import all_reduce_sum_
+from lit_logits.functional.reductions import at_least_float32
 
 __all__ = [
     "AlignedGradients",
@@ -79,12 +80,16 @@ def align_gradients(grads: Sequence[Tensor], references: Sequence[Tensor]) -> Al
             f"Expected `grads` and `references` of the same shapes, but got {[tuple(g.shape) for g in grads]} and"
             f" {[tuple(r.shape) for r in references]}."
         )
-    inner = _inner_product(grads, references)
-    squared_norm, own = _inner_product(references, references), _inner_product(grads, grads)
+    # Of unit size at most, so that squares neither vanish nor overflow; an infinity becomes NaN and stays to be seen.
+    units, directions = _scaled(grads), _scaled(references)
+    inner, squared_norm, own = (
+        _inner_product(*pair) for pair in ((units, directions), (directions, directions), (units, units))
+    )
     tiny = torch.finfo(inner.dtype).tiny
     conflict = inner < 0
-    share = torch.where(conflict, inner / squared_norm.clamp(min=tiny), 0.0)
-    aligned = [grad - share.to(grad.dtype) * reference for grad, reference in zip(grads, references, strict=True)]
+    size = _largest(grads)
+    share = torch.where(conflict, inner / squared_norm.clamp(min=tiny), 0.0) * size
+    aligned = [grad - share.to(grad.dtype) * way.to(grad.dtype) for grad, way in zip(grads, directions, strict=True)]
     cosine = inner / (squared_norm.sqrt() * own.sqrt()).clamp(min=tiny)
     return AlignedGradients(aligned, cosine, conflict.to(inner.dtype))
 
@@ -103,6 +108,18 @@ def any_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return list(flags)
     return [count > 0 for count in all_reduce_sum_(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()]
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """Largest absolute entry, in at least float32; 1 where all are 0 or there are none."""
+    entries = [at_least_float32(tensor.abs().max()) for tensor in tensors if tensor.numel()]
+    largest = torch.stack(entries).max() if entries else torch.ones(())
+    return torch.where(largest == 0, 1.0, largest)
+
+
+def _scaled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    largest = _largest(tensors)
+    return [at_least_float32(tensor) / largest for tensor in tensors]
 
 
 def _inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -99,6 +99,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
             f"Expected a causal language model with an output layer, but {type(causal_lm).__name__} has none."
         )
     _check_logits_are_plain(causal_lm)
+    _check_head_reads_last_hidden_state(causal_lm)
     weight = output.weight.detach()
     if vocab_size is not None and vocab_size > weight.shape[0]:
         raise ValueError(
@@ -192,3 +193,24 @@ def _check_logits_are_plain(model: nn.Module) -> None:
                 f"Expected a model whose logits are its output layer's, but {type(model).__name__} sets"
                 f" {name}={value}, which changes them afterwards."
             )
+
+
+@torch.no_grad()
+def _check_head_reads_last_hidden_state(model: PreTrainedModel) -> None:
+    """Some models transform hidden states in front of their output layer, which no other head would know."""
+    table, output = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
+    if output.weight.device.type == "meta":
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(2, device=table.weight.device).unsqueeze(0)
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        logits, own = model(input_ids=ids).logits, output(hidden.to(output.weight.device))
+    finally:
+        model.train(was_training)
+    if own.shape != logits.shape or not torch.allclose(own.to(logits), logits, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"Expected a model whose output layer reads the backbone's last hidden state, but {type(model).__name__}"
+            " transforms it in between."
+        )

@@ -27,7 +27,9 @@ MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
 """Models for small images by the names of the literature's tables; each takes the number of classes."""
 
 
-def load_classifier(model: nn.Module | str | dict[str, Any], num_classes: int | None = None) -> nn.Module:
+def load_classifier(
+    model: nn.Module | str | dict[str, Any], num_classes: int | None = None, *, new_head: bool = False
+) -> nn.Module:
     """Make a classifier or causal language model, in float32.
 
     Args:
@@ -35,9 +37,12 @@ def load_classifier(model: nn.Module | str | dict[str, Any], num_classes: int | 
             a `.gguf` file of a language model; or the config of a new transformers model as a mapping with
             `model_type`.
         num_classes: C of a new model, the vocabulary of a language model; a pretrained one keeps its own.
+        new_head: give a pretrained classifier that lacks a last layer of `num_classes` outputs a new one, to be
+            trained; otherwise that is an error.
 
     Raises:
-        ValueError: for a name that is none of these, a mapping without `model_type`, or a missing `num_classes`.
+        ValueError: for a name that is none of these, a mapping without `model_type`, a missing `num_classes`, or
+            pretrained weights without a last layer.
 
     Example:
         >>> load_classifier("resnet8", num_classes=10).fc
@@ -57,7 +62,14 @@ def load_classifier(model: nn.Module | str | dict[str, Any], num_classes: int | 
     path = os.path.expanduser(model)
     try:
         config = AutoConfig.from_pretrained(path)
-        return _class_for(config).from_pretrained(path, dtype="float32")
+        model_class = _class_for(config)
+        kwargs: dict[str, Any] = {}
+        if new_head and num_classes is not None and model_class is not transformers.AutoModelForCausalLM:
+            kwargs = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+        loaded, info = model_class.from_pretrained(path, dtype="float32", output_loading_info=True, **kwargs)
+        if info["missing_keys"] and not new_head:
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[:3]}, which would be random")
+        return loaded
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected a module, one of {sorted(MODEL_ZOO)}, a hub id, a local folder or a mapping with `model_type`,"
@@ -81,7 +93,8 @@ def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """
     by_keyword = isinstance(model, PreTrainedModel) or len(inputs) > 1
     output = model(**inputs) if by_keyword else model(*inputs.values())
-    logits = getattr(output, "logits", output)
+    logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    logits = getattr(logits, "logits", logits)
     logits = logits[0] if isinstance(logits, tuple | list) else logits
     if not isinstance(logits, Tensor):
         raise TypeError(f"Expected {type(model).__name__} to return logits, but got {type(output).__name__}.")
@@ -145,7 +158,9 @@ def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     """
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = linear.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    handle = linear.register_forward_hook(
+        lambda _, args, kwargs, output: calls.append((args[0] if args else kwargs["input"], output)), with_kwargs=True
+    )
     try:
         yield calls
     finally:

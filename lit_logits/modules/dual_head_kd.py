@@ -51,7 +51,17 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (..., C) of features (..., d)."""
-        return self.classifier(self.trunk(features))
+        return self.classifier(self.hidden(features))
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """Input of the last layer. Of a single row there is no batch statistic, so the running ones serve it."""
+        if not self.training or len(features) > 1:
+            return self.trunk(features)
+        self.trunk.eval()
+        try:
+            return self.trunk(features)
+        finally:
+            self.trunk.train()
 
 
 class DualHeadOutput(NamedTuple):
@@ -106,7 +116,8 @@ class DualHeadClassifier(nn.Module):
         self.num_features, self.num_classes = main.in_features, main.out_features
         self.aux_head = None
         if aux_head is not None:
-            self.aux_head = AuxiliaryHead(self.num_features, self.num_classes, aux_head).to(main.weight.device)
+            self.aux_head = AuxiliaryHead(self.num_features, self.num_classes, aux_head)
+            self.aux_head.to(main.weight.device, main.weight.dtype)
 
     @property
     def main_head(self) -> nn.Linear:
@@ -178,16 +189,17 @@ class GradientAligner(nn.Module):
         """Whether backward has to keep the two gradients apart."""
         return self.mode != "none" or self.measuring
 
-    def collect(self, loss: Tensor, ce: Tensor, kd: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Add the gradients of the terms `ce` and `kd` of `loss`: two backward passes, where their sum takes one.
+    def collect(self, loss: Tensor, kd: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the gradients of the term `kd` of `loss` and of all the rest: two backward passes in place of one.
 
         What was done to `loss` since, such as scaling and division by the number of micro-batches, is done to both. No
         hook of DDP is called: gradients stay this rank's own until `join`.
         """
-        scales = torch.autograd.grad(loss, (ce, kd), retain_graph=True)
+        (scale,) = torch.autograd.grad(loss, kd, retain_graph=True)
+        rest = loss - scale * kd  # what comes back to `kd` is exactly 0
         passes: list[list[Tensor | None]] = []
-        for term, scale, keep in ((ce, scales[0], True), (kd, scales[1], False)):
-            passes.append(list(torch.autograd.grad(term, parameters, scale, retain_graph=keep, allow_unused=True)))
+        for term, keep in ((rest, True), (scale * kd, False)):
+            passes.append(list(torch.autograd.grad(term, parameters, retain_graph=keep, allow_unused=True)))
         if self._collected is not None:
             passes = [
                 [_add(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(self._collected, passes, strict=True)

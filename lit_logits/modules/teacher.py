@@ -3,6 +3,7 @@
 Letters: B batch, T sequence, C classes, d features.
 """
 
+import argparse
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from lit_logits.modules.backbone import load_backbone
 from lit_logits.modules.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
 
 __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
+
+
+_WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "student", "weights")
 
 
 class FrozenTeacher(nn.Module):
@@ -36,6 +40,10 @@ class FrozenTeacher(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._held = (model.eval().requires_grad_(False),)  # in a tuple, so that it is not registered here
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in `eval` mode."""
+        return super().train(False)
 
     @property
     def model(self) -> nn.Module:
@@ -143,26 +151,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     file = Path(os.path.expanduser(path))
     if not file.is_file():
-        raise ValueError(f"Expected a file of weights, but {str(path)!r} is not there.")
+        raise ValueError(
+            f"Expected a file of weights, but {str(path)!r} is not there. A teacher is trained with `method: ce`, as in"
+            " dual_head_kd_teacher.yaml."
+        )
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(file)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that hand-written loops save
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"Expected {str(path)!r} to hold tensors and plain data, but loading it would run code of its author. If"
             f" you trust it, load it with `weights_only=False` and save its `state_dict` again. {error}"
         ) from error
-    while isinstance(loaded, dict):  # Lightning's `state_dict`, the `model` or `net` of hand-written loops
-        tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-        inner = [key for key in ("state_dict", "model", "net", "model_state_dict") if isinstance(loaded.get(key), dict)]
-        if not inner:
+    except (EOFError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be a file of `torch.save`, but reading it failed: {error}"
+        ) from error
+    # Lightning's `state_dict`, the `model` of hand-written loops: beside it there may be an accuracy that is a tensor.
+    while isinstance(loaded, dict):
+        inner = next((key for key in _WEIGHT_KEYS if isinstance(loaded.get(key), dict)), None)
+        if inner is None:
+            tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
             break
-        loaded = loaded[inner[0]]
+        loaded = loaded[inner]
     raise ValueError(f"Expected {str(path)!r} to hold a state dict, but found {type(loaded).__name__} without tensors.")
 
 
