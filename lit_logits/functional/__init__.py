@@ -31,6 +31,14 @@ from lit_logits.functional.dual_head_kd import (
     logit_loss,
     mse_logit_loss,
 )
+from lit_logits.functional.dynamic_fusion import (
+    FusionMode,
+    FusionSolver,
+    FusionWeights,
+    expert_divergences,
+    fuse_logits,
+    fusion_weights,
+)
 from lit_logits.functional.gradients import (
     AlignedGradients,
     align_gradients,
@@ -70,6 +78,9 @@ __all__ = [
     "ClassMoments",
     "CodeSplit",
     "Footprint",
+    "FusionMode",
+    "FusionSolver",
+    "FusionWeights",
     "GreedyTables",
     "KMeansResult",
     "LogitLoss",
@@ -97,7 +108,10 @@ __all__ = [
     "commitment_loss",
     "cosine_logit_loss",
     "cosine_matrix",
+    "expert_divergences",
     "frequency_assignment",
+    "fuse_logits",
+    "fusion_weights",
     "greedy_tables",
     "kd_kl_divergence",
     "kmeans",

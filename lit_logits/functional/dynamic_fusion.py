@@ -1,0 +1,264 @@
+"""Dynamic logit fusion: how far a large model moves along what small experts learned, found anew for every step.
+
+With P of the large model, Q of the small base and Q_t of its experts, all softmax of their logits M^L, M^S and M_t, the
+fused distribution tilts P exponentially along Δ_t = M_t − M^S,
+
+    P~_α = softmax(M^L + Σ_t α_t Δ_t)           A(α) = log Σ_v P_v exp(Σ_t α_t Δ_t,v)
+    f(α) = KL(P~_α ‖ P) = α·∇A(α) − A(α)        g(α) = KL(P ‖ P~_α) = A(α) − α·E_P[Δ],
+
+and its weights make both divergences what they are between expert and base [0]:
+
+    α = argmin Σ_t [(f(α) − a_t)² + (g(α) − b_t)²],    a_t = KL(Q_t ‖ Q),  b_t = KL(Q ‖ Q_t).
+
+Letters: B sequences, V vocabulary, S experts. Logits are in nats.
+
+References:
+    [0]: On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion, 2024, arXiv 2406.15480. The tilting
+        solver is ours.
+
+"""
+
+import itertools
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_logits.functional.fusion_search import (
+    FusionPoint,
+    FusionProblem,
+    better,
+    distance,
+    pick_expert,
+    search_jointly,
+    search_lines,
+)
+from lit_logits.functional.reductions import at_least_float32
+
+__all__ = ["FusionMode", "FusionSolver", "FusionWeights", "expert_divergences", "fuse_logits", "fusion_weights"]
+
+FusionSolver = Literal["tilting", "grid"]
+FusionMode = Literal["single", "joint"]
+
+_MAX_GRID = 10_000
+
+
+class FusionWeights(NamedTuple):
+    """Result of `fusion_weights`.
+
+    Attributes:
+        alpha: (S, B) weight of each expert.
+        objective: (B,) the sum of squares that is minimised, in nats².
+        kl_forward: (B,) KL(P~ ‖ P) in nats.
+        kl_reverse: (B,) KL(P ‖ P~) in nats.
+        num_evals: fused distributions that were evaluated for each sequence and, with `single`, each expert.
+
+    """
+
+    alpha: Tensor
+    objective: Tensor
+    kl_forward: Tensor
+    kl_reverse: Tensor
+    num_evals: int
+
+
+def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor, alpha: Tensor) -> Tensor:
+    """Fused logits M^L + Σ_t α_t (M_t − M^S); α = 1 for one expert is proxy tuning.
+
+    A token that the base rules out (−inf) moves nobody; one that an expert alone rules out is ruled out where that
+    expert acts (α ≠ 0).
+
+    Args:
+        large_logits: (B, V) of the large model.
+        base_logits: (B, V) of the small base.
+        expert_logits: (S, B, V) of the experts, which share the base's vocabulary.
+        alpha: (S, B).
+
+    Returns:
+        (B, V), at least float32.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+
+    Example:
+        >>> fuse_logits(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[[0.0, 4.0]]]), torch.tensor([[0.5]]))
+        tensor([[0., 2.]])
+
+    """
+    _check_shapes(large_logits, base_logits, expert_logits)
+    if alpha.shape != expert_logits.shape[:2]:
+        raise ValueError(f"Expected `alpha` of shape {tuple(expert_logits.shape[:2])}, but got {tuple(alpha.shape)}.")
+    large, base, experts = (at_least_float32(logits) for logits in (large_logits, base_logits, expert_logits))
+    fused = large
+    for expert, weight in zip(experts, alpha.to(large.dtype).unsqueeze(-1), strict=True):
+        moved = weight * (expert - base)
+        moved = moved.masked_fill(expert == -torch.inf, -torch.inf)
+        fused = fused + moved.masked_fill((base == -torch.inf) | (weight == 0), 0.0)
+    return fused
+
+
+def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(Q_t ‖ Q) and KL(Q ‖ Q_t) in nats, over the tokens that both can emit.
+
+    Args:
+        base_logits: (B, V).
+        expert_logits: (S, B, V).
+
+    Returns:
+        Two tensors (S, B).
+
+    Example:
+        >>> forward, reverse = expert_divergences(torch.zeros(1, 2), torch.tensor([[[0.0, 1.0986]]]))
+        >>> forward, reverse
+        (tensor([[0.1308]]), tensor([[0.1438]]))
+
+    """
+    log_q, log_p = (at_least_float32(logits).log_softmax(-1) for logits in (base_logits, expert_logits))
+    difference = log_p - log_q
+    if not bool(difference.isfinite().all()):
+        support = (base_logits > -torch.inf) & (expert_logits > -torch.inf)
+        log_q, log_p = (
+            at_least_float32(logits).masked_fill(~support, -torch.inf).log_softmax(-1)
+            for logits in (base_logits, expert_logits)
+        )
+        difference = (log_p - log_q).masked_fill(~support, 0.0)
+    # Rounding may leave a divergence of equals a little below 0.
+    forward = torch.linalg.vecdot(log_p.exp(), difference).clamp(min=0)
+    return forward, -torch.linalg.vecdot(log_q.exp(), difference).clamp(max=0)
+
+
+@torch.no_grad()
+def fusion_weights(
+    large_logits: Tensor,
+    base_logits: Tensor,
+    expert_logits: Tensor,
+    *,
+    solver: FusionSolver = "tilting",
+    mode: FusionMode = "single",
+    bounds: tuple[float, float] = (0.0, 2.0),
+    step: float = 0.1,
+) -> FusionWeights:
+    """Weights α of the experts, for each sequence on its own; nothing is carried over from another step.
+
+    Divergences are taken over the tokens that all models can emit. As Σ_t (f − a_t)² = S (f − ā)² + const, every search
+    aims at the means ā and b̄, also that along one expert.
+
+    Args:
+        large_logits: (B, V) of the large model.
+        base_logits: (B, V) of the small base.
+        expert_logits: (S, B, V) of the experts.
+        solver: `tilting`: derivatives of A give f, g and their slopes in one pass over V, and both grow with α, so a
+            bracketed secant search finds the minimum to 1e-4 in about five passes (between the two targets there may be
+            two minima where a few tokens are all that counts: then it finds one); `grid`: the paper's search.
+        mode: `single`: one expert acts at a step, the best of S searches along a line; the lowest number among equals.
+            `joint`: all may act, never worse than `single`.
+        bounds: smallest and largest α, 0 ≤ smallest ≤ largest.
+        step: distance of the points of the grid.
+
+    Raises:
+        ValueError: for shapes that do not fit, logits that are NaN or +inf, sequences for which no token is possible,
+            bounds that cross, or a grid that is too fine.
+
+    Example:
+        >>> base, expert = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[[1.0, 0.0, 4.0]]])
+        >>> fusion_weights(base, base, expert).alpha  # large = base: the expert itself
+        tensor([[1.0000]])
+        >>> fusion_weights(base, base, base.unsqueeze(0)).alpha  # expert = base: the large model itself
+        tensor([[0.]])
+
+    """
+    low, high = _check_bounds(bounds, step)
+    problem = _pose(large_logits, base_logits, expert_logits)
+    if solver not in ("tilting", "grid"):
+        raise ValueError(f"Expected `solver` to be 'tilting' or 'grid', but got {solver!r}.")
+    if mode not in ("single", "joint"):
+        raise ValueError(f"Expected `mode` to be 'single' or 'joint', but got {mode!r}.")
+    if solver == "grid":
+        points = torch.arange(int((high - low) / step + 1e-6) + 1, dtype=torch.float64) * step + low
+        best, num_evals = _search_grid(problem, points.tolist(), mode)
+    else:
+        best, num_evals = search_lines(problem, problem.shifts, low, high)
+        best = pick_expert(best)
+        if mode == "joint" and len(problem.shifts) > 1:
+            best, more = search_jointly(problem, best, low, high)
+            num_evals += more
+    forward, reverse = problem.forward, problem.reverse
+    spread = (forward - forward.mean(0)).square().sum(0) + (reverse - reverse.mean(0)).square().sum(0)
+    objective = len(forward) * best.objective + spread
+    return FusionWeights(best.alpha, objective, best.kl_forward, best.kl_reverse, num_evals)
+
+
+# ---------------------------------------------------------------------- posing the problem
+
+
+def _check_shapes(large: Tensor, base: Tensor, experts: Tensor) -> None:
+    fits = large.ndim == 2 and base.shape == large.shape and experts.ndim == 3 and experts.shape[1:] == large.shape
+    if not fits or len(experts) == 0:
+        raise ValueError(
+            "Expected `large_logits` and `base_logits` of one shape (B, V) and `expert_logits` of shape (S, B, V) with"
+            f" S at least 1, but got {tuple(large.shape)}, {tuple(base.shape)} and {tuple(experts.shape)}."
+        )
+
+
+def _check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, float]:
+    low, high = bounds
+    if not 0 <= low <= high:
+        raise ValueError(f"Expected `bounds` to be (smallest, largest) with 0 ≤ smallest ≤ largest, but got {bounds}.")
+    if not step > 0:
+        raise ValueError(f"Expected `step` to be positive, but got {step}.")
+    return float(low), float(high)
+
+
+def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:
+    _check_shapes(large_logits, base_logits, expert_logits)
+    large, base, experts = (at_least_float32(logits) for logits in (large_logits, base_logits, expert_logits))
+    all_finite = True
+    for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
+        lowest, highest = logits.aminmax()
+        if not bool(highest < torch.inf):  # NaN is not below either
+            raise ValueError(f"Expected `{name}` to be finite or −inf, but got NaN or +inf.")
+        all_finite &= bool(lowest > -torch.inf)
+    if all_finite:
+        shifts = experts - base
+    else:
+        support = (large > -torch.inf) & (base > -torch.inf) & (experts > -torch.inf).all(0)
+        if not bool(support.any(-1).all()):
+            row = int((~support.any(-1)).nonzero()[0])
+            raise ValueError(f"Expected a token that all models can emit, but sequence {row} of the batch has none.")
+        shifts = (experts - base).masked_fill(~support, 0.0)
+        large, base, experts = (logits.masked_fill(~support, -torch.inf) for logits in (large, base, experts))
+    log_probs = large.log_softmax(-1)
+    # A constant in Δ changes nothing but the digits that are left.
+    shifts = shifts - torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1)
+    if not all_finite:
+        shifts = shifts.masked_fill(~support, 0.0)
+    return FusionProblem(log_probs, shifts, *expert_divergences(base, experts))
+
+
+# ---------------------------------------------------------------------- the paper's search: readable, and slow
+
+
+def _search_grid(problem: FusionProblem, points: list[float], mode: FusionMode) -> tuple[FusionPoint, int]:
+    """Every α of the grid, with fused distributions made and compared as the formulas say; the first of the best."""
+    num_experts = len(problem.shifts)
+    if mode == "joint" and len(points) ** num_experts > _MAX_GRID:
+        raise ValueError(
+            f"Expected at most {_MAX_GRID:,} points on the grid of mode='joint', but {len(points)} for each of"
+            f" {num_experts} experts are {len(points) ** num_experts:,}. Use solver='tilting'."
+        )
+    if mode == "joint":
+        weights = list(itertools.product(points, repeat=num_experts))
+    else:
+        weights = [(*[0.0] * t, p, *[0.0] * (num_experts - t - 1)) for t in range(num_experts) for p in points]
+    log_p, probs = problem.log_probs, problem.log_probs.exp()
+    support = log_p > -torch.inf
+    best: FusionPoint | None = None
+    for weight in weights:
+        alpha = log_p.new_tensor(weight).unsqueeze(1).expand(-1, len(log_p))
+        log_fused = (log_p + (alpha.unsqueeze(-1) * problem.shifts).sum(0)).log_softmax(-1)
+        difference = (log_fused - log_p).masked_fill(~support, 0.0)
+        forward, reverse = (log_fused.exp() * difference).sum(-1), -(probs * difference).sum(-1)
+        point = FusionPoint(alpha, distance(problem, forward, reverse), forward, reverse)
+        best = point if best is None else better(point, best)
+    assert best is not None
+    return best, len(points) ** num_experts if mode == "joint" else len(points)
