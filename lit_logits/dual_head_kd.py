@@ -161,7 +161,7 @@ class DualHeadKD(LightningModule):
     def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
         """The same over next tokens, in chunks of tokens: (N, C) logits of neither head nor teacher are held."""
         inputs, mask = _inputs(batch), batch["labels"][:, 1:] != -100
-        hidden, labels = self.net.hidden_states(inputs)[:, :-1][mask], batch["labels"][:, 1:][mask]
+        hidden, labels = self.net.hidden_states(inputs)[:, :-1][mask], batch["labels"][:, 1:][mask].long()
         count = mask.sum().clamp(min=1)
 
         def ce(rows: Tensor, targets: Tensor) -> Tensor:
@@ -293,12 +293,12 @@ class DualHeadKD(LightningModule):
             mask = batch["labels"][:, 1:] != -100
             rows = self.net.hidden_states(_inputs(batch))[:, :-1][mask].split(self.chunk_size)
             parts = [(self.net.main_head(part), None) for part in rows]
-            labels = batch["labels"][:, 1:][mask].split(self.chunk_size)
+            labels = batch["labels"][:, 1:][mask].long().split(self.chunk_size)
         else:
             output = self.net(_inputs(batch))
             known = batch["labels"] != -100
             parts = [(output.logits[known], None if output.aux_logits is None else output.aux_logits[known])]
-            labels = (batch["labels"][known],)
+            labels = (batch["labels"][known].long(),)
         for (logits, aux_logits), targets in zip(parts, labels, strict=True):
             nll.update(F.cross_entropy(at_least_float32(logits), targets, reduction="none"))
             acc.update((logits.argmax(-1) == targets).float())

@@ -181,3 +181,9 @@ def test_python_docs_are_the_docstrings_of_the_library():
     assert ast.get_docstring(source) in whole
     assert "pip" not in {text.split("\n")[0].split(".")[0] for text in documents}
     assert sys.modules.get("antigravity") is None  # importing that one opens a browser
+
+
+def test_text_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt to be UTF-8 text"):
+        read_source(str(tmp_path / "latin.txt"), None, "text")

@@ -15,15 +15,6 @@ from lit_logits.datamodules import TextDataModule
 from lit_logits.datamodules.loaders import BlockSampler
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Many tiny trainings: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Four shards of random words, no two documents alike, and a cache folder."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -593,3 +594,10 @@ def test_two_processes_equal_one(tmp_path, split, accumulate):
     for name in watched:
         assert first[0][name] == second[0][name], name
         assert float(first[0][name]) == pytest.approx(float(one[0][name]), rel=1e-5), name
+
+
+def test_a_static_graph_cannot_be_measured():
+    """Its first step, measured without DDP's hooks, would part the ranks for good."""
+    trainer = SimpleNamespace(strategy=SimpleNamespace(_ddp_kwargs={"static_graph": True}))
+    with pytest.raises(ValueError, match="with the DDP option static_graph=True"):
+        NeuralCollapseMonitor(measure_gradients_every_n_steps=5).setup(trainer, nn.Module(), "fit")

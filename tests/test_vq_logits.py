@@ -729,3 +729,8 @@ def test_both_heads_take_one_hidden_state_and_refuse_a_negative_temperature(head
     assert head.loss(torch.randn(D), torch.tensor(3)).isfinite()
     with pytest.raises(ValueError, match="temperature"):
         head.sample(torch.randn(2, D), temperature=-1.0)
+
+
+def test_a_dense_checkpoint_of_another_vocabulary_is_refused_in_words():
+    with pytest.raises(ValueError, match=f"with `vocab_size` {V}, but this one has {V + 1}. Use the tokenizer"):
+        DenseLogitsHead(D, V).load_state_dict(DenseLogitsHead(D, V + 1).state_dict())
