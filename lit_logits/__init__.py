@@ -1,7 +1,9 @@
 """Methods on the logits of language models and classifiers, as PyTorch Lightning modules."""
 
+from lit_logits.causal_lm import CausalLM
 from lit_logits.dual_head_kd import DualHeadKD
+from lit_logits.dynamic_fusion import DynamicFusionDecoder
 from lit_logits.vq_logits import VQLogitsLM
 
-__all__ = ["DualHeadKD", "VQLogitsLM"]
+__all__ = ["CausalLM", "DualHeadKD", "DynamicFusionDecoder", "VQLogitsLM"]
 __version__ = "0.1.0"

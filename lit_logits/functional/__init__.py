@@ -57,6 +57,7 @@ from lit_logits.functional.neural_collapse import (
     simplex_gap,
 )
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.task_arithmetic import add_task_vectors
 from lit_logits.functional.vq_decoding import (
     GreedyTables,
     SamplingTables,
@@ -87,6 +88,7 @@ __all__ = [
     "NeuralCollapse",
     "Reduction",
     "SamplingTables",
+    "add_task_vectors",
     "align_gradients",
     "all_reduce_sum_",
     "any_over_ranks",

@@ -1,6 +1,13 @@
 """Parameters and buffers: nn.Modules that know nothing of a Trainer."""
 
-from lit_logits.modules.backbone import CausalBackbone, is_encoder, load_backbone, load_causal_lm, make_config
+from lit_logits.modules.backbone import (
+    CausalBackbone,
+    is_encoder,
+    load_backbone,
+    load_causal_lm,
+    make_config,
+    new_causal_lm,
+)
 from lit_logits.modules.calibration import Calibration, calibrate
 from lit_logits.modules.cifar_mobilenet import MobileNetV2, mobilenetv2
 from lit_logits.modules.cifar_resnet import (
@@ -33,6 +40,14 @@ from lit_logits.modules.dual_head_kd import (
     GradAlign,
     GradientAligner,
 )
+from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores, FusionTrace
+from lit_logits.modules.fusion_models import (
+    FusionModels,
+    check_same_tokenizer,
+    eos_token_ids,
+    find_tokenizer,
+    load_fusion_models,
+)
 from lit_logits.modules.head_init import (
     HeadInit,
     choose_init,
@@ -57,6 +72,10 @@ __all__ = [
     "DualHeadClassifier",
     "DualHeadOutput",
     "FrozenTeacher",
+    "FusedCausalLM",
+    "FusedScores",
+    "FusionModels",
+    "FusionTrace",
     "GradAlign",
     "GradientAligner",
     "HeadInit",
@@ -67,11 +86,14 @@ __all__ = [
     "VQLogitsHead",
     "WideResNet",
     "calibrate",
+    "check_same_tokenizer",
     "choose_init",
     "classifier_logits",
     "describe_head",
     "describe_untying",
+    "eos_token_ids",
     "find_classifier",
+    "find_tokenizer",
     "initialize_dense_head",
     "initialize_vq_head",
     "is_causal_lm",
@@ -79,10 +101,12 @@ __all__ = [
     "load_backbone",
     "load_causal_lm",
     "load_classifier",
+    "load_fusion_models",
     "load_teacher",
     "load_weights",
     "make_config",
     "mobilenetv2",
+    "new_causal_lm",
     "read_weights",
     "resnet8",
     "resnet8x4",

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-__all__ = ["CausalBackbone", "is_encoder", "load_backbone", "load_causal_lm", "make_config"]
+__all__ = ["CausalBackbone", "is_encoder", "load_backbone", "load_causal_lm", "make_config", "new_causal_lm"]
 
 _ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}
 
@@ -71,6 +71,20 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     if hasattr(model.config, "quantization_config"):  # the weights are dense now; saving would refuse otherwise
         del model.config.quantization_config
     return model
+
+
+def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> PreTrainedModel:
+    """A causal language model of random weights, output layer included.
+
+    Args:
+        settings: config as a mapping with `model_type`, any of transformers such as `llama`.
+        vocab_size: V of the tokenizer, taken over.
+
+    Raises:
+        ValueError: for settings that the type does not have, or a type that is no causal language model.
+
+    """
+    return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
 
 
 def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_size: int | None = None) -> CausalBackbone:

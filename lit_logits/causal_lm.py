@@ -1,0 +1,147 @@
+"""`CausalLM`: a plain causal language model, trained or fine-tuned, whole: what the methods start from and are held to.
+
+Letters: B batch, T sequence, N tokens that count, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection, SumMetric
+from transformers import PreTrainedModel
+
+from lit_logits.functional import at_least_float32, check_labels, chunked_sum
+from lit_logits.modules import load_backbone, load_causal_lm, new_causal_lm
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM(LightningModule):
+    """Train a causal language model of transformers by cross-entropy, from scratch or from pretrained weights.
+
+    Labels of −100 do not count, so that prompts can be masked. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
+    `test/ppl`. The callback `SavePretrained` writes the model for `from_pretrained`.
+
+    Args:
+        model: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with `model_type`. From
+            Python also a loaded model.
+        vocab_size: V of the tokenizer; the CLI links it from the data. A pretrained model keeps its own (padded)
+            vocabulary, which must not be smaller.
+        chunk_size: tokens whose logits are in memory at a time.
+        optimizer: callable that takes the parameters.
+        lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
+            monitored value for `ReduceLROnPlateau`.
+
+    Raises:
+        ValueError: for a model that cannot be loaded or does not fit the vocabulary; see `load_backbone`.
+
+    Example:
+        >>> lm = CausalLM({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        ...     "num_attention_heads": 2}, vocab_size=100)
+        >>> lm(torch.zeros(1, 8, dtype=torch.long)).shape
+        torch.Size([1, 8, 100])
+
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        vocab_size: int | None = None,
+        *,
+        chunk_size: int = 4096,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        plain = isinstance(model, (str, dict))
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["model"])])
+        if chunk_size < 1:
+            raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
+        if isinstance(model, dict):
+            loaded = new_causal_lm(model, vocab_size)
+        else:
+            loaded = load_causal_lm(model) if isinstance(model, str) else model
+            load_backbone(loaded, vocab_size=vocab_size)  # refuses models that change their logits
+        self.model: PreTrainedModel = loaded.train()  # `from_pretrained` leaves it in eval mode
+        self.chunk_size = chunk_size
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        # A diverged model must not look healthy, so NaN is not left out of the mean.
+        sums = MetricCollection({name: SumMetric(nan_strategy="disable") for name in ("nll", "count")})
+        self.val_sums, self.test_sums = sums, sums.clone()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token logits (B, T, V) in nats."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the next tokens that count, summed in nats, and their number."""
+        output = self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        mask = batch["labels"][:, 1:] != -100
+        hidden, labels = output.last_hidden_state[:, :-1][mask], batch["labels"][:, 1:][mask].long()
+        head = cast(nn.Linear, self.model.get_output_embeddings())
+
+        def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(at_least_float32(head(rows)), targets, reduction="sum")
+
+        if len(hidden) <= self.chunk_size:  # what fits is not made twice
+            return cross_entropy(hidden, labels), mask.sum()
+        return chunked_sum(cross_entropy, hidden, labels, chunk_size=self.chunk_size), mask.sum()
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Check the labels of the first batch, on an accelerator too."""
+        if batch_idx == 0:
+            size = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+            check_labels(batch["labels"], size, wait=True)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy over the tokens that count; of none, a zero with a graph."""
+        total, count = self._loss_sum(batch)
+        loss = total / count.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer and scheduler."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", None)
+        interval = "step" if monitor is None else "epoch"
+        settings = {"scheduler": scheduler, "interval": interval, "monitor": monitor or "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Sum the loss over tokens."""
+        self._evaluate(batch, self.val_sums)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Sum the loss over tokens."""
+        self._evaluate(batch, self.test_sums)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean loss and perplexity over all tokens of all ranks."""
+        self._log_perplexity("val", self.val_sums)
+
+    def on_test_epoch_end(self) -> None:
+        """Log mean loss and perplexity over all tokens of all ranks."""
+        self._log_perplexity("test", self.test_sums)
+
+    def _evaluate(self, batch: Mapping[str, Tensor], sums: MetricCollection) -> None:
+        total, count = self._loss_sum(batch)
+        sums["nll"].update(total)
+        sums["count"].update(count)
+
+    def _log_perplexity(self, stage: str, sums: MetricCollection) -> None:
+        total = sums.compute()
+        loss = total["nll"] / total["count"]
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/ppl": loss.exp()}, prog_bar=True)
+        sums.reset()

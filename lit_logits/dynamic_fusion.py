@@ -1,0 +1,320 @@
+"""`DynamicFusionDecoder`: a large model that small experts specialise at decoding time, weights found at every step.
+
+Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from transformers import PreTrainedTokenizerBase
+
+from lit_logits.functional import FusionMode, FusionSolver
+from lit_logits.modules.answers import GSM8K_PATTERN, extract_answer
+from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores, FusionTrace
+from lit_logits.modules.fusion_models import check_same_tokenizer, eos_token_ids, load_fusion_models
+
+__all__ = ["DynamicFusionDecoder"]
+
+
+class DynamicFusionDecoder(LightningModule):
+    """Decode and score with a large model moved along what small experts learned [0]; nothing is trained.
+
+    The fused logits are M^L + Σ_t α_t (M_t − M^S), with α chosen at every step so that the move is as far from the
+    large model as the experts are from the base; see `functional.fusion_weights`.
+
+    `predict` continues the prompts of the batches and gives a dict for each: `row`, `prompt`, `reference`, `text`,
+    `tokens`, `alpha` (by expert, one weight a token), `kl_forward`, `kl_reverse`, of which the last five are a list
+    `samples` where `num_return_sequences` is above 1. `JsonLinesWriter` keeps them. `test`
+    scores the responses under the fused distribution and logs `test/loss` (nats a token), `test/ppl`, `fusion/alpha`
+    (summed over experts), `fusion/kl_forward` and `fusion/kl_reverse`, all means over tokens; with `exact_match`
+    `test/exact_match`; where batches hold `choices`, `test/acc`: of the choice with the largest log-likelihood a token.
+
+    Args:
+        model: the large model: hub id, local folder, `.gguf` path, or from Python a loaded model of transformers.
+        base: small model with the same tokenizer.
+        experts: fine-tuned descendants of `base`. A list within the list is merged into one by task arithmetic. Without
+            experts it is the large model alone.
+        tokenizer: of all models; default: the one beside them, or the data's.
+        solver: `tilting`, or `grid`, the paper's search.
+        mode: `single`, one expert acts at a step as in the paper, or `joint`.
+        bounds: smallest and largest α.
+        step: of the grid.
+        static_alpha: fixed weights instead: one number for all experts, or a list; 1 is proxy tuning.
+        merge_weight: λ of experts that are merged.
+        eos_token_id: ids that end a text, where those of the models differ.
+        generation: arguments of transformers' `generate` for `predict` and `exact_match`, such as `max_new_tokens`,
+            `do_sample`, `temperature`.
+        exact_match: in `test`, also generate and compare the final answers, which takes a while.
+        answer_pattern: regular expression whose group is the final answer; see `modules.answers.extract_answer`.
+        chunk_size: positions whose logits are fused at a time when scoring.
+        model_kwargs: for `from_pretrained` of the large model, such as `dtype: bfloat16` and `device_map: auto`.
+        small_kwargs: the same for base and experts.
+
+    Raises:
+        ValueError: for models that do not fit each other or an argument out of range; the message says what to pass.
+
+    References:
+        [0]: On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion, 2024, arXiv 2406.15480.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2)
+        >>> large, base, expert = (LlamaForCausalLM(config) for _ in range(3))
+        >>> decoder = DynamicFusionDecoder(large, base, [expert])
+        >>> decoder.generate(torch.tensor([[3, 4]]), max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape
+        torch.Size([1, 4])
+        >>> decoder.trace.alpha.shape
+        torch.Size([1, 1, 2])
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        base: nn.Module | str | None = None,
+        experts: Sequence[nn.Module | str | list[nn.Module | str]] = (),
+        *,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        solver: FusionSolver = "tilting",
+        mode: FusionMode = "single",
+        bounds: tuple[float, float] = (0.0, 2.0),
+        step: float = 0.1,
+        static_alpha: float | list[float] | None = None,
+        merge_weight: float = 0.5,
+        eos_token_id: int | list[int] | None = None,
+        generation: dict[str, Any] | None = None,
+        exact_match: bool = False,
+        answer_pattern: str = GSM8K_PATTERN,
+        chunk_size: int = 256,
+        model_kwargs: dict[str, Any] | None = None,
+        small_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=_without_names(model=model, base=base, experts=experts, tokenizer=tokenizer))
+        parts = load_fusion_models(
+            model,
+            base,
+            experts,
+            tokenizer=tokenizer,
+            eos_token_id=eos_token_id,
+            merge_weight=merge_weight,
+            large_kwargs=model_kwargs,
+            small_kwargs=small_kwargs,
+        )
+        for note in parts.notes:
+            rank_zero_info(note)
+        self.fused = FusedCausalLM(
+            parts.large,
+            parts.base,
+            parts.experts,
+            expert_names=parts.expert_names,
+            vocab_size=parts.vocab_size,
+            solver=solver,
+            mode=mode,
+            bounds=bounds,
+            step=step,
+            static_alpha=static_alpha,
+            chunk_size=chunk_size,
+        )
+        self.tokenizer = parts.tokenizer
+        self.eos_token_id = eos_token_id
+        self.generation = dict(generation or {})
+        self.exact_match, self.answer_pattern = exact_match, answer_pattern
+        names = ("nll", "count", "alpha", "kl_forward", "kl_reverse")
+        # A broken model must not look healthy, so NaN is not left out of the sums.
+        self.sums = MetricCollection({name: SumMetric(nan_strategy="disable") for name in names})
+        self.matches, self.choice_acc = MeanMetric(), MeanMetric()
+
+    @property
+    def trace(self) -> FusionTrace | None:
+        """Weights and divergences of the last `generate` or `score`."""
+        return self.fused.trace
+
+    # ------------------------------------------------------------------ from Python
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Fused logits (B, T, V) in nats."""
+        return self.fused(input_ids, attention_mask)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Continue prompts; see `FusedCausalLM.generate`. Of the module's arguments only `eos_token_id` has a say."""
+        if self.eos_token_id is not None:
+            kwargs.setdefault("eos_token_id", self.eos_token_id)
+        return self.fused.generate(input_ids, attention_mask, **kwargs)
+
+    def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
+        """Log-probabilities of texts; see `FusedCausalLM.score`."""
+        return self.fused.score(input_ids, labels, attention_mask)
+
+    # ------------------------------------------------------------------ test
+
+    def setup(self, stage: str) -> None:
+        """Take the data's tokenizer, or see that it is the models'."""
+        theirs = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if theirs is None:
+            return
+        if self.tokenizer is not None:
+            check_same_tokenizer(self.tokenizer, theirs, "the models", "the data")
+        elif len(theirs) > self.fused.vocab_size:
+            raise ValueError(
+                f"Expected data in the models' {self.fused.vocab_size} tokens, but the data's tokenizer has"
+                f" {len(theirs)}. Give the data the models' tokenizer."
+            )
+        self.tokenizer = self.tokenizer or theirs
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Score the responses, judge choices and, with `exact_match`, generated answers."""
+        scores = self.score(batch["input_ids"], batch["labels"], batch.get("attention_mask"))
+        mask = scores.trace.mask
+        if "choices" in batch:
+            self._judge_choices(batch, scores)
+            mask = mask & batch["correct"].bool().unsqueeze(1).to(mask.device)  # perplexity is of the right answers
+        self.sums["nll"].update(-scores.log_probs[mask].double().sum().float())
+        self.sums["count"].update(mask.sum())
+        self.sums["alpha"].update(scores.trace.alpha.sum(0)[mask].sum())
+        self.sums["kl_forward"].update(scores.trace.kl_forward[mask].sum())
+        self.sums["kl_reverse"].update(scores.trace.kl_reverse[mask].sum())
+        if self.exact_match:
+            for record in self._continue(_of_right_answers(batch)):
+                right = extract_answer(record["reference"], self.answer_pattern)
+                for sample in record.get("samples", [record]):
+                    answer = extract_answer(sample["text"], self.answer_pattern)
+                    self.matches.update(float(answer is not None and answer == right))
+
+    def _judge_choices(self, batch: Mapping[str, Tensor], scores: FusedScores) -> None:
+        """Whether the choice of largest log-likelihood a token is the right one, for each example."""
+        means = scores.log_probs.sum(1) / scores.trace.mask.sum(1).clamp(min=1)
+        for row in batch["rows"].unique():
+            own = (batch["rows"] == row).to(means.device)
+            self.choice_acc.update(float(batch["correct"].to(means.device)[own][means[own].argmax()]))
+
+    def on_test_epoch_end(self) -> None:
+        """Log means over all tokens and examples of all ranks."""
+        sums = self.sums.compute()
+        means = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+        nll = means.pop("nll")
+        self.log_dict({"test/loss": nll, "test/ppl": nll.exp()})
+        if self.fused.num_experts:
+            self.log_dict({f"fusion/{name}": value for name, value in means.items()})
+        for name, metric in (("test/exact_match", self.matches), ("test/acc", self.choice_acc)):
+            if metric.update_called:
+                self.log(name, metric.compute())
+            metric.reset()
+        self.sums.reset()
+
+    # ------------------------------------------------------------------ predict
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Continue each prompt; the records of the class's docstring."""
+        return self._continue(batch)
+
+    def _continue(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        if self.tokenizer is None:
+            raise ValueError("Expected a `tokenizer` to write text with, but got none. Pass `tokenizer`.")
+        prompts, mask = split_prompts(batch, pad=self._pad_token_id())
+        kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": False}
+        self.generate(prompts, mask, **kwargs)
+        trace = self.trace
+        assert trace is not None
+        copies = len(trace.token_ids) // len(prompts)
+        records = []
+        for index, prompt in enumerate(prompts):
+            labels = batch["labels"][index] if "labels" in batch else prompt.new_zeros(0)
+            samples = [self._sample(trace, index * copies + number) for number in range(copies)]
+            record = {
+                "row": int(batch["rows"][index]) if "rows" in batch else None,
+                "prompt": self.tokenizer.decode(prompt[mask[index].bool()]),
+                "reference": self.tokenizer.decode(labels[labels >= 0], skip_special_tokens=True),
+            }
+            records.append(record | (samples[0] if copies == 1 else {"samples": samples}))
+        return records
+
+    def _sample(self, trace: FusionTrace, index: int) -> dict[str, Any]:
+        """One text of the trace, and its weights."""
+        kept = trace.mask[index]
+        tokens = trace.token_ids[index][kept].tolist()
+        assert self.tokenizer is not None
+        return {
+            "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": self.tokenizer.convert_ids_to_tokens(tokens),
+            "alpha": {
+                name: _rounded(trace.alpha[number, index][kept]) for number, name in enumerate(self.fused.expert_names)
+            },
+            "kl_forward": _rounded(trace.kl_forward[index][kept]),
+            "kl_reverse": _rounded(trace.kl_reverse[index][kept]),
+        }
+
+    def _pad_token_id(self) -> int:
+        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        return int(pad if pad is not None else min(eos_token_ids(self.fused.large), default=0))
+
+    def configure_optimizers(self) -> None:
+        """Refuse to train.
+
+        Raises:
+            ValueError: always.
+
+        """
+        raise ValueError(
+            "Expected `test` or `predict`, because DynamicFusionDecoder trains nothing, but got `fit`. Experts are"
+            " trained with CausalLM: see lm.yaml."
+        )
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """There is nothing to train; `configure_optimizers` says so before the first step."""
+
+
+def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """The prompts of a batch, left-padded, and their attention mask: all tokens in front of the first label.
+
+    Args:
+        batch: `input_ids` (B, T), optionally `attention_mask` and `labels` (−100 at prompt and padding).
+        pad: id to pad with.
+
+    Returns:
+        Two tensors (B, longest prompt).
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]), "labels": torch.tensor([[-100, -100, 3],
+        ...     [-100, 5, -100]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+        >>> split_prompts(batch, pad=0)
+        (tensor([[1, 2],
+                [0, 4]]), tensor([[1, 1],
+                [0, 1]]))
+
+    """
+    input_ids = batch["input_ids"]
+    kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
+    if "labels" in batch:
+        kept = kept & ((batch["labels"] != -100).cumsum(1) == 0)
+    width = int(kept.sum(1).max())
+    order = kept.long().argsort(dim=1, stable=True)[:, input_ids.shape[1] - width :]  # what is kept moves to the end
+    mask = kept.gather(1, order)
+    return input_ids.gather(1, order).masked_fill(~mask, pad), mask.long()
+
+
+def _of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One sequence for each example where batches hold several choices."""
+    if "correct" not in batch:
+        return dict(batch)
+    right = batch["correct"].bool()
+    return {name: value[right] for name, value in batch.items()}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _without_names(**arguments: Any) -> list[str]:
+    """The arguments that hold modules or other objects, which are no hyper-parameters."""
+
+    def named(value: Any) -> bool:
+        return value is None or isinstance(value, str) or (isinstance(value, Sequence) and all(map(named, value)))
+
+    return [name for name, value in arguments.items() if not named(value)]

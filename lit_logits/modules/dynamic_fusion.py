@@ -1,0 +1,453 @@
+"""A large causal language model that small experts specialise while it decodes or scores.
+
+Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions that count), V vocabulary, S experts.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
+
+from lit_logits.functional import (
+    FusionMode,
+    FusionSolver,
+    at_least_float32,
+    check_labels,
+    expert_divergences,
+    fuse_logits,
+    fusion_weights,
+)
+from lit_logits.modules.fusion_models import eos_token_ids
+
+__all__ = ["FusedCausalLM", "FusedScores", "FusionTrace"]
+
+
+class FusionTrace(NamedTuple):
+    """What fusion did at each token of a text.
+
+    Attributes:
+        token_ids: (B, N) the tokens, generated or scored.
+        mask: (B, N) True where the token belongs to the text: not behind its end, not ignored.
+        alpha: (S, B, N) weight of each expert.
+        kl_forward: (B, N) KL(P~ ‖ P) of the fused and the large model's distribution, in nats.
+        kl_reverse: (B, N) KL(P ‖ P~) in nats.
+
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    alpha: Tensor
+    kl_forward: Tensor
+    kl_reverse: Tensor
+
+
+class FusedScores(NamedTuple):
+    """Result of `FusedCausalLM.score`: (B, T − 1) log-probabilities in nats, 0 where ignored, and the trace."""
+
+    log_probs: Tensor
+    trace: FusionTrace
+
+
+class _Step(NamedTuple):
+    """Fused logits (R, V) of some positions, weights (S, R) and divergences (R,)."""
+
+    logits: Tensor
+    alpha: Tensor
+    kl_forward: Tensor
+    kl_reverse: Tensor
+
+
+class FusedCausalLM(nn.Module):
+    """Softmax of M^L + Σ_t α_t (M_t − M^S), with weights found anew for every token; see `fusion_weights`.
+
+    The models are frozen, stay in `eval` mode and are in neither `parameters()` nor `state_dict()`. Those that are on
+    this module's device follow it to another one; one that is elsewhere, or was loaded with a `device_map`, stays
+    where it is. None changes its dtype.
+
+    Args:
+        large: the model to specialise.
+        base: small model.
+        experts: S fine-tuned descendants of `base`; none leaves the large model as it is.
+        expert_names: one for each expert, for logs.
+        vocab_size: ids that all models have; logits of others are −inf. None: all.
+        solver: of `fusion_weights`.
+        mode: of `fusion_weights`.
+        bounds: of `fusion_weights`.
+        step: of `fusion_weights`.
+        static_alpha: fixed weights instead of a search: one for all experts, or one each. 1 is proxy tuning, 0 the
+            large model.
+        chunk_size: positions of `score` whose logits are fused at a time.
+
+    Attributes:
+        trace: `FusionTrace` of the last `generate` or `score`, or None.
+
+    Raises:
+        ValueError: for an argument that is out of range.
+
+    """
+
+    anchor: Tensor
+
+    def __init__(
+        self,
+        large: PreTrainedModel,
+        base: PreTrainedModel | None = None,
+        experts: Sequence[PreTrainedModel] = (),
+        *,
+        expert_names: Sequence[str] | None = None,
+        vocab_size: int | None = None,
+        solver: FusionSolver = "tilting",
+        mode: FusionMode = "single",
+        bounds: tuple[float, float] = (0.0, 2.0),
+        step: float = 0.1,
+        static_alpha: float | Sequence[float] | None = None,
+        chunk_size: int = 256,
+    ) -> None:
+        super().__init__()
+        if experts and base is None:
+            raise ValueError(f"Expected a `base` for {len(experts)} expert(s), but got None.")
+        small = [base, *experts] if base is not None else []
+        for model in (large, *small):
+            model.eval().requires_grad_(False)
+        self._held = (large, *small)  # in a tuple, so that they are not registered here
+        self.num_experts = len(experts)
+        self.expert_names = list(expert_names or [f"expert_{number}" for number in range(len(experts))])
+        self.vocab_size = vocab_size or min(_num_logits(model) for model in self._held)
+        self.search: dict[str, Any] = {"solver": solver, "mode": mode, "bounds": bounds, "step": step}
+        if chunk_size < 1:
+            raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
+        self.chunk_size = chunk_size
+        self.static_alpha = _check_static_alpha(static_alpha, len(experts))
+        if experts:  # a wrong argument is to be seen before the first token
+            zeros = torch.zeros(1, 2)
+            fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
+        self.trace: FusionTrace | None = None
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
+
+    @property
+    def large(self) -> PreTrainedModel:
+        """The model that is specialised."""
+        return self._held[0]
+
+    @property
+    def base(self) -> PreTrainedModel | None:
+        """The small base."""
+        return self._held[1] if len(self._held) > 1 else None
+
+    @property
+    def experts(self) -> tuple[PreTrainedModel, ...]:
+        """The small experts."""
+        return self._held[2:]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any expert can act."""
+        return self.num_experts > 0 and (self.static_alpha is None or any(self.static_alpha))
+
+    def train(self, mode: bool = True) -> "FusedCausalLM":
+        """Stay in `eval` mode."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedCausalLM":
+        """Take along, to another device but to no other dtype, the models that are where this module is."""
+        before = self.anchor.device
+        super()._apply(fn, recurse)
+        if self.anchor.device != before:
+            for model in self._held:
+                if model.device == before and not hasattr(model, "hf_device_map"):
+                    model.to(self.anchor.device)
+        return self
+
+    # ------------------------------------------------------------------ fusing
+
+    def fuse(self, large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> _Step:
+        """Fused logits, weights and divergences of logits (R, V), (R, V) and (S, R, V).
+
+        Raises:
+            ValueError: naming the model that emits NaN or +inf.
+
+        """
+        large = at_least_float32(large_logits)
+        if self.static_alpha is None:
+            try:
+                found = fusion_weights(large, base_logits, expert_logits, **self.search)
+            except ValueError as error:
+                self._blame(large, base_logits, expert_logits)
+                raise error
+            fused = fuse_logits(large, base_logits, expert_logits, found.alpha)
+            return _Step(fused, found.alpha, found.kl_forward, found.kl_reverse)
+        self._blame(large, base_logits, expert_logits)
+        alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
+        fused = fuse_logits(large, base_logits, expert_logits, alpha)
+        forward, reverse = expert_divergences(large, fused.unsqueeze(0))
+        return _Step(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
+
+    def _blame(self, large: Tensor, base: Tensor, experts: Tensor) -> None:
+        named = [("large model", large), ("base", base)]
+        named += [(f"expert {name!r}", logits) for name, logits in zip(self.expert_names, experts, strict=True)]
+        for name, logits in named:
+            if not bool((logits < torch.inf).all()):  # NaN is not below either
+                raise ValueError(
+                    f"Expected the {name} to emit logits that are finite or −inf, but got NaN or +inf. Check its"
+                    " weights, or load it in another dtype (float16 overflows)."
+                )
+
+    def _inactive(self, large_logits: Tensor) -> _Step:
+        """The large model as it is."""
+        large = at_least_float32(large_logits)
+        zero = large.new_zeros(len(large))
+        return _Step(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
+
+    # ------------------------------------------------------------------ scoring
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Fused logits (B, T, V) in nats of token ids (B, T), from one pass of each model over whole sequences."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool)
+        steps = list(self._fuse_positions(input_ids, attention_mask, keep))
+        return torch.cat([step.logits for step in steps]).view(*input_ids.shape, -1)
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
+        """Log-probabilities of given texts under the fused distribution: one pass of each model, no loop over tokens.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B, T) the same ids, unshifted; −100 is ignored, and so is the first token of a text.
+            attention_mask: (B, T), 0 at padding, on either side; default all 1.
+
+        Raises:
+            ValueError: for a label outside of the models' vocabulary, sequences longer than a model's context, or a
+                model that emits NaN.
+
+        """
+        check_labels(labels, self.vocab_size, wait=True)
+        device = self.large.device
+        targets = labels[:, 1:].to(device)
+        mask = targets != -100
+        if attention_mask is not None:  # the first token behind padding on the left has nothing to be predicted from
+            mask = mask & attention_mask[:, :-1].to(device).bool()
+        keep = F.pad(mask, (0, 1))  # a position predicts the next token
+        parts, start, chosen = [], 0, targets[mask]
+        for step in self._fuse_positions(input_ids, attention_mask, keep):
+            wanted = chosen[start : start + len(step.logits)].unsqueeze(1)
+            log_probs = step.logits.log_softmax(-1).gather(1, wanted).squeeze(1)
+            parts.append((log_probs, *step[1:]))
+            start += len(step.logits)
+        rows = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
+        log_probs, alpha, forward, reverse = rows
+        self.trace = FusionTrace(
+            targets.clamp(min=0), mask, _scatter(alpha, mask), _scatter(forward, mask), _scatter(reverse, mask)
+        )
+        return FusedScores(_scatter(log_probs, mask), self.trace)
+
+    def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[_Step]:
+        """Fused logits at the positions (B, T) where `keep` is true, in chunks and row by row."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._check_context(mask, 0)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": _positions(mask)}
+        keep = keep.to(self.large.device)
+        models = self._held if self.is_active else self._held[:1]
+        rows = [self._rows(model, inputs, keep) for model in models]
+        for chunk in zip(*(logits.split(self.chunk_size) for logits in rows), strict=True):
+            if not self.is_active or len(chunk[0]) == 0:
+                yield self._inactive(chunk[0])
+            else:
+                yield self.fuse(chunk[0], chunk[1], torch.stack(chunk[2:]))
+
+    def _rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+        """Logits (R, V) of one model on the large model's device."""
+        logits = model(**_accepted(model, {**inputs, "use_cache": False})).logits
+        return logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device)
+
+    # ------------------------------------------------------------------ decoding
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
+
+        Base and experts read what the large model reads, each with a key–value cache of its own; temperature, top-k,
+        top-p, penalties and stopping then see the fused logits.
+
+        Args:
+            input_ids: (B, P) prompts, left-padded where they differ in length.
+            attention_mask: (B, P), 0 at padding; default as in transformers.
+            **kwargs: of `transformers.GenerationMixin.generate`, for greedy search and sampling.
+
+        Returns:
+            What `generate` returns: (B, at most P + N) ids, or with `return_dict_in_generate` its output, which also
+            has `alpha` (S, B, N), `kl_forward` and `kl_reverse` (B, N). `trace` holds them in either case.
+
+        Raises:
+            ValueError: for an empty prompt, one that is longer than a model's context, a way to decode that is neither
+                greedy nor sampling, or a model that emits NaN.
+
+        """
+        config = self._check_decoding(kwargs)
+        self._check_prompts(input_ids, attention_mask, config)
+        prompt_length = input_ids.shape[1]
+        small = _SmallModels(self, prompt_length)
+        inputs = {"input_ids": input_ids.to(self.large.device)}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(self.large.device)
+        with small.attached():
+            output = self.large.generate(**inputs, **kwargs)  # type: ignore[operator]
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        self.trace = small.trace(sequences[:, prompt_length:], config)
+        if not isinstance(output, Tensor):
+            for name in ("alpha", "kl_forward", "kl_reverse"):
+                output[name] = getattr(self.trace, name)
+        return output
+
+    def _check_decoding(self, kwargs: Mapping[str, Any]) -> Any:
+        config = deepcopy(kwargs.get("generation_config") or self.large.generation_config)
+        config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
+        for name in ("past_key_values", "inputs_embeds", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"Expected no `{name}`, which the small models cannot follow, but got one.")
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"Expected greedy search or sampling, because weights are found for one text at a time, but got"
+                f" {str(mode.value).replace('_', ' ')}. Use `num_beams=1` and no assistant."
+            )
+        if config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"Expected `cache_implementation` to be None or 'dynamic', but got {config.cache_implementation!r}."
+            )
+        return config
+
+    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"Expected `input_ids` of shape (B, P), but got {tuple(input_ids.shape)}.")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"Expected `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
+                f" {tuple(mask.shape)}."
+            )
+        empty = mask.sum(1) == 0
+        if input_ids.shape[1] == 0 or bool(empty.any()):
+            row = int(empty.nonzero()[0]) if input_ids.shape[1] else 0
+            raise ValueError(f"Expected prompts of at least one token, but prompt {row} of the batch is empty.")
+        highest = int(input_ids.max())
+        if highest >= self.vocab_size:
+            raise ValueError(f"Expected `input_ids` below {self.vocab_size}, the common vocabulary, but got {highest}.")
+        new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
+        self._check_context(mask, max(0, new_tokens))
+
+    def _check_context(self, mask: Tensor, new_tokens: int) -> None:
+        needed = int(mask.sum(1).max()) + new_tokens
+        labels = ["large model", "base", *(f"expert {name!r}" for name in self.expert_names)]
+        for label, model in zip(labels, self._held, strict=False):
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if isinstance(context, int) and 0 < context < needed:
+                raise ValueError(
+                    f"Expected at most {context} tokens, the context of the {label}, but the longest text has"
+                    f" {needed - new_tokens}" + (f" and {new_tokens} are to be added." if new_tokens else ".")
+                )
+
+
+class _SmallModels:
+    """Base and experts during one `generate`: a forward hook feeds them what the large model reads."""
+
+    def __init__(self, fused: FusedCausalLM, prompt_length: int) -> None:
+        self.fused, self.prompt_length = fused, prompt_length
+        self.models = fused._held[1:] if fused.is_active else ()
+        self.caches: list[Any] = [None] * len(self.models)
+        self.length = 0
+        self.steps: dict[int, _Step] = {}  # by the number of tokens read
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the large model for as long as the context lasts."""
+        handle = self.fused.large.register_forward_hook(self._after_forward, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Replace the logits of the last position by fused ones."""
+        uses_cache = bool(kwargs.get("use_cache"))
+        read = kwargs["input_ids"].shape[1]
+        self.length = self.length + read if uses_cache else read
+        large = output.logits[:, -1]
+        rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
+        if self.length < self.prompt_length:  # a chunk of a long prompt, behind which nothing is drawn
+            return output
+        size = self.fused.vocab_size
+        if rows:
+            small = [row[:, :size].to(large.device) for row in rows]
+            step = self.fused.fuse(large[:, :size], small[0], torch.stack(small[1:]))
+        else:
+            step = self.fused._inactive(large[:, :size])
+        self.steps[self.length] = step._replace(logits=large[:, :0])
+        output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
+        return output
+
+    def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool) -> Tensor:
+        """Logits (B, V) of a small model for the next token."""
+        model, ids, mask = self.models[index], kwargs["input_ids"], kwargs.get("attention_mask")
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": uses_cache, "logits_to_keep": 1}
+        inputs["position_ids"] = kwargs.get("position_ids")
+        if inputs["position_ids"] is None and mask is not None:
+            inputs["position_ids"] = _positions(mask)[:, -ids.shape[1] :]
+        if uses_cache:
+            inputs["past_key_values"] = self.caches[index]
+        output = model(**_accepted(model, inputs))
+        if uses_cache:
+            self.caches[index] = output.past_key_values
+        return output.logits[:, -1]
+
+    def trace(self, token_ids: Tensor, config: Any) -> FusionTrace:
+        """Weights and divergences of the tokens (B, N) that were kept; steps that `generate` undid are left out."""
+        count = token_ids.shape[1]
+        steps = [self.steps[self.prompt_length + i] for i in range(count)]
+        alpha, forward, reverse = (torch.stack(values, -1) for values in list(zip(*steps, strict=True))[1:])
+        ids = eos_token_ids(self.fused.large) if config.eos_token_id is None else config.eos_token_id
+        ends = torch.isin(token_ids, torch.as_tensor(sorted(ids) if isinstance(ids, set) else ids).to(token_ids))
+        mask = (ends.cumsum(1) - ends.long()) == 0  # up to the end token, which counts
+        return FusionTrace(token_ids, mask, alpha, forward, reverse)
+
+
+def _num_logits(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr,return-value]
+
+
+def _accepted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's `forward` takes, on its device; None is left out."""
+    known = inspect.signature(model.forward).parameters
+    chosen = {name: value for name, value in inputs.items() if name in known and value is not None}
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Position of each token (B, T) among those that are not padding."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (..., R) to the places (B, N) where `mask` is true; 0 elsewhere."""
+    spread = values.new_zeros(*values.shape[:-1], *mask.shape)
+    spread[..., mask] = values
+    return spread
+
+
+def _check_static_alpha(alpha: float | Sequence[float] | None, num_experts: int) -> list[float] | None:
+    if alpha is None:
+        return None
+    values = [float(alpha)] * num_experts if isinstance(alpha, int | float) else [float(value) for value in alpha]
+    if len(values) != num_experts or not all(abs(value) < float("inf") for value in values):
+        raise ValueError(
+            f"Expected `static_alpha` to be a finite number, or one for each of {num_experts} expert(s), but got"
+            f" {alpha}."
+        )
+    return values
