@@ -21,7 +21,18 @@ from datasets import IterableDataset, load_dataset, load_dataset_builder
 from lit_logits.datamodules.caching import digest, digest_file
 from lit_logits.datamodules.python_docs import fingerprint_python_docs, read_python_docs
 
-__all__ = ["SPLIT_NAMES", "fingerprint_source", "iter_column", "read_source", "stream_source"]
+__all__ = [
+    "SPLIT_NAMES",
+    "Source",
+    "dataset_builder",
+    "dataset_name",
+    "find_files",
+    "fingerprint_source",
+    "iter_column",
+    "own_splits",
+    "read_source",
+    "stream_source",
+]
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -40,9 +51,9 @@ def fingerprint_source(source: Source, subset: str | None, text_column: str, *, 
     """
     if source == "python-docs":
         return fingerprint_python_docs()
-    files = _find_files(source)
+    files = find_files(source)
     if files is None:
-        return digest("dataset", source, subset, _dataset_builder(source, subset).hash, text_column)
+        return digest("dataset", source, subset, dataset_builder(source, subset).hash, text_column)
     if streaming:
         stats = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in files]
         return digest("file stream", stats, text_column)
@@ -58,17 +69,15 @@ def read_source(source: Source, subset: str | None, text_column: str) -> dict[st
     Raises:
         ValueError: If the source cannot be found or read, has no column `text_column`, or holds no text.
     """
-    files = _find_files(source)
+    files = find_files(source)
     if source == "python-docs":
         splits: dict[str, Iterable[str]] = {"train": read_python_docs()}
     elif files is not None:
         splits = {"train": (row["text"] for row in _read_files(files, text_column))}
     else:
-        _dataset_builder(source, subset)  # its errors are the helpful ones
-        loaded = load_dataset(_dataset_name(source), subset)
-        splits = {
-            name: iter_column(loaded[own], text_column) for name, own in _own_splits(source, list(loaded)).items()
-        }
+        dataset_builder(source, subset)  # its errors are the helpful ones
+        loaded = load_dataset(dataset_name(source), subset)
+        splits = {name: iter_column(loaded[own], text_column) for name, own in own_splits(source, list(loaded)).items()}
     documents: dict[str, Sequence[str]] = {
         name: [text for text in texts if text and not text.isspace()] for name, texts in splits.items()
     }
@@ -89,13 +98,13 @@ def stream_source(source: Source, subset: str | None, text_column: str) -> dict[
     """
     if source == "python-docs":
         raise ValueError("Expected `streaming` to be False for the source 'python-docs', but got True.")
-    files = _find_files(source)
+    files = find_files(source)
     if files is not None:
         rows = IterableDataset.from_generator(_read_files, gen_kwargs={"files": files, "text_column": text_column})
         return {"train": rows.rename_column("text", text_column) if text_column != "text" else rows}
-    _dataset_builder(source, subset)
-    loaded = load_dataset(_dataset_name(source), subset, streaming=True)
-    return {name: loaded[own].select_columns([text_column]) for name, own in _own_splits(source, list(loaded)).items()}
+    dataset_builder(source, subset)
+    loaded = load_dataset(dataset_name(source), subset, streaming=True)
+    return {name: loaded[own].select_columns([text_column]) for name, own in own_splits(source, list(loaded)).items()}
 
 
 def iter_column(rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[str]:
@@ -113,8 +122,12 @@ def iter_column(rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[st
         yield text or ""
 
 
-def _find_files(source: Source) -> list[str] | None:
-    """Return the files that `source` names, sorted within each pattern, or None if it names a data set."""
+def find_files(source: Source, suffixes: tuple[str, ...] = SUFFIXES) -> list[str] | None:
+    """Return the files that `source` names, sorted within each pattern, or None if it names a data set.
+
+    Raises:
+        ValueError: If `source` is a list of which something matches nothing, or a file has none of the suffixes.
+    """
     patterns = [source] if isinstance(source, str) else list(source)
     found = [_match(pattern) for pattern in patterns]
     if isinstance(source, str) and not found[0]:
@@ -126,8 +139,8 @@ def _find_files(source: Source) -> list[str] | None:
             )
     files = list(dict.fromkeys(file for files in found for file in files))
     for file in files:
-        if Path(file).suffix not in SUFFIXES:
-            raise ValueError(f"Expected `source` to be files with a suffix of {SUFFIXES}, but got {file!r}.")
+        if Path(file).suffix not in suffixes:
+            raise ValueError(f"Expected `source` to be files with a suffix of {suffixes}, but got {file!r}.")
     if not files:
         raise ValueError("Expected `source` to name at least one file, but got an empty list.")
     return files
@@ -140,25 +153,30 @@ def _match(pattern: str) -> list[str]:
     return sorted(path for path in glob.glob(expanded, recursive=True) if Path(path).is_file())
 
 
-def _dataset_builder(source: Source, subset: str | None) -> Any:
-    """Return the `datasets` builder of a hub name or a local folder, or say why there is none."""
-    name = _dataset_name(source)
+def dataset_builder(source: Source, subset: str | None, *, embedded: str = "python-docs") -> Any:
+    """Return the `datasets` builder of a hub name or a local folder, or say why there is none.
+
+    Raises:
+        ValueError: If there is none; `embedded` names the source that is always there.
+    """
+    name = dataset_name(source)
     try:
         if not Path(name).is_dir() and (Path(name).suffix in SUFFIXES or name.startswith(("/", "./", "../"))):
             raise FileNotFoundError("that is no name of a data set")
         return load_dataset_builder(name, subset)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"Expected `source` to be 'python-docs', files, or a Hugging Face data set, but got {source!r}. As a path: "
+            f"Expected `source` to be {embedded!r}, files, or a Hugging Face data set, but got {source!r}. As a path: "
             f"nothing matches it in {Path.cwd()}. As a data set (subset {subset!r}): {error}"
         ) from error
 
 
-def _dataset_name(source: Source) -> str:
+def dataset_name(source: Source) -> str:
+    """Return what `datasets` is to load, with the home folder in full."""
     return str(Path(str(source)).expanduser()) if str(source).startswith("~") else str(source)
 
 
-def _own_splits(source: Source, names: list[str]) -> dict[str, str]:
+def own_splits(source: Source, names: list[str]) -> dict[str, str]:
     """Map `train`, `val` and `test` to the names that the data set gives to them."""
     own = {split: name for split, known in SPLIT_NAMES.items() for name in reversed(known) if name in names}
     if "train" not in own:

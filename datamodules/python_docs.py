@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lit_logits.datamodules.caching import digest, hide_progress
 
-__all__ = ["fingerprint_python_docs", "read_python_docs"]
+__all__ = ["fingerprint_python_docs", "iter_modules", "read_python_docs"]
 
 EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"})
 
@@ -34,14 +34,23 @@ def read_python_docs() -> list[str]:
 
     A file that cannot be read or parsed is left out. The order is the same on every call.
     """
-    root = _root()
     documents = [topics[name].strip() for name in sorted(topics)]
-    files = _source_files(root)
-    for path in tqdm(files, desc="Reading the standard library", disable=hide_progress(), leave=False):
-        document = "\n\n".join(_docstrings(path, root))
+    for name, tree in iter_modules():
+        document = "\n\n".join(_walk(tree, name))
         if document:
             documents.append(document)
     return documents
+
+
+def iter_modules() -> Iterator[tuple[str, ast.Module]]:
+    """Yield the dotted name and the syntax tree of each module, by path; what cannot be parsed is left out."""
+    root = _root()
+    files = _source_files(root)
+    for path in tqdm(files, desc="Reading the standard library", disable=hide_progress(), leave=False):
+        tree = _parse(path)
+        if tree is not None:
+            parts = path.relative_to(root).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts), tree
 
 
 def _root() -> Path:
@@ -54,17 +63,14 @@ def _source_files(root: Path) -> list[Path]:
     return [root / path for path in sorted(files) if not EXCLUDED.intersection(path.parts[:-1])]
 
 
-def _docstrings(path: Path, root: Path) -> Iterator[str]:
-    """Yield the docstrings of a module, its classes and functions, each headed by its dotted name."""
+def _parse(path: Path) -> ast.Module | None:
+    """Return the syntax tree of a file, or None if it cannot be read or parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in other people's strings
-            tree = ast.parse(path.read_bytes())
+            return ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return
-    parts = path.relative_to(root).with_suffix("").parts
-    name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-    yield from _walk(tree, name)
+        return None
 
 
 def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[str]:

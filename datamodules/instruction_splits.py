@@ -1,0 +1,124 @@
+"""Which prompt–response pair belongs to which split, and which ones are shots: pairs that share a key stay together."""
+
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import NamedTuple
+
+from lit_logits.datamodules.caching import digest
+
+__all__ = ["Example", "draw_shots", "group_examples", "split_examples"]
+
+
+class Example(NamedTuple):
+    """A prompt and what should follow it.
+
+    Attributes:
+        prompt: never empty.
+        response: empty where the source has prompts only.
+        keys: texts that no two splits may share.
+        choices: of a multiple-choice question, `response` among them; else empty.
+        correct: number of the right choice, 0 if there are none.
+        where: the row's place in its source, for messages.
+    """
+
+    prompt: str
+    response: str
+    keys: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    correct: int = 0
+    where: str = ""
+
+
+def group_examples(examples: Sequence[Example]) -> list[int]:
+    """Return a number for each example, the same for examples that a chain of shared keys connects.
+
+    Example:
+        >>> group_examples([Example("p", "r", keys) for keys in (("a",), ("b",), ("a", "c"), ("c",), ())])
+        [0, 1, 0, 0, 4]
+    """
+    parent = list(range(len(examples)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        for key in example.keys:
+            one, other = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[other] = one
+    return [root(i) for i in range(len(examples))]
+
+
+def split_examples(examples: Sequence[Example], fractions: dict[str, float], seed: int) -> dict[str, list[Example]]:
+    """Split examples into `"train"` and the splits named in `fractions`.
+
+    Groups (see `group_examples`) are visited in an order drawn from `seed` and go to the first split that they still
+    fit into; a split that all would overfill gets the smallest one, and the rest is the training split.
+
+    Args:
+        examples: in any order: it decides nothing but the order within each split.
+        fractions: share of the examples for each split other than `"train"`, in [0, 1).
+        seed: of the order.
+
+    Returns:
+        The splits `"train"` and those of `fractions`; one whose fraction is zero is an empty list.
+
+    Raises:
+        ValueError: If nothing would be left for training.
+
+    Example:
+        >>> examples = [Example(str(i), "yes", (str(i),)) for i in range(50)]
+        >>> {name: len(rows) for name, rows in split_examples(examples, {"val": 0.1, "test": 0.2}, seed=0).items()}
+        {'train': 35, 'val': 5, 'test': 10}
+    """
+    groups: dict[int, list[int]] = {}
+    for i, group in enumerate(group_examples(examples)):
+        groups.setdefault(group, []).append(i)
+    free = sorted(groups.values(), key=lambda rows: _draw((examples[i] for i in rows), seed))
+    split_of = dict.fromkeys(range(len(examples)), "train")
+    for name, fraction in fractions.items():
+        room = fraction * len(examples) if free else 0.0
+        taken: list[list[int]] = []
+        for rows in free:
+            if len(rows) <= room:
+                taken.append(rows)
+                room -= len(rows)
+        if room and not taken:
+            taken = [min(free, key=len)]
+        split_of |= {i: name for rows in taken for i in rows}
+        chosen = {rows[0] for rows in taken}
+        free = [rows for rows in free if rows[0] not in chosen]
+    splits: dict[str, list[Example]] = {name: [] for name in ("train", *fractions)}
+    for i, example in enumerate(examples):
+        splits[split_of[i]].append(example)
+    if not splits["train"]:
+        raise ValueError(
+            f"Expected the source to hold enough distinct pairs for {1 + sum(map(bool, fractions.values()))} splits, "
+            f"but got {len(groups)} of {len(examples)} rows. Set `val_fraction` and `test_fraction` to 0."
+        )
+    return splits
+
+
+def draw_shots(train: Sequence[Example], num_shots: int, seed: int) -> list[Example]:
+    """Return `num_shots` + 1 training examples of different prompts: one more, for the row that is itself a shot.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if num_shots == 0:
+        return []
+    order = Random(seed).sample(range(len(train)), len(train))
+    shots = {train[i].prompt: train[i] for i in reversed(order)}
+    if len(shots) <= num_shots:
+        raise ValueError(
+            f"Expected `num_shots` to be below the number of different training prompts, {len(shots)}, but got "
+            f"{num_shots}. Lower it, or the fractions that are held out."
+        )
+    return list(shots.values())[: num_shots + 1]
+
+
+def _draw(examples: Iterable[Example], seed: int) -> str:
+    """Return a group's place in the order, a hash of its content."""
+    return digest(seed, min((example.prompt, example.response) for example in examples))
