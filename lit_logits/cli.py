@@ -116,6 +116,8 @@ class LitLogitsCLI(LightningCLI):
                 source = size if size in _attributes(config.get("data")) else "vocab_size"  # classes may be tokens
                 links = self._parser(self.subcommand)
                 links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
+        if self.subcommand == "predict" and config.get("return_predictions") is None:
+            config.return_predictions = False  # a writer has them, and memory may not
         logger: Any = config.trainer.logger.get("init_args", {}) if isinstance(config.trainer.logger, Namespace) else {}
         if logger.get("name") == "lightning_logs":
             recipes = [Path(str(path)).stem for path in config.get("config") or []]

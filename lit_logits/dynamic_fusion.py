@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_logits.functional import FusionMode, FusionSolver
 from lit_logits.modules.answers import GSM8K_PATTERN, extract_answer
-from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores, FusionTrace
+from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores
+from lit_logits.modules.fused_decoding import FusionTrace
 from lit_logits.modules.fusion_models import check_same_tokenizer, eos_token_ids, load_fusion_models
 
 __all__ = ["DynamicFusionDecoder"]

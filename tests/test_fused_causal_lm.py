@@ -520,7 +520,7 @@ def test_bad_arguments(parts):
         DynamicFusionDecoder(large, None, experts)
     with pytest.raises(ValueError, match="`experts` to be a list of models"):
         DynamicFusionDecoder(large, base, experts[0])
-    with pytest.raises(ValueError, match=r"0 ≤ smallest ≤ largest, but got \(2.0, 1.0\)"):
+    with pytest.raises(ValueError, match=r"0 ≤ smallest ≤ largest.*, but got \(2.0, 1.0\)"):
         DynamicFusionDecoder(large, base, experts, bounds=(2.0, 1.0))
     with pytest.raises(ValueError, match="'tilting' or 'grid', but got 'newton'"):
         DynamicFusionDecoder(large, base, experts, solver="newton")

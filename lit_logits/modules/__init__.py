@@ -40,7 +40,15 @@ from lit_logits.modules.dual_head_kd import (
     GradAlign,
     GradientAligner,
 )
-from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores, FusionTrace
+from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores
+from lit_logits.modules.fused_decoding import (
+    FusedStep,
+    FusionTrace,
+    SmallModels,
+    accepted_inputs,
+    check_decoding,
+    position_ids_of,
+)
 from lit_logits.modules.fusion_models import (
     FusionModels,
     check_same_tokenizer,
@@ -74,6 +82,7 @@ __all__ = [
     "FrozenTeacher",
     "FusedCausalLM",
     "FusedScores",
+    "FusedStep",
     "FusionModels",
     "FusionTrace",
     "GradAlign",
@@ -83,9 +92,12 @@ __all__ = [
     "MobileNetV2",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "SmallModels",
     "VQLogitsHead",
     "WideResNet",
+    "accepted_inputs",
     "calibrate",
+    "check_decoding",
     "check_same_tokenizer",
     "choose_init",
     "classifier_logits",
@@ -107,6 +119,7 @@ __all__ = [
     "make_config",
     "mobilenetv2",
     "new_causal_lm",
+    "position_ids_of",
     "read_weights",
     "resnet8",
     "resnet8x4",

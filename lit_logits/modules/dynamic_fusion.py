@@ -3,17 +3,13 @@
 Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions that count), V vocabulary, S experts.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMode
 
 from lit_logits.functional import (
     FusionMode,
@@ -24,28 +20,17 @@ from lit_logits.functional import (
     fuse_logits,
     fusion_weights,
 )
+from lit_logits.modules.fused_decoding import (
+    FusedStep,
+    FusionTrace,
+    SmallModels,
+    accepted_inputs,
+    check_decoding,
+    position_ids_of,
+)
 from lit_logits.modules.fusion_models import eos_token_ids
 
-__all__ = ["FusedCausalLM", "FusedScores", "FusionTrace"]
-
-
-class FusionTrace(NamedTuple):
-    """What fusion did at each token of a text.
-
-    Attributes:
-        token_ids: (B, N) the tokens, generated or scored.
-        mask: (B, N) True where the token belongs to the text: not behind its end, not ignored.
-        alpha: (S, B, N) weight of each expert.
-        kl_forward: (B, N) KL(P~ ‖ P) of the fused and the large model's distribution, in nats.
-        kl_reverse: (B, N) KL(P ‖ P~) in nats.
-
-    """
-
-    token_ids: Tensor
-    mask: Tensor
-    alpha: Tensor
-    kl_forward: Tensor
-    kl_reverse: Tensor
+__all__ = ["FusedCausalLM", "FusedScores"]
 
 
 class FusedScores(NamedTuple):
@@ -53,15 +38,6 @@ class FusedScores(NamedTuple):
 
     log_probs: Tensor
     trace: FusionTrace
-
-
-class _Step(NamedTuple):
-    """Fused logits (R, V) of some positions, weights (S, R) and divergences (R,)."""
-
-    logits: Tensor
-    alpha: Tensor
-    kl_forward: Tensor
-    kl_reverse: Tensor
 
 
 class FusedCausalLM(nn.Module):
@@ -167,27 +143,34 @@ class FusedCausalLM(nn.Module):
 
     # ------------------------------------------------------------------ fusing
 
-    def fuse(self, large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> _Step:
-        """Fused logits, weights and divergences of logits (R, V), (R, V) and (S, R, V).
+    def fuse(self, large_logits: Tensor, small_logits: Sequence[Tensor]) -> FusedStep:
+        """Fused logits, weights and divergences of some positions.
+
+        Args:
+            large_logits: (R, V).
+            small_logits: (R, V) of the base and of each expert; none leaves the large model as it is.
 
         Raises:
             ValueError: naming the model that emits NaN or +inf.
 
         """
         large = at_least_float32(large_logits)
+        if not small_logits or len(large) == 0:
+            zero = large.new_zeros(len(large))
+            return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
+        base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
         if self.static_alpha is None:
             try:
-                found = fusion_weights(large, base_logits, expert_logits, **self.search)
-            except ValueError as error:
-                self._blame(large, base_logits, expert_logits)
-                raise error
-            fused = fuse_logits(large, base_logits, expert_logits, found.alpha)
-            return _Step(fused, found.alpha, found.kl_forward, found.kl_reverse)
-        self._blame(large, base_logits, expert_logits)
+                found = fusion_weights(large, base, experts, **self.search)
+            except ValueError:
+                self._blame(large, base, experts)
+                raise
+            return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
+        self._blame(large, base, experts)
         alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
-        fused = fuse_logits(large, base_logits, expert_logits, alpha)
+        fused = fuse_logits(large, base, experts, alpha)
         forward, reverse = expert_divergences(large, fused.unsqueeze(0))
-        return _Step(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
+        return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
 
     def _blame(self, large: Tensor, base: Tensor, experts: Tensor) -> None:
         named = [("large model", large), ("base", base)]
@@ -198,12 +181,6 @@ class FusedCausalLM(nn.Module):
                     f"Expected the {name} to emit logits that are finite or −inf, but got NaN or +inf. Check its"
                     " weights, or load it in another dtype (float16 overflows)."
                 )
-
-    def _inactive(self, large_logits: Tensor) -> _Step:
-        """The large model as it is."""
-        large = at_least_float32(large_logits)
-        zero = large.new_zeros(len(large))
-        return _Step(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
 
     # ------------------------------------------------------------------ scoring
 
@@ -248,23 +225,20 @@ class FusedCausalLM(nn.Module):
         )
         return FusedScores(_scatter(log_probs, mask), self.trace)
 
-    def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[_Step]:
+    def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[FusedStep]:
         """Fused logits at the positions (B, T) where `keep` is true, in chunks and row by row."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check_context(mask, 0)
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": _positions(mask)}
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
         keep = keep.to(self.large.device)
         models = self._held if self.is_active else self._held[:1]
         rows = [self._rows(model, inputs, keep) for model in models]
         for chunk in zip(*(logits.split(self.chunk_size) for logits in rows), strict=True):
-            if not self.is_active or len(chunk[0]) == 0:
-                yield self._inactive(chunk[0])
-            else:
-                yield self.fuse(chunk[0], chunk[1], torch.stack(chunk[2:]))
+            yield self.fuse(chunk[0], chunk[1:])
 
     def _rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Tensor) -> Tensor:
         """Logits (R, V) of one model on the large model's device."""
-        logits = model(**_accepted(model, {**inputs, "use_cache": False})).logits
+        logits = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits
         return logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device)
 
     # ------------------------------------------------------------------ decoding
@@ -290,39 +264,23 @@ class FusedCausalLM(nn.Module):
                 greedy nor sampling, or a model that emits NaN.
 
         """
-        config = self._check_decoding(kwargs)
+        config = check_decoding(self.large, kwargs)
         self._check_prompts(input_ids, attention_mask, config)
         prompt_length = input_ids.shape[1]
-        small = _SmallModels(self, prompt_length)
+        followers = self._held[1:] if self.is_active else ()
+        small = SmallModels(followers, self.fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
         inputs = {"input_ids": input_ids.to(self.large.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.large.device)
-        with small.attached():
+        with small.attached_to(self.large):
             output = self.large.generate(**inputs, **kwargs)  # type: ignore[operator]
         sequences = output if isinstance(output, Tensor) else output.sequences
-        self.trace = small.trace(sequences[:, prompt_length:], config)
+        ends = config.eos_token_id
+        self.trace = small.trace(sequences[:, prompt_length:], eos_token_ids(self.large) if ends is None else ends)
         if not isinstance(output, Tensor):
             for name in ("alpha", "kl_forward", "kl_reverse"):
                 output[name] = getattr(self.trace, name)
         return output
-
-    def _check_decoding(self, kwargs: Mapping[str, Any]) -> Any:
-        config = deepcopy(kwargs.get("generation_config") or self.large.generation_config)
-        config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
-        for name in ("past_key_values", "inputs_embeds", "custom_generate"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"Expected no `{name}`, which the small models cannot follow, but got one.")
-        mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise ValueError(
-                f"Expected greedy search or sampling, because weights are found for one text at a time, but got"
-                f" {str(mode.value).replace('_', ' ')}. Use `num_beams=1` and no assistant."
-            )
-        if config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"Expected `cache_implementation` to be None or 'dynamic', but got {config.cache_implementation!r}."
-            )
-        return config
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> None:
         if input_ids.ndim != 2:
@@ -355,83 +313,8 @@ class FusedCausalLM(nn.Module):
                 )
 
 
-class _SmallModels:
-    """Base and experts during one `generate`: a forward hook feeds them what the large model reads."""
-
-    def __init__(self, fused: FusedCausalLM, prompt_length: int) -> None:
-        self.fused, self.prompt_length = fused, prompt_length
-        self.models = fused._held[1:] if fused.is_active else ()
-        self.caches: list[Any] = [None] * len(self.models)
-        self.length = 0
-        self.steps: dict[int, _Step] = {}  # by the number of tokens read
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hook the large model for as long as the context lasts."""
-        handle = self.fused.large.register_forward_hook(self._after_forward, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Replace the logits of the last position by fused ones."""
-        uses_cache = bool(kwargs.get("use_cache"))
-        read = kwargs["input_ids"].shape[1]
-        self.length = self.length + read if uses_cache else read
-        large = output.logits[:, -1]
-        rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
-        if self.length < self.prompt_length:  # a chunk of a long prompt, behind which nothing is drawn
-            return output
-        size = self.fused.vocab_size
-        if rows:
-            small = [row[:, :size].to(large.device) for row in rows]
-            step = self.fused.fuse(large[:, :size], small[0], torch.stack(small[1:]))
-        else:
-            step = self.fused._inactive(large[:, :size])
-        self.steps[self.length] = step._replace(logits=large[:, :0])
-        output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
-        return output
-
-    def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool) -> Tensor:
-        """Logits (B, V) of a small model for the next token."""
-        model, ids, mask = self.models[index], kwargs["input_ids"], kwargs.get("attention_mask")
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": uses_cache, "logits_to_keep": 1}
-        inputs["position_ids"] = kwargs.get("position_ids")
-        if inputs["position_ids"] is None and mask is not None:
-            inputs["position_ids"] = _positions(mask)[:, -ids.shape[1] :]
-        if uses_cache:
-            inputs["past_key_values"] = self.caches[index]
-        output = model(**_accepted(model, inputs))
-        if uses_cache:
-            self.caches[index] = output.past_key_values
-        return output.logits[:, -1]
-
-    def trace(self, token_ids: Tensor, config: Any) -> FusionTrace:
-        """Weights and divergences of the tokens (B, N) that were kept; steps that `generate` undid are left out."""
-        count = token_ids.shape[1]
-        steps = [self.steps[self.prompt_length + i] for i in range(count)]
-        alpha, forward, reverse = (torch.stack(values, -1) for values in list(zip(*steps, strict=True))[1:])
-        ids = eos_token_ids(self.fused.large) if config.eos_token_id is None else config.eos_token_id
-        ends = torch.isin(token_ids, torch.as_tensor(sorted(ids) if isinstance(ids, set) else ids).to(token_ids))
-        mask = (ends.cumsum(1) - ends.long()) == 0  # up to the end token, which counts
-        return FusionTrace(token_ids, mask, alpha, forward, reverse)
-
-
 def _num_logits(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr,return-value]
-
-
-def _accepted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's `forward` takes, on its device; None is left out."""
-    known = inspect.signature(model.forward).parameters
-    chosen = {name: value for name, value in inputs.items() if name in known and value is not None}
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Position of each token (B, T) among those that are not padding."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
