@@ -8,12 +8,16 @@ from lightning import Trainer
 __all__ = ["log_scalars"]
 
 
-def log_scalars(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Write `values` to every logger at the optimizer step that has just been taken, and to `callback_metrics`.
+def log_scalars(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
+    """Write `values` to every logger at `step`, by default the optimizer step that has just been taken.
+
+    They also go to `callback_metrics`.
 
     `LightningModule.log` would repeat the last value at each step until the next look, and leave out a look that is
     not at a multiple of `log_every_n_steps`.
     """
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    if step is None:
+        step = max(0, trainer.global_step - 1)  # Lightning's first step is 0
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=max(0, trainer.global_step - 1))  # Lightning's first step is 0
+        logger.log_metrics(dict(values), step=step)

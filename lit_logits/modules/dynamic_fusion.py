@@ -138,7 +138,7 @@ class FusedCausalLM(nn.Module):
         if self.anchor.device != before:
             for model in self._held:
                 if model.device == before and not hasattr(model, "hf_device_map"):
-                    model.to(self.anchor.device)
+                    nn.Module.to(model, self.anchor.device)  # transformers hides the types of its own
         return self
 
     # ------------------------------------------------------------------ fusing
@@ -314,7 +314,7 @@ class FusedCausalLM(nn.Module):
 
 
 def _num_logits(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr,return-value]
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -91,8 +91,8 @@ def load_fusion_models(
     base_model = None if base is None else load(base, "base", small_kwargs)
     expert_models, names = [], []
     for number, expert in enumerate(experts):
-        several = isinstance(expert, Sequence) and not isinstance(expert, str)
-        parts = list(expert) if several else [expert]  # type: ignore[arg-type]
+        parts: list[Model] = [expert] if isinstance(expert, str | nn.Module) else list(expert)
+        several = not isinstance(expert, str | nn.Module)
         if not parts:
             raise ValueError(
                 f"Expected expert {number} to be a model or a list of models to merge, but got an empty list."
@@ -201,7 +201,7 @@ def _unique(names: list[str]) -> list[str]:
 
 
 def _rows(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr,return-value]
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def _common_vocabulary(

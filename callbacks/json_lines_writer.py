@@ -1,0 +1,272 @@
+"""`JsonLinesWriter`: what `predict` returns as lines of JSON, one an example, however often the run is killed."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+__all__ = ["JsonLinesWriter"]
+
+
+class JsonLinesWriter(BasePredictionWriter):
+    """Write the dicts that `predict_step` returns as lines of JSON; the same command goes on where a kill stopped it.
+
+    `predict_step` returns a list of dicts of plain JSON values, each with `row`, the number of its example in the data
+    set. After each batch they are on disk, in `FOLDER/part-RANK.jsonl`. A run that starts in a folder of an earlier one
+    reads the parts of all ranks, however many those were, and drops a last line that was torn; a data module with a set
+    `finished_rows` gets the rows that are there, before its `predict_dataloader` is asked for those to come. Rows that
+    come all the same are not written again: Lightning's sampler wants one for each rank, so that a data module may have
+    to leave some in. At the end `FOLDER/predictions.jsonl` holds each row once, in their order; the parts stay. All
+    processes need to see the same folder.
+
+    `FOLDER/settings.json` keeps predictions of different runs apart: it holds the data module's `fingerprint` if it has
+    one, the model's class, its `prediction_settings` or else its hyper-parameters, and the checkpoint.
+
+    Args:
+        folder: None is `predictions` in the run folder, which is a new one in each run: to go on, name it.
+
+    Raises:
+        ValueError: if the folder holds predictions of another model, data set or checkpoint, or lines of JSON that are
+            not this callback's; if there are several data loaders, whose rows would be mistaken for each other; if
+            `predict_step` returns anything else.
+
+    Example:
+        >>> JsonLinesWriter("runs/fusion/answers").interval.value
+        'batch'
+
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = folder
+        self._path = Path()
+        self._part = Path()
+        self._rows: set[int] = set()  # that this rank knows to be written
+        self._num_found = 0
+        self._is_checked = False
+
+    # ------------------------------------------------------------------ start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find what is finished and tell the data module."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "predictions"))
+        self._part = self._path / f"part-{trainer.global_rank}.jsonl"
+        self._is_checked = False
+        settings = getattr(pl_module, "prediction_settings", None)
+        self._check(
+            trainer,
+            data=getattr(trainer.datamodule, "fingerprint", None),  # type: ignore[attr-defined]
+            model={"class": type(pl_module).__name__, **(pl_module.hparams if settings is None else settings)},
+        )
+        _drop_torn_line(self._part)
+        # Ranks must agree on the rows that are left, as they share them among themselves.
+        found = trainer.strategy.broadcast(list(_read_parts(self._path)) if trainer.is_global_zero else [])
+        self._rows, self._num_found = set(found), len(found)
+        finished = getattr(trainer.datamodule, "finished_rows", None)  # type: ignore[attr-defined]
+        if finished is not None:
+            finished.clear()
+            finished.update(found)
+        elif found:
+            rank_zero_warn(
+                f"{self._path} has {len(found)} rows already, which will be made again and left out: only a data module"
+                " with a set `finished_rows` learns of them."
+            )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what would mix rows."""
+        if len(trainer.num_predict_batches) > 1:
+            raise ValueError(
+                "Expected one data loader to predict from, as the `row` of two can be the same, but got"
+                f" {len(trainer.num_predict_batches)}."
+            )
+        self._check_checkpoint(trainer)
+
+    def _check_checkpoint(self, trainer: Trainer) -> None:
+        """Once a run; the Trainer knows the checkpoint only after `setup`, and starts no loop that has no batches."""
+        if self._is_checked:
+            return
+        self._is_checked, checkpoint = True, trainer.ckpt_path and Path(trainer.ckpt_path).absolute()
+        if checkpoint and checkpoint.exists():
+            time = datetime.fromtimestamp(checkpoint.stat().st_mtime).isoformat(" ", "seconds")
+            self._check(trainer, checkpoint=f"{checkpoint} of {time}")
+        else:
+            self._check(trainer, checkpoint=trainer.ckpt_path and str(trainer.ckpt_path))
+
+    def _check(self, trainer: Trainer, **settings: Any) -> None:
+        """Rank zero looks, and all ranks raise."""
+        problem = _settle(self._path, _plain(settings)) if trainer.is_global_zero else None
+        if problem := trainer.strategy.broadcast(problem):
+            raise ValueError(problem)
+
+    # ------------------------------------------------------------------ lines
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append the rows that are new, as far as this rank knows, and see them on disk."""
+        if not isinstance(prediction, list):
+            raise ValueError(f"Expected `predict_step` to return a list of dicts, but got {type(prediction).__name__}.")
+        lines = dict(map(_line, prediction))
+        new = [line for row, line in lines.items() if row not in self._rows]
+        if new:
+            with self._part.open("ab") as file:
+                file.write(b"".join(new))
+                file.flush()
+                os.fsync(file.fileno())
+        self._rows.update(lines)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell how to go on."""
+        if trainer.predicting and len(self._rows) > self._num_found:
+            rank_zero_info(f"Stopped; go on with `folder: {self._path}`.")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the parts, and say where they are.
+
+        Not in `on_predict_end`, which a rank without batches does not reach: all of them if every row was there.
+        """
+        if stage != "predict":
+            return
+        self._check_checkpoint(trainer)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            count = _join(self._path)
+            rank_zero_info(
+                f"Predictions: {self._path / 'predictions.jsonl'}, {count} rows, of which {self._num_found} were there"
+                " before."
+            )
+        trainer.strategy.barrier()
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _line(example: Any) -> tuple[int, bytes]:
+    row = example.get("row") if isinstance(example, dict) else None
+    if type(row) is not int:
+        raise ValueError(
+            "Expected `predict_step` to return dicts with the number of their example, an int, as `row`, but got"
+            f" {example!r:.200}."
+        )
+    try:
+        text = json.dumps(example, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected `predict_step` to return plain JSON values, but in row {row}: {error}.") from error
+    return row, text.encode("utf-8", "backslashreplace") + b"\n"  # \udc80: half a pair is no UTF-8, but is JSON
+
+
+def _whole_lines(part: Path) -> Iterator[tuple[int, int, int]]:
+    """Row, start and end of each line that is whole; what a kill left behind is none."""
+    end = 0
+    with part.open("rb") as file:
+        for line in file:
+            start, end = end, end + len(line)
+            try:
+                example = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                continue
+            if isinstance(example, dict) and type(example.get("row")) is int:
+                yield example["row"], start, end
+
+
+def _drop_torn_line(part: Path) -> None:
+    if part.is_file():
+        os.truncate(part, max((end for *_, end in _whole_lines(part)), default=0))
+
+
+def _read_parts(folder: Path) -> dict[int, tuple[Path, int]]:
+    """Each finished row, and where its line starts."""
+    index: dict[int, tuple[Path, int]] = {}
+    for part in sorted(folder.glob("part-*.jsonl")):
+        for row, start, _ in _whole_lines(part):
+            index.setdefault(row, (part, start))
+    return index
+
+
+def _join(folder: Path) -> int:
+    """Write `predictions.jsonl`; the number of its rows."""
+    index = _read_parts(folder)
+    partial = folder / "predictions.jsonl.partial"
+    with ExitStack() as stack:
+        files = {part: stack.enter_context(part.open("rb")) for part in {part for part, _ in index.values()}}
+        joined = stack.enter_context(partial.open("wb"))
+        for _, (part, start) in sorted(index.items()):
+            files[part].seek(start)
+            joined.write(files[part].readline())
+        joined.flush()
+        os.fsync(joined.fileno())
+    partial.replace(folder / "predictions.jsonl")
+    return len(index)
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def _settle(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Add `settings` to those of the folder; what is wrong if it has others, or is not ours."""
+    file = folder / "settings.json"
+    if not file.is_file() and (strangers := sorted(path.name for path in folder.glob("*.jsonl"))):
+        return (
+            f"Expected `folder` to be new or of an earlier run, but {folder} has {strangers[0]} and no settings.json."
+        )
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    there = dict(_flat({name: known[name] for name in settings if name in known}))
+    here = dict(_flat({name: settings[name] for name in settings if name in known}))
+    differing = [
+        f"`{name}` was {_said(there, name)} there and is {_said(here, name)} now"
+        for name in {**there, **here}
+        if _said(there, name) != _said(here, name)
+    ]
+    if differing:
+        return (
+            f"Expected {folder} to hold predictions of this run, but {', '.join(differing)}. Pass another `folder`, or"
+            " delete it."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({**known, **settings}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON reads it back; other things as text that is the same in every process."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def _said(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "absent"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

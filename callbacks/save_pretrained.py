@@ -1,0 +1,183 @@
+"""`SavePretrained`: the model of transformers that is trained, as a folder for `from_pretrained`."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["SavePretrained"]
+
+_Config = TypeVar("_Config")
+
+
+class SavePretrained(Callback):
+    """Keep the transformers model inside the LightningModule, at its best validation, in a `from_pretrained` folder.
+
+    The model is the first in the order of `modules()` that has an output layer and is trained (if none is yet, the
+    first of all). It is saved when a validation's `monitor` is better than all before; if there is no validation, or
+    its number is none, at the end. The data module's `tokenizer` is saved with it, if there is one, and its ids of
+    begin, end and padding are the model's in the folder, as the texts that trained it end so; only a list of ends that
+    has the tokenizer's among them stays. A folder is replaced as a whole or not at all.
+
+    A resumed run knows the best of the run before and where it is, and leaves it alone until it is better.
+
+    Args:
+        folder: what to write; None is `pretrained` in the run folder. It must be new, empty or a saved model, which is
+            replaced.
+        monitor: a logged metric; None saves at the end only.
+        mode: whether the least or the greatest is best.
+
+    Raises:
+        ValueError: if `mode` is neither; at the start of fit if the folder holds anything else, if there is no such
+            model, or if the strategy keeps its weights in pieces; if no `monitor` was logged.
+
+    Example:
+        >>> SavePretrained(monitor="val/acc", mode="max").state_dict()
+        {'best': None, 'saved_in': None}
+
+    """
+
+    def __init__(
+        self, folder: str | None = None, monitor: str | None = "val/loss", mode: Literal["min", "max"] = "min"
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+        self.folder, self.monitor, self.mode = folder, monitor, mode
+        self.best: float | None = None
+        self.saved_in: str | None = None
+        self._path = Path()
+        self._name = ""
+
+    @property
+    def state_key(self) -> str:
+        """A best of another metric is none."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best metric, and the folder of its model."""
+        return {"best": self.best, "saved_in": self.saved_in}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where the checkpoint left off."""
+        self.best, self.saved_in = state_dict["best"], state_dict["saved_in"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model, and refuse what could not be saved."""
+        _check_whole(trainer.strategy)
+        self._name = _model_name(pl_module)
+        self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
+        replaced = self._beside("replaced")
+        if trainer.is_global_zero and replaced.is_dir():  # a kill came between the two renames, or soon after
+            shutil.rmtree(replaced) if self._path.exists() else replaced.rename(self._path)
+        trainer.strategy.barrier()
+        names = sorted(path.name for path in self._path.iterdir()) if self._path.is_dir() else []
+        if (names and "config.json" not in names) or self._path.is_file():
+            holds = f"holds {names[0]!r}" if names else "is a file"
+            raise ValueError(f"Expected `folder` to be new, empty or a saved model, but {self._path} {holds}.")
+        is_there = self.saved_in is not None and Path(self.saved_in, "config.json").is_file()
+        if not trainer.strategy.broadcast(is_there):
+            self.best = self.saved_in = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the metric is the best; rank zero decides for all."""
+        if trainer.state.fn != "fit" or self.monitor is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            if trainer.sanity_checking and not self.monitor.startswith("val"):
+                return  # such as a metric of training, of which there is none yet
+            raise ValueError(
+                f"Expected `monitor` to be one of the logged {sorted(trainer.callback_metrics)}, but got"
+                f" {self.monitor!r}."
+            )
+        value = float(trainer.callback_metrics[self.monitor])
+        first = self.best is None and value == value
+        is_best = first or (self.best is not None and (value < self.best if self.mode == "min" else value > self.best))
+        if trainer.strategy.broadcast(is_best) and not trainer.sanity_checking:
+            self._save(trainer)
+            self.best = value
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save unless a validation did, and say where."""
+        if self.best is None:
+            self._save(trainer)
+        metric = "" if self.best is None else f" ({self.monitor} {self.best:.4f})"
+        rank_zero_info(f"Saved model: {self.saved_in}{metric}")
+
+    # ------------------------------------------------------------------ saving
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write the folder beside its place, then swap."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        weights = self._gathered_weights(trainer)
+        if trainer.is_global_zero:
+            partial, replaced = self._beside("partial"), self._beside("replaced")
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+            model: Any = trainer.lightning_module.get_submodule(self._name)
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+            if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(partial)
+                for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+                    _with_ids(config, tokenizer).save_pretrained(partial)
+            if self._path.exists():
+                self._path.rename(replaced)
+            partial.rename(self._path)
+            shutil.rmtree(replaced, ignore_errors=True)
+        self.saved_in = str(self._path)
+
+    def _gathered_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
+        """The model's, where they are in pieces: all ranks must come. Else None."""
+        strategy = trainer.strategy
+        if type(strategy).lightning_module_state_dict is Strategy.lightning_module_state_dict:
+            return None
+        prefix = f"{self._name}.".replace("_fsdp_wrapped_module.", "")  # state dicts do not name FSDP's wrapper
+        state = strategy.lightning_module_state_dict()
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def _beside(self, suffix: str) -> Path:
+        return self._path.with_name(f"{self._path.name}.{suffix}")
+
+
+def _model_name(pl_module: LightningModule) -> str:
+    found = {
+        name: module
+        for name, module in pl_module.named_modules()
+        if isinstance(module, PreTrainedModel) and (module.can_generate() or module.base_model is not module)
+    }
+    if not found:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to hold a model of transformers with its output layer, such as"
+            " AutoModelForCausalLM makes, but found none."
+        )
+    trained = [name for name, model in found.items() if any(p.requires_grad for p in model.parameters())]
+    return next(iter([*trained, *found]))
+
+
+def _check_whole(strategy: Strategy) -> None:
+    in_pieces = getattr(strategy, "_state_dict_type", "full") == "sharded"
+    in_pieces = in_pieces or getattr(strategy, "_save_distributed_checkpoint", False)
+    if in_pieces or getattr(strategy, "zero_stage_3", False):
+        raise ValueError(
+            f"Expected a strategy that gathers whole weights, but got {type(strategy).__name__} that keeps them in"
+            " pieces. Use FSDPStrategy(state_dict_type='full') or"
+            " ModelParallelStrategy(save_distributed_checkpoint=False)."
+        )
+
+
+def _with_ids(config: _Config, tokenizer: Any) -> _Config:
+    """A copy with the tokenizer's ids, those that it has."""
+    config = copy.deepcopy(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, known = getattr(tokenizer, name, None), getattr(config, name, None)
+        if token is not None and not (isinstance(known, list) and token in known):
+            setattr(config, name, token)
+    return config
