@@ -4,7 +4,7 @@ Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class FusedCausalLM(nn.Module):
         if self.anchor.device != before:
             for model in self._held:
                 if model.device == before and not hasattr(model, "hf_device_map"):
-                    nn.Module.to(model, self.anchor.device)  # transformers hides the types of its own
+                    cast(nn.Module, model).to(self.anchor.device)
         return self
 
     # ------------------------------------------------------------------ fusing
