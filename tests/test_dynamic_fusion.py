@@ -204,28 +204,53 @@ def check_never_worse(seed, experts, moved, scale, vocab):
     return single, joint
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0.05, 2), st.floats(0.3, 3), st.sampled_from([300, 1500]))
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.floats(0.05, 4),
+    st.floats(0.3, 6),
+    st.sampled_from([5, 60, 300, 1500]),
+)
 def test_never_worse_than_the_grid(seed, experts, moved, scale, vocab):
     single, joint = check_never_worse(seed, experts, moved, scale, vocab)
     for found in (single, joint):
         assert found.alpha.shape == (experts, 4)
         assert ((found.alpha >= 0) & (found.alpha <= 2)).all()
     assert ((single.alpha > 0).sum(0) <= 1).all()
-    assert single.num_evals <= 12
+    assert single.num_evals <= 21
 
 
-@pytest.mark.xfail(strict=True, reason="two minima between the roots of f and g: the search finds one of them")
 @pytest.mark.parametrize(
     ("seed", "experts", "moved", "scale", "vocab"), [(848, 2, 4.0, 6.0, 60), (1280, 4, 2.515625, 5.625, 5)]
 )
-def test_never_worse_than_the_grid_where_a_few_tokens_are_all_that_counts(seed, experts, moved, scale, vocab):
+def test_never_worse_than_the_grid_where_there_are_two_minima(seed, experts, moved, scale, vocab):
+    """A secant search between the roots of f and g alone once ended in the worse of two minima, far above the grid."""
     check_never_worse(seed, experts, moved, scale, vocab)
 
 
-def test_fewer_than_seven_passes_on_average():
+def test_joint_search_survives_a_singular_system():
+    """One expert alone is free: a system of rank one, beside which float32 once lost the damping, so that LU failed."""
+    check_never_worse(420785018, 2, 2.7716441056628818, 3.3918301581847183, 5)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "step"),
+    [((0.0, 2.0), 0.5), ((0.2, 1.1), 0.25), ((0.3, 3.0), 5.0), ((0.0, 0.7), 0.1), ((1.0, 1.5), 0.03)],
+)
+def test_never_worse_than_any_grid_and_its_bounds(bounds, step):
+    """Also where the largest weight is no point of the grid, and where the grid is a single point."""
+    data = logits(batch=50, vocab=5, moved=3.0, scale=5.0)
+    found = fusion_weights(*data, bounds=bounds, step=step)
+    reached = exact_objective(*data, found.alpha)
+    assert ((found.alpha >= bounds[0]) & (found.alpha <= bounds[1])).all()
+    for alpha in [*np.arange(bounds[0], bounds[1], step), bounds[1]]:
+        assert (reached <= exact_objective(*data, torch.full((1, 50), alpha, dtype=torch.float64)) * (1 + 1e-9)).all()
+
+
+def test_fewer_than_six_passes_on_average():
     counts = [fusion_weights(*logits(seed=seed, vocab=2000, dtype=torch.float32)).num_evals for seed in range(20)]
-    assert sum(counts) / len(counts) < 7
+    assert sum(counts) / len(counts) < 6
 
 
 def test_joint_reaches_both_targets_where_one_expert_cannot():
@@ -242,12 +267,19 @@ def test_joint_reaches_both_targets_where_one_expert_cannot():
 # --- invariants ---
 
 
-def test_sequences_do_not_see_each_other():
-    data = logits(batch=5, experts=2, dtype=torch.float32)
-    whole = fusion_weights(*data)
-    for b in range(5):
-        alone = fusion_weights(data[0][b : b + 1], data[1][b : b + 1], data[2][:, b : b + 1])
+@pytest.mark.parametrize(("moved", "scale"), [(1.0, 2.0), (4.0, 6.0)])
+@pytest.mark.parametrize("mode", ["single", "joint"])
+def test_sequences_do_not_see_each_other(moved, scale, mode):
+    """Peaked ones take between two and a dozen passes, and those that are done drop out of the batch."""
+    data = logits(batch=20, experts=2, moved=moved, scale=scale)
+    whole = fusion_weights(*data, mode=mode)
+    counts = []
+    for b in range(20):
+        alone = fusion_weights(data[0][b : b + 1], data[1][b : b + 1], data[2][:, b : b + 1], mode=mode)
+        counts.append(alone.num_evals)
         torch.testing.assert_close(alone.alpha[:, 0], whole.alpha[:, b], atol=2e-4, rtol=0)
+        torch.testing.assert_close(alone.objective[0], whole.objective[b])
+    assert mode == "joint" or whole.num_evals == max(counts)
 
 
 def test_constants_in_the_logits_change_nothing():
@@ -294,8 +326,10 @@ def test_bad_input_is_named():
     large, base, experts = logits()
     with pytest.raises(ValueError, match=r"\(S, B, V\) with S at least 1, but got \(4, 60\), \(4, 60\) and \(4, 60\)"):
         fusion_weights(large, base, experts[0])
-    with pytest.raises(ValueError, match=r"0 ≤ smallest ≤ largest, but got \(1.0, 0.5\)"):
+    with pytest.raises(ValueError, match=r"0 ≤ smallest ≤ largest < ∞, but got \(1.0, 0.5\)"):
         fusion_weights(large, base, experts, bounds=(1.0, 0.5))
+    with pytest.raises(ValueError, match=r"0 ≤ smallest ≤ largest < ∞, but got \(0.0, inf\)"):
+        fusion_weights(large, base, experts, bounds=(0.0, math.inf))
     with pytest.raises(ValueError, match="`step` to be positive, but got 0"):
         fusion_weights(large, base, experts, solver="grid", step=0)
     with pytest.raises(ValueError, match="'tilting' or 'grid', but got 'newton'"):

@@ -51,7 +51,8 @@ class FusionWeights(NamedTuple):
         objective: (B,) the sum of squares that is minimised, in nats².
         kl_forward: (B,) KL(P~ ‖ P) in nats.
         kl_reverse: (B,) KL(P ‖ P~) in nats.
-        num_evals: fused distributions that were evaluated for each sequence and, with `single`, each expert.
+        num_evals: fused distributions that were evaluated for a sequence and, with `single`, an expert: as many as the
+            slowest of them took, for those that are done drop out.
 
     """
 
@@ -147,23 +148,24 @@ def fusion_weights(
         large_logits: (B, V) of the large model.
         base_logits: (B, V) of the small base.
         expert_logits: (S, B, V) of the experts.
-        solver: `tilting`: derivatives of A give f, g and their slopes in one pass over V, and both grow with α, so a
-            bracketed secant search finds a minimum to 1e-4, in five to eight passes for most batches. Where a few
-            tokens are all that counts there may be two minima between the targets, and it may end in the worse one,
-            above the grid. `grid`: the paper's search.
+        solver: `tilting`: A and its derivatives give f, g and their slopes in one pass over V. As f and g grow with α
+            and A is convex, a few points of the grid prove that no other can win, and a secant search beside the best
+            of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid, though where a few tokens
+            are all that counts there may be two minima, and a lower one between other points. Three to six passes for
+            most sequences. `grid`: the paper's search.
         mode: `single`: one expert acts at a step, the best of S searches along a line; the lowest number among equals.
             `joint`: all may act, never worse than `single`.
         bounds: smallest and largest α, 0 ≤ smallest ≤ largest.
-        step: distance of the points of the grid.
+        step: distance of the points of the grid, which starts at the smallest α; `tilting` looks at these points too.
 
     Raises:
         ValueError: for shapes that do not fit, logits that are NaN or +inf, sequences for which no token is possible,
-            bounds that cross, or a grid that is too fine.
+            bounds that cross or are infinite, or a joint grid that is too fine.
 
     Example:
         >>> base, expert = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[[1.0, 0.0, 4.0]]])
         >>> fusion_weights(base, base, expert).alpha  # large = base: the expert itself
-        tensor([[1.0000]])
+        tensor([[1.]])
         >>> fusion_weights(base, base, base.unsqueeze(0)).alpha  # expert = base: the large model itself
         tensor([[0.]])
 
@@ -174,14 +176,15 @@ def fusion_weights(
         raise ValueError(f"Expected `solver` to be 'tilting' or 'grid', but got {solver!r}.")
     if mode not in ("single", "joint"):
         raise ValueError(f"Expected `mode` to be 'single' or 'joint', but got {mode!r}.")
+    points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
     if solver == "grid":
-        points = torch.arange(int((high - low) / step + 1e-6) + 1, dtype=torch.float64) * step + low
-        best, num_evals = _search_grid(problem, points.tolist(), mode)
+        best, num_evals = _search_grid(problem, points, mode)
     else:
-        best, num_evals = search_lines(problem, problem.shifts, low, high)
+        points = sorted({*points, high})
+        best, num_evals = search_lines(problem, problem.shifts, points)
         best = pick_expert(best)
         if mode == "joint" and len(problem.shifts) > 1:
-            best, more = search_jointly(problem, best, low, high)
+            best, more = search_jointly(problem, best, points)
             num_evals += more
     forward, reverse = problem.forward, problem.reverse
     spread = (forward - forward.mean(0)).square().sum(0) + (reverse - reverse.mean(0)).square().sum(0)
@@ -203,8 +206,10 @@ def _check_shapes(large: Tensor, base: Tensor, experts: Tensor) -> None:
 
 def _check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, float]:
     low, high = bounds
-    if not 0 <= low <= high:
-        raise ValueError(f"Expected `bounds` to be (smallest, largest) with 0 ≤ smallest ≤ largest, but got {bounds}.")
+    if not 0 <= low <= high < torch.inf:
+        raise ValueError(
+            f"Expected `bounds` to be (smallest, largest) with 0 ≤ smallest ≤ largest < ∞, but got {bounds}."
+        )
     if not step > 0:
         raise ValueError(f"Expected `step` to be positive, but got {step}.")
     return float(low), float(high)
@@ -230,7 +235,7 @@ def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> F
         large, base, experts = (logits.masked_fill(~support, -torch.inf) for logits in (large, base, experts))
     log_probs = large.log_softmax(-1)
     # A constant in Δ changes nothing but the digits that are left.
-    shifts = shifts - torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1)
+    shifts.sub_(torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1))
     if not all_finite:
         shifts = shifts.masked_fill(~support, 0.0)
     return FusionProblem(log_probs, shifts, *expert_divergences(base, experts))
