@@ -22,7 +22,7 @@ import torch
 from benchmarks.measure import machine, markdown_table
 from lit_logits import DynamicFusionDecoder
 from lit_logits.datamodules import InstructionDataModule
-from lit_logits.modules import find_tokenizer, load_causal_lm
+from lit_logits.modules import check_same_tokenizer, find_tokenizer, load_causal_lm
 
 
 def make_data(args: argparse.Namespace, rows: int) -> dict[str, InstructionDataModule]:
@@ -71,6 +71,8 @@ def main() -> None:
     large, base = load_causal_lm(args.model), load_causal_lm(args.base)
     experts = {name: load_causal_lm(getattr(args, name)) for name in ("python", "arithmetic")}
     tokenizer = find_tokenizer(args.model, required=True)
+    for name in (args.base, args.python, args.arithmetic):
+        check_same_tokenizer(tokenizer, find_tokenizer(name, required=True), args.model, name)
     generation = {"max_new_tokens": 160, "do_sample": False}
     for task, data in make_data(args, args.rows).items():
         rows: list[list[object]] = []

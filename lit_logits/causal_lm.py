@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection, SumMetric
 from transformers import PreTrainedModel
 
 from lit_logits.functional import at_least_float32, check_labels, chunked_sum
-from lit_logits.modules import load_backbone, load_causal_lm, new_causal_lm
+from lit_logits.modules import TokenMean, load_backbone, load_causal_lm, new_causal_lm
 
 __all__ = ["CausalLM"]
 
@@ -69,9 +68,7 @@ class CausalLM(LightningModule):
         self.model: PreTrainedModel = loaded.train()  # `from_pretrained` leaves it in eval mode
         self.chunk_size = chunk_size
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        # A diverged model must not look healthy, so NaN is not left out of the mean.
-        sums = MetricCollection({name: SumMetric(nan_strategy="disable") for name in ("nll", "count")})
-        self.val_sums, self.test_sums = sums, sums.clone()
+        self.val_nll, self.test_nll = TokenMean(), TokenMean()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token logits (B, T, V) in nats."""
@@ -121,27 +118,25 @@ class CausalLM(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum the loss over tokens."""
-        self._evaluate(batch, self.val_sums)
+        self._evaluate(batch, self.val_nll)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum the loss over tokens."""
-        self._evaluate(batch, self.test_sums)
+        self._evaluate(batch, self.test_nll)
 
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("val", self.val_sums)
+        self._log_perplexity("val", self.val_nll)
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("test", self.test_sums)
+        self._log_perplexity("test", self.test_nll)
 
-    def _evaluate(self, batch: Mapping[str, Tensor], sums: MetricCollection) -> None:
+    def _evaluate(self, batch: Mapping[str, Tensor], metric: TokenMean) -> None:
         total, count = self._loss_sum(batch)
-        sums["nll"].update(total)
-        sums["count"].update(count)
+        metric.update(total / count.clamp(min=1), count)
 
-    def _log_perplexity(self, stage: str, sums: MetricCollection) -> None:
-        total = sums.compute()
-        loss = total["nll"] / total["count"]
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/ppl": loss.exp()}, prog_bar=True)
-        sums.reset()
+    def _log_perplexity(self, stage: str, metric: TokenMean) -> None:
+        nll = metric.compute()
+        self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
+        metric.reset()

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lit_logits.functional import at_least_float32, check_labels, reduce_tokens
 from lit_logits.functional.dual_head_kd import LogitLoss, chunked_sum, logit_loss
 from lit_logits.modules.classifiers import classifier_logits, find_classifier, is_causal_lm, load_classifier
 from lit_logits.modules.dual_head_kd import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher
 
 __all__ = ["DualHeadKD"]
@@ -124,9 +124,8 @@ class DualHeadKD(LightningModule):
         if method != "ce" and teacher is not None:
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
             _check_pair(self.net, self.teacher.model)
-        # A diverged model must not look healthy, so NaN is not left out of the mean.
-        self.val_nll, self.test_nll = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
-        self.val_acc, self.val_aux_acc, self.test_acc, self.test_aux_acc = (MeanMetric() for _ in range(4))
+        self.val_nll, self.test_nll = TokenMean(), TokenMean()
+        self.val_acc, self.val_aux_acc, self.test_acc, self.test_aux_acc = (TokenMean() for _ in range(4))
 
     @property
     def student(self) -> nn.Module:

@@ -3,21 +3,29 @@
 Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lit_logits.functional import FusionMode, FusionSolver
 from lit_logits.modules.answers import GSM8K_PATTERN, extract_answer
 from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores
-from lit_logits.modules.fused_decoding import FusionTrace
-from lit_logits.modules.fusion_models import check_same_tokenizer, eos_token_ids, load_fusion_models
+from lit_logits.modules.fused_decoding import FusionTrace, check_decoding
+from lit_logits.modules.fusion_models import (
+    check_same_tokenizer,
+    digest_model,
+    eos_token_ids,
+    load_fusion_models,
+)
+from lit_logits.modules.metrics import TokenMean
 
 __all__ = ["DynamicFusionDecoder"]
 
@@ -127,10 +135,11 @@ class DynamicFusionDecoder(LightningModule):
         self.eos_token_id = eos_token_id
         self.generation = dict(generation or {})
         self.exact_match, self.answer_pattern = exact_match, answer_pattern
-        names = ("nll", "count", "alpha", "kl_forward", "kl_reverse")
-        # A broken model must not look healthy, so NaN is not left out of the sums.
-        self.sums = MetricCollection({name: SumMetric(nan_strategy="disable") for name in names})
-        self.matches, self.choice_acc = MeanMetric(), MeanMetric()
+        _check_generation(check_decoding(parts.large, self.generation), self.generation)
+        _check_pattern(answer_pattern)
+        names = ("nll", "alpha", "kl_forward", "kl_reverse")
+        self.means = MetricCollection({name: TokenMean() for name in names}, compute_groups=False)
+        self.matches, self.choice_acc = TokenMean(), TokenMean()
 
     @property
     def trace(self) -> FusionTrace | None:
@@ -145,8 +154,11 @@ class DynamicFusionDecoder(LightningModule):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Continue prompts; see `FusedCausalLM.generate`. Of the module's arguments only `eos_token_id` has a say."""
-        if self.eos_token_id is not None:
+        config = kwargs.get("generation_config")
+        if self.eos_token_id is not None and getattr(config, "eos_token_id", None) is None:
             kwargs.setdefault("eos_token_id", self.eos_token_id)
+        if kwargs.get("stop_strings") or getattr(config, "stop_strings", None):
+            kwargs.setdefault("tokenizer", self.tokenizer)
         return self.fused.generate(input_ids, attention_mask, **kwargs)
 
     def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
@@ -176,11 +188,14 @@ class DynamicFusionDecoder(LightningModule):
         if "choices" in batch:
             self._judge_choices(batch, scores)
             mask = mask & batch["correct"].bool().unsqueeze(1).to(mask.device)  # perplexity is of the right answers
-        self.sums["nll"].update(-scores.log_probs[mask].double().sum().float())
-        self.sums["count"].update(mask.sum())
-        self.sums["alpha"].update(scores.trace.alpha.sum(0)[mask].sum())
-        self.sums["kl_forward"].update(scores.trace.kl_forward[mask].sum())
-        self.sums["kl_reverse"].update(scores.trace.kl_reverse[mask].sum())
+        values = {
+            "nll": -scores.log_probs,
+            "alpha": scores.trace.alpha.sum(0),
+            "kl_forward": scores.trace.kl_forward,
+            "kl_reverse": scores.trace.kl_reverse,
+        }
+        for name, value in values.items():
+            self.means[name].update(value[mask])
         if self.exact_match:
             for record in self._continue(_of_right_answers(batch)):
                 right = extract_answer(record["reference"], self.answer_pattern)
@@ -197,19 +212,30 @@ class DynamicFusionDecoder(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log means over all tokens and examples of all ranks."""
-        sums = self.sums.compute()
-        means = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+        means = self.means.compute()
         nll = means.pop("nll")
         self.log_dict({"test/loss": nll, "test/ppl": nll.exp()})
         if self.fused.num_experts:
             self.log_dict({f"fusion/{name}": value for name, value in means.items()})
         for name, metric in (("test/exact_match", self.matches), ("test/acc", self.choice_acc)):
-            if metric.update_called:
+            if metric.update_called:  # on all ranks or none, as each gets a batch
                 self.log(name, metric.compute())
             metric.reset()
-        self.sums.reset()
+        self.means.reset()
 
     # ------------------------------------------------------------------ predict
+
+    @property
+    def prediction_settings(self) -> dict[str, Any]:
+        """What decides which texts `predict` gives: digests of the models' weights, and the arguments that count."""
+        roles = ["model", "base", *(f"experts[{number}]" for number in range(self.fused.num_experts))]
+        search: dict[str, Any] = {"static_alpha": self.fused.static_alpha}
+        return {
+            **{role: digest_model(model) for role, model in zip(roles, self.fused._held, strict=False)},
+            **(self.fused.search if self.fused.static_alpha is None else search),
+            "eos_token_id": self.eos_token_id,
+            "generation": self.generation,
+        }
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Continue each prompt; the records of the class's docstring."""
@@ -221,8 +247,7 @@ class DynamicFusionDecoder(LightningModule):
         prompts, mask = split_prompts(batch, pad=self._pad_token_id())
         kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": False}
         self.generate(prompts, mask, **kwargs)
-        trace = self.trace
-        assert trace is not None
+        trace = cast(FusionTrace, self.trace)
         copies = len(trace.token_ids) // len(prompts)
         records = []
         for index, prompt in enumerate(prompts):
@@ -238,12 +263,11 @@ class DynamicFusionDecoder(LightningModule):
 
     def _sample(self, trace: FusionTrace, index: int) -> dict[str, Any]:
         """One text of the trace, and its weights."""
-        kept = trace.mask[index]
+        kept, tokenizer = trace.mask[index], cast(PreTrainedTokenizerBase, self.tokenizer)
         tokens = trace.token_ids[index][kept].tolist()
-        assert self.tokenizer is not None
         return {
-            "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
-            "tokens": self.tokenizer.convert_ids_to_tokens(tokens),
+            "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": tokenizer.convert_ids_to_tokens(tokens),
             "alpha": {
                 name: _rounded(trace.alpha[number, index][kept]) for number, name in enumerate(self.fused.expert_names)
             },
@@ -298,6 +322,27 @@ def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor
     order = kept.long().argsort(dim=1, stable=True)[:, input_ids.shape[1] - width :]  # what is kept moves to the end
     mask = kept.gather(1, order)
     return input_ids.gather(1, order).masked_fill(~mask, pad), mask.long()
+
+
+def _check_generation(config: Any, generation: Mapping[str, Any]) -> None:
+    """Refuse names that `generate` would ignore, before anything runs."""
+    known = config.to_dict()
+    for name in generation:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Expected `generation` to hold arguments of `generate`, but got {name!r}.{hint}")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(
+            f"Expected `answer_pattern` to be a regular expression, but got {pattern!r}: {error}"
+        ) from error
+    if groups != 1:
+        raise ValueError(f"Expected `answer_pattern` to have one group, the answer, but got {pattern!r} with {groups}.")
 
 
 def _of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
 
 from lit_logits.functional import check_labels
 from lit_logits.modules import (
@@ -21,6 +20,7 @@ from lit_logits.modules import (
     DenseLogitsHead,
     HeadInit,
     MappingStrategy,
+    TokenMean,
     VQLogitsHead,
     calibrate,
     choose_init,
@@ -135,8 +135,7 @@ class VQLogitsLM(LightningModule):
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = (parts.output_weight, parts.output_bias) if head == "vq" else (None, None)
         self.register_buffer("head_ready", torch.tensor(head == "dense" and pretrained))
-        # A diverged model must not look healthy, so NaN is not left out of the mean.
-        self.val_nll, self.test_nll = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        self.val_nll, self.test_nll = TokenMean(), TokenMean()
         if parts.tied:
             rank_zero_info(describe_untying(parts, self.head))
 
@@ -225,11 +224,11 @@ class VQLogitsLM(LightningModule):
         """Log mean loss and perplexity over all tokens of all ranks."""
         self._log_perplexity("test", self.test_nll)
 
-    def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric) -> None:
+    def _evaluate(self, batch: Mapping[str, Tensor], metric: TokenMean) -> None:
         losses, labels = self._loss(batch, reduction="none")
-        metric.update(losses[labels != -100])  # with NaN kept, torchmetrics 1.9 ignores weights
+        metric.update(losses[labels != -100])
 
-    def _log_perplexity(self, stage: str, metric: MeanMetric) -> None:
+    def _log_perplexity(self, stage: str, metric: TokenMean) -> None:
         nll = metric.compute()
         self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
         metric.reset()

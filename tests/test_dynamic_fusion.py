@@ -319,6 +319,31 @@ def test_peaked_and_tiny_distributions_are_finite():
             assert all(torch.isfinite(x).all() for x in found[:4])
 
 
+@pytest.mark.parametrize("solver", ["tilting", "grid"])
+@pytest.mark.parametrize("mode", ["single", "joint"])
+def test_autocast_takes_no_digits(solver, mode):
+    """Under it `vecdot` gives half precision, which moved joint weights by a quarter."""
+    data = logits(vocab=500, experts=2, dtype=torch.float32)
+    plain = fusion_weights(*data, solver=solver, mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = fusion_weights(*data, solver=solver, mode=mode)
+        assert torch.equal(fuse_logits(*data, plain.alpha), fuse_logits(*data, cast.alpha))
+        for a, b in zip(
+            expert_divergences(*data[1:]), expert_divergences(*(x.double() for x in data[1:])), strict=True
+        ):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(plain[:4], cast[:4], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dtypes_may_differ():
+    large, base, experts = logits(dtype=torch.float32, experts=2)
+    mixed = fusion_weights(large.double(), base, experts)
+    assert mixed.alpha.dtype == torch.float64
+    torch.testing.assert_close(mixed.alpha.float(), fusion_weights(large, base, experts).alpha, atol=1e-3, rtol=0)
+    assert fuse_logits(large.double(), base, experts, mixed.alpha).dtype == torch.float64
+
+
 # --- bad input ---
 
 

@@ -147,6 +147,19 @@ def test_a_killed_predict_goes_on(files, tmp_path, monkeypatch):
     assert [(r["row"], r["text"]) for r in found] == [(r["row"], r["text"]) for r in expected]
 
 
+def test_predictions_of_other_weights_are_refused(files, tmp_path):
+    """The same paths are not the same models."""
+    folder, generation = str(tmp_path / "out"), {"max_new_tokens": 2}
+    trainer(tmp_path, callbacks=[JsonLinesWriter(folder)]).predict(make(files, generation=generation), data(files))
+    changed = make(files, generation=generation)
+    with torch.no_grad():
+        changed.fused.experts[1].lm_head.weight.mul_(1.1)
+    with pytest.raises(ValueError, match=r"`model.experts\[1\]` was '[0-9a-f]{16}' there and is"):
+        trainer(tmp_path, callbacks=[JsonLinesWriter(folder)]).predict(changed, data(files))
+    same = make(files, generation=generation, chunk_size=7)  # changes no text
+    trainer(tmp_path, callbacks=[JsonLinesWriter(folder)]).predict(same, data(files))
+
+
 def test_perplexity_is_of_the_responses_under_the_fused_distribution(files, tmp_path):
     module, decoder = data(files), make(files)
     logged = trainer(tmp_path).test(decoder, module, verbose=False)[0]
@@ -241,11 +254,28 @@ def test_prompts_are_split_off_and_padded_on_the_left():
         ("first 3, then 4.", "4"),
         ("#### -3", "-3"),
         ("#### Blue ", "blue"),
+        ("it is in the range 5-10", "10"),
+        ("$.50 each", "0.5"),
+        ("#### \nfoo 5", "5"),
         ("nothing", None),
     ],
 )
 def test_final_answers(text, answer):
     assert extract_answer(text) == answer
+
+
+def test_stop_strings_use_the_tokenizer_of_the_models(files, tmp_path):
+    """A recipe cannot give one to `generate`, which asks for it."""
+    module = data(files, max_test_rows=4)
+    plain = trainer(tmp_path).predict(make(files, generation={"max_new_tokens": 12}), module)
+    texts = [record["text"] for batch in plain for record in batch]
+    stop = texts[0][2]
+    generation = {"max_new_tokens": 12, "stop_strings": [stop]}
+    stopped = trainer(tmp_path).predict(make(files, generation=generation), data(files, max_test_rows=4))
+    for text, record in zip(texts, (record for batch in stopped for record in batch), strict=True):
+        assert text.startswith(record["text"])
+        assert stop not in record["text"][:-1] or record["text"].count(stop) == 1
+    assert len(stopped[0][0]["tokens"]) < len(plain[0][0]["tokens"])
 
 
 def test_several_samples_of_a_prompt_are_one_record(files, tmp_path):

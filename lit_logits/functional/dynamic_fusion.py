@@ -19,6 +19,7 @@ References:
 """
 
 import itertools
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +34,6 @@ from lit_logits.functional.fusion_search import (
     search_jointly,
     search_lines,
 )
-from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["FusionMode", "FusionSolver", "FusionWeights", "expert_divergences", "fuse_logits", "fusion_weights"]
 
@@ -89,7 +89,7 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
     _check_shapes(large_logits, base_logits, expert_logits)
     if alpha.shape != expert_logits.shape[:2]:
         raise ValueError(f"Expected `alpha` of shape {tuple(expert_logits.shape[:2])}, but got {tuple(alpha.shape)}.")
-    large, base, experts = (at_least_float32(logits) for logits in (large_logits, base_logits, expert_logits))
+    large, base, experts = _promoted(large_logits, base_logits, expert_logits)
     fused = large
     for expert, weight in zip(experts, alpha.to(large.dtype).unsqueeze(-1), strict=True):
         moved = weight * (expert - base)
@@ -114,18 +114,17 @@ def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tens
         (tensor([[0.1308]]), tensor([[0.1438]]))
 
     """
-    log_q, log_p = (at_least_float32(logits).log_softmax(-1) for logits in (base_logits, expert_logits))
+    base, experts = _promoted(base_logits, expert_logits)
+    log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
     difference = log_p - log_q
     if not bool(difference.isfinite().all()):
-        support = (base_logits > -torch.inf) & (expert_logits > -torch.inf)
-        log_q, log_p = (
-            at_least_float32(logits).masked_fill(~support, -torch.inf).log_softmax(-1)
-            for logits in (base_logits, expert_logits)
-        )
+        support = (base > -torch.inf) & (experts > -torch.inf)
+        log_q, log_p = (logits.masked_fill(~support, -torch.inf).log_softmax(-1) for logits in (base, experts))
         difference = (log_p - log_q).masked_fill(~support, 0.0)
-    # Rounding may leave a divergence of equals a little below 0.
-    forward = torch.linalg.vecdot(log_p.exp(), difference).clamp(min=0)
-    return forward, -torch.linalg.vecdot(log_q.exp(), difference).clamp(max=0)
+    with torch.autocast(base.device.type, enabled=False):  # which would sum in half precision
+        # Rounding may leave a divergence of equals a little below 0.
+        forward = torch.linalg.vecdot(log_p.exp(), difference).clamp(min=0)
+        return forward, -torch.linalg.vecdot(log_q.exp(), difference).clamp(max=0)
 
 
 @torch.no_grad()
@@ -171,21 +170,16 @@ def fusion_weights(
 
     """
     low, high = _check_bounds(bounds, step)
-    problem = _pose(large_logits, base_logits, expert_logits)
     if solver not in ("tilting", "grid"):
         raise ValueError(f"Expected `solver` to be 'tilting' or 'grid', but got {solver!r}.")
     if mode not in ("single", "joint"):
         raise ValueError(f"Expected `mode` to be 'single' or 'joint', but got {mode!r}.")
-    points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
-    if solver == "grid":
-        best, num_evals = _search_grid(problem, points, mode)
-    else:
-        points = sorted({*points, high})
-        best, num_evals = search_lines(problem, problem.shifts, points)
-        best = pick_expert(best)
-        if mode == "joint" and len(problem.shifts) > 1:
-            best, more = search_jointly(problem, best, points)
-            num_evals += more
+    with torch.autocast(large_logits.device.type, enabled=False):  # which would sum in half precision
+        problem = _pose(large_logits, base_logits, expert_logits)
+        points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
+        best, num_evals = (
+            _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
+        )
     forward, reverse = problem.forward, problem.reverse
     spread = (forward - forward.mean(0)).square().sum(0) + (reverse - reverse.mean(0)).square().sum(0)
     objective = len(forward) * best.objective + spread
@@ -193,6 +187,12 @@ def fusion_weights(
 
 
 # ---------------------------------------------------------------------- posing the problem
+
+
+def _promoted(*all_logits: Tensor) -> list[Tensor]:
+    """The logits in one dtype, at least float32."""
+    dtype = reduce(torch.promote_types, (logits.dtype for logits in all_logits), torch.float32)
+    return [logits.to(dtype) for logits in all_logits]
 
 
 def _check_shapes(large: Tensor, base: Tensor, experts: Tensor) -> None:
@@ -217,7 +217,7 @@ def _check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, floa
 
 def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:
     _check_shapes(large_logits, base_logits, expert_logits)
-    large, base, experts = (at_least_float32(logits) for logits in (large_logits, base_logits, expert_logits))
+    large, base, experts = _promoted(large_logits, base_logits, expert_logits)
     all_finite = True
     for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
         lowest, highest = logits.aminmax()
@@ -239,6 +239,17 @@ def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> F
     if not all_finite:
         shifts = shifts.masked_fill(~support, 0.0)
     return FusionProblem(log_probs, shifts, *expert_divergences(base, experts))
+
+
+def _tilt(problem: FusionProblem, points: list[float], high: float, mode: FusionMode) -> tuple[FusionPoint, int]:
+    """Exponential tilting along each expert, then over all weights if they may act jointly."""
+    points = sorted({*points, high})
+    lines, num_evals = search_lines(problem, problem.shifts, points)
+    best = pick_expert(lines)
+    if mode == "joint" and len(problem.shifts) > 1:
+        best, more = search_jointly(problem, best, points)
+        num_evals += more
+    return best, num_evals
 
 
 # ---------------------------------------------------------------------- the paper's search: readable, and slow

@@ -52,6 +52,7 @@ from lit_logits.modules.fused_decoding import (
 from lit_logits.modules.fusion_models import (
     FusionModels,
     check_same_tokenizer,
+    digest_model,
     eos_token_ids,
     find_tokenizer,
     load_fusion_models,
@@ -64,6 +65,7 @@ from lit_logits.modules.head_init import (
     initialize_dense_head,
     initialize_vq_head,
 )
+from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
 from lit_logits.modules.vq_logits import CodebookUpdate, MappingStrategy, VQLogitsHead
 
@@ -93,6 +95,7 @@ __all__ = [
     "ShuffleNetV1",
     "ShuffleNetV2",
     "SmallModels",
+    "TokenMean",
     "VQLogitsHead",
     "WideResNet",
     "accepted_inputs",
@@ -103,6 +106,7 @@ __all__ = [
     "classifier_logits",
     "describe_head",
     "describe_untying",
+    "digest_model",
     "eos_token_ids",
     "find_classifier",
     "find_tokenizer",

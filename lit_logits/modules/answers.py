@@ -5,10 +5,10 @@ from decimal import Decimal, InvalidOperation
 
 __all__ = ["GSM8K_PATTERN", "extract_answer"]
 
-GSM8K_PATTERN = r"####\s*([^\n]+)"
+GSM8K_PATTERN = r"####[^\S\n]*(\S[^\n]*)"
 """The rest of the line behind `####`, as GSM8K marks its answers."""
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![\d.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def extract_answer(text: str, pattern: str = GSM8K_PATTERN) -> str | None:
@@ -27,7 +27,7 @@ def extract_answer(text: str, pattern: str = GSM8K_PATTERN) -> str | None:
 
     """
     found = re.search(pattern, text)
-    if found is None:
+    if found is None or found.group(1) is None:
         numbers = _NUMBER.findall(text)
         return _number(numbers[-1]) if numbers else None
     answer = found.group(1).strip()

@@ -54,7 +54,9 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: if there is no such model; the message says what was tried.
 
     """
-    kwargs.setdefault("dtype", torch.float32)
+    kwargs["dtype"] = (
+        kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
+    )  # the former is its old name
     path = os.path.expanduser(name_or_path)
     try:
         if not path.endswith(".gguf"):

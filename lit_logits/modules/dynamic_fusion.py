@@ -127,6 +127,10 @@ class FusedCausalLM(nn.Module):
         """Whether any expert can act."""
         return self.num_experts > 0 and (self.static_alpha is None or any(self.static_alpha))
 
+    @property
+    def _labels(self) -> list[str]:
+        return ["large model", "base", *(f"expert {name!r}" for name in self.expert_names)]
+
     def train(self, mode: bool = True) -> "FusedCausalLM":
         """Stay in `eval` mode."""
         return super().train(False)
@@ -156,6 +160,7 @@ class FusedCausalLM(nn.Module):
         """
         large = at_least_float32(large_logits)
         if not small_logits or len(large) == 0:
+            self._blame(large)
             zero = large.new_zeros(len(large))
             return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
         base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
@@ -163,19 +168,17 @@ class FusedCausalLM(nn.Module):
             try:
                 found = fusion_weights(large, base, experts, **self.search)
             except ValueError:
-                self._blame(large, base, experts)
+                self._blame(large, base, *experts)
                 raise
             return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
-        self._blame(large, base, experts)
+        self._blame(large, base, *experts)
         alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
         fused = fuse_logits(large, base, experts, alpha)
         forward, reverse = expert_divergences(large, fused.unsqueeze(0))
         return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
 
-    def _blame(self, large: Tensor, base: Tensor, experts: Tensor) -> None:
-        named = [("large model", large), ("base", base)]
-        named += [(f"expert {name!r}", logits) for name, logits in zip(self.expert_names, experts, strict=True)]
-        for name, logits in named:
+    def _blame(self, *all_logits: Tensor) -> None:
+        for name, logits in zip(self._labels, all_logits, strict=False):
             if not bool((logits < torch.inf).all()):  # NaN is not below either
                 raise ValueError(
                     f"Expected the {name} to emit logits that are finite or −inf, but got NaN or +inf. Check its"
@@ -205,6 +208,11 @@ class FusedCausalLM(nn.Module):
                 model that emits NaN.
 
         """
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"Expected `labels` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
+                f" {tuple(labels.shape)}."
+            )
         check_labels(labels, self.vocab_size, wait=True)
         device = self.large.device
         targets = labels[:, 1:].to(device)
@@ -227,7 +235,7 @@ class FusedCausalLM(nn.Module):
 
     def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[FusedStep]:
         """Fused logits at the positions (B, T) where `keep` is true, in chunks and row by row."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = self._check_ids(input_ids, attention_mask)
         self._check_context(mask, 0)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
         keep = keep.to(self.large.device)
@@ -265,7 +273,9 @@ class FusedCausalLM(nn.Module):
 
         """
         config = check_decoding(self.large, kwargs)
-        self._check_prompts(input_ids, attention_mask, config)
+        mask = self._check_ids(input_ids, attention_mask)
+        new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
+        self._check_context(mask, max(0, new_tokens))
         prompt_length = input_ids.shape[1]
         followers = self._held[1:] if self.is_active else ()
         small = SmallModels(followers, self.fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
@@ -275,16 +285,17 @@ class FusedCausalLM(nn.Module):
         with small.attached_to(self.large):
             output = self.large.generate(**inputs, **kwargs)  # type: ignore[operator]
         sequences = output if isinstance(output, Tensor) else output.sequences
-        ends = config.eos_token_id
-        self.trace = small.trace(sequences[:, prompt_length:], eos_token_ids(self.large) if ends is None else ends)
+        ends = eos_token_ids(self.large) if config.eos_token_id is None else config.eos_token_id
+        self.trace = small.trace(sequences[:, prompt_length:], ends, config.pad_token_id)
         if not isinstance(output, Tensor):
             for name in ("alpha", "kl_forward", "kl_reverse"):
                 output[name] = getattr(self.trace, name)
         return output
 
-    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> None:
+    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The mask; refuses ids and shapes that do not fit."""
         if input_ids.ndim != 2:
-            raise ValueError(f"Expected `input_ids` of shape (B, P), but got {tuple(input_ids.shape)}.")
+            raise ValueError(f"Expected `input_ids` of shape (B, T), but got {tuple(input_ids.shape)}.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(
@@ -292,19 +303,17 @@ class FusedCausalLM(nn.Module):
                 f" {tuple(mask.shape)}."
             )
         empty = mask.sum(1) == 0
-        if input_ids.shape[1] == 0 or bool(empty.any()):
-            row = int(empty.nonzero()[0]) if input_ids.shape[1] else 0
-            raise ValueError(f"Expected prompts of at least one token, but prompt {row} of the batch is empty.")
+        if input_ids.numel() == 0 or bool(empty.any()):
+            row = int(empty.nonzero()[0]) if input_ids.numel() else 0
+            raise ValueError(f"Expected texts of at least one token, but text {row} of the batch is empty.")
         highest = int(input_ids.max())
         if highest >= self.vocab_size:
             raise ValueError(f"Expected `input_ids` below {self.vocab_size}, the common vocabulary, but got {highest}.")
-        new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
-        self._check_context(mask, max(0, new_tokens))
+        return mask
 
     def _check_context(self, mask: Tensor, new_tokens: int) -> None:
         needed = int(mask.sum(1).max()) + new_tokens
-        labels = ["large model", "base", *(f"expert {name!r}" for name in self.expert_names)]
-        for label, model in zip(labels, self._held, strict=False):
+        for label, model in zip(self._labels, self._held, strict=False):
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if isinstance(context, int) and 0 < context < needed:
                 raise ValueError(

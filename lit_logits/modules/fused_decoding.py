@@ -69,7 +69,8 @@ class SmallModels:
         self.vocab_size, self.prompt_length = vocab_size, prompt_length
         self.caches: list[Any] = [None] * len(models)
         self.length = 0
-        self.steps: dict[int, FusedStep] = {}  # by the number of tokens read
+        self.steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weights and divergences by the tokens read
+        self.is_busy = False
 
     @contextmanager
     def attached_to(self, large: PreTrainedModel) -> Iterator[None]:
@@ -82,16 +83,22 @@ class SmallModels:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the logits of the last position by fused ones."""
+        if self.is_busy:  # the large model is a small one too
+            return output
         uses_cache = bool(kwargs.get("use_cache"))
         read = kwargs["input_ids"].shape[1]
         self.length = self.length + read if uses_cache else read
         large = output.logits[:, -1]
-        rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
+        self.is_busy = True
+        try:
+            rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
+        finally:
+            self.is_busy = False
         if self.length < self.prompt_length:  # a chunk of a long prompt, behind which nothing is drawn
             return output
         size = self.vocab_size
         step = self.fuse(large[:, :size], [row[:, :size].to(large.device) for row in rows])
-        self.steps[self.length] = step._replace(logits=large[:, :0])
+        self.steps[self.length] = step[1:]
         output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
         return output
 
@@ -105,17 +112,24 @@ class SmallModels:
         if uses_cache:
             inputs["past_key_values"] = self.caches[index]
         output = model(**accepted_inputs(model, inputs))
+        if uses_cache and getattr(output, "past_key_values", None) is None:
+            raise ValueError(
+                f"Expected small models with a key–value cache, but {type(model).__name__} returns none. Pass"
+                " `use_cache=False`."
+            )
         if uses_cache:
             self.caches[index] = output.past_key_values
         return output.logits[:, -1]
 
-    def trace(self, token_ids: Tensor, eos_token_id: int | Iterable[int]) -> FusionTrace:
+    def trace(self, token_ids: Tensor, eos_token_id: int | Iterable[int], pad_token_id: int | None) -> FusionTrace:
         """Weights and divergences of the tokens (B, N) that were kept; steps that `generate` undid are left out."""
         steps = [self.steps[self.prompt_length + i] for i in range(token_ids.shape[1])]
-        alpha, forward, reverse = (torch.stack(values, -1) for values in list(zip(*steps, strict=True))[1:])
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        alpha, forward, reverse = (torch.stack(values, -1) for values in zip(*steps, strict=True))
+        ids = torch.as_tensor([*eos_token_id] if isinstance(eos_token_id, set) else eos_token_id).flatten().tolist()
         ends = torch.isin(token_ids, token_ids.new_tensor(ids))
         mask = (ends.cumsum(1) - ends.long()) == 0  # up to the end token, which counts
+        if pad_token_id is not None and pad_token_id not in ids:  # other ways to stop leave padding only
+            mask = mask & ((token_ids != pad_token_id).long().flip(1).cumsum(1).flip(1) > 0)
         return FusionTrace(token_ids, mask, alpha, forward, reverse)
 
 
@@ -131,6 +145,11 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
     for name in ("past_key_values", "inputs_embeds", "custom_generate"):
         if kwargs.get(name) is not None:
             raise ValueError(f"Expected no `{name}`, which the small models cannot follow, but got one.")
+    if config.guidance_scale not in (None, 1) or config.token_healing:
+        raise ValueError(
+            "Expected neither `guidance_scale` nor `token_healing`, which run the large model on texts of their own,"
+            f" but got {config.guidance_scale} and {config.token_healing}."
+        )
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(

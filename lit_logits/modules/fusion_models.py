@@ -3,10 +3,11 @@
 Letters: V vocabulary.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lit_logits.functional import add_task_vectors
 from lit_logits.modules.backbone import load_causal_lm
 
-__all__ = ["FusionModels", "check_same_tokenizer", "eos_token_ids", "find_tokenizer", "load_fusion_models"]
+__all__ = [
+    "FusionModels",
+    "check_same_tokenizer",
+    "digest_model",
+    "eos_token_ids",
+    "find_tokenizer",
+    "load_fusion_models",
+]
 
 Model = nn.Module | str
 
@@ -71,8 +79,8 @@ def load_fusion_models(
             without a base.
 
     """
-    if isinstance(experts, str | nn.Module):
-        raise ValueError(f"Expected `experts` to be a list of models, but got {experts!r}.")
+    if isinstance(experts, str | nn.Module) and not isinstance(experts, nn.ModuleList):
+        raise ValueError(f"Expected `experts` to be a list of models, but got {_said(experts)}.")
     if experts and base is None:
         raise ValueError(f"Expected `base`, which the {len(experts)} expert(s) were fine-tuned from, but got None.")
     notes: list[str] = []
@@ -91,8 +99,8 @@ def load_fusion_models(
     base_model = None if base is None else load(base, "base", small_kwargs)
     expert_models, names = [], []
     for number, expert in enumerate(experts):
-        parts: list[Model] = [expert] if isinstance(expert, str | nn.Module) else list(expert)
-        several = not isinstance(expert, str | nn.Module)
+        several = isinstance(expert, Sequence) and not isinstance(expert, str)
+        parts = list(cast(Sequence[Model], expert)) if several else [cast(Model, expert)]
         if not parts:
             raise ValueError(
                 f"Expected expert {number} to be a model or a list of models to merge, but got an empty list."
@@ -172,13 +180,22 @@ def eos_token_ids(model: PreTrainedModel) -> set[int]:
     return set() if ids is None else {int(i) for i in (ids if isinstance(ids, list) else [ids])}
 
 
+def digest_model(model: PreTrainedModel) -> str:
+    """A name for the model's weights: 16 hexadecimal digits from up to 64 values of each tensor."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(values.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
 def _load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
-    if isinstance(model, str):
-        model = load_causal_lm(model, **(kwargs or {}))
+    model = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
             f"Expected `{label}` to be a causal language model of transformers, or the name of one, but got"
-            f" {type(model).__name__}."
+            f" {_said(model)}."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"Expected `{label}` to be decoder-only, but {type(model).__name__} has an encoder.")
@@ -189,6 +206,10 @@ def _merge(base: PreTrainedModel, experts: list[PreTrainedModel], weight: float)
     merged = deepcopy(experts[0])
     merged.load_state_dict(add_task_vectors(base.state_dict(), [expert.state_dict() for expert in experts], weight))
     return merged
+
+
+def _said(model: Any) -> str:
+    return repr(model) if isinstance(model, str) else type(model).__name__
 
 
 def _name(parts: Sequence[Model], number: int) -> str:
