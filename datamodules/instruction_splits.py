@@ -5,6 +5,7 @@ from random import Random
 from typing import NamedTuple
 
 from lit_logits.datamodules.caching import digest
+from lit_logits.datamodules.splitting import fill_splits
 
 __all__ = ["Example", "draw_shots", "group_examples", "split_examples"]
 
@@ -76,20 +77,9 @@ def split_examples(examples: Sequence[Example], fractions: dict[str, float], see
     groups: dict[int, list[int]] = {}
     for i, group in enumerate(group_examples(examples)):
         groups.setdefault(group, []).append(i)
-    free = sorted(groups.values(), key=lambda rows: _draw((examples[i] for i in rows), seed))
-    split_of = dict.fromkeys(range(len(examples)), "train")
-    for name, fraction in fractions.items():
-        room = fraction * len(examples) if free else 0.0
-        taken: list[list[int]] = []
-        for rows in free:
-            if len(rows) <= room:
-                taken.append(rows)
-                room -= len(rows)
-        if room and not taken:
-            taken = [min(free, key=len)]
-        split_of |= {i: name for rows in taken for i in rows}
-        chosen = {rows[0] for rows in taken}
-        free = [rows for rows in free if rows[0] not in chosen]
+    order = sorted(groups, key=lambda group: _draw((examples[i] for i in groups[group]), seed))
+    split_of_group = fill_splits({group: len(groups[group]) for group in order}, fractions)
+    split_of = {i: split_of_group.get(group, "train") for group, rows in groups.items() for i in rows}
     splits: dict[str, list[Example]] = {name: [] for name in ("train", *fractions)}
     for i, example in enumerate(examples):
         splits[split_of[i]].append(example)

@@ -2,9 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-__all__ = ["bucket_of", "carve_splits", "check_fractions"]
+__all__ = ["bucket_of", "carve_splits", "check_fractions", "fill_splits"]
+
+Item = TypeVar("Item")
 
 FEW_DOCUMENTS = 40
 """A corpus with fewer distinct documents than this is cut into pieces before it is split."""
@@ -53,16 +56,7 @@ def carve_splits(documents: Sequence[str], fractions: dict[str, float], seed: in
         sizes[text] += len(text)
     total = sum(sizes.values())
     order = sorted(sizes, key=lambda text: _draw(text, seed)) if fractions else []
-    split_of: dict[str, str] = {}
-    for name, fraction in fractions.items():
-        room = fraction * total
-        free = [text for text in order if text not in split_of]
-        for text in free:
-            if sizes[text] <= room:
-                split_of[text] = name
-                room -= sizes[text]
-        if free and room == fraction * total:
-            split_of[min(free, key=sizes.__getitem__)] = name
+    split_of = fill_splits({text: sizes[text] for text in order}, fractions)
     for text in documents:
         splits[split_of.get(text, "train")].append(text)
     if not splits["train"]:
@@ -71,6 +65,35 @@ def carve_splits(documents: Sequence[str], fractions: dict[str, float], seed: in
             f"distinct pieces of {total} characters in all. Set `val_fraction` and `test_fraction` to 0."
         )
     return splits
+
+
+def fill_splits(sizes: Mapping[Item, int], fractions: Mapping[str, float]) -> dict[Item, str]:
+    """Return the split of each item that does not stay for training.
+
+    Items go to the first split that they still fit into; a split that all would overfill gets the smallest one.
+
+    Args:
+        sizes: size of each item, in the order in which they are visited.
+        fractions: share of the sizes' sum for each split.
+
+    Example:
+        >>> fill_splits({"a": 3, "b": 1, "c": 6}, {"val": 0.3, "test": 0.1})
+        {'a': 'val', 'b': 'test'}
+    """
+    total = sum(sizes.values())
+    split_of: dict[Item, str] = {}
+    for name, fraction in fractions.items():
+        room = fraction * total
+        free = [item for item in sizes if item not in split_of]
+        taken = []
+        for item in free:
+            if sizes[item] <= room:
+                taken.append(item)
+                room -= sizes[item]
+        if room and free and not taken:
+            taken = [min(free, key=sizes.__getitem__)]
+        split_of |= dict.fromkeys(taken, name)
+    return split_of
 
 
 def bucket_of(text: str, fractions: dict[str, float], seed: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.functional import at_least_float32, check_labels, chunked_sum
-from lit_logits.modules import TokenMean, load_backbone, load_causal_lm, new_causal_lm
+from lit_logits.modules import TokenMean, load_backbone, load_causal_lm, make_optimizers, new_causal_lm
 
 __all__ = ["CausalLM"]
 
@@ -105,14 +105,7 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer and scheduler."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", None)
-        interval = "step" if monitor is None else "epoch"
-        settings = {"scheduler": scheduler, "interval": interval, "monitor": monitor or "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -19,6 +19,7 @@ from lit_logits.functional.dual_head_kd import LogitLoss, chunked_sum, logit_los
 from lit_logits.modules.classifiers import classifier_logits, find_classifier, is_causal_lm, load_classifier
 from lit_logits.modules.dual_head_kd import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher
 
 __all__ = ["DualHeadKD"]
@@ -258,14 +259,7 @@ class DualHeadKD(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer and scheduler."""
-        optimizer = self.optimizer(self._trained())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", None)
-        interval = self.lr_interval if monitor is None else "epoch"
-        settings = {"scheduler": scheduler, "interval": interval, "monitor": monitor or "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+        return make_optimizers(self._trained(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_logits.functional import FusionMode, FusionSolver
 from lit_logits.modules.answers import GSM8K_PATTERN, extract_answer
 from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores
-from lit_logits.modules.fused_decoding import FusionTrace, check_decoding
+from lit_logits.modules.fused_decoding import FusionTrace, check_decoding, split_prompts
 from lit_logits.modules.fusion_models import (
     check_same_tokenizer,
     digest_model,
@@ -38,10 +37,12 @@ class DynamicFusionDecoder(LightningModule):
 
     `predict` continues the prompts of the batches and gives a dict for each: `row`, `prompt`, `reference`, `text`,
     `tokens`, `alpha` (by expert, one weight a token), `kl_forward`, `kl_reverse`, of which the last five are a list
-    `samples` where `num_return_sequences` is above 1. `JsonLinesWriter` keeps them. `test`
-    scores the responses under the fused distribution and logs `test/loss` (nats a token), `test/ppl`, `fusion/alpha`
-    (summed over experts), `fusion/kl_forward` and `fusion/kl_reverse`, all means over tokens; with `exact_match`
-    `test/exact_match`; where batches hold `choices`, `test/acc`: of the choice with the largest log-likelihood a token.
+    `samples` where `num_return_sequences` is above 1. `JsonLinesWriter` keeps them.
+
+    `test` scores the responses under the fused distribution and logs `test/loss` (nats a token), `test/ppl`,
+    `fusion/alpha` (summed over experts), `fusion/kl_forward` and `fusion/kl_reverse`, all means over tokens; with
+    `exact_match` `test/exact_match`; where batches hold `choices`, `test/acc`: of the choice with the largest
+    log-likelihood a token.
 
     Args:
         model: the large model: hub id, local folder, `.gguf` path, or from Python a loaded model of transformers.
@@ -71,6 +72,7 @@ class DynamicFusionDecoder(LightningModule):
         [0]: On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion, 2024, arXiv 2406.15480.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...     num_attention_heads=2, num_key_value_heads=2)
@@ -293,35 +295,6 @@ class DynamicFusionDecoder(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """There is nothing to train; `configure_optimizers` says so before the first step."""
-
-
-def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """The prompts of a batch, left-padded, and their attention mask: all tokens in front of the first label.
-
-    Args:
-        batch: `input_ids` (B, T), optionally `attention_mask` and `labels` (−100 at prompt and padding).
-        pad: id to pad with.
-
-    Returns:
-        Two tensors (B, longest prompt).
-
-    Example:
-        >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]), "labels": torch.tensor([[-100, -100, 3],
-        ...     [-100, 5, -100]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-        >>> split_prompts(batch, pad=0)
-        (tensor([[1, 2],
-                [0, 4]]), tensor([[1, 1],
-                [0, 1]]))
-
-    """
-    input_ids = batch["input_ids"]
-    kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
-    if "labels" in batch:
-        kept = kept & ((batch["labels"] != -100).cumsum(1) == 0)
-    width = int(kept.sum(1).max())
-    order = kept.long().argsort(dim=1, stable=True)[:, input_ids.shape[1] - width :]  # what is kept moves to the end
-    mask = kept.gather(1, order)
-    return input_ids.gather(1, order).masked_fill(~mask, pad), mask.long()
 
 
 def _check_generation(config: Any, generation: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from lit_logits.modules import (
     initialize_dense_head,
     initialize_vq_head,
     load_backbone,
+    make_optimizers,
 )
 
 __all__ = ["VQLogitsLM"]
@@ -187,14 +188,7 @@ class VQLogitsLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer and scheduler."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", None)
-        interval = "step" if monitor is None else "epoch"
-        settings = {"scheduler": scheduler, "interval": interval, "monitor": monitor or "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
 
     # ------------------------------------------------------------------ evaluation
 

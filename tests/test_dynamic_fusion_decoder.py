@@ -15,8 +15,8 @@ from lit_logits.callbacks import FusionWeightLogger, JsonLinesWriter
 from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
-from lit_logits.dynamic_fusion import split_prompts
 from lit_logits.functional import fuse_logits, fusion_weights
+from lit_logits.modules import split_prompts
 from lit_logits.modules.answers import extract_answer
 
 ROWS = [

@@ -258,8 +258,9 @@ def test_what_generate_of_transformers_takes(decoder):
     assert torch.equal(streamed, plain)
     assert streamer.tokens == plain[0].tolist()
     assert streamer.ended
-    stopped = decoder.generate(ids, mask, max_new_tokens=10, stopping_criteria=StoppingCriteriaList([StopAtEight()]))
-    assert stopped.shape[1] <= 8
+    criteria = StoppingCriteriaList([StopAtEight()])
+    stopped = decoder.generate(ids, mask, max_new_tokens=10, min_new_tokens=10, stopping_criteria=criteria)
+    assert torch.equal(stopped, plain[:, :8])
     first = int(plain[0, 5])
     forbidden = decoder.generate(ids, mask, max_new_tokens=10, logits_processor=LogitsProcessorList([Forbid(first)]))
     assert first not in forbidden[0, 5:].tolist()
@@ -458,13 +459,13 @@ def test_different_ends_of_text_have_to_be_named(parts):
     odd.generation_config.eos_token_id = 7
     with pytest.raises(ValueError, match=r"experts\[0\] \[7\]\. Pass `eos_token_id`, one or a list such as \[2, 7\]"):
         DynamicFusionDecoder(large, base, [odd])
-    decoder = DynamicFusionDecoder(large, base, [odd], eos_token_id=[2, 7])
-    ids, mask = prompts([5] * 4)
-    for row in decoder.generate(ids, mask, max_new_tokens=30)[:, 5:].tolist():
-        assert (
-            not {2, 7} & set(row)
-            or min(row.index(i) for i in (2, 7) if i in row) >= len([t for t in row if t != PAD]) - 1
-        )
+    ids, mask = prompts([5])
+    plain = DynamicFusionDecoder(large, base, experts[:1]).generate(ids, mask, max_new_tokens=8, min_new_tokens=8)
+    end = int(plain[0, 8])  # a token that will be generated
+    odd.generation_config.eos_token_id = end
+    decoder = DynamicFusionDecoder(large, base, [odd], eos_token_id=[EOS, end])
+    ended = decoder.generate(ids, mask, max_new_tokens=8)[0]
+    assert ended.tolist() == plain[0, : 5 + plain[0, 5:].tolist().index(end) + 1].tolist()
 
 
 # --- bad input ---

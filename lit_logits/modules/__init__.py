@@ -48,6 +48,7 @@ from lit_logits.modules.fused_decoding import (
     accepted_inputs,
     check_decoding,
     position_ids_of,
+    split_prompts,
 )
 from lit_logits.modules.fusion_models import (
     FusionModels,
@@ -56,6 +57,7 @@ from lit_logits.modules.fusion_models import (
     eos_token_ids,
     find_tokenizer,
     load_fusion_models,
+    num_logits,
 )
 from lit_logits.modules.head_init import (
     HeadInit,
@@ -66,6 +68,7 @@ from lit_logits.modules.head_init import (
     initialize_vq_head,
 )
 from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
 from lit_logits.modules.vq_logits import CodebookUpdate, MappingStrategy, VQLogitsHead
 
@@ -121,8 +124,10 @@ __all__ = [
     "load_teacher",
     "load_weights",
     "make_config",
+    "make_optimizers",
     "mobilenetv2",
     "new_causal_lm",
+    "num_logits",
     "position_ids_of",
     "read_weights",
     "resnet8",
@@ -134,6 +139,7 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "split_prompts",
     "tap_features",
     "vgg8",
     "vgg13",

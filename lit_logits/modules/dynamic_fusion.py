@@ -28,7 +28,7 @@ from lit_logits.modules.fused_decoding import (
     check_decoding,
     position_ids_of,
 )
-from lit_logits.modules.fusion_models import eos_token_ids
+from lit_logits.modules.fusion_models import eos_token_ids, num_logits
 
 __all__ = ["FusedCausalLM", "FusedScores"]
 
@@ -95,7 +95,7 @@ class FusedCausalLM(nn.Module):
         self._held = (large, *small)  # in a tuple, so that they are not registered here
         self.num_experts = len(experts)
         self.expert_names = list(expert_names or [f"expert_{number}" for number in range(len(experts))])
-        self.vocab_size = vocab_size or min(_num_logits(model) for model in self._held)
+        self.vocab_size = vocab_size or min(num_logits(model) for model in self._held)
         self.search: dict[str, Any] = {"solver": solver, "mode": mode, "bounds": bounds, "step": step}
         if chunk_size < 1:
             raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
@@ -320,10 +320,6 @@ class FusedCausalLM(nn.Module):
                     f"Expected at most {context} tokens, the context of the {label}, but the longest text has"
                     f" {needed - new_tokens}" + (f" and {new_tokens} are to be added." if new_tokens else ".")
                 )
-
-
-def _num_logits(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
-__all__ = ["FusedStep", "FusionTrace", "SmallModels", "accepted_inputs", "check_decoding", "position_ids_of"]
+__all__ = [
+    "FusedStep",
+    "FusionTrace",
+    "SmallModels",
+    "accepted_inputs",
+    "check_decoding",
+    "position_ids_of",
+    "split_prompts",
+]
 
 
 class FusionTrace(NamedTuple):
@@ -173,3 +181,32 @@ def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
 def position_ids_of(mask: Tensor) -> Tensor:
     """Position of each token (B, T) among those that are not padding."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """The prompts of a batch, left-padded, and their attention mask: all tokens in front of the first label.
+
+    Args:
+        batch: `input_ids` (B, T), optionally `attention_mask` and `labels` (−100 at prompt and padding).
+        pad: id to pad with.
+
+    Returns:
+        Two tensors (B, longest prompt).
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]), "labels": torch.tensor([[-100, -100, 3],
+        ...     [-100, 5, -100]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+        >>> split_prompts(batch, pad=0)
+        (tensor([[1, 2],
+                [0, 4]]), tensor([[1, 1],
+                [0, 1]]))
+
+    """
+    input_ids = batch["input_ids"]
+    kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
+    if "labels" in batch:
+        kept = kept & ((batch["labels"] != -100).cumsum(1) == 0)
+    width = int(kept.sum(1).max())
+    order = kept.long().argsort(dim=1, stable=True)[:, input_ids.shape[1] - width :]  # what is kept moves to the end
+    mask = kept.gather(1, order)
+    return input_ids.gather(1, order).masked_fill(~mask, pad), mask.long()

@@ -22,6 +22,7 @@ __all__ = [
     "eos_token_ids",
     "find_tokenizer",
     "load_fusion_models",
+    "num_logits",
 ]
 
 Model = nn.Module | str
@@ -221,7 +222,8 @@ def _unique(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
 
 
-def _rows(model: PreTrainedModel) -> int:
+def num_logits(model: PreTrainedModel) -> int:
+    """Rows of the output layer, padding included."""
     return model.get_output_embeddings().weight.shape[0]
 
 
@@ -232,7 +234,7 @@ def _common_vocabulary(
     notes: list[str],
 ) -> int:
     """The ids that all models have; sizes may differ by padding only, which a tokenizer must tell."""
-    sizes = {label: _rows(model) for label, model in models.items()}
+    sizes = {label: num_logits(model) for label, model in models.items()}
     smallest = min(sizes.values())
     listed = ", ".join(f"{label} {size}" for label, size in sizes.items())
     if tokenizer is not None and len(tokenizer) > smallest:
