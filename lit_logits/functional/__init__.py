@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the mathematics of the four methods, without state."""
 
+from lit_logits.functional.alignment import align_positions, common_span
 from lit_logits.functional.checks import check_finite, check_labels, check_token_to_code
 from lit_logits.functional.code_assignment import (
     CodeSplit,
@@ -39,6 +40,19 @@ from lit_logits.functional.dynamic_fusion import (
     fuse_logits,
     fusion_weights,
 )
+from lit_logits.functional.gld_fusion import (
+    GraphNodes,
+    NodeStrengths,
+    VocabularyGraph,
+    co_activation_graph,
+    graph_strengths,
+    node_strengths,
+    sorted_gw_bound,
+    top_k_uld,
+    uld_loss,
+    vocabulary_graph,
+    vocabulary_strengths,
+)
 from lit_logits.functional.gradients import (
     AlignedGradients,
     align_gradients,
@@ -46,6 +60,7 @@ from lit_logits.functional.gradients import (
     average_over_ranks,
     project_conflicting_gradient,
 )
+from lit_logits.functional.gromov_wasserstein import edge_gw_bound, gw_objective, gw_over_permutations
 from lit_logits.functional.kmeans import KMeansResult, kmeans, nearest_centroids
 from lit_logits.functional.neural_collapse import (
     ClassMoments,
@@ -58,6 +73,7 @@ from lit_logits.functional.neural_collapse import (
 )
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 from lit_logits.functional.task_arithmetic import add_task_vectors
+from lit_logits.functional.top_k_logits import LogitValues, TopKLogits, top_k_logits, top_k_values
 from lit_logits.functional.vq_decoding import (
     GreedyTables,
     SamplingTables,
@@ -82,14 +98,20 @@ __all__ = [
     "FusionMode",
     "FusionSolver",
     "FusionWeights",
+    "GraphNodes",
     "GreedyTables",
     "KMeansResult",
     "LogitLoss",
+    "LogitValues",
     "NeuralCollapse",
+    "NodeStrengths",
     "Reduction",
     "SamplingTables",
+    "TopKLogits",
+    "VocabularyGraph",
     "add_task_vectors",
     "align_gradients",
+    "align_positions",
     "all_reduce_sum_",
     "any_over_ranks",
     "at_least_float32",
@@ -102,19 +124,25 @@ __all__ = [
     "check_token_to_code",
     "chunked_sum",
     "class_moments",
+    "co_activation_graph",
     "code_log_mass",
     "code_logits",
     "code_means",
     "code_perplexity",
     "code_usage",
     "commitment_loss",
+    "common_span",
     "cosine_logit_loss",
     "cosine_matrix",
+    "edge_gw_bound",
     "expert_divergences",
     "frequency_assignment",
     "fuse_logits",
     "fusion_weights",
+    "graph_strengths",
     "greedy_tables",
+    "gw_objective",
+    "gw_over_permutations",
     "kd_kl_divergence",
     "kmeans",
     "l1_logit_loss",
@@ -122,6 +150,7 @@ __all__ = [
     "mse_logit_loss",
     "nearest_centroids",
     "neural_collapse",
+    "node_strengths",
     "ppl_floor",
     "project_conflicting_gradient",
     "random_assignment",
@@ -131,9 +160,16 @@ __all__ = [
     "sampling_tables",
     "scatter_code_logits",
     "simplex_gap",
+    "sorted_gw_bound",
     "split_heavy_codes",
     "straight_through_vq_cross_entropy",
+    "top_k_logits",
+    "top_k_uld",
+    "top_k_values",
+    "uld_loss",
     "unigram_bias",
+    "vocabulary_graph",
+    "vocabulary_strengths",
     "vq_cross_entropy",
     "vq_footprint",
     "vq_greedy",

@@ -1,0 +1,82 @@
+"""Which positions of two tokenisations of one text have read the same characters.
+
+A position's end is the number of characters of the response that a model has read there: 0 behind the prompt, the
+length of the response behind its last token. Two models that have read the same text each predict what comes next, in
+tokens of their own; only there can their predictions be compared.
+
+Letters: B samples, T and U positions.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["align_positions", "common_span"]
+
+
+def align_positions(ends1: Tensor, ends2: Tensor, *, same_tokens: bool = False) -> Tensor:
+    """For each position of the first tokenisation the position of the second that has read the same, or −1.
+
+    Of several tokens that end at one character (bytes of it, or white space in front of the response) the last one
+    counts, as only that has read all of it.
+
+    Args:
+        ends1: (B, T) characters of the response read, not decreasing along T; −1 where a position does not count.
+        ends2: (B, U) of the second.
+        same_tokens: both were made by one tokenizer: tokens that end at one character are paired one by one, if they
+            are equally many.
+
+    Returns:
+        (B, T) indices along U.
+
+    Example:
+        >>> align_positions(torch.tensor([[-1, 0, 3, 7, 9]]), torch.tensor([[0, 5, 7, 8, 9]]))
+        tensor([[-1,  0, -1,  2,  4]])
+
+    """
+    result = torch.full_like(ends1, -1)
+    stride = int(max(ends1.max(), ends2.max()).item()) + 1 if ends1.numel() and ends2.numel() else 0
+    if stride <= 0:
+        return result
+    keys1, keys2 = (_keys(ends, stride) for ends in (ends1, ends2))
+    place1, place2 = (ends.flatten().ge(0).nonzero().squeeze(1) for ends in (ends1, ends2))
+    if not len(keys1) or not len(keys2):
+        return result
+    last = torch.searchsorted(keys2, keys1, right=True) - 1  # the last of those that end there
+    is_there = (last >= 0) & (keys2[last.clamp(min=0)] == keys1)
+    from_end = torch.searchsorted(keys1, keys1, right=True) - 1 - torch.arange(len(keys1), device=keys1.device)
+    partner = last
+    if same_tokens:
+        sizes = torch.searchsorted(keys1, keys1, right=True) - torch.searchsorted(keys1, keys1)
+        sizes2 = torch.searchsorted(keys2, keys1, right=True) - torch.searchsorted(keys2, keys1)
+        is_there = is_there & ((from_end == 0) | (sizes == sizes2))
+        partner = torch.where(sizes == sizes2, last - from_end, last)
+    else:
+        is_there = is_there & (from_end == 0)
+    found = place2[partner.clamp(min=0)] % ends2.shape[1]
+    result.view(-1)[place1] = torch.where(is_there, found, -1)
+    return result
+
+
+def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks of the positions that count and lie where both tokenisations reach: a response may have been cut in either.
+
+    Args:
+        ends1: (B, T) as in `align_positions`.
+        ends2: (B, U).
+
+    Returns:
+        Boolean (B, T) and (B, U).
+
+    Example:
+        >>> common_span(torch.tensor([[0, 4, 6]]), torch.tensor([[0, 2, 5]]))
+        (tensor([[ True,  True, False]]), tensor([[True, True, True]]))
+
+    """
+    limit = torch.minimum(ends1.amax(-1), ends2.amax(-1)).unsqueeze(-1)
+    return (ends1 >= 0) & (ends1 <= limit), (ends2 >= 0) & (ends2 <= limit)
+
+
+def _keys(ends: Tensor, stride: int) -> Tensor:
+    """Sample and end as one number, of the positions that count, ascending."""
+    row = torch.arange(len(ends), device=ends.device).unsqueeze(1) * stride
+    return (row + ends)[ends >= 0]

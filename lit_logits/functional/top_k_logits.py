@@ -1,0 +1,145 @@
+"""The k largest logits of each position, taken after the softmax over the whole vocabulary, with what was left out.
+
+Letters: N positions, V vocabulary, k `top_k`, τ temperature, u = z/τ the tempered logits.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["LogitValues", "TopKLogits", "top_k_logits", "top_k_values"]
+
+LogitValues = Literal["softmax", "standardize", "logits"]
+
+_CHUNK_ELEMENTS = 1 << 21  # logits a chunk: what is made on the way stays in the cache of a core
+
+
+class TopKLogits(NamedTuple):
+    """Result of `top_k_logits`, at least float32; u = z/τ.
+
+    Attributes:
+        log_probs: (..., k) largest log softmax(u), descending, in nats.
+        token_ids: (..., k) their tokens.
+        tail: (...) probability of all other tokens, in [0, 1].
+        log_normalizer: (...) log Σ_v exp u_v; `log_probs + log_normalizer` are the logits u.
+        mean: (...) of u over the vocabulary.
+        std: (...) population standard deviation of u over the vocabulary.
+
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
+    tail: Tensor
+    log_normalizer: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def top_k_logits(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> TopKLogits:
+    """The k largest log-probabilities of each position, with the mass of the tail and two moments of its logits.
+
+    Works through the positions in chunks, forward and backward: beyond the logits and their gradient nothing of the
+    size (N, V) is made, whatever their dtype.
+
+    Args:
+        logits: (..., V) in nats.
+        top_k: k, in [1, V].
+        temperature: τ > 0.
+
+    Raises:
+        ValueError: for k or τ out of range.
+
+    Example:
+        >>> top = top_k_logits(torch.tensor([0.0, 1.3863, 0.6931]), 2)  # probabilities 1/7, 4/7, 2/7
+        >>> top.log_probs.exp(), top.token_ids, top.tail
+        (tensor([0.5714, 0.2857]), tensor([1, 2]), tensor(0.1429))
+
+    """
+    size = logits.shape[-1]
+    if not 1 <= top_k <= size:
+        raise ValueError(f"Expected `top_k` to be in [1, {size}], the vocabulary, but got {top_k}.")
+    if not temperature > 0:
+        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
+    shape = logits.shape[:-1]
+    log_probs, token_ids, *rest = _TopKLogits.apply(logits.reshape(-1, size), top_k, float(temperature))
+    tail, log_normalizer, mean, std = (tensor.view(shape) for tensor in rest)
+    return TopKLogits(log_probs.view(*shape, top_k), token_ids.view(*shape, top_k), tail, log_normalizer, mean, std)
+
+
+def top_k_values(top: TopKLogits, values: LogitValues) -> Tensor:
+    """What a loss compares: (..., k), descending.
+
+    Args:
+        top: of one model.
+        values: `softmax`: probabilities; `standardize`: (u − mean) / std with the moments over the vocabulary, which
+            neither a constant nor a factor in the logits changes; `logits`: u itself, constant and all.
+
+    Raises:
+        ValueError: for other `values`.
+
+    Example:
+        >>> top_k_values(top_k_logits(torch.tensor([0.0, 1.0, 2.0]), 2), "standardize")
+        tensor([1.2247, 0.0000])
+
+    """
+    if values == "softmax":
+        return top.log_probs.exp()
+    if values == "logits":
+        return top.log_probs + top.log_normalizer.unsqueeze(-1)
+    if values == "standardize":
+        # Not with the moments of the k values: their sum would be 0, and with it every node strength of the graph.
+        return (top.log_probs + (top.log_normalizer - top.mean).unsqueeze(-1)) / top.std.unsqueeze(-1).clamp(min=1e-6)
+    raise ValueError(f"Expected values to be 'softmax', 'standardize' or 'logits', but got {values!r}.")
+
+
+class _TopKLogits(torch.autograd.Function):
+    """`top_k_logits` of (N, V); keeps the logits alone for backward, beside what has no V."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, ...]:
+        dtype, size = torch.promote_types(logits.dtype, torch.float32), logits.shape[1]
+        rows = _rows_a_chunk(size)
+        parts: list[tuple[Tensor, ...]] = []
+        for chunk in logits.split(rows) if len(logits) else [logits]:
+            u = chunk.to(dtype) if temperature == 1 else chunk.to(dtype) / temperature
+            top, token_ids = u.topk(top_k, dim=-1)
+            mean = u.mean(-1, keepdim=True)
+            centred = u - mean
+            std = torch.linalg.vector_norm(centred, dim=-1) / math.sqrt(size)
+            highest = top[:, :1]
+            log_normalizer = highest + centred.add_(mean - highest).exp_().sum(-1, keepdim=True).log_()
+            parts.append((top - log_normalizer, token_ids, log_normalizer.squeeze(1), mean.squeeze(1), std))
+        log_probs, token_ids, log_normalizer, mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        tail = (1 - log_probs.exp().sum(-1)).clamp_(min=0)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, log_probs, token_ids, log_normalizer, mean, std)
+        ctx.mark_non_differentiable(token_ids)
+        return log_probs, token_ids, tail, log_normalizer, mean, std
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_top, _, grad_tail, grad_normalizer, grad_mean, grad_std = grads
+        logits, log_probs, token_ids, log_normalizer, mean, std = ctx.saved_tensors
+        size = logits.shape[1]
+        grad_top = grad_top - grad_tail.unsqueeze(-1) * log_probs.exp()
+        grad_normalizer = grad_normalizer - grad_top.sum(-1)  # log-probabilities are u minus the normaliser
+        slope = grad_std / (size * std.clamp(min=1e-6))
+        level = grad_mean / size - slope * mean
+        grad_logits = torch.empty_like(logits)
+        for start in range(0, len(logits), rows := _rows_a_chunk(size)):
+            part = slice(start, start + rows)
+            u = logits[part].to(log_probs.dtype)
+            u = u / ctx.temperature if ctx.temperature != 1 else u
+            grad = (u - log_normalizer[part, None]).exp_().mul_(grad_normalizer[part, None])
+            grad.add_(u * slope[part, None]).add_(level[part, None])
+            grad.scatter_add_(1, token_ids[part], grad_top[part])
+            grad_logits[part] = grad if ctx.temperature == 1 else grad.div_(ctx.temperature)
+        return grad_logits, None, None
+
+
+def _rows_a_chunk(vocab_size: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // vocab_size)
