@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lit_logits.datamodules.caching import digest
 from lit_logits.datamodules.splitting import fill_splits
 
-__all__ = ["Example", "draw_shots", "group_examples", "split_examples"]
+__all__ = ["Example", "draw_shots", "group_examples", "sample_id", "shots_before", "split_examples"]
 
 
 class Example(NamedTuple):
@@ -107,6 +107,26 @@ def draw_shots(train: Sequence[Example], num_shots: int, seed: int) -> list[Exam
             f"{num_shots}. Lower it, or the fractions that are held out."
         )
     return list(shots.values())[: num_shots + 1]
+
+
+def shots_before(example: Example, drawn: Sequence[Example]) -> list[Example]:
+    """Return the shots of an example, of what `draw_shots` drew: all but one, and none with its own prompt."""
+    return [shot for shot in drawn if shot.prompt != example.prompt][: max(len(drawn) - 1, 0)]
+
+
+def sample_id(example: Example, shots: Sequence[Example] = (), system_prompt: str | None = None) -> int:
+    """Return a number of 63 bits for an example's content: its texts, and those of what is put before it.
+
+    It is the same in every split, order, layout and tokenizer. Of several choices the right one counts.
+
+    Example:
+        >>> sample_id(Example("1 + 1 =", "2", where="row 0")) == sample_id(Example("1 + 1 =", "2", where="row 7"))
+        True
+        >>> sample_id(Example("1 + 1 =", "2")) == sample_id(Example("1 + 1 =", "2"), [Example("1 + 2 =", "3")])
+        False
+    """
+    texts = [(shot.prompt, shot.response) for shot in shots]
+    return int(digest(system_prompt, texts, example.prompt, example.response)[:16], 16) >> 1
 
 
 def _draw(examples: Iterable[Example], seed: int) -> str:

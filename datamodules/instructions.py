@@ -3,11 +3,23 @@
 Letters: B is `batch_size`, T the longest sequence of a batch, C the number of choices. A batch is transformers' dict
 `input_ids`, `attention_mask` and `labels` (the same ids, unshifted; −100 on prompts and padding), LongTensors of shape
 (B, T) that are padded on the right, and `rows` (B,), the numbers of the examples in their split.
+
+What a teacher with another tokenizer, or a cache of its logits, needs to find its place is there, too:
+
+* `sample_ids` (B,), 63 bits of a digest of the example's texts and those of its shots: the same in every split, order,
+  tokenizer and template;
+* `response_ends` (B, T), how many characters of the response have been read after each token: 0 at the prompt's last
+  one, −1 before it, on padding, where a token ends within a character, and where it reaches beyond the response or
+  stands behind it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
+  text. White space that a template strips at the response's beginning counts as read, and at its end never is;
+* `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
+* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends` (B, T') and
+  `tokenizer_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
 """
 
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import tokenizers
 import torch
@@ -19,21 +31,20 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
 from lit_logits.datamodules.checks import check_at_least
-from lit_logits.datamodules.instruction_encoding import (
-    ChatLayout,
-    Encoder,
-    Layout,
-    TemplateLayout,
-    chat_template_of,
-    split_template,
+from lit_logits.datamodules.instruction_batches import (
+    FixedBatches,
+    collate_examples,
+    collate_fixed_batch,
 )
+from lit_logits.datamodules.instruction_layouts import split_template
 from lit_logits.datamodules.instruction_sources import Columns, InstructionSource
 from lit_logits.datamodules.instruction_splits import draw_shots
-from lit_logits.datamodules.instruction_storage import (
-    collate_examples,
-    read_examples,
-    read_instruction_sizes,
-    write_instructions,
+from lit_logits.datamodules.instruction_storage import read_examples, read_instruction_sizes, write_instructions
+from lit_logits.datamodules.instruction_views import (
+    InstructionEncoder,
+    InstructionView,
+    chat_source_names,
+    load_sources,
 )
 from lit_logits.datamodules.loaders import block_loader
 from lit_logits.datamodules.resuming import ResumePoint
@@ -42,8 +53,10 @@ from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 
 __all__ = ["InstructionDataModule"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 """Part of every cache entry's name: raise it when the same arguments are to give other token ids."""
+
+PredictSplit = Literal["test", "all"]
 
 
 class InstructionDataModule(LightningDataModule):
@@ -51,14 +64,20 @@ class InstructionDataModule(LightningDataModule):
 
     Pairs are split into training, validation and test so that equal prompts never meet across splits, nor equal
     responses of more than five words. A response ends with the eos token, or with what the chat template puts after it.
-    A response that is too long is cut at its end; a training pair whose prompt leaves no room for any is dropped.
-    Training resumes in the middle of an epoch with the next unseen batch.
+    A response that is too long is cut at its end; a training pair whose prompt leaves no room for any, in any of the
+    tokenizers, is dropped. Training resumes in the middle of an epoch with the next unseen batch.
+
+    Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
+    other models, too, to distil from these.
 
     Multiple choice (`choices_column`): training, validation and predict see the right choice as the response. A test
     batch holds the C sequences of each of its B examples, `rows` once for each of them, and also `choices`, numbers
-    of the choices, and `correct`, 1 for the right ones.
+    of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
 
-    The rows of the test split are what `predict` gives, in order, without those in `finished_rows`.
+    The rows of the test split are what `predict` gives, in order, without those in `finished_rows`. With
+    `predict_split="all"` it is the training, validation and test split, one after another, `rows` counted through, in
+    batches of B consecutive examples that are the same in every run: those all of whose samples are in
+    `finished_samples` are left out, and ranks are dealt whole batches.
 
     Args:
         source: `"python-questions"` (about 14,000 questions on the standard library, answered by its sources), files or
@@ -73,27 +92,33 @@ class InstructionDataModule(LightningDataModule):
         template: a text with `{prompt}` and, after it, `{response}`.
         chat_template: use the tokenizer's chat template instead: the prompt is the user's turn, the response the
             assistant's.
-        system_prompt: with `chat_template`, a system turn before all others.
+        system_prompt: a system turn before all others; in chat templates only.
+        source_tokenizers: name of your choice → hub id, local folder or `.gguf` file of another tokenizer that batches
+            are given in, too.
+        chat_sources: names of those of them that use their own chat template; None: all of them with `chat_template`,
+            none without. The others use `template`.
         num_shots: training pairs, drawn once for all, that are put before each prompt: as filled templates with an
             empty line after each, or as earlier turns. A pair is never its own shot.
-        max_length: tokens that a sequence may have, at least 2.
+        max_length: tokens that a sequence may have, at least 2, in each of the tokenizers.
         batch_size: B, examples a batch on each rank.
         val_fraction: share of the pairs held out for validation, in [0, 1). Unused where the data set has a validation
             split of its own; 0 switches validation off.
         test_fraction: the same for test and predict.
         max_test_rows: keep the first of the test split only.
+        predict_split: what `predict` gives: the `"test"` split, or `"all"` of them.
         num_workers: processes that load batches.
         seed: of the split, the shots and the training order.
         cache_dir: folder of the cache; None is `$XDG_CACHE_HOME/lit_logits` or `~/.cache/lit_logits`.
 
     Attributes:
         finished_rows: rows of the test split that `predict` is to leave out, because they are done. Filled before the
-            loader is made.
+            loader is made; unused with `predict_split="all"`.
+        finished_samples: the same as sample ids, for `predict_split="all"` only.
 
     Raises:
         ValueError: If an argument is out of range or goes without one that it needs; from `vocab_size`, `tokenizer` or
-            `prepare_data`, if the source cannot be read, a row is not as it should be, the tokenizer has no chat
-            template, or a prompt for evaluation is too long.
+            `prepare_data`, if the source cannot be read, a row is not as it should be, a tokenizer has no chat
+            template or a template that changes responses, or a prompt for evaluation is too long.
     """
 
     def __init__(
@@ -109,12 +134,15 @@ class InstructionDataModule(LightningDataModule):
         template: str = "Question: {prompt}\nAnswer: {response}",
         chat_template: bool = False,
         system_prompt: str | None = None,
+        source_tokenizers: dict[str, str] | None = None,
+        chat_sources: list[str] | None = None,
         num_shots: int = 0,
         max_length: int = 512,
         batch_size: int = 8,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
         max_test_rows: int | None = None,
+        predict_split: PredictSplit = "test",
         num_workers: int = 0,
         seed: int = 42,
         cache_dir: str | None = None,
@@ -128,7 +156,11 @@ class InstructionDataModule(LightningDataModule):
         check_fractions(fractions)
         split_template(template)
         columns = Columns(prompt_column, response_column, choices_column, answer_column)
-        _check_companions(columns, tokenizer, chat_template, system_prompt, num_shots)
+        if predict_split not in get_args(PredictSplit):
+            raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")
+        self.source_tokenizers = dict(source_tokenizers or {})
+        self.chat_sources = chat_source_names(self.source_tokenizers, chat_sources, chat_template)
+        _check_companions(columns, tokenizer, chat_template, self.chat_sources, system_prompt, num_shots)
         self.pairs = InstructionSource(
             source, subset, columns, fractions=fractions, max_test_rows=max_test_rows, seed=seed
         )
@@ -137,9 +169,10 @@ class InstructionDataModule(LightningDataModule):
         self.template, self.chat_template, self.system_prompt = template, chat_template, system_prompt
         self.num_shots, self.max_length = num_shots, max_length
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.seed = seed
+        self.predict_split, self.seed = predict_split, seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.finished_rows: set[int] = set()
+        self.finished_samples: set[int] = set()
         self._examples: dict[str, Dataset] = {}
         self._resume = ResumePoint("examples")
 
@@ -159,13 +192,13 @@ class InstructionDataModule(LightningDataModule):
     @property
     def pad_token_id(self) -> int:
         """The token that fills up sequences: the tokenizer's, or else its eos token."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        return self._own.pad_token_id
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that shaped the encoded test rows: what was written for another one is not theirs."""
-        return self._directory.name.rpartition("-")[2]
+        """Digest of all that shaped the rows of `predict`: what was written for another one is not theirs."""
+        key = self._directory.name.rpartition("-")[2]
+        return key if self.predict_split == "test" else digest(key, self.predict_split)
 
     def prepare_data(self) -> None:
         """Write the encoded pairs of all splits to the cache, if they are not there."""
@@ -199,18 +232,25 @@ class InstructionDataModule(LightningDataModule):
         return self._loader("test") if "test" in self._examples else []
 
     def predict_dataloader(self) -> Any:
-        """Return the test examples that are not in `finished_rows`, in order, with the right responses.
+        """Return what is to be predicted, in order, with the right responses, without what is finished.
 
-        Where fewer are left than there are processes, finished ones make up the number.
+        It is the test examples that are not in `finished_rows`, or with `predict_split="all"` the batches of all splits
+        without those whose samples are all in `finished_samples`. Where fewer are left than there are processes,
+        finished ones make up the number.
         """
+        # Lightning makes this loader anew and wants to find `batch_size` among the keywords.
+        if self.predict_split == "all":
+            splits = [self._examples[name] for name in ("train", "val", "test") if name in self._examples]
+            batches = FixedBatches(splits, self.batch_size, self.finished_samples, at_least=self._world_size)
+            collate = partial(collate_fixed_batch, **self._vocabularies)
+            return DataLoader(batches, batch_size=1, collate_fn=collate, **self._loading)
         if "test" not in self._examples:
             return []
         rows = self._examples["test"]
         left = [row for row in range(len(rows)) if row not in self.finished_rows]
         if left:  # Lightning's sampler wants a row for each rank; what is done already fills up
-            left += sorted(self.finished_rows)[: max(0, (self.trainer.world_size if self.trainer else 1) - len(left))]
-        collate = partial(collate_examples, pad_token_id=self.pad_token_id)
-        # Lightning makes this loader anew and wants to find `batch_size` among the keywords.
+            left += sorted(self.finished_rows)[: max(0, self._world_size - len(left))]
+        collate = partial(collate_examples, **self._vocabularies)
         return DataLoader(rows.select(left), batch_size=self.batch_size, collate_fn=collate, **self._loading)
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,10 +264,29 @@ class InstructionDataModule(LightningDataModule):
     @cached_property
     def _directory(self) -> Path:
         """The cache entry that holds the encoded pairs."""
-        tokenizer = self.tokenizer.backend_tokenizer.to_str(), sorted(self.tokenizer.special_tokens_map.items())
-        chat = (chat_template_of(self.tokenizer), self.system_prompt) if self.chat_template else None
-        layout = chat or self.template, self.num_shots, self.max_length
-        return self.cache_dir / f"instructions-{digest(FORMAT_VERSION, self.pairs.key, tokenizer, layout)}"
+        sources = sorted((name, view.key) for name, view in self._sources.items())
+        views = self._own.key, sources, self.system_prompt, self.num_shots, self.max_length
+        return self.cache_dir / f"instructions-{digest(FORMAT_VERSION, self.pairs.key, views)}"
+
+    @cached_property
+    def _own(self) -> InstructionView:
+        """The tokenizer with its layout."""
+        return InstructionView(self.tokenizer, self.template, chat=self.chat_template, system_prompt=self.system_prompt)
+
+    @cached_property
+    def _sources(self) -> dict[str, InstructionView]:
+        """The other tokenizers with their layouts."""
+        return load_sources(self.source_tokenizers, self.chat_sources, self.template, self.system_prompt)
+
+    @property
+    def _vocabularies(self) -> dict[str, Any]:
+        """What a collate function needs to know of the tokenizers."""
+        sources = {name: view.vocabulary for name, view in self._sources.items()}
+        return {"vocabulary": self._own.vocabulary, "sources": sources}
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
 
     @property
     def _loading(self) -> dict[str, Any]:
@@ -240,11 +299,8 @@ class InstructionDataModule(LightningDataModule):
         train_bpe(texts, self.bpe_vocab_size, directory)
 
     def _write(self, directory: Path) -> None:
-        layout: Layout = TemplateLayout(self.template, self.tokenizer)
-        if self.chat_template:
-            layout = ChatLayout(self.tokenizer, self.system_prompt)
         shots = draw_shots(self.pairs.splits.get("train", []), self.num_shots, self.seed)
-        encoder = Encoder(layout, self.tokenizer, shots)
+        encoder = InstructionEncoder(self._own, self._sources, shots)
         write_instructions(directory, self.pairs.splits, encoder, self.max_length)
 
     def _loader(self, split: str) -> Any:
@@ -255,7 +311,7 @@ class InstructionDataModule(LightningDataModule):
             self.trainer,
             self.seed,
             train=split == "train",
-            collate_fn=partial(collate_examples, pad_token_id=self.pad_token_id, all_choices=all_choices),
+            collate_fn=partial(collate_examples, **self._vocabularies, all_choices=all_choices),
             items="examples",
             advice="Lower `batch_size` or the fractions that are held out, or raise `max_length`.",
             **self._loading,
@@ -263,12 +319,16 @@ class InstructionDataModule(LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         """Return what, besides the position, decides which batch comes next."""
-        world_size = self.trainer.world_size if self.trainer else 1
-        return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": world_size}
+        return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
 
 
 def _check_companions(
-    columns: Columns, tokenizer: str | None, chat_template: bool, system_prompt: str | None, num_shots: int
+    columns: Columns,
+    tokenizer: str | None,
+    chat_template: bool,
+    chat_sources: list[str],
+    system_prompt: str | None,
+    num_shots: int,
 ) -> None:
     """Raise unless every argument has those that it needs."""
     if chat_template and tokenizer is None:
@@ -276,10 +336,10 @@ def _check_companions(
             "Expected `tokenizer` to name one with a chat template, but got None. Set `chat_template=False` to use "
             "`template`."
         )
-    if system_prompt is not None and not chat_template:
+    if system_prompt is not None and not (chat_template or chat_sources):
         raise ValueError(
             f"Expected `system_prompt` to be None without `chat_template`, but got {system_prompt!r}. Put it into "
-            "`template`."
+            "`template`, or name a tokenizer of `source_tokenizers` in `chat_sources`."
         )
     if columns.prompts_only and (tokenizer is None or num_shots):
         raise ValueError(

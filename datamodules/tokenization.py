@@ -1,5 +1,6 @@
 """The tokenizer: loaded from the hub, a folder or a GGUF file, or a byte-level BPE trained on the training split."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,16 +8,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = ["load_tokenizer", "train_bpe"]
+__all__ = ["load_tokenizer", "tokenizer_id", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str | Path, argument: str = "`tokenizer`") -> PreTrainedTokenizerFast:
     """Load a fast tokenizer that has an end-of-sequence token.
 
     Args:
         name: hub id, local folder, or path of a `.gguf` file.
+        argument: what error messages call it.
 
     Raises:
         ValueError: If there is no such tokenizer, or it is a slow one, or it has no end-of-sequence token.
@@ -31,9 +33,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(name))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Expected `tokenizer` to be a hub id, a local folder, or a `.gguf` file, but got {str(name)!r}: {error}"
+            f"Expected {argument} to be a hub id, a local folder, or a `.gguf` file, but got {str(name)!r}: {error}"
         ) from error
-    return _check(tokenizer, name)
+    return _check(tokenizer, name, argument)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, directory: Path) -> None:
@@ -67,16 +69,26 @@ def train_bpe(documents: Iterable[str], vocab_size: int, directory: Path) -> Non
     fast.save_pretrained(directory)
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> PreTrainedTokenizerFast:
+def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a number of 63 bits for a vocabulary: it is the same where every token has the same id.
+
+    It is what two parts compare that see each other's token ids only, such as a cache of logits and its reader.
+    """
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = "\n".join(f"{number} {token}" for token, number in vocab)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, name: str | Path, argument: str) -> PreTrainedTokenizerFast:
     """Return the tokenizer if it can serve; documents are never cut or padded by what its files ask for."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"Expected `tokenizer` to be a fast one, but {str(name)!r} is a {type(tokenizer).__name__} without a "
+            f"Expected {argument} to be a fast one, but {str(name)!r} is a {type(tokenizer).__name__} without a "
             "`tokenizer.json`."
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"Expected `tokenizer` to have an end-of-sequence token, but {str(name)!r} has none. Set `eos_token` in "
+            f"Expected {argument} to have an end-of-sequence token, but {str(name)!r} has none. Set `eos_token` in "
             "its `tokenizer_config.json`."
         )
     tokenizer.backend_tokenizer.no_truncation()

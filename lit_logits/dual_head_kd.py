@@ -24,6 +24,9 @@ from lit_logits.modules.teacher import FrozenTeacher, load_teacher
 
 __all__ = ["DualHeadKD"]
 
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+"""What a causal language model is given; batches may hold more, such as the numbers of their rows."""
+
 Method = Literal["ce", "kd", "single_head", "dual_head"]
 
 
@@ -150,7 +153,7 @@ class DualHeadKD(LightningModule):
         check_labels(batch["labels"], self.net.num_classes)
         if self.net.is_causal_lm:
             return self._token_losses(batch)
-        inputs, labels = _inputs(batch), batch["labels"].long()
+        inputs, labels = self._inputs(batch), batch["labels"].long()
         output = self.net(inputs)
         ce = reduce_tokens(F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != -100)
         if self.teacher is None:
@@ -158,9 +161,15 @@ class DualHeadKD(LightningModule):
         logits = output.logits if output.aux_logits is None else output.aux_logits
         return Losses(ce, self._kd(logits, self.teacher(inputs)))
 
+    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch the models see: all but the labels, or of a language model's batch its tokens."""
+        if self.net.is_causal_lm:
+            return {name: batch[name] for name in TOKEN_INPUTS if name in batch}
+        return {name: value for name, value in batch.items() if name != "labels"}
+
     def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
         """The same over next tokens, in chunks of tokens: (N, C) logits of neither head nor teacher are held."""
-        inputs, mask = _inputs(batch), batch["labels"][:, 1:] != -100
+        inputs, mask = self._inputs(batch), batch["labels"][:, 1:] != -100
         hidden, labels = self.net.hidden_states(inputs)[:, :-1][mask], batch["labels"][:, 1:][mask].long()
         count = mask.sum().clamp(min=1)
 
@@ -284,11 +293,11 @@ class DualHeadKD(LightningModule):
         nll, acc, aux_acc = (getattr(self, f"{stage}_{name}") for name in ("nll", "acc", "aux_acc"))
         if self.net.is_causal_lm:
             mask = batch["labels"][:, 1:] != -100
-            rows = self.net.hidden_states(_inputs(batch))[:, :-1][mask].split(self.chunk_size)
+            rows = self.net.hidden_states(self._inputs(batch))[:, :-1][mask].split(self.chunk_size)
             parts = [(self.net.main_head(part), None) for part in rows]
             labels = batch["labels"][:, 1:][mask].long().split(self.chunk_size)
         else:
-            output = self.net(_inputs(batch))
+            output = self.net(self._inputs(batch))
             known = batch["labels"] != -100
             parts = [(output.logits[known], None if output.aux_logits is None else output.aux_logits[known])]
             labels = (batch["labels"][known].long(),)
@@ -311,7 +320,7 @@ class DualHeadKD(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Logits of the main head, (B, C) or (B, T, C), and the class that is most likely."""
-        logits = classifier_logits(self.student, _inputs(batch))
+        logits = classifier_logits(self.student, self._inputs(batch))
         return {"logits": logits, "predictions": logits.argmax(-1)}
 
     # ------------------------------------------------------------------ export
@@ -333,10 +342,6 @@ class DualHeadKD(LightningModule):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}, path)
         return path
-
-
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _check_options(

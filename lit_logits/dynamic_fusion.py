@@ -323,7 +323,7 @@ def _of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "correct" not in batch:
         return dict(batch)
     right = batch["correct"].bool()
-    return {name: value[right] for name, value in batch.items()}
+    return {name: value[right] for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
 
 
 def _rounded(values: Tensor) -> list[float]:

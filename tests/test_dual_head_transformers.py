@@ -93,6 +93,31 @@ def test_chunked_token_losses_are_those_of_all_logits_at_once(method, kind, aux_
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # norms of Llama are float32 in any dtype
 
 
+def test_what_a_batch_holds_besides_the_tokens_does_not_reach_the_models():
+    """As of `InstructionDataModule`, with rows, ids, and the same examples in other tokens."""
+    data = tokens(4)
+    for number, row in enumerate(data):
+        row |= {"rows": torch.tensor(number), "sample_ids": torch.tensor(2**62), "response_ends": row["labels"] * 0}
+    plain = ("input_ids", "attention_mask", "labels")
+    other = {**batch_of([{name: row[name] for name in plain} for row in data]), "tokenizer_id": torch.tensor(1)}
+
+    def collate(rows):
+        return {**batch_of(rows), "tokenizer_id": torch.tensor(7), "sources": {"other": other}}
+
+    batch = collate(data)
+    model = make(optimizer=lambda p: torch.optim.Adam(p, lr=0.01)).eval()
+    for a, b in zip(model.losses(batch), model.losses({name: batch[name] for name in plain}), strict=True):
+        assert torch.equal(a, b)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    loader = DataLoader(data, batch_size=2, collate_fn=collate)
+    trainer.fit(model, loader)
+    assert trainer.validate(model, loader, verbose=False)[0]["val/ppl"] > 1
+    assert trainer.predict(model, loader)[0]["logits"].shape == (2, T, V)
+    positions = torch.arange(T).expand(4, T)
+    shifted = model.losses({**batch, "position_ids": positions.flip(1)})
+    assert not torch.equal(shifted.ce, model.losses({**batch, "position_ids": positions}).ce)
+
+
 def test_masked_positions_do_not_count():
     """Padding cut off, and what stands at ignored labels' hidden positions, change nothing."""
     model = make().double().eval()

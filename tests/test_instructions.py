@@ -15,15 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_logits import VQLogitsLM
 from lit_logits.datamodules import InstructionDataModule
-from lit_logits.datamodules.instruction_encoding import (
-    ChatLayout,
-    TemplateLayout,
-    encode_rendered,
-    split_template,
-)
+from lit_logits.datamodules.instruction_batches import Vocabulary, collate_examples
+from lit_logits.datamodules.instruction_encoding import encode_rendered
+from lit_logits.datamodules.instruction_layouts import ChatLayout, TemplateLayout, split_template
 from lit_logits.datamodules.instruction_sources import Columns, parse_row
 from lit_logits.datamodules.instruction_splits import Example, draw_shots, group_examples, split_examples
-from lit_logits.datamodules.instruction_storage import collate_examples, read_instruction_sizes
+from lit_logits.datamodules.instruction_storage import read_instruction_sizes
 from lit_logits.datamodules.python_questions import read_python_questions
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 
@@ -91,30 +88,36 @@ def prompts_of(loader, tokenizer):
 def test_batch_by_hand():
     """Prompt [5, 6] with response [8, 9, 1]; prompt [5] with response [1]; the pad token may be a real one."""
     rows = [
-        {"row": 3, "prompt": [5, 6], "responses": [[8, 9, 1]], "correct": 0},
-        {"row": 0, "prompt": [5], "responses": [[1]], "correct": 0},
+        {"row": 3, "sample_id": 2**62, "prompt": [5, 6], "responses": [[8, 9, 1]], "ends": [[2, 5, -1]], "correct": 0},
+        {"row": 0, "sample_id": 17, "prompt": [5], "responses": [[1]], "ends": [[-1]], "correct": 0},
     ]
-    batch = collate_examples(rows, 1)
+    batch = collate_examples(rows, Vocabulary(pad_token_id=1, tokenizer_id=2**61))
     assert batch["input_ids"].tolist() == [[5, 6, 8, 9, 1], [5, 1, 1, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 8, 9, 1], [-100, 1, -100, -100, -100]]
+    assert batch["response_ends"].tolist() == [[-1, 0, 2, 5, -1], [0, -1, -1, -1, -1]]
     assert batch["rows"].tolist() == [3, 0]
+    assert batch["sample_ids"].tolist() == [2**62, 17]
+    assert batch["tokenizer_id"].item() == 2**61
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "rows"}
+    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id"}
+    assert set(batch) == {*tokens, "rows", "sample_ids"}
 
 
 def test_choices_by_hand():
-    rows = [
-        {"row": 0, "prompt": [5], "responses": [[7], [8, 9]], "correct": 1},
-        {"row": 1, "prompt": [5, 6], "responses": [[7], [8], [9]], "correct": 0},
-    ]
-    batch = collate_examples(rows, 0, all_choices=True)
+    first = {"prompt": [5], "responses": [[7], [8, 9]], "ends": [[1], [2, -1]], "correct": 1}
+    second = {"prompt": [5, 6], "responses": [[7], [8], [9]], "ends": [[1], [2], [3]], "correct": 0}
+    rows = [{"row": 0, "sample_id": 70, **first}, {"row": 1, "sample_id": 71, **second}]
+    vocabulary = Vocabulary(pad_token_id=0, tokenizer_id=1)
+    batch = collate_examples(rows, vocabulary, all_choices=True)
     assert batch["input_ids"].tolist() == [[5, 7, 0], [5, 8, 9], [5, 6, 7], [5, 6, 8], [5, 6, 9]]
     assert batch["labels"].tolist()[1] == [-100, 8, 9]
+    assert batch["response_ends"].tolist() == [[0, 1, -1], [0, 2, -1], [-1, 0, 1], [-1, 0, 2], [-1, 0, 3]]
     assert batch["rows"].tolist() == [0, 0, 1, 1, 1]
+    assert batch["sample_ids"].tolist() == [70, 70, 71, 71, 71]
     assert batch["choices"].tolist() == [0, 1, 0, 1, 2]
     assert batch["correct"].tolist() == [0, 1, 1, 0, 0]
-    assert collate_examples(rows, 0)["input_ids"].tolist() == [[5, 8, 9], [5, 6, 7]]
+    assert collate_examples(rows, vocabulary)["input_ids"].tolist() == [[5, 8, 9], [5, 6, 7]]
 
 
 def test_every_pair_is_there_once_with_its_response_labelled(make):
@@ -147,13 +150,14 @@ def test_token_that_would_span_the_boundary_is_split():
         eos_token_id = 0
 
         def __call__(self, texts, **_):
-            pieces = [re.findall("ab|.", text) for text in texts]
-            return {"input_ids": [[{"a": 1, "b": 2, "ab": 3}[piece] for piece in row] for row in pieces]}
+            pieces = [list(re.finditer("ab|.", text)) for text in texts]
+            ids = [[{"a": 1, "b": 2, "ab": 3}[piece.group()] for piece in row] for row in pieces]
+            return {"input_ids": ids, "offset_mapping": [[piece.span() for piece in row] for row in pieces]}
 
     layout = object.__new__(TemplateLayout)
     layout.pieces, layout.before, layout.after = ("", "", ""), [9], [0]
     rendered = [layout.render(Example("a", "b"), ["b", "a"], [])]
-    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]])]
+    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], [[1, -1], [1, -1]])]
 
 
 def test_begin_token_is_added_where_the_tokenizer_adds_one(folder, make, tmp_path):
@@ -187,8 +191,11 @@ def test_template_is_cut_before_the_white_space(template, shot, prompt, response
     """Double braces are braces, and those of the data are text."""
     layout = object.__new__(TemplateLayout)
     layout.pieces = split_template(template)
-    assert layout.render(Example("p", "r"), ["r"], []) == (prompt, [response])
-    assert layout.render(Example("p", "r"), ["r"], [Example("{s}", "t")]) == (f"{shot}\n\n{prompt}", [response])
+    for shots, before in (([], ""), ([Example("{s}", "t")], f"{shot}\n\n")):
+        rendered = layout.render(Example("p", "r"), ["r"], shots)
+        assert rendered[:2] == (before + prompt, [response])
+        begin, end, skipped = rendered.spans[0]
+        assert (response[begin:end], response[:begin].strip(), skipped) == ("r", "", 0)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +488,7 @@ def test_choices_are_sequences_of_a_test_batch(make_choices, chat):
     batches = list(data.test_dataloader())
     assert [len(batch["input_ids"]) for batch in batches] == [9, 9, 9, 3]
     for batch in batches:
-        assert all(len(tensor) == len(batch["rows"]) for tensor in batch.values())
+        assert all(len(tensor) == len(batch["rows"]) for tensor in batch.values() if tensor.ndim)
         for n, (_, response) in enumerate(texts_of([batch], data.tokenizer)):
             row = rows[data.pairs.splits["test"][batch["rows"][n]].prompt]
             assert batch["choices"][n] == n % 3
