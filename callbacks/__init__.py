@@ -3,9 +3,11 @@
 from lit_logits.callbacks.codebook_monitor import CodebookMonitor
 from lit_logits.callbacks.codebook_reinit import CodebookReinit
 from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
+from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
 from lit_logits.callbacks.json_lines_writer import JsonLinesWriter
 from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
+from lit_logits.callbacks.logit_cache_writer import LogitCacheWriter
 from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
 from lit_logits.callbacks.prediction_writer import PredictionWriter
 from lit_logits.callbacks.save_pretrained import SavePretrained
@@ -14,9 +16,11 @@ __all__ = [
     "CodebookMonitor",
     "CodebookReinit",
     "FusionWeightLogger",
+    "GWApproximationLogger",
     "JsonLinesWriter",
     "LastCheckpoint",
     "LineProgress",
+    "LogitCacheWriter",
     "NeuralCollapseMonitor",
     "PredictionWriter",
     "SavePretrained",

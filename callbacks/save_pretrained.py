@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_logits.modules.lora import save_merged
+
 __all__ = ["SavePretrained"]
 
 _Config = TypeVar("_Config")
@@ -24,7 +26,8 @@ class SavePretrained(Callback):
     first of all). It is saved when a validation's `monitor` is better than all before; if there is no validation, or
     its number is none, at the end. The data module's `tokenizer` is saved with it, if there is one, and its ids of
     begin, end and padding are the model's in the folder, as the texts that trained it end so; only a list of ends that
-    has the tokenizer's among them stays. A folder is replaced as a whole or not at all.
+    has the tokenizer's among them stays. LoRA adapters are merged into the weights, in the folder alone. A folder is
+    replaced as a whole or not at all.
 
     A resumed run knows the best of the run before and where it is, and leaves it alone until it is better.
 
@@ -122,7 +125,7 @@ class SavePretrained(Callback):
             for leftover in (partial, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
             model: Any = trainer.lightning_module.get_submodule(self._name)
-            model.save_pretrained(partial, state_dict=weights)
+            save_merged(model, partial, weights)
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
             if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
                 tokenizer.save_pretrained(partial)

@@ -13,17 +13,14 @@ from torch import Tensor
 __all__ = ["align_positions", "common_span"]
 
 
-def align_positions(ends1: Tensor, ends2: Tensor, *, same_tokens: bool = False) -> Tensor:
+def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
     """For each position of the first tokenisation the position of the second that has read the same, or −1.
 
-    Of several tokens that end at one character (bytes of it, or white space in front of the response) the last one
-    counts, as only that has read all of it.
+    Of several tokens with one end (white space in front of the response) the last one counts.
 
     Args:
         ends1: (B, T) characters of the response read, not decreasing along T; −1 where a position does not count.
         ends2: (B, U) of the second.
-        same_tokens: both were made by one tokenizer: tokens that end at one character are paired one by one, if they
-            are equally many.
 
     Returns:
         (B, T) indices along U.
@@ -41,18 +38,11 @@ def align_positions(ends1: Tensor, ends2: Tensor, *, same_tokens: bool = False) 
     place1, place2 = (ends.flatten().ge(0).nonzero().squeeze(1) for ends in (ends1, ends2))
     if not len(keys1) or not len(keys2):
         return result
-    last = torch.searchsorted(keys2, keys1, right=True) - 1  # the last of those that end there
-    is_there = (last >= 0) & (keys2[last.clamp(min=0)] == keys1)
-    from_end = torch.searchsorted(keys1, keys1, right=True) - 1 - torch.arange(len(keys1), device=keys1.device)
-    partner = last
-    if same_tokens:
-        sizes = torch.searchsorted(keys1, keys1, right=True) - torch.searchsorted(keys1, keys1)
-        sizes2 = torch.searchsorted(keys2, keys1, right=True) - torch.searchsorted(keys2, keys1)
-        is_there = is_there & ((from_end == 0) | (sizes == sizes2))
-        partner = torch.where(sizes == sizes2, last - from_end, last)
-    else:
-        is_there = is_there & (from_end == 0)
-    found = place2[partner.clamp(min=0)] % ends2.shape[1]
+    partner = (torch.searchsorted(keys2, keys1, right=True) - 1).clamp(min=0)  # the last of those that end there
+    is_last = torch.ones_like(keys1, dtype=torch.bool)
+    is_last[:-1] = keys1[1:] != keys1[:-1]
+    is_there = is_last & (keys2[partner] == keys1)
+    found = place2[partner] % ends2.shape[1]
     result.view(-1)[place1] = torch.where(is_there, found, -1)
     return result
 

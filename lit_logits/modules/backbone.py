@@ -70,8 +70,10 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             "Expected the model to be a hub id, a local folder, the path of a .gguf file or a mapping with"
             f" `model_type`, but got {name_or_path!r}, which could not be loaded: {error}"
         ) from error
-    if hasattr(model.config, "quantization_config"):  # the weights are dense now; saving would refuse otherwise
+    # The weights are dense now; saving and moving to another dtype would refuse otherwise.
+    if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
     return model
 
 

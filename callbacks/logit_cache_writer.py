@@ -1,0 +1,220 @@
+"""`LogitCacheWriter`: the top-k logits that `predict` returns as caches on disk, however often the run is killed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lit_logits.modules.logit_cache import describe_cache
+from lit_logits.modules.logit_cache_joining import join_cache
+from lit_logits.modules.logit_cache_writing import (
+    begin_cache,
+    check_cache,
+    complete_settings,
+    find_finished,
+    pack_logits,
+    write_part,
+)
+
+__all__ = ["LogitCacheWriter"]
+
+
+class LogitCacheWriter(BasePredictionWriter):
+    """Write the logits of source models, a cache each; the same command goes on where a kill stopped it.
+
+    `predict_step` returns `{"sample_ids": (B,) int64, "sources": {name: SourceLogits}}`. After each batch its samples
+    are on disk. A run that starts in the folder of an earlier one tells a data module with a set `finished_samples`
+    which samples all sources have, before its `predict_dataloader` is asked for those to come; samples that come all
+    the same are not written again. At the end the parts are joined, and `FOLDER/NAME` is a cache for `LogitCache`. A
+    run that `limit_predict_batches` cuts short leaves the parts, for one without to go on. An id stands for one sample,
+    also across data loaders. All processes need to see the same folder.
+
+    The module's `cache_settings`, a dict or a method that returns one, are the settings of each source by its name, as
+    plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. They, `dtype` and the data module's
+    `fingerprint` are kept in the cache, and keep runs apart.
+
+    Args:
+        folder: of the caches; each source has a folder in it.
+        dtype: of the log-probabilities; with `float32` training is the same as with the source itself, bit for bit.
+        shard_tokens: positions of a file of the finished cache, about; 276 bytes each at k = 32.
+
+    Raises:
+        ValueError: if the folder holds logits of other settings or data, or other files; if the module has no
+            `cache_settings`; if `predict_step` returns anything else; if a source returns logits that are not finite.
+
+    Example:
+        >>> LogitCacheWriter("runs/logits").interval.value
+        'batch'
+
+    """
+
+    def __init__(
+        self, folder: str, dtype: Literal["float32", "float16"] = "float32", shard_tokens: int = 1 << 20
+    ) -> None:
+        super().__init__(write_interval="batch")
+        if shard_tokens < 1:
+            raise ValueError(f"Expected `shard_tokens` to be positive, but got {shard_tokens}.")
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, set[int]] = {}  # samples of each source that this rank knows to be written
+        self._complete: set[str] = set()
+        self._num_written = 0
+        self._is_running = self._is_stopped = False
+
+    # ------------------------------------------------------------------ start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle what the caches hold, find what is finished, and tell the data module."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        self._num_written, self._is_running, self._is_stopped = 0, False, False
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._settings = _settings_of(pl_module, self.dtype, getattr(data, "fingerprint", None))
+        # Ranks must agree on the samples that are left, as they share them among themselves.
+        known, self._complete = _on_rank_zero(trainer, self._settle)
+        self._known = {name: set(ids) for name, ids in known.items()}
+        found = set.intersection(*self._known.values())
+        finished = getattr(data, "finished_samples", None)
+        if finished is not None:
+            finished.clear()
+            finished.update(found)
+        elif found:
+            rank_zero_warn(
+                f"{self.folder} has {len(found)} samples already, which will be made again and left out: only a data"
+                " module with a set `finished_samples` learns of them."
+            )
+
+    def _settle(self) -> tuple[dict[str, list[int]], set[str]]:
+        """Finished samples of each source, and the sources that are complete; touches nothing if one cannot go on."""
+        for name, settings in self._settings.items():
+            if problem := check_cache(Path(self.folder, name), settings):
+                raise ValueError(problem)
+        for name, settings in self._settings.items():
+            begin_cache(Path(self.folder, name), settings)
+        complete = {name for name in self._settings if (describe_cache(Path(self.folder, name)) or {}).get("complete")}
+        return {name: find_finished(Path(self.folder, name)) for name in self._settings}, complete
+
+    # ------------------------------------------------------------------ parts
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run with batches must get to their end."""
+        self._is_running = True
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """See the samples that are new, as far as this rank knows, on disk; none if one is refused."""
+        if not isinstance(prediction, dict) or prediction.keys() != {"sample_ids", "sources"}:
+            raise ValueError(
+                "Expected `predict_step` to return a dict of `sample_ids` and `sources`, but got"
+                f" {type(prediction).__name__}{list(prediction) if isinstance(prediction, dict) else ''}."
+            )
+        sources, sample_ids = prediction["sources"], prediction["sample_ids"]
+        if sources.keys() != self._settings.keys():
+            raise ValueError(f"Expected logits of the sources {list(self._settings)}, but got {list(sources)}.")
+        parts = {}
+        for name, logits in sources.items():
+            if rows := self._new_rows(name, sample_ids.tolist()):
+                parts[name] = pack_logits(name, logits, sample_ids, rows, self._settings[name])
+        for name, part in parts.items():
+            write_part(Path(self.folder, name), part)
+            self._known[name].update(part["sample_ids"].tolist())
+            self._num_written += 1
+
+    def _new_rows(self, name: str, sample_ids: list[int]) -> list[int]:
+        """Rows of the batch that the source lacks, the first of each sample."""
+        first = {sample: row for row, sample in reversed(list(enumerate(sample_ids)))}
+        rows = sorted(row for sample, row in first.items() if sample not in self._known[name])
+        if rows and name in self._complete:
+            raise ValueError(
+                f"Expected {Path(self.folder, name)}, which is complete, to hold all samples of these data, but it has"
+                f" no sample {sample_ids[rows[0]]}. Pass another `folder`, or delete it."
+            )
+        return rows
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All batches were written."""
+        self._is_running = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell how to go on."""
+        self._is_stopped = True
+        if trainer.predicting and self._num_written:
+            rank_zero_info(f"Stopped; the same command goes on from the samples that are in {self.folder}.")
+
+    # ------------------------------------------------------------------ end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the parts, and say where they are.
+
+        Not in `on_predict_end`, which a rank without batches does not reach: all of them if every sample was there.
+        """
+        if stage != "predict" or self._is_stopped or self._is_running:
+            return
+        trainer.strategy.barrier()
+        is_whole = trainer.strategy.reduce_boolean_decision(not _is_cut(trainer), all=True)
+        _on_rank_zero(trainer, lambda: self._finish(is_whole))
+
+    def _finish(self, is_whole: bool) -> None:
+        for name in self._settings:
+            folder = Path(self.folder, name)
+            if is_whole:
+                cache = join_cache(folder, self.shard_tokens)
+                rank_zero_info(
+                    f"Logits of {name}: {folder}, {cache['num_samples']} samples, {cache['num_tokens']} tokens,"
+                    f" {cache['bytes_per_token']} bytes a token."
+                )
+            else:
+                rank_zero_info(
+                    f"Logits of {name}: {folder}, {len(find_finished(folder))} samples so far, as"
+                    " `limit_predict_batches` cut the run short; the command without it goes on."
+                )
+
+
+def _settings_of(pl_module: LightningModule, dtype: str, data: Any) -> dict[str, dict[str, Any]]:
+    settings = getattr(pl_module, "cache_settings", None)
+    settings = settings() if callable(settings) else settings
+    if not settings:
+        raise ValueError(
+            "Expected a LightningModule with `cache_settings`, the settings of each source by its name, but"
+            f" {type(pl_module).__name__} has {settings!r}."
+        )
+    return {name: complete_settings(name, {"dtype": dtype, **values}, data) for name, values in settings.items()}
+
+
+def _on_rank_zero(trainer: Trainer, function: Callable[[], Any]) -> Any:
+    """What it returns, on all ranks; they all raise what it raises."""
+    result, problem = None, None
+    if trainer.is_global_zero:
+        try:
+            result = function()
+        except ValueError as error:
+            problem = str(error)
+    result, problem = trainer.strategy.broadcast((result, problem))
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+def _is_cut(trainer: Trainer) -> bool:
+    """Whether `limit_predict_batches` has left batches out."""
+    limit = trainer.limit_predict_batches
+    if isinstance(limit, float) and limit == 1:
+        return False
+    loaders: Any = trainer.predict_dataloaders
+    try:
+        sizes = [len(loader) for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])]
+    except TypeError:  # none was asked for, or one knows no length
+        return True
+    return sizes != list(trainer.num_predict_batches)

@@ -1,0 +1,437 @@
+"""`GLDFusionModule`: several language models, of any tokenizer, fused into one by what their logits have in common.
+
+Letters: B samples, T positions, N of them that predict a label, S sources, V vocabulary, k `top_k`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lit_logits.functional import (
+    GraphNodes,
+    LogitValues,
+    TopKLogits,
+    align_positions,
+    at_least_float32,
+    check_labels,
+    common_span,
+    reduce_tokens,
+    top_k_logits,
+    top_k_uld,
+)
+from lit_logits.modules import (
+    GraphAlignment,
+    LogitCache,
+    LogitSource,
+    SourceLogits,
+    TokenMean,
+    add_lora,
+    load_backbone,
+    load_causal_lm,
+    load_source,
+    make_optimizers,
+    new_causal_lm,
+    place_rows,
+    save_merged,
+)
+
+__all__ = ["GLDFusionModule"]
+
+
+class FusionLosses(NamedTuple):
+    """The terms before weighting, means over samples of means over what counts in a sample.
+
+    Attributes:
+        ce: cross-entropy of the next tokens of responses, in nats.
+        uld: token-wise loss of each source.
+        gld: sorted Gromov–Wasserstein bound of each source.
+        aligned: share of the pivot's positions at which each source has read the same text.
+
+    """
+
+    ce: Tensor
+    uld: dict[str, Tensor]
+    gld: dict[str, Tensor]
+    aligned: dict[str, Tensor]
+
+
+class GLDFusionModule(LightningModule):
+    """Fuse frozen source models into a pivot by graph-on-logits distillation [0].
+
+    L = (1 − λ) L_SFT + λ Σ_s ω_s (L_ULD^s + γ L_GLD^s): cross-entropy on the responses, the ℓ1 distance of the sorted
+    top-k values where pivot and source have read the same text, and the sorted Gromov–Wasserstein bound between the
+    co-activation graphs of their responses, which needs no alignment. Sources may have tokenizers of their own: those
+    that the data module names under `source_tokenizers` are given the text in their own tokens, the others read the
+    pivot's.
+
+    Every term is a mean over the samples of a batch of what counts in each, so that the loss is the same however a
+    batch is padded or split over micro-batches and processes, with equally many samples in each.
+
+    Logs `train/loss`, `train/loss_ce`, and for each source, behind its name where there are several, `train/loss_uld`,
+    `train/loss_gld`, `train/aligned`, all before weighting; `val/loss` (cross-entropy over tokens), `val/ppl`, and the
+    same under `test/`. `predict` gives the top-k logits of the sources, which the callback `LogitCacheWriter` writes to
+    a folder that can take the place of the model.
+
+    Args:
+        pivot: the model that learns: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with
+            `model_type`; from Python also a loaded model. Predicting needs none.
+        sources: S models by names of your choice: hub id, local folder, `.gguf` path, the folder of a logit cache, or
+            from Python a loaded model. Frozen, in `eval`, and in neither checkpoint nor optimizer.
+        vocab_size: V of the pivot's tokenizer; the CLI links it from the data. A pretrained pivot keeps its own
+            (padded) vocabulary, which must not be smaller.
+        source_weights: ω_s by name; default 1/S each.
+        source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`.
+        kd_weight: λ in [0, 1]; 0 is supervised fine-tuning and runs no source.
+        gld_weight: γ ≥ 0; the bound is a sum over nodes of strengths, which for `standardize` are tens.
+        top_k: k.
+        temperature: τ of the softmax.
+        uld_values: what the token-wise loss compares; see `top_k_values`.
+        graph_values: what the graphs are made of.
+        nodes: nodes of the graphs: `rank`, or `vocabulary` ids.
+        lora: settings of peft's `LoraConfig` (extra `peft`): trains adapters of the pivot alone.
+        gradient_checkpointing: recompute the pivot's activations in backward.
+        chunk_size: positions whose logits are in memory at a time.
+        optimizer: callable that takes the parameters.
+        lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
+            monitored value for `ReduceLROnPlateau`.
+
+    Raises:
+        ValueError: for models that cannot be loaded or do not fit the vocabulary, an argument out of range, weights or
+            settings of sources that there are not, a logit cache that is not complete or does not hold k logits at τ.
+
+    References:
+        [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
+
+    Example:
+        >>> llama = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        ...     "num_attention_heads": 2, "vocab_size": 100}
+        >>> from lit_logits.modules import new_causal_lm
+        >>> fusion = GLDFusionModule(llama, {"teacher": new_causal_lm(llama)})
+        >>> fusion(torch.zeros(1, 8, dtype=torch.long)).shape
+        torch.Size([1, 8, 100])
+
+    """
+
+    def __init__(
+        self,
+        pivot: str | dict[str, Any] | None,
+        sources: dict[str, str],
+        vocab_size: int | None = None,
+        *,
+        source_weights: dict[str, float] | None = None,
+        source_kwargs: dict[str, dict[str, Any]] | None = None,
+        kd_weight: float = 0.5,
+        gld_weight: float = 0.01,
+        top_k: int = 10,
+        temperature: float = 1.0,
+        uld_values: LogitValues = "softmax",
+        graph_values: LogitValues = "standardize",
+        nodes: GraphNodes = "rank",
+        lora: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        chunk_size: int = 4096,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
+        self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
+        if top_k < 1 or not temperature > 0 or chunk_size < 1:
+            raise ValueError(
+                "Expected `top_k` and `chunk_size` to be at least 1 and `temperature` to be positive, but got"
+                f" {top_k}, {chunk_size} and {temperature}."
+            )
+        self.kd_weight, self.gld_weight, self.top_k, self.temperature = kd_weight, gld_weight, top_k, temperature
+        self.uld_values, self.chunk_size = uld_values, chunk_size
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+
+        self.pivot = None if pivot is None else _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
+        self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
+        self.graphs = GraphAlignment(values=graph_values, nodes=nodes)
+        kwargs = source_kwargs or {}
+        loaded = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
+        for name, source in loaded.items():
+            _check_source(name, source, top_k, temperature)
+        self.caches = {name: source for name, source in loaded.items() if isinstance(source, LogitCache)}
+        online = {name: source for name, source in loaded.items() if isinstance(source, LogitSource)}
+        self.sources = nn.ModuleDict(online)
+        self.source_names = list(loaded)
+        self.val_nll, self.test_nll = TokenMean(), TokenMean()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token logits (B, T, V) of the pivot in nats."""
+        return self._pivot(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    @property
+    def _pivot(self) -> PreTrainedModel:
+        if self.pivot is None:
+            raise ValueError("Expected a `pivot` to train or to evaluate, but got None, which serves predicting only.")
+        return self.pivot
+
+    # ------------------------------------------------------------------ losses
+
+    def losses(self, batch: Mapping[str, Any]) -> FusionLosses:
+        """Every term before weighting; without sources where λ = 0.
+
+        Args:
+            batch: `input_ids`, `attention_mask` and `labels` (B, T); `response_ends` (B, T) and `sources` for sources
+                with other tokenizers, `sample_ids` (B,) for cached ones.
+
+        Raises:
+            ValueError: for tokens of another tokenizer, samples that a cache does not hold, or a source that emits NaN.
+
+        """
+        mask, hidden, labels = self._counted_states(batch)
+        if self.kd_weight == 0:
+            (ce,) = self._rows(self._cross_entropy, hidden, labels)
+            return FusionLosses(_sample_mean(_placed(ce, mask), mask), {}, {}, {})
+        ce, *top = self._rows(self._cross_entropy_and_top_k, hidden, labels)
+        pivot = place_rows(TopKLogits(*top), mask)
+        losses = FusionLosses(_sample_mean(_placed(ce, mask), mask), {}, {}, {})
+        for name in self.source_names:
+            uld, gld, aligned = self._source_losses(name, pivot, mask, batch)
+            losses.uld[name], losses.gld[name], losses.aligned[name] = uld, gld, aligned
+        return losses
+
+    def _source_losses(
+        self, name: str, pivot: TopKLogits, mask: Tensor, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token-wise loss, graph loss and the aligned share of one source."""
+        source = self._source_logits(name, batch)
+        if "response_ends" in batch:
+            ends = batch["response_ends"].masked_fill(~mask, -1)
+            pivot_mask, source_mask = common_span(ends, source.ends)
+            partner = align_positions(
+                ends.masked_fill(~pivot_mask, -1),
+                source.ends.masked_fill(~source_mask, -1),
+            )
+        else:  # one text in the same tokens
+            pivot_mask, source_mask = mask, source.mask
+            partner = torch.arange(mask.shape[1], device=mask.device).where(mask, -1)
+        is_aligned = partner >= 0
+        uld = top_k_uld(pivot, _gathered(source.top_k, partner.clamp(min=0)), values=self.uld_values)
+        gld = self.graphs(pivot, source.top_k, pivot_mask, source_mask, name=name)
+        share = is_aligned.sum() / pivot_mask.sum().clamp(min=1)
+        return _sample_mean(uld, is_aligned), gld.mean(), share
+
+    def _source_logits(self, name: str, batch: Mapping[str, Any]) -> SourceLogits:
+        """Of a source beside the pivot or on disk."""
+        if name not in self.caches:
+            return self.sources[name](batch, self.top_k, self.temperature)
+        if "sample_ids" not in batch or "response_ends" not in batch:
+            raise ValueError(
+                f"Expected batches with `sample_ids` and `response_ends` for the logit cache of {name!r}, as"
+                f" InstructionDataModule gives them, but got {sorted(batch)}."
+            )
+        return self.caches[name].read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
+
+    # ------------------------------------------------------------------ the pivot
+
+    def _counted_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask (B, T) of the positions that predict a label, hidden states (N, d) and labels (N,) there."""
+        output = self._pivot.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        mask = labels != -100
+        return mask, output.last_hidden_state[mask], labels[mask].long()
+
+    def _head(self, rows: Tensor) -> Tensor:
+        return cast(nn.Linear, self._pivot.get_output_embeddings())(rows)
+
+    def _cross_entropy(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return (F.cross_entropy(at_least_float32(self._head(rows)), labels, reduction="none"),)
+
+    def _cross_entropy_and_top_k(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = self._head(rows)
+        ce = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+        return (ce, *top_k_logits(logits[:, : self.vocab_size], self.top_k, temperature=self.temperature))
+
+    def _rows(self, function: Any, hidden: Tensor, labels: Tensor) -> list[Tensor]:
+        """`function` of all rows, in chunks whose logits are made again in backward; what fits is not made twice."""
+        if len(hidden) <= self.chunk_size:
+            return list(function(hidden, labels))
+        chunks = zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
+        parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Check the labels of the first batch, on an accelerator too."""
+        if batch_idx == 0:
+            size = cast(nn.Embedding, self._pivot.get_input_embeddings()).weight.shape[0]
+            check_labels(batch["labels"], size, wait=True)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The weighted sum of all terms; of samples where nothing counts, zeros with a graph."""
+        losses = self.losses(batch)
+        loss = (1 - self.kd_weight) * losses.ce
+        self.log("train/loss_ce", losses.ce)
+        for name in losses.uld:
+            uld, gld = losses.uld[name], losses.gld[name]
+            loss = loss + self.kd_weight * self.weights[name] * (uld + self.gld_weight * gld)
+            suffix = f"/{name}" if len(losses.uld) > 1 else ""
+            values = {"loss_uld": uld, "loss_gld": gld, "aligned": losses.aligned[name]}
+            self.log_dict({f"train/{key}{suffix}": value for key, value in values.items()})
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer and scheduler."""
+        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Sum the cross-entropy over tokens."""
+        self._evaluate(batch, self.val_nll)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Sum the cross-entropy over tokens."""
+        self._evaluate(batch, self.test_nll)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean loss and perplexity over all tokens of all ranks."""
+        self._log_perplexity("val", self.val_nll)
+
+    def on_test_epoch_end(self) -> None:
+        """Log mean loss and perplexity over all tokens of all ranks."""
+        self._log_perplexity("test", self.test_nll)
+
+    def _evaluate(self, batch: Mapping[str, Any], metric: TokenMean) -> None:
+        _, hidden, labels = self._counted_states(batch)
+        parts = zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
+        metric.update(torch.cat([self._cross_entropy(*part)[0] for part in parts]))
+
+    def _log_perplexity(self, stage: str, metric: TokenMean) -> None:
+        nll = metric.compute()
+        self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
+        metric.reset()
+
+    # ------------------------------------------------------------------ the sources, for a cache, and the pivot, saved
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Top-k logits of every source, for `LogitCacheWriter`."""
+        if "sample_ids" not in batch:
+            raise ValueError(
+                f"Expected batches with `sample_ids`, as InstructionDataModule gives them, but got {sorted(batch)}."
+            )
+        top = {name: source(batch, self.top_k, self.temperature) for name, source in self.sources.items()}
+        return {"sample_ids": batch["sample_ids"], "sources": top}
+
+    @property
+    def cache_settings(self) -> dict[str, dict[str, Any]]:
+        """What the top-k logits of each source depend on.
+
+        Raises:
+            ValueError: if there is a source whose logits are in a cache already.
+
+        """
+        if self.caches or not self.sources:
+            raise ValueError(
+                f"Expected `sources` to be models, whose logits are to be cached, but got caches {list(self.caches)}."
+            )
+        found = {name: cast(LogitSource, source) for name, source in self.sources.items()}
+        return {name: source.settings(self.top_k, self.temperature) for name, source in found.items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the pivot as a model of its own architecture, for `from_pretrained`; adapters are merged in."""
+        save_merged(self._pivot, folder)
+
+
+def _sample_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over samples of the mean over what counts in each, 0 in a sample where nothing does."""
+    per_token = reduce_tokens(values, mask, "none")
+    return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def _placed(rows: Tensor, mask: Tensor) -> Tensor:
+    return rows.new_zeros(mask.shape).masked_scatter(mask, rows)
+
+
+def _gathered(top: TopKLogits, index: Tensor) -> TopKLogits:
+    """The positions (B, T) of (B, U)."""
+    wide = index.unsqueeze(-1)
+    return TopKLogits(
+        *(t.gather(1, wide.expand(-1, -1, t.shape[-1])) if t.ndim == 3 else t.gather(1, index) for t in top)
+    )
+
+
+def _has_modules(value: Any) -> bool:
+    return isinstance(value, nn.Module) or (isinstance(value, dict) and any(map(_has_modules, value.values())))
+
+
+def _load_pivot(
+    pivot: Any, vocab_size: int | None, lora: Mapping[str, Any] | None, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    if isinstance(pivot, dict):
+        model = new_causal_lm(pivot, vocab_size)
+    else:
+        model = load_causal_lm(pivot) if isinstance(pivot, str) else pivot
+        load_backbone(model, vocab_size=vocab_size)  # refuses models that change their logits
+    if lora is not None:
+        model = add_lora(model, lora)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()  # `from_pretrained` leaves it in eval mode
+
+
+def _num_tokens(pivot: PreTrainedModel, vocab_size: int | None, top_k: int) -> int:
+    """Logits that belong to tokens, without padding."""
+    rows = cast(nn.Linear, pivot.get_output_embeddings()).weight.shape[0]
+    size = min(rows, vocab_size or rows)
+    if top_k > size:
+        raise ValueError(f"Expected `top_k` to be in [1, {size}], the pivot's vocabulary, but got {top_k}.")
+    return size
+
+
+def _check_source(name: str, source: LogitSource | LogitCache, top_k: int, temperature: float) -> None:
+    if isinstance(source, LogitCache):
+        if source.temperature != temperature:
+            raise ValueError(
+                f"Expected the logit cache of {name!r} at temperature {temperature}, but it was written at"
+                f" {source.temperature}. Pass that `temperature`, or write another cache."
+            )
+        if source.top_k < top_k:
+            raise ValueError(
+                f"Expected the logit cache of {name!r} to hold `top_k`={top_k} logits a position, but it holds"
+                f" {source.top_k}. Lower `top_k`, or write another cache."
+            )
+    elif top_k > source.vocab_size:
+        raise ValueError(
+            f"Expected `top_k` to be in [1, {source.vocab_size}], the vocabulary of source {name!r}, but got {top_k}."
+        )
+
+
+def _check_options(
+    sources: Mapping[str, Any],
+    source_weights: Mapping[str, float] | None,
+    source_kwargs: Mapping[str, Any] | None,
+    kd_weight: float,
+    gld_weight: float,
+) -> dict[str, float]:
+    """The weight of each source, once all is in range."""
+    if not isinstance(sources, dict) or (not sources and kd_weight > 0):
+        raise ValueError(f"Expected `sources` to map names to models, at least one for λ > 0, but got {sources!r}.")
+    wrong = sorted(name for name in sources if not name or not set(name).isdisjoint("./"))
+    if wrong:
+        raise ValueError(f"Expected names of sources without '.' and '/', but got {wrong}.")
+    for argument, given in (("source_weights", source_weights or {}), ("source_kwargs", source_kwargs or {})):
+        if unknown := sorted(set(given) - set(sources)):
+            raise ValueError(f"Expected `{argument}` for the sources {sorted(sources)}, but got {unknown}.")
+    if not 0 <= kd_weight <= 1 or not 0 <= gld_weight < float("inf"):
+        raise ValueError(f"Expected `kd_weight` in [0, 1] and `gld_weight` ≥ 0, but got {kd_weight} and {gld_weight}.")
+    weights = {name: 1 / len(sources) for name in sources} if source_weights is None else dict(source_weights)
+    if missing := sorted(set(sources) - set(weights)):
+        raise ValueError(f"Expected `source_weights` for every source, but got none for {missing}.")
+    if any(not 0 <= weight < float("inf") for weight in weights.values()):
+        raise ValueError(f"Expected `source_weights` to be at least 0 and finite, but got {weights}.")
+    return weights

@@ -1,0 +1,220 @@
+"""The frozen models that a pivot learns from: each reads the text in its own tokens, or was written to disk before.
+
+Letters: B batch, T sequence, N positions that count, d hidden size, V vocabulary, k `top_k`.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_logits.functional import TopKLogits, top_k_logits
+from lit_logits.modules.backbone import load_backbone, load_causal_lm
+from lit_logits.modules.fusion_models import digest_model, find_tokenizer, num_logits
+from lit_logits.modules.logit_cache import LogitCache, SourceLogits, is_logit_cache
+
+__all__ = ["LogitSource", "counted_positions", "load_source", "place_rows", "tokenizer_id", "view_of"]
+
+Model = nn.Module | str
+
+
+class LogitSource(nn.Module):
+    """A frozen causal language model that gives the top-k logits of responses, chunk by chunk.
+
+    It is in neither `parameters()` nor `state_dict()` and stays in `eval` mode. It keeps its dtype, whatever the
+    autocast, and its device, unless that is this module's: then it follows.
+
+    Args:
+        model: causal language model of transformers; frozen in place.
+        name: what errors and logs call it.
+        origin: hub id or path that it came from, for the cache.
+        tokenizer: its own, where it is known: batches of another one are refused then, and logits beyond its tokens
+            (padding of the vocabulary) are left out.
+        chunk_size: positions whose logits are in memory at a time.
+
+    Raises:
+        ValueError: for a model that is no causal language model.
+
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str = "source",
+        origin: str = "",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chunk_size: int = 1024,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+            raise ValueError(
+                f"Expected the source {name!r} to be a causal language model of transformers, the name of one or the"
+                f" folder of a logit cache, but got {type(model).__name__}."
+            )
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"Expected the source {name!r} to be decoder-only, but {type(model).__name__} is not.")
+        self._held = (model.eval().requires_grad_(False),)  # in a tuple, so that it is not registered here
+        self.name, self.origin, self.chunk_size = name, origin or type(model).__name__, chunk_size
+        self.tokenizer_id = None if tokenizer is None else tokenizer_id(tokenizer)
+        self.vocab_size = min(num_logits(model), num_logits(model) if tokenizer is None else len(tokenizer))
+        self.is_plain = _is_plain(model)
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self._held[0]
+
+    def train(self, mode: bool = True) -> "LogitSource":
+        """Stay in `eval` mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
+        """Top-k logits of the positions that predict a response.
+
+        Args:
+            batch: with `sources[name]` in this model's tokens, or in its tokens itself.
+            top_k: k.
+            temperature: τ.
+
+        Returns:
+            On the device of `batch["input_ids"]`.
+
+        Raises:
+            ValueError: for tokens of another tokenizer, a k above the vocabulary, or NaN.
+
+        """
+        view = view_of(batch, self.name)
+        self.check(view)
+        mask = counted_positions(view)
+        device = self.model.device
+        inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
+        kept = mask.to(device)
+        with torch.autocast(device.type, enabled=False):
+            hidden = self._hidden(inputs)[kept]
+            parts = [
+                top_k_logits(self._logits(rows), top_k, temperature=temperature)
+                for rows in hidden.split(self.chunk_size)
+            ]
+        home = view["input_ids"].device
+        rows = TopKLogits(*(torch.cat(part).to(home) for part in zip(*parts, strict=True)))
+        if not bool(rows.log_normalizer.isfinite().all()):
+            raise ValueError(
+                f"Expected the logits of source {self.name!r} to be finite, but got NaN or infinities at"
+                f" {int((~rows.log_normalizer.isfinite()).sum())} of {len(rows.log_normalizer)} positions. Load it in"
+                " another dtype (float16 overflows in models that were trained in bfloat16)."
+            )
+        ends = view.get("response_ends")
+        ends = torch.full_like(view["input_ids"], -1) if ends is None else ends.masked_fill(~mask, -1)
+        return SourceLogits(place_rows(rows, mask), mask, ends)
+
+    def check(self, view: Mapping[str, Tensor]) -> None:
+        """Raise if the tokens cannot be this model's."""
+        given = view.get("tokenizer_id")
+        if given is not None and self.tokenizer_id is not None and int(given) != self.tokenizer_id:
+            raise ValueError(
+                f"Expected the tokens of source {self.name!r} to be of the tokenizer of {self.origin!r}, but they are"
+                f" of another one. Name it in the data module: `source_tokenizers: {{{self.name}: {self.origin}}}`."
+            )
+        highest = int(view["input_ids"].max())
+        rows = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+        if highest >= rows:
+            raise ValueError(
+                f"Expected tokens below {rows}, the vocabulary of source {self.name!r}, but got {highest}. Give the"
+                " data module the tokenizer of this model in `source_tokenizers`."
+            )
+
+    def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
+        """What a cache of its logits depends on."""
+        return {
+            "model": self.origin,
+            "model_digest": digest_model(self.model),
+            "tokenizer_id": self.tokenizer_id,
+            "top_k": top_k,
+            "temperature": temperature,
+            "vocab_size": self.vocab_size,
+        }
+
+    def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What `_logits` takes, (B, T, ...)."""
+        if self.is_plain:
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.model(**inputs, use_cache=False).logits  # it changes its logits behind the output layer
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(rows) if self.is_plain else rows
+        return logits[..., : self.vocab_size]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogitSource":
+        before = self.anchor.device
+        super()._apply(fn, recurse)
+        if self.anchor.device != before and self.model.device == before and not hasattr(self.model, "hf_device_map"):
+            cast(nn.Module, self.model).to(cast(Tensor, self.anchor).device)
+        return self
+
+
+def load_source(
+    source: Model, name: str, kwargs: Mapping[str, Any] | None = None, *, chunk_size: int = 1024
+) -> LogitSource | LogitCache:
+    """Load a source.
+
+    Args:
+        source: hub id, local folder, `.gguf` path, a loaded causal language model, or the folder of a logit cache.
+        name: what to call it.
+        kwargs: for `from_pretrained`, such as `dtype` and `device_map`.
+        chunk_size: positions whose logits are in memory at a time.
+
+    Raises:
+        ValueError: if it is none of these, or a cache that is not complete.
+
+    """
+    if isinstance(source, str) and is_logit_cache(source):
+        return LogitCache(source)
+    if not isinstance(source, str):
+        return LogitSource(cast(PreTrainedModel, source), name=name, chunk_size=chunk_size)
+    model = load_causal_lm(source, **(kwargs or {}))
+    return LogitSource(model, name=name, origin=source, tokenizer=find_tokenizer(source), chunk_size=chunk_size)
+
+
+def view_of(batch: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
+    """The batch in the tokens of a source."""
+    return batch.get("sources", {}).get(name, batch)
+
+
+def counted_positions(view: Mapping[str, Tensor]) -> Tensor:
+    """(B, T) positions that predict a label and, where `response_ends` tells, have read nothing behind the response."""
+    mask = F.pad(view["labels"][:, 1:] != -100, (0, 1))
+    return mask & (view["response_ends"] >= 0) if "response_ends" in view else mask
+
+
+def place_rows(rows: TopKLogits, mask: Tensor) -> TopKLogits:
+    """Put the N rows of positions that count at their places in (B, T); elsewhere there are zeros."""
+    places = mask.flatten().nonzero().squeeze(1)
+
+    def place(tensor: Tensor) -> Tensor:
+        empty = tensor.new_zeros(mask.numel(), *tensor.shape[1:])
+        return empty.index_copy(0, places, tensor).view(*mask.shape, *tensor.shape[1:])
+
+    return TopKLogits(*map(place, rows))
+
+
+def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A number for the vocabulary, the same as the data modules give to batches."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = "\n".join(f"{number} {token}" for token, number in tokens).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    """Whether its logits are its output layer of its last hidden states."""
+    try:
+        load_backbone(model)
+    except ValueError:
+        return False
+    return True
