@@ -122,8 +122,8 @@ class GLDFusionModule(LightningModule):
 
     def __init__(
         self,
-        pivot: str | dict[str, Any] | None,
-        sources: dict[str, str],
+        pivot: str | dict[str, Any] | None = None,
+        sources: dict[str, str] | None = None,
         vocab_size: int | None = None,
         *,
         source_weights: dict[str, float] | None = None,
@@ -142,6 +142,7 @@ class GLDFusionModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        sources = sources or {}
         modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
         self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
@@ -216,7 +217,7 @@ class GLDFusionModule(LightningModule):
             )
         else:  # one text in the same tokens
             pivot_mask, source_mask = mask, source.mask
-            partner = torch.arange(mask.shape[1], device=mask.device).where(mask, -1)
+            partner = (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
         is_aligned = partner >= 0
         uld = top_k_uld(pivot, _gathered(source.top_k, partner.clamp(min=0)), values=self.uld_values)
         gld = self.graphs(pivot, source.top_k, pivot_mask, source_mask, name=name)

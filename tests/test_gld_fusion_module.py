@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_logits import GLDFusionModule
 from lit_logits.functional import co_activation_graph, vocabulary_graph
-from lit_logits.modules import LogitSource, new_causal_lm
+from lit_logits.modules import LogitSource, counted_positions, new_causal_lm
 
 PIVOT_SIZE, OTHER_SIZE = 40, 55
 
@@ -298,7 +298,7 @@ def test_a_model_that_changes_its_logits_can_be_a_source():
     assert not source.is_plain
     found = source(batch, 3)
     logits = capped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = logits.log_softmax(-1).topk(3).values[found.mask]
+    expected = logits.log_softmax(-1).topk(3).values[counted_positions(batch)]
     torch.testing.assert_close(found.top_k.log_probs[found.mask], expected)
 
 
@@ -391,7 +391,8 @@ def test_arguments_out_of_range(kwargs, match):
 def test_without_a_pivot_there_is_only_predicting():
     model = GLDFusionModule(None, {"near": make_model(1, PIVOT_SIZE)})
     found = model.predict_step(make_batch(), 0)["sources"]["near"]
-    assert found.top_k.log_probs.shape == (4, 11, 10)
+    assert found.top_k.log_probs.shape == (4, 6, 10)  # without prompts and end tokens
+    assert found.mask.sum(-1).tolist() == [5, 4, 6, 2]
     with pytest.raises(ValueError, match="Expected a `pivot`"):
         model.losses(make_batch())
     with pytest.raises(ValueError, match="with `sample_ids`"):

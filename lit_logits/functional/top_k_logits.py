@@ -135,7 +135,7 @@ class _TopKLogits(torch.autograd.Function):
             u = logits[part].to(log_probs.dtype)
             u = u / ctx.temperature if ctx.temperature != 1 else u
             grad = (u - log_normalizer[part, None]).exp_().mul_(grad_normalizer[part, None])
-            grad.add_(u * slope[part, None]).add_(level[part, None])
+            grad.addcmul_(u, slope[part, None]).add_(level[part, None])
             grad.scatter_add_(1, token_ids[part], grad_top[part])
             grad_logits[part] = grad if ctx.temperature == 1 else grad.div_(ctx.temperature)
         return grad_logits, None, None

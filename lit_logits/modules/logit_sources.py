@@ -84,7 +84,7 @@ class LogitSource(nn.Module):
             temperature: τ.
 
         Returns:
-            On the device of `batch["input_ids"]`.
+            Of each sample the positions that count, without gaps, padded behind; on the device of `batch["input_ids"]`.
 
         Raises:
             ValueError: for tokens of another tokenizer, a k above the vocabulary, or NaN.
@@ -110,9 +110,13 @@ class LogitSource(nn.Module):
                 f" {int((~rows.log_normalizer.isfinite()).sum())} of {len(rows.log_normalizer)} positions. Load it in"
                 " another dtype (float16 overflows in models that were trained in bfloat16)."
             )
-        ends = view.get("response_ends")
-        ends = torch.full_like(view["input_ids"], -1) if ends is None else ends.masked_fill(~mask, -1)
-        return SourceLogits(place_rows(rows, mask), mask, ends)
+        ends = view.get("response_ends", torch.full_like(view["input_ids"], -1))[mask]
+        # Without gaps, as a cache gives them: sums over positions are then the same to the bit.
+        counts = mask.sum(-1, keepdim=True)
+        dense = torch.arange(max(1, int(counts.max())), device=home) < counts
+        return SourceLogits(
+            place_rows(rows, dense), dense, torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
+        )
 
     def check(self, view: Mapping[str, Tensor]) -> None:
         """Raise if the tokens cannot be this model's."""

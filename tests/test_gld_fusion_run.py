@@ -1,0 +1,230 @@
+"""The recipes of fusion from the command line: sources of other tokenizers, cached or not, trained, saved, reloaded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+from lit_logits.cli import LitLogitsCLI
+from lit_logits.datamodules import InstructionDataModule
+from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.datamodules.tokenization import tokenizer_id as id_in_batches
+from lit_logits.modules import LogitCache, new_causal_lm, tokenizer_id
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PAIRS = [
+    (f"{a} plus {b}", f"{a} and {b} give {i + j} 🙂 café") for i, a in enumerate(WORDS) for j, b in enumerate(WORDS)
+]
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Pairs, and three tokenizers of which two have a model with random weights that are not small."""
+    folder = tmp_path_factory.mktemp("models")
+    rows = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in PAIRS]
+    (folder / "pairs.jsonl").write_text("".join(rows))
+    (folder / "others.jsonl").write_text("".join(rows).replace("give", "make"))
+    texts = [f"Question: {prompt}\nAnswer: {response}" for prompt, response in PAIRS]
+    for name, size in (("pivot", 280), ("wide", 400), ("narrow", 300)):
+        (folder / name).mkdir()
+        train_bpe(texts, size, folder / name)
+        tokenizer = load_tokenizer(folder / name)
+        torch.manual_seed(size)
+        model = new_causal_lm({"model_type": "llama", "vocab_size": len(tokenizer) + 8, **SHAPE})  # padded
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6 if parameter.ndim == 2 else 1)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["lit-logits"])
+
+
+def options(models, source="pairs.jsonl", sources=None, batch_size=4):
+    views = {name: str(models / name) for name in ("wide", "narrow")}
+    return [
+        f"--data.init_args.source={models / source}",
+        f"--data.init_args.tokenizer={models / 'pivot'}",
+        f"--data.init_args.source_tokenizers={json.dumps(views)}",
+        f"--data.init_args.batch_size={batch_size}",
+        f"--model.init_args.sources={json.dumps(sources or views)}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_model_summary=false",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+def write_caches(models, *args, folder="caches", **kwargs):
+    arguments = ["predict", "--config=cache_logits.yaml", *options(models, **kwargs), "--model.init_args.top_k=8"]
+    return LitLogitsCLI([*arguments, f"--trainer.callbacks.init_args.folder={folder}", *args])
+
+
+def fit(models, *args, steps=3, **kwargs):
+    arguments = ["fit", "--config=gld_fusion.yaml", *options(models, **kwargs), f"--trainer.max_steps={steps}"]
+    pivot = json.dumps({"model_type": "llama", **SHAPE})
+    small = [f"--model.init_args.pivot={pivot}", "--model.init_args.top_k=5", "--trainer.log_every_n_steps=1"]
+    return LitLogitsCLI([*arguments, *small, f"--trainer.val_check_interval={steps}", *args])
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def weights(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+CACHED = {"wide": "caches/wide", "narrow": "caches/narrow"}
+
+
+def test_both_layers_give_a_tokenizer_the_same_number(models):
+    numbers = {name: id_in_batches(load_tokenizer(models / name)) for name in ("pivot", "wide", "narrow")}
+    assert {name: tokenizer_id(load_tokenizer(models / name)) for name in numbers} == numbers
+    assert len(set(numbers.values())) == 3
+
+
+def test_fused_across_tokenizers_saved_and_used_by_plain_transformers(models):
+    run = fit(models)
+    [folder] = Path("runs/gld_fusion").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    names = {f"train/{part}/{name}" for part in ("loss_uld", "loss_gld", "aligned") for name in ("wide", "narrow")}
+    assert names | {"train/loss_ce", "val/ppl", "gw/ratio/wide", "gw/exact/narrow"} <= set(events.Tags()["scalars"])
+    assert {"gw/scatter", "gw/graph/wide"} <= set(events.Tags()["images"])
+    aligned = [event.value for event in events.Scalars("train/aligned/wide")]
+    assert all(0.2 < share < 1 for share in aligned)
+    program = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; import sys\n"
+        "m, t = M.from_pretrained('models/fused'), T.from_pretrained('models/fused')\n"
+        "assert 'lit_logits' not in sys.modules and type(m).__name__ == 'LlamaForCausalLM'\n"
+        "ids = m.generate(**t('Question: one plus', return_tensors='pt'), max_new_tokens=5, do_sample=False)\n"
+        "print(ids[0].tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    prompt = AutoTokenizer.from_pretrained("models/fused")("Question: one plus", return_tensors="pt")
+    own = run.model.pivot.eval().generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert json.loads(done.stdout) == own[0].tolist()
+
+
+def test_training_from_caches_is_training_with_the_sources(models):
+    """Bit for bit where batches are padded alike, as those of one example are; else up to rounding."""
+    write_caches(models, batch_size=1)
+    run = fit(models, batch_size=1)
+    online, logged = weights(run), run.trainer.logged_metrics
+    run = fit(models, batch_size=1, sources=CACHED)
+    assert torch.equal(online, weights(run))
+    assert {name: float(value) for name, value in logged.items() if name.startswith("train")} == {
+        name: float(value) for name, value in run.trainer.logged_metrics.items() if name.startswith("train")
+    }
+    online = weights(fit(models, batch_size=4))
+    torch.testing.assert_close(online, weights(fit(models, batch_size=4, sources=CACHED)), atol=1e-4, rtol=1e-4)
+
+
+def test_every_sample_is_cached_once_in_few_bytes(models):
+    write_caches(models)
+    data = InstructionDataModule(
+        str(models / "pairs.jsonl"), tokenizer=str(models / "pivot"), predict_split="all", batch_size=4
+    )
+    data.prepare_data()
+    data.setup()
+    ids = torch.cat([batch["sample_ids"] for batch in data.predict_dataloader()])
+    for name in CACHED:
+        cache = LogitCache(f"caches/{name}")
+        assert sorted(ids.tolist()) == cache.sample_ids.tolist()
+        assert len(cache) == len(PAIRS)
+        assert cache.settings["model"] == str(models / name)
+        assert not list(Path("caches", name).glob("part*"))
+
+
+def test_a_cache_that_was_killed_ends_in_the_same_bytes(models, monkeypatch):
+    """By an exception at several batches; the run after it makes the rest, in the same batches."""
+    from lit_logits import GLDFusionModule
+
+    write_caches(models, folder="whole")
+    original, calls = GLDFusionModule.predict_step, []
+
+    def failing(self, batch, batch_idx):
+        calls.append(batch["sample_ids"].tolist())
+        if len(calls) in (3, 10):
+            raise RuntimeError("killed")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(GLDFusionModule, "predict_step", failing)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            write_caches(models, folder="killed")
+        assert not json.loads(Path("killed/wide/cache.json").read_text())["complete"]
+        with pytest.raises(ValueError, match="to be complete"):
+            LogitCache("killed/wide")
+    write_caches(models, folder="killed")
+    assert contents("killed") == contents("whole")
+    assert len(calls) == 25 + 2  # of 25 batches two were begun twice
+
+
+@pytest.mark.slow
+def test_a_cache_on_two_processes_and_after_a_real_kill(models):
+    write_caches(models, folder="whole")
+    arguments = ["predict", "--config=cache_logits.yaml", *options(models), "--model.init_args.top_k=8"]
+    arguments += ["--trainer.callbacks.init_args.folder=killed", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    Path("run.py").write_text("from lit_logits.cli import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, "-W", "ignore", "run.py", *arguments]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while process.poll() is None and not list(Path("killed").glob("wide/parts/*")) and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents("killed") == contents("whole")
+
+
+def test_foreign_and_stale_caches_are_refused(models):
+    write_caches(models)
+    with pytest.raises(ValueError, match="was written for other data"):
+        fit(models, source="others.jsonl", sources=CACHED)
+    with pytest.raises(ValueError, match="to hold `top_k`=9 logits a position, but it holds 8"):
+        fit(models, "--model.init_args.top_k=9", sources=CACHED)
+    with pytest.raises(ValueError, match=r"at temperature 2\.0, but it was written at 1\.0"):
+        fit(models, "--model.init_args.temperature=2", sources=CACHED)
+    with pytest.raises(ValueError, match="`data` was"):
+        write_caches(models, source="others.jsonl")
+    with pytest.raises(ValueError, match="`top_k` was 8"):
+        write_caches(models, "--model.init_args.top_k=3")
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(models / "wide")
+        model.get_input_embeddings().weight.mul_(1.5)
+    model.save_pretrained("changed")
+    load_tokenizer(models / "wide").save_pretrained("changed")
+    with pytest.raises(ValueError, match="`model_digest` was"):
+        write_caches(models, sources={"wide": "changed", "narrow": str(models / "narrow")})
+
+
+def test_a_source_whose_tokenizer_the_data_do_not_name(models):
+    arguments = [arg for arg in options(models) if "source_tokenizers" not in arg]
+    views = json.dumps({"wide": str(models / "narrow"), "narrow": str(models / "narrow")})
+    for given in ({}, {"--data.init_args.source_tokenizers": views}):
+        extra = [f"{key}={value}" for key, value in given.items()] or ["--data.init_args.source_tokenizers=null"]
+        with pytest.raises(ValueError, match=r"source_tokenizers: \{wide: "):
+            LitLogitsCLI(["fit", "--config=gld_fusion.yaml", *arguments, *extra, "--trainer.max_steps=1"])
+
+
+def test_a_source_without_a_fast_tokenizer(models, monkeypatch):
+    original = AutoTokenizer.from_pretrained
+    slow = lambda name, **kwargs: ByT5Tokenizer() if "wide" in str(name) else original(name, **kwargs)  # noqa: E731
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", slow)
+    with pytest.raises(ValueError, match=r"`source_tokenizers\['wide'\]` to be a fast one"):
+        fit(models)
