@@ -33,8 +33,8 @@ class LogitCacheWriter(BasePredictionWriter):
     also across data loaders. All processes need to see the same folder.
 
     The module's `cache_settings`, a dict or a method that returns one, are the settings of each source by its name, as
-    plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. They, `dtype` and the data module's
-    `fingerprint` are kept in the cache, and keep runs apart.
+    plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. They, `dtype` and, where the data module
+    has them, its `fingerprint` and `layout_ids` are kept in the cache, and keep runs apart.
 
     Args:
         folder: of the caches; each source has a folder in it.
@@ -73,7 +73,7 @@ class LogitCacheWriter(BasePredictionWriter):
             return
         self._num_written, self._is_running, self._is_stopped = 0, False, False
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self._settings = _settings_of(pl_module, self.dtype, getattr(data, "fingerprint", None))
+        self._settings = _settings_of(pl_module, self.dtype, data)
         # Ranks must agree on the samples that are left, as they share them among themselves.
         known, self._complete = _on_rank_zero(trainer, self._settle)
         self._known = {name: set(ids) for name, ids in known.items()}
@@ -182,7 +182,7 @@ class LogitCacheWriter(BasePredictionWriter):
                 )
 
 
-def _settings_of(pl_module: LightningModule, dtype: str, data: Any) -> dict[str, dict[str, Any]]:
+def _settings_of(pl_module: LightningModule, dtype: str, datamodule: Any) -> dict[str, dict[str, Any]]:
     settings = getattr(pl_module, "cache_settings", None)
     settings = settings() if callable(settings) else settings
     if not settings:
@@ -190,7 +190,14 @@ def _settings_of(pl_module: LightningModule, dtype: str, data: Any) -> dict[str,
             "Expected a LightningModule with `cache_settings`, the settings of each source by its name, but"
             f" {type(pl_module).__name__} has {settings!r}."
         )
-    return {name: complete_settings(name, {"dtype": dtype, **values}, data) for name, values in settings.items()}
+    layouts, data = getattr(datamodule, "layout_ids", None), getattr(datamodule, "fingerprint", None)
+    extra: dict[str, Any] = {"dtype": dtype}
+    completed = {}
+    for name, values in settings.items():
+        if layouts is not None:  # the data module's own tokens are under ""
+            extra["layout_id"] = layouts.get(name, layouts.get(""))
+        completed[name] = complete_settings(name, {**extra, **values}, data)
+    return completed
 
 
 def _on_rank_zero(trainer: Trainer, function: Callable[[], Any]) -> Any:
@@ -199,11 +206,13 @@ def _on_rank_zero(trainer: Trainer, function: Callable[[], Any]) -> Any:
     if trainer.is_global_zero:
         try:
             result = function()
-        except ValueError as error:
-            problem = str(error)
+        except Exception as error:  # a full disk too: the others are waiting
+            if trainer.world_size == 1:
+                raise
+            problem = error if isinstance(error, ValueError) else RuntimeError(f"{type(error).__name__}: {error}")
     result, problem = trainer.strategy.broadcast((result, problem))
     if problem is not None:
-        raise ValueError(problem)
+        raise problem
     return result
 
 

@@ -25,10 +25,12 @@ class Vocabulary(NamedTuple):
     Attributes:
         pad_token_id: fills up the ids.
         tokenizer_id: see `lit_logits.datamodules.tokenization.tokenizer_id`.
+        layout_id: digest of all that makes an example's ids of its texts.
     """
 
     pad_token_id: int
     tokenizer_id: int
+    layout_id: int = 0
 
 
 def collate_examples(
@@ -50,9 +52,9 @@ def collate_examples(
     Returns:
         `input_ids`, `attention_mask`, `labels` (the ids, unshifted; −100 on prompts and padding) and `response_ends`
         (characters of the response that have been read; −1 before the prompt's last token and behind the response),
-        LongTensors of shape (N, T); `tokenizer_id`, a scalar; `rows` and `sample_ids` (N,); with `sources` a dict
-        `sources`, name → the first five of these in that tokenizer; with `all_choices` `choices` (N,), numbers of the
-        choices, and `correct` (N,), 1 for the right ones.
+        LongTensors of shape (N, T); `tokenizer_id` and `layout_id`, scalars; `rows` and `sample_ids` (N,); with
+        `sources` a dict `sources`, name → the first six of these in that tokenizer; with `all_choices` `choices` (N,),
+        numbers of the choices, and `correct` (N,), 1 for the right ones.
 
     Example:
         >>> row = {"row": 7, "sample_id": 99, "prompt": [5, 6], "responses": [[8, 1]], "ends": [[2, -1]], "correct": 0}
@@ -87,6 +89,7 @@ def _pad(pairs: Sequence[tuple[dict[str, Any], int]], vocabulary: Vocabulary) ->
         "labels": torch.full(shape, IGNORED),
         "response_ends": torch.full(shape, BEYOND),
         "tokenizer_id": torch.tensor(vocabulary.tokenizer_id),
+        "layout_id": torch.tensor(vocabulary.layout_id),
     }
     for i, (prompt, response, ends) in enumerate(sequences):
         start, end = len(prompt), len(prompt) + len(response)

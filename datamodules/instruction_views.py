@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from lit_logits.datamodules.caching import digest
 from lit_logits.datamodules.instruction_batches import Vocabulary
 from lit_logits.datamodules.instruction_encoding import Encoded, Encoder
 from lit_logits.datamodules.instruction_layouts import ChatLayout, Layout, TemplateLayout, chat_template_of
@@ -44,6 +45,7 @@ class InstructionView:
         template: holds `{prompt}` and, after it, `{response}`.
         chat: use the tokenizer's chat template instead.
         system_prompt: text of a chat's system turn.
+        max_length: tokens that a sequence may have.
         name: key in `source_tokenizers`; None is the data module's own.
     """
 
@@ -54,9 +56,11 @@ class InstructionView:
         *,
         chat: bool,
         system_prompt: str | None = None,
+        max_length: int = 512,
         name: str | None = None,
     ) -> None:
         self.tokenizer, self.template, self.chat, self.system_prompt = tokenizer, template, chat, system_prompt
+        self.max_length = max_length
         self.argument, setting = "`tokenizer`", "Set `chat_template=False`"
         if name is not None:
             self.argument, setting = source_argument(name), f"Leave {name!r} out of `chat_sources`"
@@ -95,7 +99,8 @@ class InstructionView:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What batches need to know of the tokenizer."""
-        return Vocabulary(self.pad_token_id, tokenizer_id(self.tokenizer))
+        layout_id = int(digest(self.key, self.max_length)[:16], 16) >> 1
+        return Vocabulary(self.pad_token_id, tokenizer_id(self.tokenizer), layout_id)
 
 
 class InstructionEncoder:
@@ -150,7 +155,11 @@ def chat_source_names(
 
 
 def load_sources(
-    source_tokenizers: Mapping[str, str], chat_names: Sequence[str], template: str, system_prompt: str | None
+    source_tokenizers: Mapping[str, str],
+    chat_names: Sequence[str],
+    template: str,
+    system_prompt: str | None,
+    max_length: int,
 ) -> dict[str, InstructionView]:
     """Load the other tokenizers, each with its layout.
 
@@ -163,6 +172,7 @@ def load_sources(
             template,
             chat=name in chat_names,
             system_prompt=system_prompt,
+            max_length=max_length,
             name=name,
         )
         for name, path in source_tokenizers.items()

@@ -13,8 +13,9 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   stands behind it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
   text. White space that a template strips at the response's beginning counts as read, and at its end never is;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
-* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends` (B, T') and
-  `tokenizer_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
+* `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
+* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends` (B, T'),
+  `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
 """
 
 from functools import cached_property, partial
@@ -200,6 +201,12 @@ class InstructionDataModule(LightningDataModule):
         key = self._directory.name.rpartition("-")[2]
         return key if self.predict_split == "test" else digest(key, self.predict_split)
 
+    @property
+    def layout_ids(self) -> dict[str, int]:
+        """The `layout_id` of batches, under "", and of each of `source_tokenizers`."""
+        views = {"": self._own, **self._sources}
+        return {name: view.vocabulary.layout_id for name, view in views.items()}
+
     def prepare_data(self) -> None:
         """Write the encoded pairs of all splits to the cache, if they are not there."""
         build_once(self._directory, self._write)
@@ -271,12 +278,20 @@ class InstructionDataModule(LightningDataModule):
     @cached_property
     def _own(self) -> InstructionView:
         """The tokenizer with its layout."""
-        return InstructionView(self.tokenizer, self.template, chat=self.chat_template, system_prompt=self.system_prompt)
+        return InstructionView(
+            self.tokenizer,
+            self.template,
+            chat=self.chat_template,
+            system_prompt=self.system_prompt,
+            max_length=self.max_length,
+        )
 
     @cached_property
     def _sources(self) -> dict[str, InstructionView]:
         """The other tokenizers with their layouts."""
-        return load_sources(self.source_tokenizers, self.chat_sources, self.template, self.system_prompt)
+        return load_sources(
+            self.source_tokenizers, self.chat_sources, self.template, self.system_prompt, self.max_length
+        )
 
     @property
     def _vocabularies(self) -> dict[str, Any]:

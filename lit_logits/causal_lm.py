@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.functional import at_least_float32, check_labels, chunked_sum
-from lit_logits.modules import TokenMean, load_backbone, load_causal_lm, make_optimizers, new_causal_lm
+from lit_logits.modules import TokenMean, accepted_inputs, load_backbone, load_causal_lm, make_optimizers, new_causal_lm
 
 __all__ = ["CausalLM"]
 
@@ -76,8 +76,11 @@ class CausalLM(LightningModule):
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the next tokens that count, summed in nats, and their number."""
-        output = self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+        output = self.model.base_model(**accepted_inputs(self.model.base_model, inputs))
         mask = batch["labels"][:, 1:] != -100
+        if "correct" in batch:  # of several choices those that are wrong are not to be learned
+            mask = mask & batch["correct"].bool().unsqueeze(1)
         hidden, labels = output.last_hidden_state[:, :-1][mask], batch["labels"][:, 1:][mask].long()
         head = cast(nn.Linear, self.model.get_output_embeddings())
 

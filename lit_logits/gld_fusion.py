@@ -5,7 +5,7 @@ Letters: B samples, T positions, N of them that predict a label, S sources, V vo
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from lit_logits.modules import (
     LogitSource,
     SourceLogits,
     TokenMean,
+    accepted_inputs,
     add_lora,
     load_backbone,
     load_causal_lm,
@@ -41,6 +42,7 @@ from lit_logits.modules import (
     new_causal_lm,
     place_rows,
     save_merged,
+    view_of,
 )
 
 __all__ = ["GLDFusionModule"]
@@ -53,7 +55,7 @@ class FusionLosses(NamedTuple):
         ce: cross-entropy of the next tokens of responses, in nats.
         uld: token-wise loss of each source.
         gld: sorted Gromov–Wasserstein bound of each source.
-        aligned: share of the pivot's positions at which each source has read the same text.
+        aligned: share of the pivot's positions in responses at which each source has read the same text.
 
     """
 
@@ -73,7 +75,8 @@ class GLDFusionModule(LightningModule):
     pivot's.
 
     Every term is a mean over the samples of a batch of what counts in each, so that the loss is the same however a
-    batch is padded or split over micro-batches and processes, with equally many samples in each.
+    batch is padded or split over micro-batches and processes, with equally many samples in each. (`val/loss` is a mean
+    over tokens, as in `CausalLM`.)
 
     Logs `train/loss`, `train/loss_ce`, and for each source, behind its name where there are several, `train/loss_uld`,
     `train/loss_gld`, `train/aligned`, all before weighting; `val/loss` (cross-entropy over tokens), `val/ppl`, and the
@@ -88,7 +91,8 @@ class GLDFusionModule(LightningModule):
         vocab_size: V of the pivot's tokenizer; the CLI links it from the data. A pretrained pivot keeps its own
             (padded) vocabulary, which must not be smaller.
         source_weights: ω_s by name; default 1/S each.
-        source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`.
+        source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`. The latter pins it
+            to its device; one that is not pinned follows the batches. Of no use for a cache.
         kd_weight: λ in [0, 1]; 0 is supervised fine-tuning and runs no source.
         gld_weight: γ ≥ 0; the bound is a sum over nodes of strengths, which for `standardize` are tens.
         top_k: k.
@@ -137,7 +141,7 @@ class GLDFusionModule(LightningModule):
         nodes: GraphNodes = "rank",
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        chunk_size: int = 4096,
+        chunk_size: int = 1024,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -145,7 +149,7 @@ class GLDFusionModule(LightningModule):
         sources = sources or {}
         modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
+        self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight, uld_values)
         if top_k < 1 or not temperature > 0 or chunk_size < 1:
             raise ValueError(
                 "Expected `top_k` and `chunk_size` to be at least 1 and `temperature` to be positive, but got"
@@ -159,13 +163,11 @@ class GLDFusionModule(LightningModule):
         self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
         self.graphs = GraphAlignment(values=graph_values, nodes=nodes)
         kwargs = source_kwargs or {}
-        loaded = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
-        for name, source in loaded.items():
+        self.sources = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
+        for name, source in self.sources.items():
             _check_source(name, source, top_k, temperature)
-        self.caches = {name: source for name, source in loaded.items() if isinstance(source, LogitCache)}
-        online = {name: source for name, source in loaded.items() if isinstance(source, LogitSource)}
-        self.sources = nn.ModuleDict(online)
-        self.source_names = list(loaded)
+            if self.pivot is not None and getattr(source, "model", None) is self.pivot:
+                raise ValueError(f"Expected other models as sources, but {name!r} is the pivot, which it would freeze.")
         self.val_nll, self.test_nll = TokenMean(), TokenMean()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -198,7 +200,7 @@ class GLDFusionModule(LightningModule):
         ce, *top = self._rows(self._cross_entropy_and_top_k, hidden, labels)
         pivot = place_rows(TopKLogits(*top), mask)
         losses = FusionLosses(_sample_mean(_placed(ce, mask), mask), {}, {}, {})
-        for name in self.source_names:
+        for name in self.sources:
             uld, gld, aligned = self._source_losses(name, pivot, mask, batch)
             losses.uld[name], losses.gld[name], losses.aligned[name] = uld, gld, aligned
         return losses
@@ -208,6 +210,7 @@ class GLDFusionModule(LightningModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token-wise loss, graph loss and the aligned share of one source."""
         source = self._source_logits(name, batch)
+        self._check_moments(name, source)
         if "response_ends" in batch:
             ends = batch["response_ends"].masked_fill(~mask, -1)
             pivot_mask, source_mask = common_span(ends, source.ends)
@@ -215,32 +218,57 @@ class GLDFusionModule(LightningModule):
                 ends.masked_fill(~pivot_mask, -1),
                 source.ends.masked_fill(~source_mask, -1),
             )
+        elif view_of(batch, name) is not batch:
+            raise ValueError(
+                f"Expected batches with `response_ends`, by which the tokens of source {name!r} are aligned, but got"
+                f" {sorted(batch)}."
+            )
         else:  # one text in the same tokens
+            ends = torch.zeros_like(batch["input_ids"]).masked_fill(~mask, -1)
             pivot_mask, source_mask = mask, source.mask
             partner = (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
         is_aligned = partner >= 0
         uld = top_k_uld(pivot, _gathered(source.top_k, partner.clamp(min=0)), values=self.uld_values)
         gld = self.graphs(pivot, source.top_k, pivot_mask, source_mask, name=name)
-        share = is_aligned.sum() / pivot_mask.sum().clamp(min=1)
+        share = is_aligned.sum() / (ends >= 0).sum().clamp(min=1)
         return _sample_mean(uld, is_aligned), gld.mean(), share
 
     def _source_logits(self, name: str, batch: Mapping[str, Any]) -> SourceLogits:
         """Of a source beside the pivot or on disk."""
-        if name not in self.caches:
-            return self.sources[name](batch, self.top_k, self.temperature)
+        source, view = self.sources[name], view_of(batch, name)
+        if isinstance(source, LogitSource):
+            return source(batch, self.top_k, self.temperature)
         if "sample_ids" not in batch or "response_ends" not in batch:
             raise ValueError(
                 f"Expected batches with `sample_ids` and `response_ends` for the logit cache of {name!r}, as"
                 f" InstructionDataModule gives them, but got {sorted(batch)}."
             )
-        return self.caches[name].read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
+        if source.layout_id is not None and "layout_id" in view and int(view["layout_id"]) != source.layout_id:
+            raise ValueError(
+                f"Expected the tokens that the logit cache {source.folder} was written for, but those of source"
+                f" {name!r} in the batch are of another tokenizer, template or `max_length`. Give the data module the"
+                f" same `source_tokenizers` (one for {name!r}, unless it is the pivot's) and layout as then, or write"
+                " another cache."
+            )
+        return source.read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
+
+    def _check_moments(self, name: str, source: SourceLogits) -> None:
+        """Raise if logits are to be standardised by moments that masked tokens have made useless."""
+        if "standardize" in (self.uld_values, self.graphs.values) and not bool((source.top_k.std < 1e4).all()):
+            raise ValueError(
+                f"Expected the logits of source {name!r} to be of one scale, to be standardised, but some are −inf or"
+                " huge, as of tokens that are ruled out. Use `graph_values: softmax` (and `uld_values: softmax`)."
+            )
 
     # ------------------------------------------------------------------ the pivot
 
     def _counted_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Mask (B, T) of the positions that predict a label, hidden states (N, d) and labels (N,) there."""
-        output = self._pivot.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+        output = self._pivot.base_model(**accepted_inputs(self._pivot.base_model, inputs))
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        if "correct" in batch:  # of several choices those that are wrong are not to be learned
+            labels = labels.masked_fill(~batch["correct"].bool().unsqueeze(1), -100)
         mask = labels != -100
         return mask, output.last_hidden_state[mask], labels[mask].long()
 
@@ -260,7 +288,7 @@ class GLDFusionModule(LightningModule):
         if len(hidden) <= self.chunk_size:
             return list(function(hidden, labels))
         chunks = zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
-        parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     # ------------------------------------------------------------------ training
@@ -291,11 +319,11 @@ class GLDFusionModule(LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
         self._evaluate(batch, self.val_nll)
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
         self._evaluate(batch, self.test_nll)
 
@@ -319,14 +347,16 @@ class GLDFusionModule(LightningModule):
 
     # ------------------------------------------------------------------ the sources, for a cache, and the pivot, saved
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Top-k logits of every source, for `LogitCacheWriter`."""
         if "sample_ids" not in batch:
             raise ValueError(
                 f"Expected batches with `sample_ids`, as InstructionDataModule gives them, but got {sorted(batch)}."
             )
-        top = {name: source(batch, self.top_k, self.temperature) for name, source in self.sources.items()}
-        return {"sample_ids": batch["sample_ids"], "sources": top}
+        return {
+            "sample_ids": batch["sample_ids"],
+            "sources": {name: self._source_logits(name, batch) for name in self.sources},
+        }
 
     @property
     def cache_settings(self) -> dict[str, dict[str, Any]]:
@@ -336,12 +366,13 @@ class GLDFusionModule(LightningModule):
             ValueError: if there is a source whose logits are in a cache already.
 
         """
-        if self.caches or not self.sources:
+        models = {name: source for name, source in self.sources.items() if isinstance(source, LogitSource)}
+        if not models or len(models) < len(self.sources):
             raise ValueError(
-                f"Expected `sources` to be models, whose logits are to be cached, but got caches {list(self.caches)}."
+                "Expected `sources` to be models, whose logits are to be cached, but got caches:"
+                f" {sorted(set(self.sources) - set(models))}."
             )
-        found = {name: cast(LogitSource, source) for name, source in self.sources.items()}
-        return {name: source.settings(self.top_k, self.temperature) for name, source in found.items()}
+        return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pivot as a model of its own architecture, for `from_pretrained`; adapters are merged in."""
@@ -349,7 +380,10 @@ class GLDFusionModule(LightningModule):
 
 
 def _sample_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over samples of the mean over what counts in each, 0 in a sample where nothing does."""
+    """Mean over samples of the mean over what counts in each, 0 in a sample where nothing does.
+
+    Not a mean over all tokens: that could not be the same for a batch and for its parts of other token counts.
+    """
     per_token = reduce_tokens(values, mask, "none")
     return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
@@ -418,8 +452,11 @@ def _check_options(
     source_kwargs: Mapping[str, Any] | None,
     kd_weight: float,
     gld_weight: float,
+    uld_values: str,
 ) -> dict[str, float]:
     """The weight of each source, once all is in range."""
+    if uld_values not in get_args(LogitValues):
+        raise ValueError(f"Expected `uld_values` to be one of {get_args(LogitValues)}, but got {uld_values!r}.")
     if not isinstance(sources, dict) or (not sources and kd_weight > 0):
         raise ValueError(f"Expected `sources` to map names to models, at least one for λ > 0, but got {sources!r}.")
     wrong = sorted(name for name in sources if not name or not set(name).isdisjoint("./"))

@@ -110,6 +110,16 @@ def test_top_k_is_no_worse_than_the_naive_way_in_the_same_precision(dtype):
     torch.testing.assert_close(mine.std.double(), logits.double().std(-1, correction=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+def test_tokens_that_are_ruled_out_leave_the_softmax_of_the_others(ruled_out):
+    """The normaliser once was off by as much as a huge mean had swallowed."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, ruled_out]])
+    top, others = top_k_logits(logits, 2), top_k_logits(logits[:, :3], 2)
+    for name in ("log_probs", "token_ids", "tail", "log_normalizer"):
+        torch.testing.assert_close(getattr(top, name), getattr(others, name))
+    assert uld_loss(logits, logits, top_k=2).item() == 0
+
+
 @pytest.mark.parametrize(("top_k", "temperature", "match"), [(0, 1, "top_k"), (8, 1, r"\[1, 7\]"), (2, 0, "positive")])
 def test_top_k_out_of_range(top_k, temperature, match):
     with pytest.raises(ValueError, match=match):

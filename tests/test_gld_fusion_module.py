@@ -147,6 +147,14 @@ def test_aligned_share_by_hand():
     assert float(aligned["far"]) == pytest.approx((4 + 2 + 3 + 2) / (5 + 4 + 6 + 2))
 
 
+def test_aligned_share_counts_what_a_cut_response_lacks():
+    batch = make_batch()
+    far = batch["sources"]["far"]
+    far["labels"] = far["labels"].masked_fill(far["response_ends"] > 0, -100)
+    far["response_ends"] = far["response_ends"].clamp(max=0)
+    assert float(make().losses(batch).aligned["far"]) == pytest.approx(4 / 17)  # the prompts' ends alone
+
+
 def test_a_source_that_is_the_pivot_has_nothing_to_teach():
     module = GLDFusionModule(make_model(0, PIVOT_SIZE), {"twin": make_model(0, PIVOT_SIZE)}, top_k=4)
     losses = module.losses(make_batch())
@@ -332,7 +340,7 @@ def test_nothing_to_learn_is_a_zero_with_a_graph():
     loss = model.training_step(batch, 0)
     loss.backward()
     assert loss.item() == 0
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
 
 def test_a_response_that_a_source_does_not_see_is_left_out():
@@ -366,9 +374,45 @@ def test_tokens_of_another_tokenizer():
         model.losses(batch)
 
 
+def test_tokens_that_cannot_be_aligned():
+    batch = make_batch()
+    del batch["response_ends"]
+    with pytest.raises(ValueError, match="`response_ends`, by which the tokens of source 'far' are aligned"):
+        make().losses(batch)
+
+
+def test_ruled_out_tokens_cannot_be_standardised():
+    model, batch = make(), make_batch()
+    source = model.sources["near"]
+    original = source._logits
+    ruled_out = torch.tensor([0.0] * (PIVOT_SIZE - 1) + [-1e9])
+    source._logits = lambda rows: original(rows) + ruled_out
+    with pytest.raises(ValueError, match="source 'near' to be of one scale"):
+        model.losses(batch)
+    model.graphs.values = "softmax"
+    assert all(value.isfinite() for value in model.losses(batch).gld.values())
+
+
+def test_the_pivot_as_its_own_source():
+    pivot = make_model(0, PIVOT_SIZE)
+    with pytest.raises(ValueError, match="'twin' is the pivot"):
+        GLDFusionModule(pivot, {"twin": pivot})
+
+
+def test_only_the_right_choices_are_scored():
+    model, batch = make(), make_batch()
+    batch["correct"] = torch.tensor([1, 0, 0, 1])
+    model._evaluate(batch, model.test_nll)
+    model._evaluate(make_batch([0, 3]), model.val_nll)
+    torch.testing.assert_close(model.test_nll.compute(), model.val_nll.compute())
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
+        ({"nodes": "edges"}, "`nodes` of"),
+        ({"graph_values": "raw"}, "`graph_values` to be one of"),
+        ({"uld_values": "raw"}, "`uld_values` to be one of"),
         ({"top_k": 41}, r"\[1, 40\], the pivot's vocabulary, but got 41"),
         ({"top_k": 0}, "at least 1"),
         ({"temperature": 0.0}, "positive"),

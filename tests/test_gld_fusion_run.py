@@ -17,7 +17,7 @@ from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.datamodules.tokenization import tokenizer_id as id_in_batches
-from lit_logits.modules import LogitCache, new_causal_lm, tokenizer_id
+from lit_logits.modules import LogitCache, load_source, new_causal_lm, tokenizer_id
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAIRS = [
@@ -146,7 +146,25 @@ def test_every_sample_is_cached_once_in_few_bytes(models):
         assert sorted(ids.tolist()) == cache.sample_ids.tolist()
         assert len(cache) == len(PAIRS)
         assert cache.settings["model"] == str(models / name)
-        assert not list(Path("caches", name).glob("part*"))
+        assert {path.suffix for path in Path("caches", name).iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_cache_of_more_logits_is_the_source_itself_to_the_bit(models):
+    """The cache holds eight a position and five are asked for; the tail too is made of those five."""
+    write_caches(models, batch_size=1)
+    views = {"wide": str(models / "wide")}
+    data = InstructionDataModule(
+        str(models / "pairs.jsonl"), tokenizer=str(models / "pivot"), source_tokenizers=views, batch_size=1
+    )
+    data.prepare_data()
+    data.setup()
+    source, cache = load_source(views["wide"], "wide"), LogitCache("caches/wide")
+    for batch in data.val_dataloader():
+        online, cached = source(batch, 5), cache.read(batch["sample_ids"], top_k=5)
+        assert torch.equal(online.mask, cached.mask)
+        assert torch.equal(online.ends, cached.ends)
+        for one, other in zip(online.top_k, cached.top_k, strict=True):
+            assert torch.equal(one[online.mask], other[online.mask])
 
 
 def test_a_cache_that_was_killed_ends_in_the_same_bytes(models, monkeypatch):
@@ -196,6 +214,15 @@ def test_foreign_and_stale_caches_are_refused(models):
     write_caches(models)
     with pytest.raises(ValueError, match="was written for other data"):
         fit(models, source="others.jsonl", sources=CACHED)
+    views = json.dumps({"wide": str(models / "narrow"), "narrow": str(models / "wide")})
+    no_views = "--data.init_args.source_tokenizers=null"
+    for layout in (f"--data.init_args.source_tokenizers={views}", no_views, "--data.init_args.max_length=40"):
+        with pytest.raises(ValueError, match="are of another tokenizer, template or `max_length`"):
+            fit(models, layout, sources=CACHED)
+    with pytest.raises(ValueError, match="are of another tokenizer, template or `max_length`"):
+        fit(models, "--data.init_args.template={prompt} => {response}", sources=CACHED)
+    with pytest.raises(ValueError, match="the folder of one logit cache as source 'wide'"):
+        fit(models, sources={"wide": "caches"})
     with pytest.raises(ValueError, match="to hold `top_k`=9 logits a position, but it holds 8"):
         fit(models, "--model.init_args.top_k=9", sources=CACHED)
     with pytest.raises(ValueError, match=r"at temperature 2\.0, but it was written at 1\.0"):

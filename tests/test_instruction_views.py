@@ -41,7 +41,7 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TRIMMING = CHAT.replace("m.content", "m.content | trim").replace("<end>", "[END]")
-BATCH = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id"}
+BATCH = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id", "layout_id"}
 QUIET = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 

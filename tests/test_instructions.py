@@ -100,7 +100,7 @@ def test_batch_by_hand():
     assert batch["sample_ids"].tolist() == [2**62, 17]
     assert batch["tokenizer_id"].item() == 2**61
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id"}
+    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id", "layout_id"}
     assert set(batch) == {*tokens, "rows", "sample_ids"}
 
 

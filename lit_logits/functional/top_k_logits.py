@@ -26,7 +26,8 @@ class TopKLogits(NamedTuple):
         tail: (...) probability of all other tokens, in [0, 1].
         log_normalizer: (...) log Σ_v exp u_v; `log_probs + log_normalizer` are the logits u.
         mean: (...) of u over the vocabulary.
-        std: (...) population standard deviation of u over the vocabulary.
+        std: (...) population standard deviation of u over the vocabulary; like `mean` of no use where tokens are ruled
+            out by logits of −inf or of huge size.
 
     """
 
@@ -107,10 +108,9 @@ class _TopKLogits(torch.autograd.Function):
             u = chunk.to(dtype) if temperature == 1 else chunk.to(dtype) / temperature
             top, token_ids = u.topk(top_k, dim=-1)
             mean = u.mean(-1, keepdim=True)
-            centred = u - mean
-            std = torch.linalg.vector_norm(centred, dim=-1) / math.sqrt(size)
+            std = torch.linalg.vector_norm(u - mean, dim=-1) / math.sqrt(size)
             highest = top[:, :1]
-            log_normalizer = highest + centred.add_(mean - highest).exp_().sum(-1, keepdim=True).log_()
+            log_normalizer = highest + (u - highest).exp_().sum(-1, keepdim=True).log_()
             parts.append((top - log_normalizer, token_ids, log_normalizer.squeeze(1), mean.squeeze(1), std))
         log_probs, token_ids, log_normalizer, mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         tail = (1 - log_probs.exp().sum(-1)).clamp_(min=0)

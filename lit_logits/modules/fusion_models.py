@@ -4,6 +4,7 @@ Letters: V vocabulary.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -182,12 +183,14 @@ def eos_token_ids(model: PreTrainedModel) -> set[int]:
 
 
 def digest_model(model: PreTrainedModel) -> str:
-    """A name for the model's weights: 16 hexadecimal digits from up to 64 values of each tensor."""
-    sha = hashlib.sha256()
+    """A name for the model: 16 hexadecimal digits from its config and up to 64 values of each tensor."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(values.float().cpu().numpy().tobytes())
+        if tensor.device.type != "meta":  # accelerate keeps these weights elsewhere
+            values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+            sha.update(values.float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

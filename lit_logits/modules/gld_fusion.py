@@ -3,6 +3,8 @@
 Letters: B batch, T positions of the student, U positions of the source, k `top_k`.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,11 @@ class GraphAlignment(nn.Module):
 
     def __init__(self, *, values: LogitValues = "standardize", nodes: GraphNodes = "rank") -> None:
         super().__init__()
+        if values not in get_args(LogitValues) or nodes not in get_args(GraphNodes):
+            raise ValueError(
+                f"Expected `graph_values` to be one of {get_args(LogitValues)} and `nodes` of {get_args(GraphNodes)},"
+                f" but got {values!r} and {nodes!r}."
+            )
         self.values, self.nodes = values, nodes
 
     def forward(

@@ -58,7 +58,7 @@ class SourceLogits(NamedTuple):
 def is_logit_cache(path: str | Path) -> bool:
     """Whether `path` is a folder with a `cache.json` of this format, of whatever version, complete or not."""
     try:
-        return describe_cache(Path(path)) is not None
+        return describe_cache(Path(path).expanduser()) is not None
     except OSError:
         return False
 
@@ -76,6 +76,7 @@ class LogitCache:
         top_k: k, as stored.
         temperature: τ of the stored log-probabilities.
         tokenizer_id: of the source's tokenizer.
+        layout_id: of the tokens that the source has read, as its batches had it, or None.
         vocab_size: of the source.
         sample_ids: (S,) int64, ascending, of all shards.
         num_samples: S.
@@ -87,12 +88,13 @@ class LogitCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         description = _describe_complete(self.folder)
         self.settings: dict[str, Any] = description["settings"]
         self.top_k: int = self.settings["top_k"]
         self.temperature: float = self.settings["temperature"]
         self.tokenizer_id: Any = self.settings["tokenizer_id"]
+        self.layout_id: Any = self.settings.get("layout_id")
         self.vocab_size: int = self.settings["vocab_size"]
         self.num_samples: int = description["num_samples"]
         self.num_tokens: int = description["num_tokens"]
@@ -148,8 +150,12 @@ class LogitCache:
         mask = torch.arange(ends.shape[1]) < self._lengths[rows, None]
         log_probs, tail = fields["log_probs"].float(), fields["tail"]
         if k < self.top_k:
-            cut = log_probs[..., k:].exp().sum(-1).masked_fill_(~mask, 0)
-            log_probs, token_ids, tail = log_probs[..., :k], token_ids[..., :k], tail.add_(cut).clamp_(max=1)
+            cut, log_probs, token_ids = log_probs[..., k:], log_probs[..., :k].contiguous(), token_ids[..., :k]
+            if fields["log_probs"].dtype == torch.float32:
+                tail = (1 - log_probs.exp().sum(-1)).clamp_(min=0)  # as `top_k_logits` makes it, to the bit
+            else:
+                tail = tail.add_(cut.exp().sum(-1)).clamp_(max=1)
+            tail = tail.masked_fill_(~mask, 0)
         rest = (fields[name] for name in ("log_normalizer", "mean", "std"))
         top = TopKLogits(*(tensor.to(device).contiguous() for tensor in (log_probs, token_ids, tail, *rest)))
         return SourceLogits(top, mask.to(device), ends.to(device))

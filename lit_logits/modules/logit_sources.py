@@ -4,7 +4,8 @@ Letters: B batch, T sequence, N positions that count, d hidden size, V vocabular
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,11 +23,11 @@ __all__ = ["LogitSource", "counted_positions", "load_source", "place_rows", "tok
 Model = nn.Module | str
 
 
-class LogitSource(nn.Module):
+class LogitSource:
     """A frozen causal language model that gives the top-k logits of responses, chunk by chunk.
 
-    It is in neither `parameters()` nor `state_dict()` and stays in `eval` mode. It keeps its dtype, whatever the
-    autocast, and its device, unless that is this module's: then it follows.
+    No module, so that it is in neither `parameters()` nor `state_dict()` of one that holds it. The model stays in
+    `eval` mode and keeps its dtype, whatever the autocast; it follows its batches to their device, unless pinned.
 
     Args:
         model: causal language model of transformers; frozen in place.
@@ -34,6 +35,7 @@ class LogitSource(nn.Module):
         origin: hub id or path that it came from, for the cache.
         tokenizer: its own, where it is known: batches of another one are refused then, and logits beyond its tokens
             (padding of the vocabulary) are left out.
+        pinned: leave it where it is; default for a model that is not on the CPU.
         chunk_size: positions whose logits are in memory at a time.
 
     Raises:
@@ -48,9 +50,9 @@ class LogitSource(nn.Module):
         name: str = "source",
         origin: str = "",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        pinned: bool | None = None,
         chunk_size: int = 1024,
     ) -> None:
-        super().__init__()
         if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
             raise ValueError(
                 f"Expected the source {name!r} to be a causal language model of transformers, the name of one or the"
@@ -58,24 +60,16 @@ class LogitSource(nn.Module):
             )
         if model.config.is_encoder_decoder:
             raise ValueError(f"Expected the source {name!r} to be decoder-only, but {type(model).__name__} is not.")
-        self._held = (model.eval().requires_grad_(False),)  # in a tuple, so that it is not registered here
+        self.model = model.eval().requires_grad_(False)
         self.name, self.origin, self.chunk_size = name, origin or type(model).__name__, chunk_size
+        self.pinned = _input_device(model).type != "cpu" if pinned is None else pinned
         self.tokenizer_id = None if tokenizer is None else tokenizer_id(tokenizer)
         self.vocab_size = min(num_logits(model), num_logits(model) if tokenizer is None else len(tokenizer))
         self.is_plain = _is_plain(model)
-        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model itself."""
-        return self._held[0]
-
-    def train(self, mode: bool = True) -> "LogitSource":
-        """Stay in `eval` mode."""
-        return super().train(False)
+        self._checked: set[str] = set()
 
     @torch.no_grad()
-    def forward(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
+    def __call__(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
         """Top-k logits of the positions that predict a response.
 
         Args:
@@ -87,22 +81,23 @@ class LogitSource(nn.Module):
             Of each sample the positions that count, without gaps, padded behind; on the device of `batch["input_ids"]`.
 
         Raises:
-            ValueError: for tokens of another tokenizer, a k above the vocabulary, or NaN.
+            ValueError: for tokens of another tokenizer, a k above the vocabulary, or logits that are not finite.
 
         """
         view = view_of(batch, self.name)
-        self.check(view)
-        mask = counted_positions(view)
-        device = self.model.device
+        self._check(view)
+        mask, home = counted_positions(view), view["input_ids"].device
+        if not self.pinned and _input_device(self.model) != home:
+            cast(nn.Module, self.model).to(home)
+        device = _input_device(self.model)
         inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
-        kept = mask.to(device)
         with torch.autocast(device.type, enabled=False):
-            hidden = self._hidden(inputs)[kept]
+            hidden = self._hidden(inputs)
+            hidden = hidden[mask.to(hidden.device)]  # of a model on several devices the last one
             parts = [
                 top_k_logits(self._logits(rows), top_k, temperature=temperature)
                 for rows in hidden.split(self.chunk_size)
             ]
-        home = view["input_ids"].device
         rows = TopKLogits(*(torch.cat(part).to(home) for part in zip(*parts, strict=True)))
         if not bool(rows.log_normalizer.isfinite().all()):
             raise ValueError(
@@ -114,12 +109,25 @@ class LogitSource(nn.Module):
         # Without gaps, as a cache gives them: sums over positions are then the same to the bit.
         counts = mask.sum(-1, keepdim=True)
         dense = torch.arange(max(1, int(counts.max())), device=home) < counts
-        return SourceLogits(
-            place_rows(rows, dense), dense, torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
-        )
+        placed = torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
+        return SourceLogits(place_rows(rows, dense), dense, placed)
 
-    def check(self, view: Mapping[str, Tensor]) -> None:
-        """Raise if the tokens cannot be this model's."""
+    def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
+        """What a cache of its logits depends on."""
+        return {
+            "model": self.origin,
+            "model_digest": digest_model(self.model),
+            "tokenizer_id": self.tokenizer_id,
+            "top_k": top_k,
+            "temperature": temperature,
+            "vocab_size": self.vocab_size,
+        }
+
+    def _check(self, view: Mapping[str, Tensor]) -> None:
+        """Raise if the tokens cannot be this model's; on an accelerator, which would wait, at the first batch only."""
+        device = view["input_ids"].device.type
+        if device != "cpu" and device in self._checked:
+            return
         given = view.get("tokenizer_id")
         if given is not None and self.tokenizer_id is not None and int(given) != self.tokenizer_id:
             raise ValueError(
@@ -133,17 +141,7 @@ class LogitSource(nn.Module):
                 f"Expected tokens below {rows}, the vocabulary of source {self.name!r}, but got {highest}. Give the"
                 " data module the tokenizer of this model in `source_tokenizers`."
             )
-
-    def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
-        """What a cache of its logits depends on."""
-        return {
-            "model": self.origin,
-            "model_digest": digest_model(self.model),
-            "tokenizer_id": self.tokenizer_id,
-            "top_k": top_k,
-            "temperature": temperature,
-            "vocab_size": self.vocab_size,
-        }
+        self._checked.add(device)
 
     def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What `_logits` takes, (B, T, ...)."""
@@ -154,13 +152,6 @@ class LogitSource(nn.Module):
     def _logits(self, rows: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(rows) if self.is_plain else rows
         return logits[..., : self.vocab_size]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogitSource":
-        before = self.anchor.device
-        super()._apply(fn, recurse)
-        if self.anchor.device != before and self.model.device == before and not hasattr(self.model, "hf_device_map"):
-            cast(nn.Module, self.model).to(cast(Tensor, self.anchor).device)
-        return self
 
 
 def load_source(
@@ -178,12 +169,16 @@ def load_source(
         ValueError: if it is none of these, or a cache that is not complete.
 
     """
-    if isinstance(source, str) and is_logit_cache(source):
-        return LogitCache(source)
     if not isinstance(source, str):
         return LogitSource(cast(PreTrainedModel, source), name=name, chunk_size=chunk_size)
-    model = load_causal_lm(source, **(kwargs or {}))
-    return LogitSource(model, name=name, origin=source, tokenizer=find_tokenizer(source), chunk_size=chunk_size)
+    if is_logit_cache(source):
+        return LogitCache(source)
+    folder = Path(source).expanduser()
+    if caches := sorted(str(path) for path in folder.iterdir() if is_logit_cache(path)) if folder.is_dir() else []:
+        raise ValueError(f"Expected the folder of one logit cache as source {name!r}, but {source} holds {caches}.")
+    model, tokenizer = load_causal_lm(source, **(kwargs or {})), find_tokenizer(source)
+    pinned = "device_map" in (kwargs or {})
+    return LogitSource(model, name=name, origin=source, tokenizer=tokenizer, pinned=pinned, chunk_size=chunk_size)
 
 
 def view_of(batch: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
@@ -213,6 +208,13 @@ def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     text = "\n".join(f"{number} {token}" for token, number in tokens).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: of a model that accelerate has spread, where its embedding is computed."""
+    table = cast(nn.Embedding, model.get_input_embeddings())
+    device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
+    return table.weight.device if device is None else torch.device(device)
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
