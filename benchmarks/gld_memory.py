@@ -322,7 +322,7 @@ def report(config: Mapping[str, Any], pivot: Any, gpus: int | None, tokens: int,
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", default="configs/gld_fusion_14b_fsdp.yaml")
     parser.add_argument("--pivot", help="a config as JSON, or the name of a model")
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--tokens", type=int, default=FUSION_TOKENS, help="of all responses, for the size of a cache")

@@ -77,7 +77,8 @@ class CausalLM(LightningModule):
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the next tokens that count, summed in nats, and their number."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-        output = self.model.base_model(**accepted_inputs(self.model.base_model, inputs))
+        backbone = cast(PreTrainedModel, self.model.base_model)
+        output = backbone(**accepted_inputs(backbone, inputs))
         mask = batch["labels"][:, 1:] != -100
         if "correct" in batch:  # of several choices those that are wrong are not to be learned
             mask = mask & batch["correct"].bool().unsqueeze(1)

@@ -265,7 +265,8 @@ class GLDFusionModule(LightningModule):
     def _counted_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Mask (B, T) of the positions that predict a label, hidden states (N, d) and labels (N,) there."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-        output = self._pivot.base_model(**accepted_inputs(self._pivot.base_model, inputs))
+        backbone = cast(PreTrainedModel, self._pivot.base_model)
+        output = backbone(**accepted_inputs(backbone, inputs))
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         if "correct" in batch:  # of several choices those that are wrong are not to be learned
             labels = labels.masked_fill(~batch["correct"].bool().unsqueeze(1), -100)
