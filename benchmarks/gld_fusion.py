@@ -1,7 +1,7 @@
 """What fusion does to a pivot: fine-tuning alone, with the token-wise loss, and with the graphs; one source and two.
 
     python -m benchmarks.gld_fusion [--sources wide=models/source_4096 narrow=models/source_2048] [--pivot llama.json]
-        [--seeds 0 1 2] [--steps 300] [--rows 300] [--kd-weight 0.5] [--gld-weight 0.01]
+        [--seeds 0 1 2] [--steps 300] [--rows 300] [--kd-weight 0.3] [--gld-weight 0.001]
 
 The sources come from lm.yaml and lm_instruct.yaml, as gld_fusion.yaml tells. Their logits are cached once for all runs.
 A seed gives every way the same initial pivot and the same batches. Means ± sample standard deviations over the seeds,
@@ -145,8 +145,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--kd-weight", type=float, default=0.5)
-    parser.add_argument("--gld-weight", type=float, default=0.01)
+    parser.add_argument("--kd-weight", type=float, default=0.3)
+    parser.add_argument("--gld-weight", type=float, default=0.001)
     parser.add_argument("--ways", nargs="+", help="only those whose label holds one of these")
     args = parser.parse_args()
     if args.pivot is None:

@@ -270,7 +270,7 @@ def test_logs_of_several_sources_and_of_one(tmp_path):
     _, trainer = fit(tmp_path, 2, model)
     logged = trainer.logged_metrics
     assert set(logged) == {f"train/{part}" for part in ("loss", "loss_ce", "loss_uld", "loss_gld", "aligned")}
-    parts = 0.5 * logged["train/loss_ce"] + 0.5 * (logged["train/loss_uld"] + 0.01 * logged["train/loss_gld"])
+    parts = 0.7 * logged["train/loss_ce"] + 0.3 * (logged["train/loss_uld"] + 0.001 * logged["train/loss_gld"])
     assert float(logged["train/loss"]) == pytest.approx(float(parts))
 
 
