@@ -9,7 +9,7 @@ __all__ = ["LineProgress"]
 
 
 class LineProgress(ProgressBar):
-    """One line every `log_every_n_steps` steps and one a validation, from rank zero, for a file or a pipe.
+    """One line every `log_every_n_steps` steps, one a validation and twenty a prediction, from rank zero, for a file.
 
     Example:
         >>> LineProgress().printed_step
@@ -35,6 +35,21 @@ class LineProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what validation found."""
         self._print(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Prints how many batches of rank zero are done."""
+        done, total = batch_idx + 1, trainer.num_predict_batches[dataloader_idx]
+        every = 1 if total == float("inf") else max(1, int(total) // 20)
+        if trainer.is_global_zero and (done % every == 0 or done == total):
+            print(f"batch {done} of {total}", flush=True)
 
     def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:

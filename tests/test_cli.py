@@ -379,6 +379,12 @@ def test_progress_is_printed_in_lines(capsys):
     assert "val/loss" in lines[-1]
 
 
+def test_progress_of_a_prediction_is_printed_in_lines(capsys):
+    cli("predict")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batch ")]
+    assert lines == [f"batch {number} of 4" for number in (1, 2, 3, 4)]
+
+
 def test_warmup_stable_decay_rises_falls_and_stays_at_its_floor():
     schedule = "--model.lr_scheduler.num_warmup_steps=2 --model.lr_scheduler.num_stable_steps=0 "
     schedule += "--model.lr_scheduler.num_decay_steps=4 --model.lr_scheduler.min_lr_ratio=0.1"
