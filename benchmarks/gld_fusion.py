@@ -128,9 +128,9 @@ def evaluate(pivot: Any, data: Any, caches: dict[str, str], texts: dict[str, Tok
             pairs = zip(texts["pivot"](best[rows, places]), texts[name](theirs), strict=True)
             alike = [one.startswith(two) or two.startswith(one) for one, two in pairs if one and two]
             add(f"agree {name}", sum(alike) / max(1, len(alike)), len(alike))
-            add(f"aligned {name}", float(losses.aligned[name]), float(own.sum()))
-            add(f"uld {name}", float(losses.uld[name]), len(labels))
-            add(f"gld {name}", float(losses.gld[name]), len(labels))
+            add(f"aligned {name}", float(losses.sources[name].aligned), float(own.sum()))
+            add(f"uld {name}", float(losses.sources[name].uld), len(labels))
+            add(f"gld {name}", float(losses.sources[name].gld), len(labels))
     found = {name: value / sums[f"#{name}"] for name, value in sums.items() if not name.startswith("#")}
     return {"ppl": float(torch.tensor(found.pop("nll")).exp()), **found}
 

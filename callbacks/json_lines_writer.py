@@ -13,6 +13,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lit_logits.modules.run_settings import differing_settings
+
 __all__ = ["JsonLinesWriter"]
 
 
@@ -230,12 +232,7 @@ def _settle(folder: Path, settings: dict[str, Any]) -> str | None:
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     there = dict(_flat({name: known[name] for name in settings if name in known}))
     here = dict(_flat({name: settings[name] for name in settings if name in known}))
-    differing = [
-        f"`{name}` was {_said(there, name)} there and is {_said(here, name)} now"
-        for name in {**there, **here}
-        if _said(there, name) != _said(here, name)
-    ]
-    if differing:
+    if differing := differing_settings(there, here):
         return (
             f"Expected {folder} to hold predictions of this run, but {', '.join(differing)}. Pass another `folder`, or"
             " delete it."
@@ -258,10 +255,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
-
-
-def _said(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "absent"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ Letters: B samples, T positions, N of them that predict a label, S sources, V vo
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,18 @@ from lit_logits.functional import (
     GraphNodes,
     LogitValues,
     TopKLogits,
-    align_positions,
     at_least_float32,
     check_labels,
-    common_span,
-    reduce_tokens,
+    place_rows,
+    sample_mean,
     top_k_logits,
-    top_k_uld,
 )
 from lit_logits.modules import (
-    GraphAlignment,
+    FusionCriterion,
     LogitCache,
     LogitSource,
     SourceLogits,
+    SourceTerms,
     TokenMean,
     accepted_inputs,
     add_lora,
@@ -40,7 +39,6 @@ from lit_logits.modules import (
     load_source,
     make_optimizers,
     new_causal_lm,
-    place_rows,
     save_merged,
     view_of,
 )
@@ -53,16 +51,12 @@ class FusionLosses(NamedTuple):
 
     Attributes:
         ce: cross-entropy of the next tokens of responses, in nats.
-        uld: token-wise loss of each source.
-        gld: sorted Gromov–Wasserstein bound of each source.
-        aligned: share of the pivot's positions in responses at which each source has read the same text.
+        sources: terms of each source.
 
     """
 
     ce: Tensor
-    uld: dict[str, Tensor]
-    gld: dict[str, Tensor]
-    aligned: dict[str, Tensor]
+    sources: dict[str, SourceTerms]
 
 
 class GLDFusionModule(LightningModule):
@@ -149,19 +143,18 @@ class GLDFusionModule(LightningModule):
         sources = sources or {}
         modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight, uld_values)
+        self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
         if top_k < 1 or not temperature > 0 or chunk_size < 1:
             raise ValueError(
                 "Expected `top_k` and `chunk_size` to be at least 1 and `temperature` to be positive, but got"
                 f" {top_k}, {chunk_size} and {temperature}."
             )
         self.kd_weight, self.gld_weight, self.top_k, self.temperature = kd_weight, gld_weight, top_k, temperature
-        self.uld_values, self.chunk_size = uld_values, chunk_size
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.chunk_size, self.optimizer, self.lr_scheduler = chunk_size, optimizer, lr_scheduler
 
         self.pivot = None if pivot is None else _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
         self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
-        self.graphs = GraphAlignment(values=graph_values, nodes=nodes)
+        self.criterion = FusionCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         kwargs = source_kwargs or {}
         self.sources = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
         for name, source in self.sources.items():
@@ -196,42 +189,18 @@ class GLDFusionModule(LightningModule):
         mask, hidden, labels = self._counted_states(batch)
         if self.kd_weight == 0:
             (ce,) = self._rows(self._cross_entropy, hidden, labels)
-            return FusionLosses(_sample_mean(_placed(ce, mask), mask), {}, {}, {})
+            return FusionLosses(_mean_over_samples(ce, mask), {})
         ce, *top = self._rows(self._cross_entropy_and_top_k, hidden, labels)
-        pivot = place_rows(TopKLogits(*top), mask)
-        losses = FusionLosses(_sample_mean(_placed(ce, mask), mask), {}, {}, {})
+        pivot, ends = place_rows(TopKLogits(*top), mask), batch.get("response_ends")
+        terms = {}
         for name in self.sources:
-            uld, gld, aligned = self._source_losses(name, pivot, mask, batch)
-            losses.uld[name], losses.gld[name], losses.aligned[name] = uld, gld, aligned
-        return losses
-
-    def _source_losses(
-        self, name: str, pivot: TopKLogits, mask: Tensor, batch: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token-wise loss, graph loss and the aligned share of one source."""
-        source = self._source_logits(name, batch)
-        self._check_moments(name, source)
-        if "response_ends" in batch:
-            ends = batch["response_ends"].masked_fill(~mask, -1)
-            pivot_mask, source_mask = common_span(ends, source.ends)
-            partner = align_positions(
-                ends.masked_fill(~pivot_mask, -1),
-                source.ends.masked_fill(~source_mask, -1),
-            )
-        elif view_of(batch, name) is not batch:
-            raise ValueError(
-                f"Expected batches with `response_ends`, by which the tokens of source {name!r} are aligned, but got"
-                f" {sorted(batch)}."
-            )
-        else:  # one text in the same tokens
-            ends = torch.zeros_like(batch["input_ids"]).masked_fill(~mask, -1)
-            pivot_mask, source_mask = mask, source.mask
-            partner = (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
-        is_aligned = partner >= 0
-        uld = top_k_uld(pivot, _gathered(source.top_k, partner.clamp(min=0)), values=self.uld_values)
-        gld = self.graphs(pivot, source.top_k, pivot_mask, source_mask, name=name)
-        share = is_aligned.sum() / (ends >= 0).sum().clamp(min=1)
-        return _sample_mean(uld, is_aligned), gld.mean(), share
+            if ends is None and view_of(batch, name) is not batch:
+                raise ValueError(
+                    f"Expected batches with `response_ends`, by which the tokens of source {name!r} are aligned, but"
+                    f" got {sorted(batch)}."
+                )
+            terms[name] = self.criterion(pivot, self._source_logits(name, batch), mask, ends, name=name)
+        return FusionLosses(_mean_over_samples(ce, mask), terms)
 
     def _source_logits(self, name: str, batch: Mapping[str, Any]) -> SourceLogits:
         """Of a source beside the pivot or on disk."""
@@ -251,14 +220,6 @@ class GLDFusionModule(LightningModule):
                 " another cache."
             )
         return source.read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
-
-    def _check_moments(self, name: str, source: SourceLogits) -> None:
-        """Raise if logits are to be standardised by moments that masked tokens have made useless."""
-        if "standardize" in (self.uld_values, self.graphs.values) and not bool((source.top_k.std < 1e4).all()):
-            raise ValueError(
-                f"Expected the logits of source {name!r} to be of one scale, to be standardised, but some are −inf or"
-                " huge, as of tokens that are ruled out. Use `graph_values: softmax` (and `uld_values: softmax`)."
-            )
 
     # ------------------------------------------------------------------ the pivot
 
@@ -305,11 +266,10 @@ class GLDFusionModule(LightningModule):
         losses = self.losses(batch)
         loss = (1 - self.kd_weight) * losses.ce
         self.log("train/loss_ce", losses.ce)
-        for name in losses.uld:
-            uld, gld = losses.uld[name], losses.gld[name]
-            loss = loss + self.kd_weight * self.weights[name] * (uld + self.gld_weight * gld)
-            suffix = f"/{name}" if len(losses.uld) > 1 else ""
-            values = {"loss_uld": uld, "loss_gld": gld, "aligned": losses.aligned[name]}
+        for name, terms in losses.sources.items():
+            loss = loss + self.kd_weight * self.weights[name] * (terms.uld + self.gld_weight * terms.gld)
+            suffix = f"/{name}" if len(losses.sources) > 1 else ""
+            values = {"loss_uld": terms.uld, "loss_gld": terms.gld, "aligned": terms.aligned}
             self.log_dict({f"train/{key}{suffix}": value for key, value in values.items()})
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -380,25 +340,9 @@ class GLDFusionModule(LightningModule):
         save_merged(self._pivot, folder)
 
 
-def _sample_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over samples of the mean over what counts in each, 0 in a sample where nothing does.
-
-    Not a mean over all tokens: that could not be the same for a batch and for its parts of other token counts.
-    """
-    per_token = reduce_tokens(values, mask, "none")
-    return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-
-
-def _placed(rows: Tensor, mask: Tensor) -> Tensor:
-    return rows.new_zeros(mask.shape).masked_scatter(mask, rows)
-
-
-def _gathered(top: TopKLogits, index: Tensor) -> TopKLogits:
-    """The positions (B, T) of (B, U)."""
-    wide = index.unsqueeze(-1)
-    return TopKLogits(
-        *(t.gather(1, wide.expand(-1, -1, t.shape[-1])) if t.ndim == 3 else t.gather(1, index) for t in top)
-    )
+def _mean_over_samples(rows: Tensor, mask: Tensor) -> Tensor:
+    """`sample_mean` of the (N,) values at the positions that count."""
+    return sample_mean(rows.new_zeros(mask.shape).masked_scatter(mask, rows), mask)
 
 
 def _has_modules(value: Any) -> bool:
@@ -453,11 +397,8 @@ def _check_options(
     source_kwargs: Mapping[str, Any] | None,
     kd_weight: float,
     gld_weight: float,
-    uld_values: str,
 ) -> dict[str, float]:
     """The weight of each source, once all is in range."""
-    if uld_values not in get_args(LogitValues):
-        raise ValueError(f"Expected `uld_values` to be one of {get_args(LogitValues)}, but got {uld_values!r}.")
     if not isinstance(sources, dict) or (not sources and kd_weight > 0):
         raise ValueError(f"Expected `sources` to map names to models, at least one for λ > 0, but got {sources!r}.")
     wrong = sorted(name for name in sources if not name or not set(name).isdisjoint("./"))

@@ -1,7 +1,9 @@
 """Graphs on logits: loops from the formulas, POT as the oracle of the bound, and what the bound cannot see."""
 
 import math
+from collections import Counter
 from importlib import import_module
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -279,6 +281,30 @@ def test_bound_holds_against_pot_on_thousands_of_graphs():
         assert float(edge_gw_bound(C1, C2)) <= gw + 1e-7
         checked += 1
     assert checked == 3000
+
+
+@pytest.mark.slow
+def test_bound_holds_against_pot_on_a_thousand_graphs_of_real_text():
+    """Of the next-word counts of Python's documentation, as two models that read different halves of it have them."""
+    words = [word for text in sorted(map(str, topics.values())) for word in text.split()]
+    most = [word for word, _ in Counter(words).most_common(400)]
+    places = {word: number for number, word in enumerate(most)}
+    ids = [places[word] for word in words if word in places]
+    half, models = len(ids) // 2, []
+    for part in (ids[:half], ids[half:]):
+        counts = torch.full((400, 400), 0.1, dtype=torch.double)
+        counts.index_put_(
+            (torch.tensor(part[:-1]), torch.tensor(part[1:])), torch.tensor(1.0).double(), accumulate=True
+        )
+        models.append(counts.log())
+    for number in range(1000):
+        k, text = 4 + number % 7, torch.tensor(ids[17 * number : 17 * number + 17])
+        tops = [top_k_logits(model[text], k) for model in models]
+        C1, C2 = (co_activation_graph(top_k_values(top, "standardize")) for top in tops)
+        gw = math.sqrt(pot_gw(C1, C2, num_starts=1, seed=number))
+        assert float(sorted_gw_bound(C1.mean(-1), C2.mean(-1))) / k <= gw + 1e-7
+        assert float(edge_gw_bound(C1, C2)) <= gw + 1e-7
+        assert gw > 0.01  # the halves differ
 
 
 @given(seeds, st.integers(2, 6))

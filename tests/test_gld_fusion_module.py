@@ -142,9 +142,9 @@ def test_loss_and_gradient_are_the_definition(nodes, chunk_size):
 
 def test_aligned_share_by_hand():
     """Ends 0 2 5 6 10 and 0 2 3 6 10; 0 1 2 4 and 0 4; 0 3 5 7 8 9 and 0 5 9; 0 6 and 0 1 6: 11 of 17 are shared."""
-    aligned = make().losses(make_batch()).aligned
-    assert float(aligned["near"]) == 1
-    assert float(aligned["far"]) == pytest.approx((4 + 2 + 3 + 2) / (5 + 4 + 6 + 2))
+    terms = make().losses(make_batch()).sources
+    assert float(terms["near"].aligned) == 1
+    assert float(terms["far"].aligned) == pytest.approx((4 + 2 + 3 + 2) / (5 + 4 + 6 + 2))
 
 
 def test_aligned_share_counts_what_a_cut_response_lacks():
@@ -152,15 +152,15 @@ def test_aligned_share_counts_what_a_cut_response_lacks():
     far = batch["sources"]["far"]
     far["labels"] = far["labels"].masked_fill(far["response_ends"] > 0, -100)
     far["response_ends"] = far["response_ends"].clamp(max=0)
-    assert float(make().losses(batch).aligned["far"]) == pytest.approx(4 / 17)  # the prompts' ends alone
+    assert float(make().losses(batch).sources["far"].aligned) == pytest.approx(4 / 17)  # the prompts' ends alone
 
 
 def test_a_source_that_is_the_pivot_has_nothing_to_teach():
     module = GLDFusionModule(make_model(0, PIVOT_SIZE), {"twin": make_model(0, PIVOT_SIZE)}, top_k=4)
     losses = module.losses(make_batch())
-    assert losses.uld["twin"].item() == pytest.approx(0, abs=1e-6)
-    assert losses.gld["twin"].item() == pytest.approx(0, abs=1e-5)
-    assert float(losses.aligned["twin"]) == 1
+    assert losses.sources["twin"].uld.item() == pytest.approx(0, abs=1e-6)
+    assert losses.sources["twin"].gld.item() == pytest.approx(0, abs=1e-5)
+    assert float(losses.sources["twin"].aligned) == 1
 
 
 def test_padded_vocabulary_is_not_another_one():
@@ -181,17 +181,16 @@ def test_padded_vocabulary_is_not_another_one():
         GLDFusionModule(pivot, {"near": make_model(2, PIVOT_SIZE)}, PIVOT_SIZE, top_k=4) for pivot in (small, large)
     ]
     one, other = (module.losses(batch) for module in modules)
-    torch.testing.assert_close(one.uld, other.uld)
-    torch.testing.assert_close(one.gld, other.gld)
+    torch.testing.assert_close(one.sources["near"], other.sources["near"])
 
 
 def test_batches_without_ends_are_one_text_in_one_vocabulary():
     module, batch = GLDFusionModule(make_model(0, 40), {"near": make_model(1, 40)}, top_k=4), make_batch()
     plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     losses = module.losses(plain)
-    assert float(losses.aligned["near"]) == 1
-    uld = module.losses(batch).uld["near"]  # the end token is predicted in both, and nothing follows it
-    torch.testing.assert_close(losses.uld["near"], uld)
+    assert float(losses.sources["near"].aligned) == 1
+    uld = module.losses(batch).sources["near"].uld  # the end token is predicted in both, and nothing follows it
+    torch.testing.assert_close(losses.sources["near"].uld, uld)
 
 
 # ---------------------------------------------------------------------- the same however a batch is cut
@@ -347,9 +346,9 @@ def test_a_response_that_a_source_does_not_see_is_left_out():
     model, batch = quiet(make()), make_batch()
     batch["sources"]["far"]["labels"][1] = -100
     losses = model.losses(batch)
-    assert all(value.isfinite() for part in losses[1:] for value in part.values())
-    alone = [model.losses(make_batch([r])).gld["far"] for r in (0, 2, 3)]
-    torch.testing.assert_close(losses.gld["far"], sum(alone) / 4)
+    assert all(value.isfinite() for terms in losses.sources.values() for value in terms)
+    alone = [model.losses(make_batch([r])).sources["far"].gld for r in (0, 2, 3)]
+    torch.testing.assert_close(losses.sources["far"].gld, sum(alone) / 4)
 
 
 def test_a_source_that_emits_nan_is_named():
@@ -389,8 +388,8 @@ def test_ruled_out_tokens_cannot_be_standardised():
     source._logits = lambda rows: original(rows) + ruled_out
     with pytest.raises(ValueError, match="source 'near' to be of one scale"):
         model.losses(batch)
-    model.graphs.values = "softmax"
-    assert all(value.isfinite() for value in model.losses(batch).gld.values())
+    model.criterion.graphs.values = "softmax"
+    assert all(terms.gld.isfinite() for terms in model.losses(batch).sources.values())
 
 
 def test_the_pivot_as_its_own_source():

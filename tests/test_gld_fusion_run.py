@@ -17,7 +17,7 @@ from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.datamodules.tokenization import tokenizer_id as id_in_batches
-from lit_logits.modules import LogitCache, load_source, new_causal_lm, tokenizer_id
+from lit_logits.modules import LogitCache, LogitSource, load_source, new_causal_lm, tokenizer_id
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAIRS = [
@@ -238,6 +238,13 @@ def test_foreign_and_stale_caches_are_refused(models):
     load_tokenizer(models / "wide").save_pretrained("changed")
     with pytest.raises(ValueError, match="`model_digest` was"):
         write_caches(models, sources={"wide": "changed", "narrow": str(models / "narrow")})
+
+
+def test_a_device_map_pins_a_source(models):
+    """And loaded models stay where they are, unless that is the CPU, from which they follow the batches."""
+    assert load_source(str(models / "wide"), "wide", {"device_map": "cpu"}).pinned
+    assert not load_source(str(models / "wide"), "wide").pinned
+    assert LogitSource(AutoModelForCausalLM.from_pretrained(models / "wide").to("meta")).pinned
 
 
 def test_a_source_whose_tokenizer_the_data_do_not_name(models):

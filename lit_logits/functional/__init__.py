@@ -71,9 +71,16 @@ from lit_logits.functional.neural_collapse import (
     relative_spread,
     simplex_gap,
 )
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, sample_mean
 from lit_logits.functional.task_arithmetic import add_task_vectors
-from lit_logits.functional.top_k_logits import LogitValues, TopKLogits, top_k_logits, top_k_values
+from lit_logits.functional.top_k_logits import (
+    LogitValues,
+    TopKLogits,
+    gather_positions,
+    place_rows,
+    top_k_logits,
+    top_k_values,
+)
 from lit_logits.functional.vq_decoding import (
     GreedyTables,
     SamplingTables,
@@ -139,6 +146,7 @@ __all__ = [
     "frequency_assignment",
     "fuse_logits",
     "fusion_weights",
+    "gather_positions",
     "graph_strengths",
     "greedy_tables",
     "gw_objective",
@@ -151,12 +159,14 @@ __all__ = [
     "nearest_centroids",
     "neural_collapse",
     "node_strengths",
+    "place_rows",
     "ppl_floor",
     "project_conflicting_gradient",
     "random_assignment",
     "reassign_tokens",
     "reduce_tokens",
     "relative_spread",
+    "sample_mean",
     "sampling_tables",
     "scatter_code_logits",
     "simplex_gap",

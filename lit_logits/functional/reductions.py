@@ -1,6 +1,6 @@
 """Reductions over the tokens that count, and the precision that they are made in.
 
-Letters: N tokens of which some are ignored.
+Letters: N tokens of which some are ignored; B samples of T positions.
 """
 
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "at_least_float32", "reduce_tokens"]
+__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -51,3 +51,23 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
     if reduction == "mean":
         return values.sum() / mask.sum().clamp(min=1)
     raise ValueError(f"Expected `reduction` to be 'mean', 'sum' or 'none', but got {reduction!r}.")
+
+
+def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over samples of the mean over what counts in each; a sample where nothing does gives 0, and counts.
+
+    Each sample weighs the same. A mean over all tokens could not be the same for a batch and for its parts, which have
+    other numbers of tokens; this one is, for parts of equally many samples, without a word between ranks or
+    micro-batches.
+
+    Args:
+        values: (B, T); values at masked-out positions must be finite.
+        mask: boolean (B, T).
+
+    Example:
+        >>> values, mask = torch.tensor([[1.0, 3.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]])
+        >>> sample_mean(values, mask)  # of 2 and 6
+        tensor(4.)
+
+    """
+    return (reduce_tokens(values, mask, "none").sum(-1) / mask.sum(-1).clamp(min=1)).mean()

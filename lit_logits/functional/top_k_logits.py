@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["LogitValues", "TopKLogits", "top_k_logits", "top_k_values"]
+__all__ = ["LogitValues", "TopKLogits", "gather_positions", "place_rows", "top_k_logits", "top_k_values"]
 
 LogitValues = Literal["softmax", "standardize", "logits"]
 
@@ -94,6 +94,53 @@ def top_k_values(top: TopKLogits, values: LogitValues) -> Tensor:
         # Not with the moments of the k values: their sum would be 0, and with it every node strength of the graph.
         return (top.log_probs + (top.log_normalizer - top.mean).unsqueeze(-1)) / top.std.unsqueeze(-1).clamp(min=1e-6)
     raise ValueError(f"Expected values to be 'softmax', 'standardize' or 'logits', but got {values!r}.")
+
+
+def place_rows(rows: TopKLogits, mask: Tensor) -> TopKLogits:
+    """Put the rows of positions that count at their places; elsewhere there are zeros.
+
+    Args:
+        rows: (N, ...) of the positions where `mask` is true, in their order.
+        mask: boolean (B, T).
+
+    Returns:
+        (B, T, ...).
+
+    Example:
+        >>> rows = top_k_logits(torch.tensor([[0.0, 0.0]]), 1)
+        >>> place_rows(rows, torch.tensor([[False, True]])).log_probs.squeeze(-1)
+        tensor([[ 0.0000, -0.6931]])
+
+    """
+    places = mask.flatten().nonzero().squeeze(1)
+
+    def place(tensor: Tensor) -> Tensor:
+        empty = tensor.new_zeros(mask.numel(), *tensor.shape[1:])
+        return empty.index_copy(0, places, tensor).view(*mask.shape, *tensor.shape[1:])
+
+    return TopKLogits(*map(place, rows))
+
+
+def gather_positions(top: TopKLogits, index: Tensor) -> TopKLogits:
+    """Those of other positions.
+
+    Args:
+        top: (B, U, ...).
+        index: (B, T) positions in [0, U).
+
+    Returns:
+        (B, T, ...).
+
+    Example:
+        >>> top = top_k_logits(torch.tensor([[[0.0, 0.0], [0.0, 9.0]]]), 1)
+        >>> gather_positions(top, torch.tensor([[1, 1, 0]])).token_ids.squeeze(-1).shape
+        torch.Size([1, 3])
+
+    """
+    wide = index.unsqueeze(-1)
+    return TopKLogits(
+        *(t.gather(1, wide.expand(-1, -1, t.shape[-1])) if t.ndim == 3 else t.gather(1, index) for t in top)
+    )
 
 
 class _TopKLogits(torch.autograd.Function):

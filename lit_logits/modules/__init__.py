@@ -52,6 +52,7 @@ from lit_logits.modules.fused_decoding import (
 )
 from lit_logits.modules.fusion_models import (
     FusionModels,
+    check_causal_lm,
     check_same_tokenizer,
     digest_model,
     eos_token_ids,
@@ -59,7 +60,7 @@ from lit_logits.modules.fusion_models import (
     load_fusion_models,
     num_logits,
 )
-from lit_logits.modules.gld_fusion import GraphAlignment
+from lit_logits.modules.gld_fusion import FusionCriterion, GraphAlignment, SourceTerms
 from lit_logits.modules.head_init import (
     HeadInit,
     choose_init,
@@ -81,13 +82,13 @@ from lit_logits.modules.logit_sources import (
     LogitSource,
     counted_positions,
     load_source,
-    place_rows,
     tokenizer_id,
     view_of,
 )
 from lit_logits.modules.lora import add_lora, has_lora, merged_state_dict, save_merged
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.run_settings import differing_settings
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
 from lit_logits.modules.vq_logits import CodebookUpdate, MappingStrategy, VQLogitsHead
 
@@ -110,6 +111,7 @@ __all__ = [
     "FusedCausalLM",
     "FusedScores",
     "FusedStep",
+    "FusionCriterion",
     "FusionModels",
     "FusionTrace",
     "GradAlign",
@@ -124,12 +126,14 @@ __all__ = [
     "ShuffleNetV2",
     "SmallModels",
     "SourceLogits",
+    "SourceTerms",
     "TokenMean",
     "VQLogitsHead",
     "WideResNet",
     "accepted_inputs",
     "add_lora",
     "calibrate",
+    "check_causal_lm",
     "check_decoding",
     "check_same_tokenizer",
     "choose_init",
@@ -138,6 +142,7 @@ __all__ = [
     "describe_cache",
     "describe_head",
     "describe_untying",
+    "differing_settings",
     "digest_model",
     "eos_token_ids",
     "find_classifier",
@@ -161,7 +166,6 @@ __all__ = [
     "mobilenetv2",
     "new_causal_lm",
     "num_logits",
-    "place_rows",
     "position_ids_of",
     "read_weights",
     "resnet8",

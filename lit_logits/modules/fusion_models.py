@@ -18,6 +18,7 @@ from lit_logits.modules.backbone import load_causal_lm
 
 __all__ = [
     "FusionModels",
+    "check_causal_lm",
     "check_same_tokenizer",
     "digest_model",
     "eos_token_ids",
@@ -194,16 +195,26 @@ def digest_model(model: PreTrainedModel) -> str:
     return sha.hexdigest()[:16]
 
 
-def _load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
-    model = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
+def check_causal_lm(model: Any, label: str) -> None:
+    """Raise unless `model`, called `label` in the error, is a decoder of transformers with its output layer.
+
+    Raises:
+        ValueError: if it is not.
+
+    """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
-            f"Expected `{label}` to be a causal language model of transformers, or the name of one, but got"
+            f"Expected {label} to be a causal language model of transformers, or the name of one, but got"
             f" {_said(model)}."
         )
     if model.config.is_encoder_decoder:
-        raise ValueError(f"Expected `{label}` to be decoder-only, but {type(model).__name__} has an encoder.")
-    return model
+        raise ValueError(f"Expected {label} to be decoder-only, but {type(model).__name__} has an encoder.")
+
+
+def _load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
+    loaded = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
+    check_causal_lm(loaded, f"`{label}`")
+    return cast(PreTrainedModel, loaded)
 
 
 def _merge(base: PreTrainedModel, experts: list[PreTrainedModel], weight: float) -> PreTrainedModel:

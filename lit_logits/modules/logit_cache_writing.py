@@ -28,6 +28,7 @@ from lit_logits.modules.logit_cache import (
     SourceLogits,
     describe_cache,
 )
+from lit_logits.modules.run_settings import differing_settings
 
 __all__ = [
     "begin_cache",
@@ -82,13 +83,7 @@ def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
             f"Expected {folder} to be a logit cache of version {CACHE_VERSION}, but got version"
             f" {description.get('version')}. {advice}"
         )
-    there = description["settings"]
-    differing = [
-        f"`{name}` was {_said(there, name)} there and is {_said(settings, name)} now"
-        for name in {**there, **settings}
-        if _said(there, name) != _said(settings, name)
-    ]
-    if differing:
+    if differing := differing_settings(description["settings"], settings):
         return f"Expected {folder} to hold logits of these settings, but {', '.join(differing)}. {advice}"
     try:
         if description["complete"]:
@@ -177,10 +172,6 @@ def find_parts(folder: Path) -> list[Path]:
 def offsets_of(lengths: Tensor) -> Tensor:
     """(S + 1,) from 0, of (S,)."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).long()
-
-
-def _said(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "absent"
 
 
 def write_description(folder: Path, settings: Mapping[str, Any], **state: Any) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_logits.functional import TopKLogits, top_k_logits
+from lit_logits.functional import TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.backbone import load_backbone, load_causal_lm
-from lit_logits.modules.fusion_models import digest_model, find_tokenizer, num_logits
+from lit_logits.modules.fusion_models import check_causal_lm, digest_model, find_tokenizer, num_logits
 from lit_logits.modules.logit_cache import LogitCache, SourceLogits, is_logit_cache
 
-__all__ = ["LogitSource", "counted_positions", "load_source", "place_rows", "tokenizer_id", "view_of"]
+__all__ = ["LogitSource", "counted_positions", "load_source", "tokenizer_id", "view_of"]
 
 Model = nn.Module | str
 
@@ -53,13 +53,7 @@ class LogitSource:
         pinned: bool | None = None,
         chunk_size: int = 1024,
     ) -> None:
-        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-            raise ValueError(
-                f"Expected the source {name!r} to be a causal language model of transformers, the name of one or the"
-                f" folder of a logit cache, but got {type(model).__name__}."
-            )
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"Expected the source {name!r} to be decoder-only, but {type(model).__name__} is not.")
+        check_causal_lm(model, f"the source {name!r}")
         self.model = model.eval().requires_grad_(False)
         self.name, self.origin, self.chunk_size = name, origin or type(model).__name__, chunk_size
         self.pinned = _input_device(model).type != "cpu" if pinned is None else pinned
@@ -190,17 +184,6 @@ def counted_positions(view: Mapping[str, Tensor]) -> Tensor:
     """(B, T) positions that predict a label and, where `response_ends` tells, have read nothing behind the response."""
     mask = F.pad(view["labels"][:, 1:] != -100, (0, 1))
     return mask & (view["response_ends"] >= 0) if "response_ends" in view else mask
-
-
-def place_rows(rows: TopKLogits, mask: Tensor) -> TopKLogits:
-    """Put the N rows of positions that count at their places in (B, T); elsewhere there are zeros."""
-    places = mask.flatten().nonzero().squeeze(1)
-
-    def place(tensor: Tensor) -> Tensor:
-        empty = tensor.new_zeros(mask.numel(), *tensor.shape[1:])
-        return empty.index_copy(0, places, tensor).view(*mask.shape, *tensor.shape[1:])
-
-    return TopKLogits(*map(place, rows))
 
 
 def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
