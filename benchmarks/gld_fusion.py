@@ -1,13 +1,14 @@
 """What fusion does to a pivot: fine-tuning alone, with the token-wise loss, and with the graphs; one source and two.
 
     python -m benchmarks.gld_fusion [--sources wide=models/source_4096 narrow=models/source_2048] [--pivot llama.json]
-        [--seeds 0 1 2] [--steps 300] [--rows 300] [--kd-weight 0.3] [--gld-weight 0.001]
+        [--seeds 0 1 2] [--steps 300] [--rows 300] [--train-rows 1000] [--kd-weight 0.3] [--gld-weight 0.001]
 
 The sources come from lm.yaml and lm_instruct.yaml, as gld_fusion.yaml tells. Their logits are cached once for all runs.
 A seed gives every way the same initial pivot and the same batches. Means ± sample standard deviations over the seeds,
 on the first responses of the test split, which no way trained on: perplexity in the pivot's tokens; agreement, the
 share of aligned positions where the most likely tokens of pivot and source begin alike; the distances that are
-minimised, ULD and GLD over ranks, to each source; and the time of a training step.
+minimised, ULD and GLD over ranks, to each source; and the time of a training step. With `--train-rows` the pivot, its
+BPE and the caches have so many of the training pairs only.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import io
 import json
 import logging
+import random
 import tempfile
 import time
 import warnings
@@ -53,8 +55,22 @@ def make_ways(sources: list[str], gld_weight: float) -> dict[str, dict[str, Any]
     return ways
 
 
+def draw_pairs(source: str, train_rows: int, folder: str) -> None:
+    """Write some of the training pairs, always the same, 200 to validate and all to test with, as JSON Lines."""
+    splits = InstructionDataModule(source).pairs.splits
+    drawn = {
+        "train": random.Random(0).sample(splits["train"], train_rows),
+        "validation": splits["val"][:200],
+        "test": splits["test"],
+    }
+    for name, pairs in drawn.items():
+        lines = [json.dumps({"prompt": pair.prompt, "response": pair.response}) + "\n" for pair in pairs]
+        Path(folder, f"{name}.jsonl").write_text("".join(lines))
+
+
 def make_data(args: argparse.Namespace, sources: dict[str, str], **kwargs: Any) -> InstructionDataModule:
     shared: dict[str, Any] = {"bpe_vocab_size": 3072, "max_length": 256, "batch_size": 8, "max_test_rows": args.rows}
+    shared["cache_dir"] = args.cache_dir
     return InstructionDataModule(args.data, tokenizer=args.tokenizer, source_tokenizers=sources, **shared, **kwargs)
 
 
@@ -141,6 +157,7 @@ def main() -> None:
     parser.add_argument("--pivot", help="JSON file of a config, or a model; default a small Llama")
     parser.add_argument("--tokenizer", help="of the pivot; default a BPE trained on the pairs")
     parser.add_argument("--data", default="python-questions")
+    parser.add_argument("--train-rows", type=int, help="draw so many of the training pairs; default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=300)
@@ -148,6 +165,7 @@ def main() -> None:
     parser.add_argument("--kd-weight", type=float, default=0.3)
     parser.add_argument("--gld-weight", type=float, default=0.001)
     parser.add_argument("--ways", nargs="+", help="only those whose label holds one of these")
+    parser.set_defaults(cache_dir=None)
     args = parser.parse_args()
     if args.pivot is None:
         args.pivot = PIVOT
@@ -156,7 +174,10 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     sources = dict(source.split("=", 1) for source in args.sources)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as drawn:
+        if args.train_rows is not None:
+            draw_pairs(args.data, args.train_rows, drawn)
+            args.data, args.cache_dir = drawn, folder  # a cache of a temporary folder's pairs would not be found again
         start = time.perf_counter()
         caches = write_caches(args, sources, folder)
         print(f"caches written in {time.perf_counter() - start:.0f} s", flush=True)
