@@ -1,7 +1,6 @@
 """`SavePretrained`: the model of transformers that is trained, as a folder for `from_pretrained`."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.modules.lora import save_merged
+from lit_logits.modules import check_model_folder, replace_folder, restore_replaced, save_merged
 
 __all__ = ["SavePretrained"]
 
@@ -23,11 +22,11 @@ class SavePretrained(Callback):
     """Keep the transformers model inside the LightningModule, at its best validation, in a `from_pretrained` folder.
 
     The model is the first in the order of `modules()` that has an output layer and is trained (if none is yet, the
-    first of all). It is saved when a validation's `monitor` is better than all before; if there is no validation, or
-    its number is none, at the end. The data module's `tokenizer` is saved with it, if there is one, and its ids of
-    begin, end and padding are the model's in the folder, as the texts that trained it end so; only a list of ends that
-    has the tokenizer's among them stays. LoRA adapters are merged into the weights, in the folder alone. A folder is
-    replaced as a whole or not at all.
+    first of all); a `VQLogitsLM` is saved with its compressed head instead. It is saved when a validation's `monitor`
+    is better than all before; if there is no validation, or its number is none, at the end. The data module's
+    `tokenizer` is saved with it, if there is one, and its ids of begin, end and padding are the model's in the folder,
+    as the texts that trained it end so; only a list of ends that has the tokenizer's among them stays. LoRA adapters
+    are merged into the weights, in the folder alone. A folder is replaced as a whole or not at all.
 
     A resumed run knows the best of the run before and where it is, and leaves it alone until it is better.
 
@@ -36,6 +35,8 @@ class SavePretrained(Callback):
             replaced.
         monitor: a logged metric; None saves at the end only.
         mode: whether the least or the greatest is best.
+        head: of a `VQLogitsLM`: `compact`, packed codes for this library, or `dense`, decoded rows in the original
+            architecture.
 
     Raises:
         ValueError: if `mode` is neither; at the start of fit if the folder holds anything else, if there is no such
@@ -48,11 +49,15 @@ class SavePretrained(Callback):
     """
 
     def __init__(
-        self, folder: str | None = None, monitor: str | None = "val/loss", mode: Literal["min", "max"] = "min"
+        self,
+        folder: str | None = None,
+        monitor: str | None = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        head: Literal["compact", "dense"] = "compact",
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
-        self.folder, self.monitor, self.mode = folder, monitor, mode
+        self.folder, self.monitor, self.mode, self.head = folder, monitor, mode, head
         self.best: float | None = None
         self.saved_in: str | None = None
         self._path = Path()
@@ -74,16 +79,18 @@ class SavePretrained(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, and refuse what could not be saved."""
         _check_whole(trainer.strategy)
-        self._name = _model_name(pl_module)
+        if not _exports(pl_module):
+            self._name = _model_name(pl_module)
+        elif type(trainer.strategy).lightning_module_state_dict is not Strategy.lightning_module_state_dict:
+            raise ValueError(
+                f"Expected a strategy whose weights are whole for {type(pl_module).__name__}, but got"
+                f" {type(trainer.strategy).__name__}. Use DDP."
+            )
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
-        replaced = self._beside("replaced")
-        if trainer.is_global_zero and replaced.is_dir():  # a kill came between the two renames, or soon after
-            shutil.rmtree(replaced) if self._path.exists() else replaced.rename(self._path)
+        if trainer.is_global_zero:
+            restore_replaced(self._path)
         trainer.strategy.barrier()
-        names = sorted(path.name for path in self._path.iterdir()) if self._path.is_dir() else []
-        if (names and "config.json" not in names) or self._path.is_file():
-            holds = f"holds {names[0]!r}" if names else "is a file"
-            raise ValueError(f"Expected `folder` to be new, empty or a saved model, but {self._path} {holds}.")
+        check_model_folder(self._path)
         is_there = self.saved_in is not None and Path(self.saved_in, "config.json").is_file()
         if not trainer.strategy.broadcast(is_there):
             self.best = self.saved_in = None
@@ -121,21 +128,21 @@ class SavePretrained(Callback):
             return
         weights = self._gathered_weights(trainer)
         if trainer.is_global_zero:
-            partial, replaced = self._beside("partial"), self._beside("replaced")
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
-            model: Any = trainer.lightning_module.get_submodule(self._name)
-            save_merged(model, partial, weights)
-            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-                tokenizer.save_pretrained(partial)
-                for config in filter(None, (model.config, getattr(model, "generation_config", None))):
-                    _with_ids(config, tokenizer).save_pretrained(partial)
-            if self._path.exists():
-                self._path.rename(replaced)
-            partial.rename(self._path)
-            shutil.rmtree(replaced, ignore_errors=True)
+            replace_folder(self._path, lambda folder: self._write(trainer, folder, weights))
         self.saved_in = str(self._path)
+
+    def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        pl_module, tokenizer = trainer.lightning_module, getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if _exports(pl_module):
+            model: Any = pl_module.to_pretrained(self.head)  # type: ignore[operator]
+            model.save_pretrained(folder)
+        else:
+            model = pl_module.get_submodule(self._name)
+            save_merged(model, folder, weights)
+        if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(folder)
+            for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+                _with_ids(config, tokenizer).save_pretrained(folder)
 
     def _gathered_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
         """The model's, where they are in pieces: all ranks must come. Else None."""
@@ -146,8 +153,10 @@ class SavePretrained(Callback):
         state = strategy.lightning_module_state_dict()
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
-    def _beside(self, suffix: str) -> Path:
-        return self._path.with_name(f"{self._path.name}.{suffix}")
+
+def _exports(pl_module: LightningModule) -> bool:
+    """Whether the module makes a model of transformers of itself."""
+    return callable(getattr(pl_module, "to_pretrained", None))
 
 
 def _model_name(pl_module: LightningModule) -> str:

@@ -3,8 +3,9 @@
 Letters: B batch, T sequence, d hidden size, V vocabulary, K codes.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
-from copy import copy
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -13,23 +14,32 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from lit_logits.functional import check_labels
+from lit_logits.functional import MetricKind, ResidualVQLosses, check_labels, reduce_tokens, stages_by_rank
 from lit_logits.modules import (
+    CausalBackbone,
     CodebookUpdate,
     DenseLogitsHead,
     HeadInit,
     MappingStrategy,
+    OriginalOutput,
+    ResidualVQLogitsHead,
     TokenMean,
     VQLogitsHead,
     calibrate,
+    check_model_folder,
     choose_init,
+    compact_model,
+    dense_model,
     describe_head,
     describe_untying,
     initialize_dense_head,
+    initialize_residual_head,
     initialize_vq_head,
     load_backbone,
     make_optimizers,
+    replace_folder,
 )
 
 __all__ = ["VQLogitsLM"]
@@ -49,6 +59,11 @@ class VQLogitsLM(LightningModule):
             vocabulary, which must not be smaller.
         head: `vq`, or `dense` for the (V, d) baseline in the same module.
         codebook_size: K.
+        num_groups: G codebooks, each for d/G dimensions of a pretrained output layer. More than one, or more than one
+            stage, makes a `ResidualVQLogitsHead`, which keeps the quality of a pretrained model.
+        num_stages: residual stages of all tokens, or tiers {frequency rank: stages}; see `stages_by_rank`.
+        byte_budget: share of the bfloat16 dense layer that the head may take; chooses the tiers, up to `num_stages`.
+        metric: what of E[h hᵀ] the fit of residual codes uses; see `metric_matrix`.
         bias: learn a bias for each token. Without it (the paper's head) tokens of one code are always equally likely.
         init: how codes start: `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
             `weighted_kmeans` on the rows of a pretrained output layer. Default: `weighted_kmeans` with a pretrained
@@ -58,6 +73,9 @@ class VQLogitsLM(LightningModule):
         mapping: `fixed`, `learned` or `reassigned`; see `VQLogitsHead`.
         codebook_update: `gradient` or `ema`; see `VQLogitsHead`.
         commitment_weight: weight of the commitment loss of latents.
+        kd_weight: share of KL(original ‖ ours) in the loss, in [0, 1]; the rest is cross-entropy. The original model is
+            kept frozen and out of checkpoints; validation then logs `val/kl`, and `val/ppl_ratio` to it.
+        freeze_backbone: train the head alone.
         decay: of the EMA codebook, a step.
         reassign_every_n_steps: how often a `learned` or `reassigned` mapping is renewed.
         optimizer: callable that takes the parameters.
@@ -87,6 +105,10 @@ class VQLogitsLM(LightningModule):
         *,
         head: Literal["vq", "dense"] = "vq",
         codebook_size: int = 512,
+        num_groups: int = 1,
+        num_stages: int | dict[int, int] = 1,
+        byte_budget: float | None = None,
+        metric: MetricKind = "full",
         bias: bool = True,
         init: HeadInit | None = None,
         count_power: float = 0.75,
@@ -96,6 +118,8 @@ class VQLogitsLM(LightningModule):
         commitment_weight: float = 0.25,
         decay: float = 0.99,
         reassign_every_n_steps: int = 100,
+        kd_weight: float = 0.0,
+        freeze_backbone: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -104,19 +128,39 @@ class VQLogitsLM(LightningModule):
         self.save_hyperparameters(
             ignore=["optimizer", "lr_scheduler"] if plain else ["optimizer", "lr_scheduler", "backbone"]
         )
-        _check_options(calibration_batches, count_power, commitment_weight)
+        _check_options(calibration_batches, count_power, commitment_weight, kd_weight)
         parts = load_backbone(backbone, vocab_size=vocab_size)
         pretrained = parts.output_weight is not None
         if parts.output_bias is not None and not bias:
             raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
+        self.original = _original(parts, kd_weight, freeze_backbone) if kd_weight else None
         self.backbone = parts.model.train()  # `from_pretrained` leaves it in eval mode
+        if freeze_backbone:
+            self.backbone.requires_grad_(False)
+        self.freeze_backbone, self.kd_weight = freeze_backbone, kd_weight
         self.init = choose_init(init, pretrained=pretrained)
+        self.num_stages, self.byte_budget, self.metric = num_stages, byte_budget, metric
         self.count_power, self.calibration_batches = count_power, calibration_batches
         self.commitment_weight = commitment_weight
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
-        self.head: VQLogitsHead | DenseLogitsHead
-        if head == "vq":
+        self.head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead
+        if head == "vq" and (num_groups > 1 or num_stages != 1 or byte_budget is not None):
+            if self.init != "weighted_kmeans" or mapping != "fixed" or codebook_update != "gradient":
+                raise ValueError(
+                    "Expected a pretrained backbone, init='weighted_kmeans', mapping='fixed' and"
+                    " codebook_update='gradient' for residual product codes (`num_groups`, `num_stages`,"
+                    f" `byte_budget`), but got init={self.init!r}, {mapping!r} and {codebook_update!r}."
+                )
+            self.head = ResidualVQLogitsHead(
+                parts.hidden_size,
+                parts.vocab_size,
+                codebook_size,
+                num_groups=num_groups,
+                token_stages=stages_by_rank(torch.ones(parts.vocab_size), num_stages),
+                bias=bias,
+            )
+        elif head == "vq":
             self.head = VQLogitsHead(
                 parts.hidden_size,
                 parts.vocab_size,
@@ -128,6 +172,8 @@ class VQLogitsLM(LightningModule):
                 reassign_every_n_steps=reassign_every_n_steps,
             )
             self.head.bind_token_table(cast(nn.Embedding, parts.model.get_input_embeddings()))
+            if kd_weight and self.head.latents is not None:
+                raise ValueError("Expected mapping='fixed' or 'reassigned' with `kd_weight`, but got latents.")
         elif head == "dense":
             self.head = DenseLogitsHead(parts.hidden_size, parts.vocab_size, bias=bias)
             self.head.copy_output_layer(parts.output_weight, parts.output_bias)
@@ -135,10 +181,20 @@ class VQLogitsLM(LightningModule):
             raise ValueError(f"Expected `head` to be 'vq' or 'dense', but got {head!r}.")
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = (parts.output_weight, parts.output_bias) if head == "vq" else (None, None)
+        self._generation_config = parts.generation_config
         self.register_buffer("head_ready", torch.tensor(head == "dense" and pretrained))
         self.val_nll, self.test_nll = TokenMean(), TokenMean()
+        self.val_kl, self.test_kl = TokenMean(), TokenMean()
+        self.val_original_nll, self.test_original_nll = TokenMean(), TokenMean()
         if parts.tied:
             rank_zero_info(describe_untying(parts, self.head))
+
+    def train(self, mode: bool = True) -> "VQLogitsLM":
+        """Switch between training and evaluation; a frozen backbone stays in evaluation."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
 
     # ------------------------------------------------------------------ forward
 
@@ -156,6 +212,15 @@ class VQLogitsLM(LightningModule):
         labels = batch["labels"][:, 1:]
         return self.head.loss(hidden, labels, **kwargs), labels
 
+    def _losses(self, batch: Mapping[str, Tensor], original: OriginalOutput) -> tuple[ResidualVQLosses, Tensor]:
+        """Losses of each next token beside those of the original model, and the shifted labels (B, T − 1)."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+        hidden = self.hidden_states(**inputs).last_hidden_state
+        target = original.target(hidden, **inputs)
+        target = target._replace(hidden=target.hidden[:, :-1])
+        labels = batch["labels"][:, 1:]
+        return self.head.losses(hidden[:, :-1], labels, target=target), labels
+
     # ------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
@@ -171,7 +236,14 @@ class VQLogitsLM(LightningModule):
             check_labels(batch["labels"], self.head.vocab_size, wait=True)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy and, with latents, the commitment loss."""
+        """Cross-entropy; with latents the commitment loss, with an original model the divergence from it."""
+        if self.original is not None:
+            losses, labels = self._losses(batch, self.original)
+            ce, kd = (reduce_tokens(values, labels != -100, "mean") for values in losses[:2])
+            self.log_dict({"train/loss_ce": ce, "train/loss_kd": kd})
+            loss = self.kd_weight * kd + (1 - self.kd_weight) * ce
+            self.log("train/loss", loss, prog_bar=True)
+            return loss
         loss, _ = self._loss(batch)
         if isinstance(self.head, VQLogitsHead) and self.head.latents is not None:
             commitment = self.head.commitment_loss()
@@ -203,29 +275,39 @@ class VQLogitsLM(LightningModule):
     on_test_start = on_validation_start
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Sum the loss over tokens."""
-        self._evaluate(batch, self.val_nll)
+        """Sum the losses over tokens."""
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Sum the loss over tokens."""
-        self._evaluate(batch, self.test_nll)
+        """Sum the losses over tokens."""
+        self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("val", self.val_nll)
+        self._log_perplexity("val")
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("test", self.test_nll)
+        self._log_perplexity("test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], metric: TokenMean) -> None:
-        losses, labels = self._loss(batch, reduction="none")
-        metric.update(losses[labels != -100])
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+        if self.original is None:
+            values, labels = self._loss(batch, reduction="none")
+            getattr(self, f"{stage}_nll").update(values[labels != -100])
+            return
+        losses, labels = self._losses(batch, self.original)
+        for name, values in zip(("nll", "kl", "original_nll"), losses, strict=True):
+            getattr(self, f"{stage}_{name}").update(values[labels != -100])
 
-    def _log_perplexity(self, stage: str, metric: TokenMean) -> None:
-        nll = metric.compute()
-        self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
-        metric.reset()
+    def _log_perplexity(self, stage: str) -> None:
+        nll, kl, original_nll = (getattr(self, f"{stage}_{name}") for name in ("nll", "kl", "original_nll"))
+        loss = nll.compute()
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/ppl": loss.exp()}, prog_bar=True)
+        if self.original is not None:
+            ratio = (loss - original_nll.compute()).exp()
+            self.log_dict({f"{stage}/kl": kl.compute(), f"{stage}/ppl_ratio": ratio}, prog_bar=True)
+        for metric in (nll, kl, original_nll):
+            metric.reset()
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of each next token in nats (0 where ignored) and the most likely next token, both (B, T − 1)."""
@@ -301,17 +383,31 @@ class VQLogitsLM(LightningModule):
 
         `fit` does so by itself. Call it before `fit` where parameters are sharded (FSDP).
         """
-        needs_moment = isinstance(self.head, VQLogitsHead) and self.init == "weighted_kmeans"
+        weight, bias = self._output_layer
+        is_residual = isinstance(self.head, ResidualVQLogitsHead)
+        needs_moment = is_residual or (isinstance(self.head, VQLogitsHead) and self.init == "weighted_kmeans")
         calibration = calibrate(
             dataloader,
             num_batches=self.calibration_batches,
             vocab_size=self.head.vocab_size,
             device=self.device,
             backbone=self.backbone if needs_moment else None,
+            output_layer=(weight, bias) if is_residual and weight is not None else None,
             progress_bar=self.global_rank == 0,
         )
-        weight, bias = self._output_layer
-        if isinstance(self.head, VQLogitsHead):
+        if isinstance(self.head, ResidualVQLogitsHead):
+            initialize_residual_head(
+                self.head,
+                calibration,
+                output_weight=cast(Tensor, weight),
+                output_bias=bias,
+                num_stages=self.num_stages,
+                byte_budget=self.byte_budget,
+                metric=self.metric,
+                count_power=self.count_power,
+                progress_bar=self.global_rank == 0,
+            )
+        elif isinstance(self.head, VQLogitsHead):
             initialize_vq_head(
                 self.head,
                 self.init,
@@ -327,8 +423,81 @@ class VQLogitsLM(LightningModule):
         self._output_layer = (None, None)  # frees the dense weights
         rank_zero_info(describe_head(self.head))
 
+    # ------------------------------------------------------------------ export
 
-def _check_options(calibration_batches: int, count_power: float, commitment_weight: float) -> None:
+    def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
+        """The model as one of transformers, sharing its tensors: `generate`, `save_pretrained` and the rest are there.
+
+        Args:
+            head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
+                whose output rows are the decoded codes, so that other programs read it.
+
+        Raises:
+            ValueError: for another `head`, or a token bias that the original architecture has no place for.
+
+        """
+        if head not in ("compact", "dense"):
+            raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
+        backbone = cast(PreTrainedModel, self.backbone)
+        if isinstance(self.head, DenseLogitsHead):
+            raise ValueError("Expected a compressed head to export, but got the dense one.")
+        make = compact_model if head == "compact" else dense_model
+        return make(backbone, self.head, self._generation_config)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        head: Literal["compact", "dense"] = "compact",
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all.
+
+        A `compact` one loads after `import lit_logits`, without `trust_remote_code`.
+
+        Args:
+            folder: new, empty or a saved model, which is replaced.
+            head: see `to_pretrained`.
+            tokenizer: saved with it; default the data module's, where a trainer is attached.
+            dtype: of the weights, such as `torch.bfloat16`; default theirs.
+
+        Raises:
+            ValueError: as `to_pretrained`; for a folder that holds anything else.
+
+        """
+        path = Path(folder).expanduser().resolve()
+        check_model_folder(path)
+        if tokenizer is None and self._trainer is not None:
+            tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        model = self.to_pretrained(head)
+        if dtype is not None:
+            model = copy.deepcopy(model).to(dtype)
+
+        def write(target: Path) -> None:
+            model.save_pretrained(target)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(target)
+
+        replace_folder(path, write)
+
+
+def _original(parts: CausalBackbone, kd_weight: float, freeze_backbone: bool) -> OriginalOutput:
+    """The model as it was, to be imitated; a backbone that is not trained serves both."""
+    if parts.output_weight is None:
+        raise ValueError(
+            f"Expected a pretrained backbone for `kd_weight` {kd_weight}, which imitates its output layer, but the"
+            " backbone is a config with random weights."
+        )
+    if freeze_backbone:
+        return OriginalOutput(parts.output_weight, parts.output_bias)
+    bias = None if parts.output_bias is None else parts.output_bias.clone()
+    return OriginalOutput(parts.output_weight.clone(), bias, copy.deepcopy(parts.model))
+
+
+def _check_options(calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float) -> None:
+    if not 0 <= kd_weight <= 1:
+        raise ValueError(f"Expected `kd_weight` to be in [0, 1], but got {kd_weight}.")
     if calibration_batches < 1:
         raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
     for name, value in (("count_power", count_power), ("commitment_weight", commitment_weight)):
@@ -340,6 +509,6 @@ def _fresh(loader: Any) -> Any:
     """A loader to read ahead of training; persistent workers are one iterator, which training must keep to itself."""
     if not (isinstance(loader, DataLoader) and loader.persistent_workers):
         return loader
-    loader = copy(loader)
+    loader = copy.copy(loader)
     loader._iterator = None
     return loader

@@ -31,6 +31,7 @@ from lit_logits.modules.classifiers import (
     load_classifier,
     tap_features,
 )
+from lit_logits.modules.compact_lm import VQLogitsConfig, VQLogitsForCausalLM, compact_model, dense_model
 from lit_logits.modules.dense_logits import DenseLogitsHead
 from lit_logits.modules.dual_head_kd import (
     AuxHeadKind,
@@ -41,6 +42,7 @@ from lit_logits.modules.dual_head_kd import (
     GradientAligner,
 )
 from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores
+from lit_logits.modules.folders import check_model_folder, replace_folder, restore_replaced
 from lit_logits.modules.fused_decoding import (
     FusedStep,
     FusionTrace,
@@ -67,6 +69,7 @@ from lit_logits.modules.head_init import (
     describe_head,
     describe_untying,
     initialize_dense_head,
+    initialize_residual_head,
     initialize_vq_head,
 )
 from lit_logits.modules.logit_cache import (
@@ -78,16 +81,12 @@ from lit_logits.modules.logit_cache import (
     describe_cache,
     is_logit_cache,
 )
-from lit_logits.modules.logit_sources import (
-    LogitSource,
-    counted_positions,
-    load_source,
-    tokenizer_id,
-    view_of,
-)
+from lit_logits.modules.logit_sources import LogitSource, counted_positions, load_source, tokenizer_id, view_of
 from lit_logits.modules.lora import add_lora, has_lora, merged_state_dict, save_merged
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.original_output import OriginalOutput
+from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, fit_output_layer
 from lit_logits.modules.run_settings import differing_settings
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
 from lit_logits.modules.vq_logits import CodebookUpdate, MappingStrategy, VQLogitsHead
@@ -122,12 +121,16 @@ __all__ = [
     "LogitSource",
     "MappingStrategy",
     "MobileNetV2",
+    "OriginalOutput",
+    "ResidualVQLogitsHead",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "SmallModels",
     "SourceLogits",
     "SourceTerms",
     "TokenMean",
+    "VQLogitsConfig",
+    "VQLogitsForCausalLM",
     "VQLogitsHead",
     "WideResNet",
     "accepted_inputs",
@@ -135,10 +138,13 @@ __all__ = [
     "calibrate",
     "check_causal_lm",
     "check_decoding",
+    "check_model_folder",
     "check_same_tokenizer",
     "choose_init",
     "classifier_logits",
+    "compact_model",
     "counted_positions",
+    "dense_model",
     "describe_cache",
     "describe_head",
     "describe_untying",
@@ -147,8 +153,10 @@ __all__ = [
     "eos_token_ids",
     "find_classifier",
     "find_tokenizer",
+    "fit_output_layer",
     "has_lora",
     "initialize_dense_head",
+    "initialize_residual_head",
     "initialize_vq_head",
     "is_causal_lm",
     "is_encoder",
@@ -168,6 +176,7 @@ __all__ = [
     "num_logits",
     "position_ids_of",
     "read_weights",
+    "replace_folder",
     "resnet8",
     "resnet8x4",
     "resnet20",
@@ -175,6 +184,7 @@ __all__ = [
     "resnet32x4",
     "resnet56",
     "resnet110",
+    "restore_replaced",
     "save_merged",
     "shufflenetv1",
     "shufflenetv2",

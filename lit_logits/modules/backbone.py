@@ -32,6 +32,7 @@ class CausalBackbone(NamedTuple):
         tied: whether the output layer was the input embedding.
         hidden_size: d of the output layer.
         vocab_size: V of the output layer, padding included.
+        generation_config: of the pretrained model, or None.
 
     """
 
@@ -41,6 +42,7 @@ class CausalBackbone(NamedTuple):
     tied: bool
     hidden_size: int
     vocab_size: int
+    generation_config: Any = None
 
 
 def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -132,6 +134,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         tied=output.weight is table.weight,
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0],
+        generation_config=getattr(causal_lm, "generation_config", None),
     )
 
 

@@ -3,15 +3,25 @@
 Letters: d hidden size, V vocabulary, K codes.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lit_logits.functional import Footprint, frequency_assignment, kmeans, unigram_bias, weighted_kmeans
+from lit_logits.functional import (
+    Footprint,
+    MetricKind,
+    broadcast_,
+    frequency_assignment,
+    kmeans,
+    unigram_bias,
+    weighted_kmeans,
+)
 from lit_logits.modules.backbone import CausalBackbone
 from lit_logits.modules.calibration import Calibration
 from lit_logits.modules.dense_logits import DenseLogitsHead
+from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, fit_output_layer
 from lit_logits.modules.vq_logits import VQLogitsHead
 
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "describe_head",
     "describe_untying",
     "initialize_dense_head",
+    "initialize_residual_head",
     "initialize_vq_head",
 ]
 
@@ -105,6 +116,43 @@ def initialize_vq_head(
     head.set_codes(codebook, token_to_code, token_bias=bias, token_counts=counts, latents=latents)
 
 
+def initialize_residual_head(
+    head: ResidualVQLogitsHead,
+    calibration: Calibration,
+    *,
+    output_weight: Tensor,
+    output_bias: Tensor | None = None,
+    num_stages: int | Mapping[int, int] = 1,
+    byte_budget: float | None = None,
+    metric: MetricKind = "full",
+    count_power: float = 0.75,
+    progress_bar: bool = False,
+) -> None:
+    """Fit `head` to a pretrained output layer; under DDP every rank must call it, and gets the codes of rank 0.
+
+    Tokens weigh as often as the pretrained layer expects them in the calibration text, where that was summed, else as
+    often as they occurred. Other arguments as in `fit_output_layer`.
+    """
+    device = head.codebook.device
+    counts = calibration.token_counts if calibration.expected_counts is None else calibration.expected_counts
+    fit = fit_output_layer(
+        output_weight.to(device),
+        codebook_size=head.codebook_size,
+        num_groups=head.num_groups,
+        num_stages=num_stages,
+        byte_budget=byte_budget,
+        token_counts=counts,
+        hidden_second_moment=calibration.hidden_second_moment,
+        metric=metric,
+        count_power=count_power,
+        generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
+        progress_bar=progress_bar,
+    )
+    bias = None if head.token_bias is None else output_bias
+    head.set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
+    broadcast_(*(tensor for tensor in head.state_dict().values() if tensor.numel()))
+
+
 @torch.no_grad()
 def initialize_dense_head(head: DenseLogitsHead, calibration: Calibration) -> None:
     """Start the bias of a new dense head from token counts, as that of a new `VQLogitsHead` does."""
@@ -112,7 +160,7 @@ def initialize_dense_head(head: DenseLogitsHead, calibration: Calibration) -> No
         head.token_bias.copy_(unigram_bias(calibration.token_counts))
 
 
-def describe_head(head: VQLogitsHead | DenseLogitsHead) -> str:
+def describe_head(head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead) -> str:
     """One line on the size of a head beside the dense one, and its floor if it has one."""
     size = head.footprint()
     text = (
@@ -124,7 +172,7 @@ def describe_head(head: VQLogitsHead | DenseLogitsHead) -> str:
     return text
 
 
-def describe_untying(parts: CausalBackbone, head: VQLogitsHead | DenseLogitsHead) -> str:
+def describe_untying(parts: CausalBackbone, head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead) -> str:
     """What breaking the tie of input and output embedding costs."""
     table = parts.vocab_size * parts.hidden_size
     backbone = sum(parameter.numel() for parameter in parts.model.parameters())

@@ -3,16 +3,21 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}).
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lit_logits.functional import (
+    DenseTarget,
     Footprint,
     GreedyTables,
+    MetricKind,
     Reduction,
+    ResidualVQLosses,
     SamplingTables,
+    StageCodes,
     all_reduce_sum_,
     broadcast_,
     check_finite,
@@ -26,15 +31,18 @@ from lit_logits.functional import (
     ppl_floor,
     random_assignment,
     reassign_tokens,
+    residual_vq_losses,
     sampling_tables,
     scatter_code_logits,
     split_heavy_codes,
     straight_through_vq_cross_entropy,
+    unigram_bias,
     vq_cross_entropy,
     vq_footprint,
     vq_greedy,
     vq_sample,
 )
+from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, fit_output_layer
 
 __all__ = ["CodebookUpdate", "MappingStrategy", "VQLogitsHead"]
 
@@ -130,6 +138,65 @@ class VQLogitsHead(nn.Module):
         self.register_load_state_dict_pre_hook(_check_vocabulary)
         self._restart_latents()
 
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        *,
+        codebook_size: int,
+        num_groups: int = 1,
+        num_stages: int | Mapping[int, int] = 1,
+        byte_budget: float | None = None,
+        token_counts: Tensor | None = None,
+        hidden_second_moment: Tensor | None = None,
+        bias: Tensor | None = None,
+        metric: MetricKind = "full",
+        count_power: float = 0.75,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> "VQLogitsHead | ResidualVQLogitsHead":
+        """Compress a pretrained output layer: a head whose logits are near h Wᵀ + b for the hidden states that occur.
+
+        One group and one stage give this class, the paper's head, with a bias that splits each code among its tokens
+        if there are counts; all else gives a `ResidualVQLogitsHead`, whose `from_dense` describes the arguments.
+
+        Example:
+            >>> weight = torch.randn(100, 8)
+            >>> type(VQLogitsHead.from_dense(weight, codebook_size=16)).__name__
+            'VQLogitsHead'
+            >>> head = VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=4, num_stages=2)
+            >>> head(torch.randn(2, 8)).shape
+            torch.Size([2, 100])
+
+        """
+        fit = fit_output_layer(
+            weight,
+            codebook_size=codebook_size,
+            num_groups=num_groups,
+            num_stages=num_stages,
+            byte_budget=byte_budget,
+            token_counts=token_counts,
+            hidden_second_moment=hidden_second_moment,
+            metric=metric,
+            count_power=count_power,
+            generator=generator,
+            progress_bar=progress_bar,
+        )
+        is_single = fit.codebooks.shape[:2] == (1, 1)
+        if is_single and token_counts is not None:
+            split = unigram_bias(token_counts.to(weight.device), fit.codes, codebook_size)
+            bias = split if bias is None else bias + split
+        options: dict[str, Any] = {"bias": bias is not None}
+        with torch.device(weight.device):
+            if is_single:
+                single = cls(weight.shape[1], weight.shape[0], codebook_size, **options).to(fit.codebooks.dtype)
+                single.set_codes(fit.codebooks[0, 0], fit.codes, token_bias=bias, token_counts=token_counts)
+                return single
+            options |= {"num_groups": num_groups, "token_stages": fit.token_stages}
+            head = ResidualVQLogitsHead(weight.shape[1], weight.shape[0], codebook_size, **options)
+        head.to(fit.codebooks.dtype).set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
+        return head
+
     # ------------------------------------------------------------------ logits and loss
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -162,6 +229,25 @@ class VQLogitsHead(nn.Module):
             )
         self._count(labels, ignore_index)
         return loss
+
+    def losses(
+        self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
+    ) -> ResidualVQLosses:
+        """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.
+
+        The target costs O(N·V·d), so this does not use the collapse; in training mode it counts the labels.
+        """
+        if self.training:
+            self._count(labels, ignore_index)
+        return residual_vq_losses(
+            hidden,
+            self.codebook[None, None],
+            [StageCodes(None, self.token_to_code.unsqueeze(1))],
+            labels,
+            token_bias=self.token_bias,
+            target=target,
+            ignore_index=ignore_index,
+        )
 
     def commitment_loss(self) -> Tensor:
         """Mean squared distance of latents to their codes, whose gradient moves the latents; 0 without latents."""

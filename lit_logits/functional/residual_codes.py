@@ -1,0 +1,394 @@
+"""How residual product codes are found: stages fitted to a dense output layer in the metric of its hidden states.
+
+The error of the logits that occur is Σ_v w_v δ_v H δ_vᵀ with δ = W − Ŵ and H = E[h hᵀ]. Groups are coupled through H.
+A code is chosen knowing the errors of all other groups, which it makes up for where it can, so the full metric needs
+no projection of h when the head runs.
+
+Letters: d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_logits.functional.checks import check_finite
+from lit_logits.functional.code_assignment import code_means
+from lit_logits.functional.kmeans import kmeans, nearest_centroids
+from lit_logits.functional.reductions import at_least_float32
+
+__all__ = [
+    "MetricKind",
+    "ResidualCodes",
+    "code_bits",
+    "fit_residual_codes",
+    "metric_matrix",
+    "pack_bits",
+    "stages_by_rank",
+    "stages_for_bytes",
+    "unpack_bits",
+]
+
+MetricKind = Literal["identity", "diagonal", "block", "full"]
+
+
+class ResidualCodes(NamedTuple):
+    """Result of `fit_residual_codes`.
+
+    Attributes:
+        codebooks: (S, G, K, d/G).
+        codes: (Σ_v S_v · G,) int64 in [0, K): stage after stage, in each the tokens that own it in rising order.
+        token_stages: (V,) int64, S_v.
+        error: scalar, Σ_v w_v δ_v H δ_vᵀ / Σ_v w_v.
+
+    """
+
+    codebooks: Tensor
+    codes: Tensor
+    token_stages: Tensor
+    error: Tensor
+
+
+def metric_matrix(hidden_second_moment: Tensor, kind: MetricKind, num_groups: int) -> Tensor:
+    """The part of E[h hᵀ] that a metric keeps: (d, d) float64, made regular by a small ridge.
+
+    Args:
+        hidden_second_moment: (d, d).
+        kind: `identity`; `diagonal`; `block`: within groups; `full`.
+        num_groups: G.
+
+    Raises:
+        ValueError: for another kind, or a moment that is not square, finite and divisible into G groups.
+
+    Example:
+        >>> metric_matrix(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), "diagonal", num_groups=2).round(decimals=3)
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+
+    """
+    size = hidden_second_moment.shape[0]
+    if hidden_second_moment.shape != (size, size):
+        raise ValueError(f"Expected `hidden_second_moment` to be square, but got {tuple(hidden_second_moment.shape)}.")
+    check_finite(hidden_second_moment, "hidden_second_moment")
+    _check_groups(size, num_groups)
+    moment = hidden_second_moment.double()
+    eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
+    if kind == "identity":
+        return eye
+    if kind == "diagonal":
+        moment = moment * eye
+    elif kind == "block":
+        moment = moment * torch.block_diag(*[eye.new_ones(size // num_groups, size // num_groups)] * num_groups)
+    elif kind != "full":
+        raise ValueError(f"Expected `metric` to be 'identity', 'diagonal', 'block' or 'full', but got {kind!r}.")
+    return moment + 1e-5 * moment.diagonal().mean().clamp(min=1e-12) * eye
+
+
+def stages_by_rank(token_counts: Tensor, num_stages: int | Mapping[int, int]) -> Tensor:
+    """How many stages each token owns (V,) int64.
+
+    Args:
+        token_counts: (V,), how often each token occurs; equals rank by id.
+        num_stages: the same for all, or tiers: {rank: stages}, where tokens of frequency rank below 1,000 own 3 stages
+            with {1000: 3, 50000: 1}, and those beyond the largest rank as many as the last tier.
+
+    Raises:
+        ValueError: for tiers without stages, or whose stages grow with the rank.
+
+    Example:
+        >>> stages_by_rank(torch.tensor([5.0, 9.0, 1.0]), {1: 3, 3: 1})
+        tensor([1, 3, 1])
+
+    """
+    tiers = {token_counts.numel(): num_stages} if isinstance(num_stages, int) else dict(sorted(num_stages.items()))
+    stages = list(tiers.values())
+    if not tiers or min(tiers) < 1 or min(stages) < 1 or stages != sorted(stages, reverse=True):
+        raise ValueError(
+            "Expected `num_stages` to be a positive number, or tiers {rank: stages} whose stages are positive and fall"
+            f" as the rank rises, but got {num_stages}."
+        )
+    rank = torch.empty(token_counts.numel(), dtype=torch.int64, device=token_counts.device)
+    rank[token_counts.argsort(descending=True, stable=True)] = torch.arange(rank.numel(), device=rank.device)
+    bounds = torch.tensor(list(tiers)[:-1], dtype=torch.int64, device=rank.device)
+    return torch.tensor(stages, device=rank.device)[torch.bucketize(rank, bounds, right=True)]
+
+
+def stages_for_bytes(
+    token_weights: Tensor, num_code_bytes: float, *, max_stages: int, codebook_size: int, num_groups: int, width: int
+) -> Tensor:
+    """Stages of each token (V,) int64 that minimise the expected error within a number of bytes for the codes.
+
+    A stage of K codes in `width` dimensions leaves about K^(−2/width) of a squared error, so that the s-th stage of
+    token v is worth w_v · K^(−2 s/width): the most valuable ones are bought first, the first of all tokens in any case.
+
+    Args:
+        token_weights: (V,), what an error of each token weighs.
+        num_code_bytes: for the packed codes and the number of stages of each token.
+        max_stages: S.
+        codebook_size: K.
+        num_groups: G.
+        width: d/G.
+
+    Raises:
+        ValueError: if one stage for each token is more than that.
+
+    Example:
+        >>> stages_for_bytes(torch.tensor([9.0, 1.0]), 4, max_stages=2, codebook_size=256, num_groups=1, width=8)
+        tensor([2, 1])
+
+    """
+    vocab_size = token_weights.numel()
+    bits = num_groups * code_bits(codebook_size)
+    affordable = int((num_code_bytes * 8 - vocab_size * code_bits(max_stages)) // bits)
+    if affordable < vocab_size:
+        least = -(-vocab_size * (bits + code_bits(max_stages)) // 8)
+        raise ValueError(
+            f"Expected a budget of at least {least:,} bytes for the mapping, one stage for each of {vocab_size:,}"
+            f" tokens, but got {max(0, int(num_code_bytes)):,}. Use fewer groups or a smaller `codebook_size`."
+        )
+    order = token_weights.double().argsort(descending=True, stable=True)
+    sorted_weights = token_weights.double()[order].clamp(min=1e-300).log()
+    left = 2 * torch.tensor(float(codebook_size)).log().item() / width  # nats of squared error that a stage takes
+    values = sorted_weights.unsqueeze(0) - left * torch.arange(max_stages, device=order.device).unsqueeze(1)
+    values[0] = torch.inf
+    bought = torch.zeros(values.numel(), dtype=torch.int64, device=order.device)
+    bought[values.flatten().argsort(descending=True, stable=True)[:affordable]] = 1
+    stages = torch.empty_like(order)
+    stages[order] = bought.view_as(values).sum(0)
+    return stages
+
+
+def fit_residual_codes(
+    weight: Tensor,
+    codebook_size: int,
+    *,
+    num_groups: int,
+    token_stages: Tensor,
+    token_weights: Tensor | None = None,
+    metric: Tensor | None = None,
+    num_iters: int = 12,
+    num_sweeps: int = 2,
+    generator: torch.Generator | None = None,
+    progress_bar: bool = False,
+) -> ResidualCodes:
+    """Codebooks and mapping that minimise Σ_v w_v δ_v H δ_vᵀ, δ = W − Ŵ.
+
+    Groups are fitted one after another, each by weighted k-means of its stages in turn, to what makes up best for the
+    errors of the groups before it, while those behind it are still free: with H = U Uᵀ, U upper triangular, the points
+    of group g are W_g U_gg + Σ_{i<g} δ_i U_ig (the feedback of GPTQ [0], for vectors). Then `num_sweeps` times over
+    all groups: given the errors of the others, codes and centroids of each stage are renewed in the metric H_gg.
+
+    Args:
+        weight: (V, d) rows W of the output (or tied input) embedding.
+        codebook_size: K.
+        num_groups: G, a divisor of d.
+        token_stages: (V,) integer S_v in [1, S].
+        token_weights: (V,) w, non-negative; default all 1.
+        metric: (d, d) positive definite H; default the identity.
+        num_iters: largest number of k-means iterations of a stage of a group.
+        num_sweeps: passes over all groups after the first.
+        generator: source of randomness, on the device of `weight`.
+        progress_bar: show one line of progress on a terminal.
+
+    Raises:
+        ValueError: for a number of groups that does not divide d, weights or stages of another size, a metric that is
+            not positive definite.
+
+    References:
+        [0]: GPTQ, 2022, arXiv 2210.17323.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> fit = fit_residual_codes(weight, 2, num_groups=2, token_stages=torch.ones(4, dtype=torch.long))
+        >>> fit.codebooks.shape, fit.codes.shape, fit.error
+        (torch.Size([1, 2, 2, 1]), torch.Size([8]), tensor(0.))
+
+    """
+    weight = at_least_float32(weight)
+    vocab_size, hidden_size = weight.shape
+    _check_groups(hidden_size, num_groups)
+    weights = weight.new_ones(vocab_size) if token_weights is None else token_weights.to(weight)
+    for name, values in (("token_stages", token_stages), ("token_weights", weights)):
+        if values.shape != (vocab_size,):
+            raise ValueError(
+                f"Expected `{name}` to hold one number for each of the {vocab_size} rows of `weight`, but got shape"
+                f" {tuple(values.shape)}."
+            )
+    check_finite(weight, "weight")
+    num_stages = int(token_stages.max())
+    members = [(token_stages > stage).nonzero().squeeze(1) for stage in range(num_stages)]
+    if members[0].numel() < vocab_size:
+        raise ValueError("Expected every token to own at least one stage, but some of `token_stages` are 0.")
+    if not 1 <= codebook_size <= vocab_size:
+        raise ValueError(
+            f"Expected `codebook_size` to be in [1, {vocab_size}], the rows of `weight`, but got {codebook_size}."
+        )
+    eye = torch.eye(hidden_size, dtype=torch.float64, device=weight.device)
+    fit = _Fit(weight, weights, members, eye if metric is None else metric.double(), codebook_size, num_groups)
+    total = (1 + num_sweeps) * num_groups
+    with tqdm(total=total, desc="codes", disable=None if progress_bar else True, leave=False) as bar:
+        for group in range(num_groups):
+            fit.start(group, num_iters, generator)
+            bar.update()
+        for _ in range(num_sweeps):
+            for group in range(num_groups):
+                fit.renew(group)
+                bar.update()
+    codes = torch.cat([stage.flatten() for stage in fit.codes])
+    return ResidualCodes(fit.codebooks, codes, token_stages.long(), fit.error())
+
+
+class _Fit:
+    """State of a fit: errors δ (V, d), codebooks and codes, changed a group at a time."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weights: Tensor,
+        members: list[Tensor],
+        metric: Tensor,
+        codebook_size: int,
+        num_groups: int,
+    ) -> None:
+        self.weight, self.weights, self.members = weight, weights, members
+        self.width, self.metric = weight.shape[1] // num_groups, metric
+        try:
+            self.upper = torch.linalg.cholesky(metric.flip(0, 1)).flip(0, 1)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"Expected `metric` to be positive definite, but its factorisation failed: {error}"
+            ) from error
+        self.errors = weight.clone()
+        self.codebooks = weight.new_zeros(len(members), num_groups, codebook_size, self.width)
+        self.codes = [
+            torch.zeros(len(tokens), num_groups, dtype=torch.int64, device=weight.device) for tokens in members
+        ]
+
+    def start(self, group: int, num_iters: int, generator: torch.Generator | None) -> None:
+        """Fit the stages of a group to what the groups before it left."""
+        here, before = self._columns(group), slice(0, group * self.width)
+        root = self.upper[here, here]
+        points = self.weight[:, here] @ root.to(self.weight)
+        points += self.errors[:, before] @ self.upper[before, here].to(self.weight)
+        coded = torch.zeros_like(points)
+        vectors = points.new_zeros(len(self.members), *self.codebooks.shape[2:])
+        for stage, tokens in enumerate(self.members):
+            result = kmeans(
+                points[tokens] - coded[tokens],
+                min(self.codebooks.shape[2], len(tokens)),  # a stage of few tokens leaves codes unused
+                weights=self.weights[tokens],
+                num_iters=num_iters,
+                generator=generator,
+            )
+            coded[tokens] += result.centroids[result.assignments]
+            vectors[stage, : len(result.centroids)] = result.centroids
+            self.codes[stage][:, group] = result.assignments
+        self._write(group, vectors, coded, root)
+
+    def renew(self, group: int) -> None:
+        """One step of k-means of each stage, given all others and the errors of the other groups."""
+        here = self._columns(group)
+        block = self.metric[here, here]
+        root = torch.linalg.cholesky(block)
+        pull = self.errors @ self.metric[:, here].to(self.weight) - self.errors[:, here] @ block.to(self.weight)
+        points = (self.weight[:, here] + pull @ torch.linalg.inv(block).to(self.weight)) @ root.to(self.weight)
+        vectors = self.codebooks[:, group] @ root.to(self.weight)
+        coded = torch.zeros_like(points)
+        for stage, tokens in enumerate(self.members):
+            coded[tokens] += vectors[stage][self.codes[stage][:, group]]
+        for stage, tokens in enumerate(self.members):
+            targets = points[tokens] - coded[tokens] + vectors[stage][self.codes[stage][:, group]]
+            codes = nearest_centroids(targets, vectors[stage])
+            means, mass = code_means(targets, codes, len(vectors[stage]), self.weights[tokens])
+            vectors[stage] = torch.where((mass > 0).unsqueeze(1), means, vectors[stage])
+            coded[tokens] = points[tokens] - targets + vectors[stage][codes]
+            self.codes[stage][:, group] = codes
+        self._write(group, vectors, coded, root)
+
+    def error(self) -> Tensor:
+        """Σ_v w_v δ_v H δ_vᵀ / Σ_v w_v."""
+        costs = ((self.errors @ self.metric.to(self.errors)) * self.errors).sum(1)
+        return (self.weights @ costs) / self.weights.sum()
+
+    def _write(self, group: int, vectors: Tensor, coded: Tensor, root: Tensor) -> None:
+        here, inverse = self._columns(group), torch.linalg.inv(root).to(self.weight)
+        self.codebooks[:, group] = vectors @ inverse
+        self.errors[:, here] = self.weight[:, here] - coded @ inverse
+
+    def _columns(self, group: int) -> slice:
+        return slice(group * self.width, (group + 1) * self.width)
+
+
+def code_bits(codebook_size: int) -> int:
+    """Bits ⌈log2 K⌉ of a code.
+
+    Example:
+        >>> code_bits(1), code_bits(256), code_bits(257)
+        (0, 8, 9)
+
+    """
+    return (codebook_size - 1).bit_length()
+
+
+def pack_bits(values: Tensor, num_bits: int) -> Tensor:
+    """Integers in [0, 2^bits) as a stream of bits, the highest of each first: (⌈n · bits / 8⌉,) uint8.
+
+    Args:
+        values: (n,) of any integer dtype.
+        num_bits: in [0, 32].
+
+    Example:
+        >>> pack_bits(torch.tensor([1, 2, 3, 0]), num_bits=2)
+        tensor([108], dtype=torch.uint8)
+
+    """
+    if num_bits == 8:
+        return values.to(torch.uint8)
+    parts = []
+    for chunk in values.split(_PACK_CHUNK):  # a multiple of 8 values, so that each chunk ends with a byte
+        bits = (chunk.unsqueeze(1) >> _shifts(num_bits, chunk.device)) & 1
+        bits = torch.cat([bits.flatten(), bits.new_zeros(-bits.numel() % 8)]).view(-1, 8)
+        parts.append((bits << _shifts(8, bits.device)).sum(1).to(torch.uint8))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=values.device)
+
+
+def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
+    """The `count` integers that `pack_bits` packed: (count,), uint8 for up to 8 bits, else int32.
+
+    Raises:
+        ValueError: for a stream of another length.
+
+    Example:
+        >>> unpack_bits(torch.tensor([108], dtype=torch.uint8), num_bits=2, count=4)
+        tensor([1, 2, 3, 0], dtype=torch.uint8)
+
+    """
+    if packed.numel() != -(-count * num_bits // 8):
+        raise ValueError(
+            f"Expected {-(-count * num_bits // 8)} bytes for {count} values of {num_bits} bits, but got"
+            f" {packed.numel()}."
+        )
+    dtype = torch.uint8 if num_bits <= 8 else torch.int32
+    if num_bits == 8:
+        return packed
+    parts = []
+    for start in range(0, count, _PACK_CHUNK):
+        size = min(_PACK_CHUNK, count - start)
+        stream = packed[start * num_bits // 8 : -(-(start + size) * num_bits // 8)].int()
+        bits = ((stream.unsqueeze(1) >> _shifts(8, stream.device)) & 1).flatten()[: size * num_bits]
+        parts.append((bits.view(size, num_bits) << _shifts(num_bits, bits.device)).sum(1).to(dtype))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=packed.device)
+
+
+_PACK_CHUNK = 1 << 20
+
+
+def _shifts(num_bits: int, device: torch.device) -> Tensor:
+    return torch.arange(num_bits - 1, -1, -1, dtype=torch.int32, device=device)
+
+
+def _check_groups(hidden_size: int, num_groups: int) -> None:
+    if num_groups < 1 or hidden_size % num_groups:
+        raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")

@@ -1,0 +1,370 @@
+"""Residual product codes: a token's row of the output layer is a sum over stages of one code from each group.
+
+    W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
+
+One stage and one group is the paper's head. Nothing of the size (N, V) or (V, d) is made by the loss or kept for its
+backward: both walk over the vocabulary in chunks whose rows are decoded anew.
+
+Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_logits.functional.checks import check_labels
+
+__all__ = [
+    "DenseTarget",
+    "ResidualVQLosses",
+    "StageCodes",
+    "decode_rows",
+    "residual_vq_logits",
+    "residual_vq_losses",
+    "stage_codes",
+]
+
+_CHUNK_ELEMENTS = 1 << 22  # logits a chunk: 16 MiB in float32
+
+
+class StageCodes(NamedTuple):
+    """The mapping of one stage.
+
+    Attributes:
+        members: (n,) int64 tokens that own the stage, rising; None where all of them do.
+        codes: (n, G) of any integer dtype, in [0, K).
+
+    """
+
+    members: Tensor | None
+    codes: Tensor
+
+
+class DenseTarget(NamedTuple):
+    """The output layer that is imitated, and what it reads.
+
+    Attributes:
+        hidden: (..., d) hidden states of the original model.
+        weight: (V, d).
+        bias: (V,) in nats, or None.
+
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class ResidualVQLosses(NamedTuple):
+    """Result of `residual_vq_losses`, in nats a token, 0 where the label is ignored.
+
+    Attributes:
+        cross_entropy: (...) of the labels.
+        divergence: (...) KL(target ‖ ours) over the vocabulary; 0 without a target.
+        target_cross_entropy: (...) of the labels under the target, without a graph; 0 without a target.
+
+    """
+
+    cross_entropy: Tensor
+    divergence: Tensor
+    target_cross_entropy: Tensor
+
+
+def stage_codes(token_stages: Tensor, codes: Tensor, num_groups: int) -> list[StageCodes]:
+    """Cut the codes of all stages, one behind the other, into stages.
+
+    Args:
+        token_stages: (V,) integer number of stages that each token owns, at least 1.
+        codes: (Σ_v S_v · G,) of any integer dtype: stage after stage, in each the tokens that own it in rising order.
+        num_groups: G.
+
+    Example:
+        >>> first, second = stage_codes(torch.tensor([1, 2, 1]), torch.arange(8), num_groups=2)
+        >>> second
+        StageCodes(members=tensor([1]), codes=tensor([[6, 7]]))
+
+    """
+    stages, start = [], 0
+    for stage in range(int(token_stages.max())):
+        members = (token_stages > stage).nonzero().squeeze(1)
+        end = start + members.numel() * num_groups
+        whole = members.numel() == token_stages.numel()
+        stages.append(StageCodes(None if whole else members, codes[start:end].view(-1, num_groups)))
+        start = end
+    return stages
+
+
+def decode_rows(
+    codebooks: Tensor, stages: list[StageCodes], vocab_size: int, start: int = 0, end: int | None = None
+) -> Tensor:
+    """Rows [start, end) of the dense (V, d) layer that gives the same logits.
+
+    Args:
+        codebooks: (S, G, K, d/G).
+        stages: S of them, the first of all tokens.
+        vocab_size: V.
+        start: first token.
+        end: behind the last token; default V.
+
+    Returns:
+        (end − start, d), differentiable in the codebooks.
+
+    Example:
+        >>> codebooks = torch.tensor([[[[1.0], [2.0]]], [[[0.5], [0.0]]]])  # two stages, one group, two codes
+        >>> stages = [StageCodes(None, torch.tensor([[0], [1]])), StageCodes(torch.tensor([1]), torch.tensor([[0]]))]
+        >>> decode_rows(codebooks, stages, vocab_size=2)
+        tensor([[1.0000],
+                [2.5000]])
+
+    """
+    end = vocab_size if end is None else end
+    rows: Tensor | None = None
+    for stage, where, index in _chunk_codes(codebooks, stages, start, end):
+        part = F.embedding(index, codebooks[stage].flatten(0, 1)).flatten(1)
+        if where is None:
+            rows = part if rows is None else rows + part
+        else:
+            rows = cast(Tensor, rows).index_add(0, where, part)
+    return cast(Tensor, rows)
+
+
+def residual_vq_logits(
+    hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None = None
+) -> Tensor:
+    """Token logits (..., V) in nats of hidden states (..., d), a chunk of the vocabulary at a time.
+
+    Args:
+        hidden: (..., d).
+        codebooks: (S, G, K, d/G).
+        stages: S of them.
+        vocab_size: V.
+        token_bias: (V,) in nats; default 0.
+
+    """
+    parts = [
+        F.linear(hidden, decode_rows(codebooks, stages, vocab_size, start, end))
+        for start, end in _chunks(vocab_size, hidden.shape[-1])
+    ]
+    logits = torch.cat(parts, dim=-1)
+    return logits if token_bias is None else logits + token_bias
+
+
+def residual_vq_losses(
+    hidden: Tensor,
+    codebooks: Tensor,
+    stages: list[StageCodes],
+    labels: Tensor,
+    *,
+    token_bias: Tensor | None = None,
+    target: DenseTarget | None = None,
+    ignore_index: int = -100,
+) -> ResidualVQLosses:
+    """Cross-entropy and divergence from a dense output layer, exact, in memory that grows with neither N·V nor V·d.
+
+    Three walks over the vocabulary: forward for the normalisers and the expectations, backward for the gradients,
+    which go from the logits of a chunk straight into hidden states and codebooks. The target gets none.
+
+    Args:
+        hidden: (..., d) hidden states.
+        codebooks: (S, G, K, d/G).
+        stages: S of them, the first of all V tokens.
+        labels: (...) token ids in [0, V) or `ignore_index`, already shifted.
+        token_bias: (V,) in nats; default 0.
+        target: what to measure the divergence from; None leaves it out.
+        ignore_index: label of tokens that do not count.
+
+    Raises:
+        ValueError: for labels or a target of another shape, or a label out of range (checked in host memory only).
+
+    Example:
+        >>> codebooks, codes = torch.zeros(1, 1, 2, 3), StageCodes(None, torch.tensor([[0], [1], [1], [0]]))
+        >>> target = DenseTarget(torch.ones(1, 3), torch.zeros(4, 3))
+        >>> residual_vq_losses(torch.ones(1, 3), codebooks, [codes], torch.tensor([3]), target=target)
+        ResidualVQLosses(cross_entropy=tensor([1.3863]), divergence=tensor([0.]), target_cross_entropy=tensor([1.3863]))
+
+    """
+    vocab_size = stages[0].codes.shape[0]
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"Expected `labels` to have shape {tuple(hidden.shape[:-1])}, one for each hidden state, but got"
+            f" {tuple(labels.shape)}."
+        )
+    check_labels(labels, vocab_size, ignore_index=ignore_index)
+    if target is not None and (target.hidden.shape[:-1] != labels.shape or target.weight.shape[0] != vocab_size):
+        raise ValueError(
+            f"Expected a target of hidden states {tuple(labels.shape)} and {vocab_size} rows, but got"
+            f" {tuple(target.hidden.shape[:-1])} and {target.weight.shape[0]}."
+        )
+    mask = (labels != ignore_index).flatten()
+    tokens = labels.flatten()[mask]
+    flat = hidden.reshape(-1, hidden.shape[-1])[mask]
+    if target is not None:
+        target = target._replace(hidden=target.hidden.reshape(-1, target.hidden.shape[-1])[mask])
+    losses = _Losses.apply(flat, codebooks, token_bias, tokens, stages, target, _compute_dtype(hidden))
+    places = mask.nonzero().squeeze(1)
+    return ResidualVQLosses(
+        *(values.new_zeros(mask.shape).index_copy(0, places, values).view(labels.shape) for values in losses)
+    )
+
+
+class _Losses(torch.autograd.Function):
+    """Cross-entropy and divergence (N,) of tokens that all count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        codebooks: Tensor,
+        token_bias: Tensor | None,
+        tokens: Tensor,
+        stages: list[StageCodes],
+        target: DenseTarget | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.stages, ctx.target, ctx.dtype = stages, target, dtype
+        walk = _Walk(hidden, codebooks, token_bias, stages, target, dtype)
+        zeros = torch.zeros(len(hidden), dtype=walk.sum_dtype, device=hidden.device)
+        ours, theirs = _LogSumExp(zeros), _LogSumExp(zeros)
+        label_logits, target_label_logits = zeros.clone(), zeros.clone()
+        expected = zeros.clone()  # Σ_v exp(u_v − max u) (u_v − z_v), rescaled as it goes
+        for start, end, _, logits, target_logits in walk:
+            ours.add(logits)
+            here = (tokens >= start) & (tokens < end)
+            index = (tokens - start).clamp(0, end - start - 1).unsqueeze(1)
+            label_logits = torch.where(here, logits.gather(1, index).squeeze(1), label_logits)
+            if target_logits is not None:
+                scale, weights = theirs.add(target_logits)
+                expected = expected * scale + (weights * (target_logits - logits)).sum(1)
+                found = target_logits.gather(1, index).squeeze(1)
+                target_label_logits = torch.where(here, found, target_label_logits)
+        normalizer, target_normalizer = ours.value(), theirs.value()
+        ctx.save_for_backward(hidden, codebooks, token_bias, tokens, normalizer, target_normalizer)
+        if target is None:
+            return normalizer - label_logits, zeros, zeros.clone()
+        divergence = expected / theirs.total + normalizer - target_normalizer
+        target_losses = target_normalizer - target_label_logits
+        ctx.mark_non_differentiable(target_losses)
+        return normalizer - label_logits, divergence, target_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ce: Tensor, grad_kl: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        hidden, codebooks, token_bias, tokens, normalizer, target_normalizer = ctx.saved_tensors
+        target = ctx.target if bool(grad_kl.any()) else None
+        walk = _Walk(hidden, codebooks, token_bias, ctx.stages, target, ctx.dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=walk.sum_dtype)
+        grad_codebooks = torch.zeros_like(codebooks, dtype=walk.sum_dtype)
+        grad_bias = None if token_bias is None else torch.zeros_like(token_bias, dtype=walk.sum_dtype)
+        wants_rows = ctx.needs_input_grad[1]
+        level = (grad_ce + grad_kl).unsqueeze(1)
+        for start, end, rows, logits, target_logits in walk:
+            grad = (logits - normalizer.unsqueeze(1)).exp_().mul_(level)
+            if target_logits is not None:
+                grad.addcmul_((target_logits - target_normalizer.unsqueeze(1)).exp_(), grad_kl.unsqueeze(1), value=-1)
+            here = ((tokens >= start) & (tokens < end)).nonzero().squeeze(1)
+            grad[here, tokens[here] - start] -= grad_ce[here]
+            if grad_bias is not None:
+                grad_bias[start:end] = grad.sum(0)
+            narrow = grad.to(ctx.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_hidden += narrow @ rows
+            if wants_rows:
+                grad_rows = (narrow.T @ walk.hidden).to(walk.sum_dtype)
+                for stage, where, index in _chunk_codes(codebooks, ctx.stages, start, end):
+                    part = grad_rows if where is None else grad_rows[where]
+                    flat = grad_codebooks[stage].view(-1, codebooks.shape[3])
+                    flat.index_add_(0, index.flatten(), part.reshape(-1, codebooks.shape[3]))
+        return (
+            grad_hidden.to(hidden.dtype) if ctx.needs_input_grad[0] else None,
+            grad_codebooks.to(codebooks.dtype) if wants_rows else None,
+            None if grad_bias is None else grad_bias.to(token_bias.dtype),
+            *(None,) * 4,
+        )
+
+
+class _Walk:
+    """Chunks of the vocabulary: bounds, rows in the dtype of the products, logits, and those of the target."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        codebooks: Tensor,
+        token_bias: Tensor | None,
+        stages: list[StageCodes],
+        target: DenseTarget | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.hidden, self.codebooks, self.token_bias = hidden.to(dtype), codebooks, token_bias
+        self.stages, self.target, self.dtype = stages, target, dtype
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
+        vocab_size, target = self.stages[0].codes.shape[0], self.target
+        target_hidden = None if target is None else target.hidden.to(self.dtype)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            for start, end in _chunks(vocab_size, max(self.hidden.shape)):
+                rows = decode_rows(self.codebooks, self.stages, vocab_size, start, end).to(self.dtype)
+                bias = None if self.token_bias is None else self.token_bias[start:end]
+                logits = self._logits(self.hidden, rows, bias)
+                target_logits = None
+                if target is not None and target_hidden is not None:
+                    bias = None if target.bias is None else target.bias[start:end]
+                    target_logits = self._logits(target_hidden, target.weight[start:end].to(self.dtype), bias)
+                yield start, end, rows, logits, target_logits
+
+    def _logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(hidden, rows).to(self.sum_dtype)
+        return logits if bias is None else logits.add_(bias)
+
+
+class _LogSumExp:
+    """Running log-sum-exp of (N, ·) chunks."""
+
+    def __init__(self, zeros: Tensor) -> None:
+        self.highest, self.total = torch.full_like(zeros, -torch.inf), zeros.clone()
+
+    def add(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a chunk in; the factor (N,) of what was summed before, and exp(logits − highest)."""
+        highest = torch.maximum(self.highest, logits.amax(1))
+        scale = (self.highest - highest).exp()
+        weights = (logits - highest.unsqueeze(1)).exp_()
+        self.total = self.total * scale + weights.sum(1)
+        self.highest = highest
+        return scale, weights
+
+    def value(self) -> Tensor:
+        return self.highest + self.total.log()
+
+
+def _chunks(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
+    """Bounds of chunks of the vocabulary with about `_CHUNK_ELEMENTS` numbers in (width, chunk)."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, vocab_size, size):
+        yield start, min(start + size, vocab_size)
+
+
+def _chunk_codes(
+    codebooks: Tensor, stages: list[StageCodes], start: int, end: int
+) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+    """For each stage that tokens of [start, end) own: its number, which of them, their rows (n, G) of (G·K, d/G)."""
+    num_groups, codebook_size = codebooks.shape[1:3]
+    offsets = torch.arange(num_groups, device=codebooks.device) * codebook_size
+    for stage, (members, codes) in enumerate(stages):
+        if members is None:
+            yield stage, None, codes[start:end].long() + offsets
+            continue
+        low, high = torch.searchsorted(members, torch.tensor([start, end], device=members.device)).tolist()
+        if high > low:
+            yield stage, members[low:high] - start, codes[low:high].long() + offsets
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the matrix products: that of autocast, else of the hidden states."""
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype

@@ -1,0 +1,241 @@
+"""`VQLogitsForCausalLM`: a compressed model as one of transformers', to save, load and generate with.
+
+Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained(folder)` finds it.
+
+Letters: B batch, T sequence, d hidden size, V vocabulary.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead
+from lit_logits.modules.vq_logits import VQLogitsHead
+
+__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM", "compact_model", "dense_model"]
+
+
+class VQLogitsConfig(PreTrainedConfig):
+    """Config of `VQLogitsForCausalLM`.
+
+    Args:
+        text_config: config of the backbone, or its settings with `model_type`.
+        codebook_size: K.
+        num_groups: G.
+        stage_sizes: how many tokens own each of the S stages, V first.
+        head_bias: whether there is a token bias.
+
+    """
+
+    model_type = "vq_logits"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers' own form)
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        codebook_size: int = 256,
+        num_groups: int = 1,
+        stage_sizes: list[int] | None = None,
+        head_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
+        self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
+        self.stage_sizes = [self.text_config.vocab_size] if stage_sizes is None else list(stage_sizes)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+
+class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any causal backbone of transformers with a `ResidualVQLogitsHead`.
+
+    Args:
+        config: see `VQLogitsConfig`.
+
+    """
+
+    config_class = VQLogitsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VQLogitsConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.model = AutoModel.from_config(text)
+        stages = torch.zeros(text.vocab_size, dtype=torch.int64, device="cpu")
+        for size in config.stage_sizes:  # sizes alone count here; which tokens own a stage is in the weights
+            stages[:size] += 1
+        self.head = ResidualVQLogitsHead(
+            text.hidden_size,
+            text.vocab_size,
+            config.codebook_size,
+            num_groups=config.num_groups,
+            token_stages=stages,
+            num_stages=len(config.stage_sizes),
+            bias=config.head_bias,
+        )
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder that `save_pretrained` wrote, and refuse a mapping that does not fit.
+
+        Raises:
+            ValueError: for weights that are cut off, or codes of another head.
+
+        """
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"Expected the weights of a compressed model, but reading them failed: {error}. The file is cut off or"
+                " damaged: save or copy it again."
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.head.packed_codes.device.type != "meta":
+            model.head.stages()
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the backbone."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Of the backbone."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: there is no dense output layer."""
+        return
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        """Not possible: codes of new tokens would have to be fitted.
+
+        Raises:
+            ValueError: always.
+
+        """
+        raise ValueError(
+            "Expected the vocabulary that the output head was compressed for, because new tokens have no codes. Resize"
+            " the original model and compress it again, or save with head='dense' and resize that."
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As of any causal language model; `labels` (B, T) are unshifted, −100 is ignored."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None if labels is None else self.head.loss(hidden[:, :-1], labels[:, 1:].to(hidden.device))
+        return CausalLMOutputWithPast(
+            loss=loss,  # type: ignore[arg-type]
+            logits=self.head(hidden[:, kept]),
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+def compact_model(
+    backbone: PreTrainedModel, head: VQLogitsHead | ResidualVQLogitsHead, generation_config: Any = None
+) -> VQLogitsForCausalLM:
+    """A backbone and a compressed head as one model of transformers; tensors are shared, not copied."""
+    residual = head if isinstance(head, ResidualVQLogitsHead) else _as_residual(head)
+    text_config = copy.deepcopy(backbone.config)
+    text_config.tie_word_embeddings = False
+    sizes = [stage.codes.shape[0] for stage in residual.stages()]
+    config = VQLogitsConfig(
+        text_config=text_config,
+        codebook_size=residual.codebook_size,
+        num_groups=residual.num_groups,
+        stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
+        head_bias=residual.token_bias is not None,
+        dtype=backbone.dtype,
+    )
+    with torch.device("meta"):
+        model = VQLogitsForCausalLM(config)
+    model.model, model.head = backbone, residual
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
+    return model.eval()
+
+
+@torch.no_grad()
+def dense_model(
+    backbone: PreTrainedModel, head: VQLogitsHead | ResidualVQLogitsHead, generation_config: Any = None
+) -> PreTrainedModel:
+    """The original architecture, whose output layer holds the decoded rows; backbone tensors are shared.
+
+    Raises:
+        ValueError: for a token bias that the architecture has no place for.
+
+    """
+    config = copy.deepcopy(backbone.config)
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=backbone.dtype)
+    output = cast(nn.Linear, model.get_output_embeddings())
+    output.weight = nn.Parameter(head.dense_weight().detach().to(backbone.dtype), requires_grad=False)
+    if output.bias is not None:
+        bias = output.weight.new_zeros(len(output.weight)) if head.token_bias is None else head.token_bias.detach()
+        output.bias = nn.Parameter(bias.to(backbone.dtype), requires_grad=False)
+    elif head.token_bias is not None:
+        raise ValueError(
+            f"Expected a head without a token bias, because the output layer of {type(model).__name__} has no place"
+            " for one. Train with `bias: false`, or save with head='compact'."
+        )
+    setattr(model, model.base_model_prefix, backbone)
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
+    return model.eval()
+
+
+def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
+    residual = ResidualVQLogitsHead(
+        head.hidden_size, head.vocab_size, head.codebook_size, bias=head.token_bias is not None
+    ).to(head.codebook)
+    stages = torch.ones_like(head.token_to_code)
+    residual.set_codes(head.codebook[None, None], head.token_to_code, stages, token_bias=head.token_bias)
+    return residual
+
+
+AutoConfig.register("vq_logits", VQLogitsConfig)
+AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM)

@@ -1,0 +1,47 @@
+"""Folders of saved models that are replaced as a whole or not at all."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["check_model_folder", "replace_folder", "restore_replaced"]
+
+
+def check_model_folder(path: Path) -> None:
+    """Refuse a folder that holds something else than a saved model.
+
+    Raises:
+        ValueError: for a file, or a folder that is neither empty nor has a config.json.
+
+    """
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if (names and "config.json" not in names) or path.is_file():
+        holds = f"holds {names[0]!r}" if names else "is a file"
+        raise ValueError(f"Expected the folder to be new, empty or a saved model, but {path} {holds}.")
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `path`, then swap the two; if it fails, `path` is as it was."""
+    partial, replaced = _beside(path, "partial"), _beside(path, "replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(path: Path) -> None:
+    """Undo a swap that a kill cut off between its two renames."""
+    replaced = _beside(path, "replaced")
+    if replaced.is_dir():
+        shutil.rmtree(replaced) if path.exists() else replaced.rename(path)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")
