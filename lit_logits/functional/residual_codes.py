@@ -217,10 +217,9 @@ def fit_residual_codes(
                 f" {tuple(values.shape)}."
             )
     check_finite(weight, "weight")
-    num_stages = int(token_stages.max())
-    members = [(token_stages > stage).nonzero().squeeze(1) for stage in range(num_stages)]
-    if members[0].numel() < vocab_size:
+    if int(token_stages.min()) < 1:
         raise ValueError("Expected every token to own at least one stage, but some of `token_stages` are 0.")
+    members = [(token_stages > stage).nonzero().squeeze(1) for stage in range(int(token_stages.max()))]
     if not 1 <= codebook_size <= vocab_size:
         raise ValueError(
             f"Expected `codebook_size` to be in [1, {vocab_size}], the rows of `weight`, but got {codebook_size}."

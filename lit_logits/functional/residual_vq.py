@@ -244,7 +244,8 @@ class _Losses(torch.autograd.Function):
         normalizer, target_normalizer = ours.value(), theirs.value()
         ctx.save_for_backward(hidden, codebooks, token_bias, tokens, normalizer, target_normalizer)
         if target is None:
-            return normalizer - label_logits, zeros, zeros.clone()
+            ctx.mark_non_differentiable(zeros)
+            return normalizer - label_logits, zeros, zeros
         divergence = expected / theirs.total + normalizer - target_normalizer
         target_losses = target_normalizer - target_label_logits
         ctx.mark_non_differentiable(target_losses)
@@ -254,7 +255,9 @@ class _Losses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ce: Tensor, grad_kl: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden, codebooks, token_bias, tokens, normalizer, target_normalizer = ctx.saved_tensors
-        target = ctx.target if bool(grad_kl.any()) else None
+        target = ctx.target
+        if target is None or not bool(grad_kl.any()):  # a loss without divergence needs no target here
+            target, grad_kl = None, torch.zeros_like(grad_ce)
         walk = _Walk(hidden, codebooks, token_bias, ctx.stages, target, ctx.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=walk.sum_dtype)
         grad_codebooks = torch.zeros_like(codebooks, dtype=walk.sum_dtype)

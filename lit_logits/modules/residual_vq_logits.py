@@ -4,7 +4,7 @@ Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -347,15 +347,25 @@ def _affordable_stages(
         )
     if not 0 < byte_budget <= 1:
         raise ValueError(f"Expected `byte_budget` to be a share in (0, 1], but got {byte_budget}.")
-    codebooks = num_stages * codebook_size * hidden_size * 2
-    return stages_for_bytes(
-        weights,
-        byte_budget * weights.numel() * hidden_size * 2 - codebooks,
-        max_stages=num_stages,
-        codebook_size=codebook_size,
-        num_groups=num_groups,
-        width=hidden_size // num_groups,
-    )
+    stages: Tensor | None = None
+    for most in range(num_stages, 0, -1):  # a stage that nobody buys leaves the bytes of its codebooks to others
+        codebooks = most * codebook_size * hidden_size * 2
+        try:
+            stages = stages_for_bytes(
+                weights,
+                byte_budget * weights.numel() * hidden_size * 2 - codebooks,
+                max_stages=most,
+                codebook_size=codebook_size,
+                num_groups=num_groups,
+                width=hidden_size // num_groups,
+            )
+        except ValueError:
+            if most == 1:
+                raise
+            continue
+        if int(stages.max()) == most:
+            break
+    return cast(Tensor, stages)
 
 
 def _take_over_sizes(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
