@@ -410,7 +410,7 @@ def test_a_byte_budget_is_kept_and_used():
         size = head.footprint()
         assert budget - 0.03 < size.bytes / size.dense_bytes <= budget
     with pytest.raises(ValueError, match="Expected a budget of at least"):
-        VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, num_stages=4, byte_budget=0.2)
+        VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, num_stages=4, byte_budget=0.15)
     with pytest.raises(ValueError, match=r"share in \(0, 1\], but got 12"):
         VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, num_stages=4, byte_budget=12)
 
