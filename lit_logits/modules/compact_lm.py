@@ -111,6 +111,13 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
                 f"Expected the weights of a compressed model, but reading them failed: {error}. The file is cut off or"
                 " damaged: save or copy it again."
             ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                "Expected weights of the sizes that the folder's config names, but they differ (the report above says"
+                " which): the mapping is cut off, or config.json and weights are of different models."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.head.packed_codes.device.type != "meta":
             model.head.stages()

@@ -17,7 +17,7 @@ def check_model_folder(path: Path) -> None:
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if (names and "config.json" not in names) or path.is_file():
         holds = f"holds {names[0]!r}" if names else "is a file"
-        raise ValueError(f"Expected the folder to be new, empty or a saved model, but {path} {holds}.")
+        raise ValueError(f"Expected `folder` to be new, empty or a saved model, but {path} {holds}.")
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,0 +1,411 @@
+"""Compressing a pretrained model: `VQLogitsLM` with residual codes, recovery, and what transformers loads afterwards.
+
+Letters: B batch, T sequence, V vocabulary.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from test_vq_training import T, V, loader, make_trainer, pretrained, rows
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lit_logits import VQLogitsLM
+from lit_logits.callbacks import SavePretrained
+from lit_logits.cli import main
+from lit_logits.modules import OriginalOutput, ResidualVQLogitsHead, VQLogitsForCausalLM
+
+CODES = {"codebook_size": 8, "num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": False, "calibration_batches": 3}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small pretrained model, trained a little, so that its logits say something."""
+    path = tmp_path / "original"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=V - 1,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(15):
+        for batch in loader(32, 16):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(path)
+    return str(path)
+
+
+def compress(folder, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    settings = {**CODES, "kd_weight": 1.0, "optimizer": partial(torch.optim.Adam, lr=0.003)}
+    return VQLogitsLM(folder, **{**settings, **kwargs})
+
+
+@pytest.fixture
+def started(folder):
+    """A compressed model as it starts."""
+    model = compress(folder)
+    model.initialize_head(loader())
+    return model.eval()
+
+
+# --- training ---
+
+
+def test_recovery_lowers_the_divergence_on_text_it_has_not_seen(folder, tmp_path):
+    model, data = compress(folder), loader(32, seed=1)
+    model.initialize_head(loader(64))
+    trainer = make_trainer(tmp_path, max_epochs=6)
+    before = trainer.validate(model, data, verbose=False)[0]
+    trainer.fit(model, loader(64))
+    after = trainer.validate(model, data, verbose=False)[0]
+    assert after["val/kl"] < 0.6 * before["val/kl"]
+    assert {"val/loss", "val/ppl", "val/ppl_ratio"} <= after.keys()
+
+
+def test_validation_compares_with_the_original(folder, started, tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    logged = make_trainer(tmp_path).validate(started, loader(8, seed=1, ragged=True), verbose=False)[0]
+    ours = theirs = divergence = count = 0.0
+    for row in rows(8, seed=1, ragged=True):
+        with torch.no_grad():
+            inputs = {name: row[name][None] for name in ("input_ids", "attention_mask")}
+            p = original(**inputs).logits[0, :-1].double().log_softmax(-1)
+            q = started(**inputs)[0, :-1].double().log_softmax(-1)
+        for position, label in enumerate(row["labels"][1:].tolist()):
+            if label != -100:
+                ours -= float(q[position, label])
+                theirs -= float(p[position, label])
+                divergence += float((p[position].exp() * (p[position] - q[position])).sum())
+                count += 1
+    assert logged["val/loss"] == pytest.approx(ours / count, rel=1e-4)
+    assert logged["val/kl"] == pytest.approx(divergence / count, rel=1e-4)
+    assert logged["val/ppl_ratio"] == pytest.approx(2.718281828 ** ((ours - theirs) / count), rel=1e-4)
+
+
+def test_the_loss_mixes_divergence_and_cross_entropy(folder, tmp_path):
+    model = compress(folder, kd_weight=0.25)
+    model.initialize_head(loader())
+    trainer = make_trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(model, loader())
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    expected = 0.25 * logged["train/loss_kd"] + 0.75 * logged["train/loss_ce"]
+    assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_original_stays_as_it_was_and_out_of_the_checkpoint(folder, tmp_path):
+    model = compress(folder)
+    (held,) = model.original._held
+    weights, table = copy.deepcopy(held.state_dict()), model.original._weight.clone()
+    before = model.backbone.get_input_embeddings().weight.detach().clone()
+    trainer = make_trainer(tmp_path)
+    trainer.fit(model, loader())
+    assert not torch.equal(model.backbone.get_input_embeddings().weight, before)
+    assert torch.equal(model.original._weight, table)
+    for name, tensor in held.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert not held.training
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if name.startswith("original")]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size == sum(p.numel() for p in model.backbone.parameters()) + 2 * 8 * 16
+
+
+def test_a_frozen_backbone_serves_as_the_original(folder, tmp_path):
+    model = compress(folder, freeze_backbone=True, optimizer=partial(torch.optim.Adam, lr=0.01))
+    before = copy.deepcopy(model.backbone.state_dict())
+    codes = None
+    trainer = make_trainer(tmp_path, max_epochs=3)
+    model.initialize_head(loader(64))
+    codes = model.head.codebook.detach().clone()
+    start = trainer.validate(model, loader(), verbose=False)[0]["val/kl"]
+    trainer.fit(model, loader(64))
+    assert trainer.validate(model, loader(), verbose=False)[0]["val/kl"] < start
+    assert not torch.equal(model.head.codebook, codes)
+    assert not model.original._held
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_papers_head_recovers_by_divergence_too(folder, tmp_path):
+    model = compress(folder, num_groups=1, num_stages=1, codebook_size=20, bias=True)
+    model.initialize_head(loader(64))
+    trainer = make_trainer(tmp_path, max_epochs=4)
+    before = trainer.validate(model, loader(), verbose=False)[0]["val/kl"]
+    trainer.fit(model, loader(64))
+    assert trainer.validate(model, loader(), verbose=False)[0]["val/kl"] < 0.9 * before
+    assert model.head.token_counts.any()
+
+
+def test_resumed_equals_uninterrupted(folder, tmp_path):
+    whole = compress(folder)
+    make_trainer(tmp_path, max_epochs=2).fit(whole, loader())
+    half = compress(folder)
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(half, loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = compress(folder, seed=1)
+    make_trainer(tmp_path, max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_path):
+    options = {"num_stages": 4, "byte_budget": 0.5}
+    model = compress(folder, **options)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(model, loader())
+    assert len(model.head.token_stages().unique()) > 1
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = VQLogitsLM.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    ids = torch.arange(T)[None]
+    torch.testing.assert_close(loaded.eval()(ids), model.eval()(ids))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kd_weight": 1.5}, r"Expected `kd_weight` to be in \[0, 1\], but got 1.5"),
+        ({"mapping": "learned"}, "residual product codes"),
+        ({"init": "random"}, "residual product codes"),
+        ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
+        ({"num_groups": 1, "num_stages": 1, "mapping": "learned"}, "`kd_weight`, but got latents"),
+        ({"head": "sparse"}, "'vq' or 'dense', but got 'sparse'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_at_once(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        compress(folder, **options)
+
+
+def test_imitation_and_residual_codes_need_a_pretrained_model():
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    with pytest.raises(ValueError, match="Expected a pretrained backbone for `kd_weight`"):
+        VQLogitsLM(config, V, kd_weight=0.5, codebook_size=8)
+    with pytest.raises(ValueError, match="Expected a pretrained backbone, init='weighted_kmeans'"):
+        VQLogitsLM(config, V, codebook_size=8, num_groups=4)
+
+
+def test_the_original_moves_with_the_module():
+    original = OriginalOutput(torch.zeros(5, 3), torch.zeros(5), torch.nn.Linear(2, 2)).to(torch.float64)
+    assert original._weight.dtype == original._bias.dtype == original._held[0].weight.dtype == torch.float64
+
+
+# --- export ---
+
+
+@pytest.mark.parametrize("head", ["compact", "dense"])
+def test_a_saved_model_gives_the_logits_of_training(started, tmp_path, head):
+    started.save_pretrained(tmp_path / "saved", head=head)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.randint(V, (3, T))
+    torch.testing.assert_close(loaded(ids).logits, started(ids), rtol=1e-5, atol=1e-5)
+    assert type(loaded) is (VQLogitsForCausalLM if head == "compact" else LlamaForCausalLM)
+    assert loaded(ids, logits_to_keep=1).logits.shape == (3, 1, V)
+    loss = loaded(ids, labels=ids).loss
+    expected = torch.nn.functional.cross_entropy(started(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_papers_head_is_saved_too(folder, tmp_path):
+    model = compress(folder, num_groups=1, num_stages=1, codebook_size=20, bias=True)
+    model.initialize_head(loader())
+    model.eval().save_pretrained(tmp_path / "saved")
+    ids = torch.randint(V, (3, T))
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, model(ids))
+    with pytest.raises(ValueError, match="Expected a head without a token bias"):
+        model.save_pretrained(tmp_path / "dense", head="dense")
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("head", ["compact", "dense"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_generation_left_padded_and_batched_equals_one_by_one(started, head, sampled):
+    model = started.to_pretrained(head)
+    long, short = torch.randint(1, V - 1, (1, 9)), torch.randint(1, V - 1, (1, 4))
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1)])
+    mask = torch.ones_like(batch)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 6, "do_sample": sampled, **({"top_k": 1} if sampled else {})}
+    together = model.generate(batch, attention_mask=mask, **options)[:, 9:]
+    alone = [
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :] for ids in (long, short)
+    ]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours[: len(theirs)].tolist() == theirs.tolist()
+    uncached = model.generate(long, attention_mask=torch.ones_like(long), use_cache=False, **options)[0, 9:]
+    assert uncached.tolist() == alone[0].tolist()
+    if not sampled:
+        assert together[0].tolist() == started.generate(long, max_new_tokens=6)[0, 9:].tolist()[: len(together[0])]
+
+
+@pytest.mark.slow
+def test_a_compact_folder_loads_in_a_new_process_and_generates(started, tmp_path):
+    started.save_pretrained(tmp_path / "saved", tokenizer=tokenizer())
+    script = (
+        "import lit_logits\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('saved')\n"
+        "ids = AutoTokenizer.from_pretrained('saved')('w3 w6 w9', return_tensors='pt').input_ids\n"
+        "print(model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    prompt = torch.tensor([[3, 6, 9]])
+    expected = started.to_pretrained().generate(prompt, max_new_tokens=4, do_sample=False)[0].tolist()
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{V - 1}", pad_token="w0")
+
+
+def test_a_saved_model_can_be_saved_again_and_in_half_precision(started, tmp_path):
+    started.save_pretrained(tmp_path / "first", dtype=torch.bfloat16)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert first.dtype == torch.bfloat16
+    assert started.head.codebook.dtype == torch.float32
+    first.save_pretrained(tmp_path / "second")
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    ids = torch.randint(V, (2, T))
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert (first(ids).logits - started(ids)).abs().max() < 0.2
+
+
+def test_a_cut_off_or_foreign_folder_is_refused(started, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    started.save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="Expected the weights of a compressed model, but reading them failed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    tensors["head.packed_stages"] = torch.zeros_like(tensors["head.packed_stages"])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the mapping is cut off or another head's"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tensors = load_file(weights)
+    tensors["head.packed_codes"] = tensors["head.packed_codes"][:-3].clone()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="Expected weights of the sizes that the folder's config names"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_compact_head_cannot_be_resized(started):
+    model = started.to_pretrained()
+    with pytest.raises(ValueError, match="Expected the vocabulary that the output head was compressed for"):
+        model.resize_token_embeddings(V + 3)
+    assert started.to_pretrained("dense").get_output_embeddings().weight.shape == (V, 16)
+
+
+def test_nothing_half_written_is_left(started, tmp_path, monkeypatch):
+    started.save_pretrained(tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    monkeypatch.setattr(VQLogitsForCausalLM, "save_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        started.save_pretrained(tmp_path / "saved")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if "saved" in path.name] == ["saved"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 'thesis\.txt'"):
+        started.save_pretrained(tmp_path / "other")
+
+
+def test_a_model_without_an_output_layer_and_a_dense_head_are_refused(folder):
+    from transformers import AutoModel
+
+    with pytest.raises(ValueError, match="output layer"):
+        compress(AutoModel.from_pretrained(folder))
+    dense = VQLogitsLM(folder, head="dense", bias=False)
+    with pytest.raises(ValueError, match="Expected a compressed head to export, but got the dense one"):
+        dense.to_pretrained()
+    with pytest.raises(ValueError, match="'compact' or 'dense', but got 'gguf'"):
+        compress(folder).to_pretrained("gguf")
+
+
+def test_an_untied_model_with_a_bias_of_its_own_is_compressed(tmp_path):
+    """GPT-2 has no bias in its output layer, but its base model is called otherwise."""
+    pretrained("gpt2", tmp_path / "original")
+    model = compress(str(tmp_path / "original"))
+    model.initialize_head(loader())
+    ids = torch.randint(V, (2, T))
+    for head in ("compact", "dense"):
+        model.eval().save_pretrained(tmp_path / head, head=head)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / head)
+        torch.testing.assert_close(loaded(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+
+
+# --- the callback and the command line ---
+
+
+def test_the_best_compressed_model_is_saved(folder, tmp_path):
+    model = compress(folder)
+    callback = SavePretrained(str(tmp_path / "best"), monitor="val/kl", head="dense")
+    make_trainer(tmp_path, max_epochs=2, callbacks=[callback]).fit(model, loader(), loader(8, seed=1))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+    assert type(loaded) is LlamaForCausalLM
+    ids = torch.randint(V, (2, T))
+    assert (loaded(ids).logits - model.eval()(ids)).abs().max() < 2.0
+
+
+@pytest.mark.slow
+def test_the_recipe_compresses_a_model_from_the_command_line(tmp_path, monkeypatch):
+    """The recipe that ships, with a small model, text and steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from lit_logits.datamodules import TextDataModule
+
+    data = TextDataModule("python-docs", bpe_vocab_size=300)
+    data.prepare_data()
+    data.tokenizer.save_pretrained("model")
+    config = LlamaConfig(
+        vocab_size=data.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained("model")
+    options = {
+        "model.init_args.backbone": "model",
+        "data.init_args.tokenizer": "model",
+        "data.init_args.block_size": 32,
+        "model.init_args.num_groups": 4,
+        "model.init_args.codebook_size": 32,
+        "model.init_args.calibration_batches": 4,
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 2,
+        "trainer.limit_val_batches": 2,
+        "trainer.accelerator": "cpu",
+    }
+    main(["fit", "--config", "vq_compress.yaml", *(f"--{name}={value}" for name, value in options.items())])
+    loaded = AutoModelForCausalLM.from_pretrained("models/smollm2_compact")
+    assert isinstance(loaded.head, ResidualVQLogitsHead)
+    assert loaded.config.num_groups == 4
+    ids = data.tokenizer("The following", return_tensors="pt").input_ids
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+    assert yaml.safe_load(next((tmp_path / "runs").rglob("config.yaml")).read_text())
