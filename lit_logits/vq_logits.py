@@ -34,6 +34,7 @@ from lit_logits.modules import (
     dense_model,
     describe_head,
     describe_untying,
+    freeze_first_layers,
     initialize_dense_head,
     initialize_residual_head,
     initialize_vq_head,
@@ -75,7 +76,8 @@ class VQLogitsLM(LightningModule):
         commitment_weight: weight of the commitment loss of latents.
         kd_weight: share of KL(original ‖ ours) in the loss, in [0, 1]; the rest is cross-entropy. The original model is
             kept frozen and out of checkpoints; validation then logs `val/kl`, and `val/ppl_ratio` to it.
-        freeze_backbone: train the head alone.
+        num_trainable_layers: how many of the last layers of the backbone are trained, with what follows them; 0 trains
+            the head alone. Default all, embeddings included.
         decay: of the EMA codebook, a step.
         reassign_every_n_steps: how often a `learned` or `reassigned` mapping is renewed.
         optimizer: callable that takes the parameters.
@@ -119,7 +121,7 @@ class VQLogitsLM(LightningModule):
         decay: float = 0.99,
         reassign_every_n_steps: int = 100,
         kd_weight: float = 0.0,
-        freeze_backbone: bool = False,
+        num_trainable_layers: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -133,11 +135,11 @@ class VQLogitsLM(LightningModule):
         pretrained = parts.output_weight is not None
         if parts.output_bias is not None and not bias:
             raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
-        self.original = _original(parts, kd_weight, freeze_backbone) if kd_weight else None
-        self.backbone = parts.model.train()  # `from_pretrained` leaves it in eval mode
-        if freeze_backbone:
-            self.backbone.requires_grad_(False)
-        self.freeze_backbone, self.kd_weight = freeze_backbone, kd_weight
+        self.backbone = parts.model
+        if num_trainable_layers is not None:
+            freeze_first_layers(self.backbone, num_trainable_layers)
+        self.original = _original(parts, kd_weight) if kd_weight else None
+        self.kd_weight = kd_weight
         self.init = choose_init(init, pretrained=pretrained)
         self.num_stages, self.byte_budget, self.metric = num_stages, byte_budget, metric
         self.count_power, self.calibration_batches = count_power, calibration_batches
@@ -189,10 +191,12 @@ class VQLogitsLM(LightningModule):
         if parts.tied:
             rank_zero_info(describe_untying(parts, self.head))
 
+        self.train()  # `from_pretrained` leaves the backbone in eval mode
+
     def train(self, mode: bool = True) -> "VQLogitsLM":
         """Switch between training and evaluation; a frozen backbone stays in evaluation."""
         super().train(mode)
-        if self.freeze_backbone:
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.backbone.eval()
         return self
 
@@ -482,17 +486,19 @@ class VQLogitsLM(LightningModule):
         replace_folder(path, write)
 
 
-def _original(parts: CausalBackbone, kd_weight: float, freeze_backbone: bool) -> OriginalOutput:
-    """The model as it was, to be imitated; a backbone that is not trained serves both."""
+def _original(parts: CausalBackbone, kd_weight: float) -> OriginalOutput:
+    """The model as it was, to be imitated; what is frozen serves both."""
     if parts.output_weight is None:
         raise ValueError(
             f"Expected a pretrained backbone for `kd_weight` {kd_weight}, which imitates its output layer, but the"
             " backbone is a config with random weights."
         )
-    if freeze_backbone:
+    frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
+    if len(frozen) == len(list(parts.model.parameters())):
         return OriginalOutput(parts.output_weight, parts.output_bias)
+    shared = {id(parameter): parameter for parameter in frozen}
     bias = None if parts.output_bias is None else parts.output_bias.clone()
-    return OriginalOutput(parts.output_weight.clone(), bias, copy.deepcopy(parts.model))
+    return OriginalOutput(parts.output_weight.clone(), bias, copy.deepcopy(parts.model, shared))
 
 
 def _check_options(calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float) -> None:

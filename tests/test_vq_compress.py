@@ -128,7 +128,7 @@ def test_the_original_stays_as_it_was_and_out_of_the_checkpoint(folder, tmp_path
 
 
 def test_a_frozen_backbone_serves_as_the_original(folder, tmp_path):
-    model = compress(folder, freeze_backbone=True, optimizer=partial(torch.optim.Adam, lr=0.01))
+    model = compress(folder, num_trainable_layers=0, optimizer=partial(torch.optim.Adam, lr=0.01))
     before = copy.deepcopy(model.backbone.state_dict())
     codes = None
     trainer = make_trainer(tmp_path, max_epochs=3)
@@ -141,6 +141,21 @@ def test_a_frozen_backbone_serves_as_the_original(folder, tmp_path):
     assert not model.original._held
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_the_last_layers_are_trained_and_the_others_shared_with_the_original(folder, tmp_path):
+    model = compress(folder, num_trainable_layers=1)
+    trained = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"layers", "norm"}
+    assert {name.split(".")[1] for name in trained if name.startswith("layers")} == {"1"}
+    (held,) = model.original._held
+    before = copy.deepcopy(model.backbone.state_dict())
+    make_trainer(tmp_path).fit(model, loader())
+    theirs = dict(held.named_parameters())
+    for name, parameter in model.backbone.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+        assert (theirs[name] is parameter) == (name not in trained)
+        assert torch.equal(theirs[name], before[name])
 
 
 def test_the_papers_head_recovers_by_divergence_too(folder, tmp_path):
@@ -186,6 +201,7 @@ def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_p
         ({"init": "random"}, "residual product codes"),
         ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
         ({"num_groups": 1, "num_stages": 1, "mapping": "learned"}, "`kd_weight`, but got latents"),
+        ({"num_trainable_layers": 3}, r"Expected `num_trainable_layers` to be in \[0, 2\], the layers of LlamaModel"),
         ({"head": "sparse"}, "'vq' or 'dense', but got 'sparse'"),
     ],
 )
@@ -397,6 +413,7 @@ def test_the_recipe_compresses_a_model_from_the_command_line(tmp_path, monkeypat
         "model.init_args.num_groups": 4,
         "model.init_args.codebook_size": 32,
         "model.init_args.calibration_batches": 4,
+        "model.init_args.num_trainable_layers": 1,
         "trainer.max_steps": 4,
         "trainer.val_check_interval": 2,
         "trainer.limit_val_batches": 2,

@@ -2,6 +2,7 @@
 
 from lit_logits.modules.backbone import (
     CausalBackbone,
+    freeze_first_layers,
     is_encoder,
     load_backbone,
     load_causal_lm,
@@ -154,6 +155,7 @@ __all__ = [
     "find_classifier",
     "find_tokenizer",
     "fit_output_layer",
+    "freeze_first_layers",
     "has_lora",
     "initialize_dense_head",
     "initialize_residual_head",

@@ -14,7 +14,15 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-__all__ = ["CausalBackbone", "is_encoder", "load_backbone", "load_causal_lm", "make_config", "new_causal_lm"]
+__all__ = [
+    "CausalBackbone",
+    "freeze_first_layers",
+    "is_encoder",
+    "load_backbone",
+    "load_causal_lm",
+    "make_config",
+    "new_causal_lm",
+]
 
 _ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}
 
@@ -136,6 +144,33 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         vocab_size=weight.shape[0],
         generation_config=getattr(causal_lm, "generation_config", None),
     )
+
+
+def freeze_first_layers(model: nn.Module, num_trainable: int) -> None:
+    """Freeze embeddings and all but the last layers; the norm behind them is trained, unless none of them is.
+
+    Args:
+        model: backbone whose layers are its longest `nn.ModuleList`.
+        num_trainable: how many of the last layers to train; 0 freezes everything.
+
+    Raises:
+        ValueError: for more layers than there are, or a model without such a list.
+
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    if not 0 <= num_trainable <= len(layers):
+        raise ValueError(
+            f"Expected `num_trainable_layers` to be in [0, {len(layers)}], the layers of {type(model).__name__}, but"
+            f" got {num_trainable}."
+        )
+    model.requires_grad_(False)
+    if num_trainable == 0:
+        return
+    layers[len(layers) - num_trainable :].requires_grad_(True)
+    names = list(dict(model.named_children()))
+    for child in names[names.index(name.split(".")[0]) + 1 :] if name else []:
+        model.get_submodule(child).requires_grad_(True)
 
 
 def make_config(settings: Mapping[str, Any]) -> Any:
