@@ -40,7 +40,7 @@ def test_wheel_holds_every_module_at_its_installed_place(names):
         f"lit_logits/{place}{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in folders.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".yaml"}
+        if path.suffix in {".py", ".yaml", ".cpp"}
     }
     assert expected <= names
     assert "lit_logits/py.typed" in names

@@ -479,3 +479,26 @@ def test_unpacked_codes_are_renewed_when_they_change(head):
     rows = head.codebook[0, :, 0].flatten().expand(400, 16)
     torch.testing.assert_close(head(hidden), hidden @ rows.T + head.token_bias)
     assert not torch.allclose(head(hidden), before)
+
+
+def test_decoding_looks_up_what_training_multiplies(head):
+    hidden, many = torch.randn(2, 3, 16), torch.randn(300, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden), hidden @ head.dense_weight().T + head.token_bias)
+        torch.testing.assert_close(head(many), many @ head.dense_weight().T + head.token_bias)
+        for _ in range(2):  # tables follow what an optimizer writes in place
+            head.codebook.mul_(1.5)
+            head.token_bias.add_(torch.randn(400))
+            logits = hidden @ head.dense_weight().T + head.token_bias
+            torch.testing.assert_close(head(hidden), logits)
+            assert torch.equal(head.greedy(hidden), logits.argmax(-1))
+        half = head.bfloat16()
+        assert half(hidden.bfloat16()).dtype == torch.bfloat16
+    assert head(hidden.bfloat16()).requires_grad
+
+
+def test_a_stage_that_nobody_owns_is_left_out_in_decoding():
+    head = ResidualVQLogitsHead(16, 40, 8, num_groups=4, token_stages=1, num_stages=3)
+    hidden = torch.randn(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden), hidden @ head.dense_weight().T)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_logits.functional import (
     DenseTarget,
     Footprint,
+    LookupLayout,
     MetricKind,
     Reduction,
     ResidualCodes,
@@ -21,8 +22,11 @@ from lit_logits.functional import (
     code_bits,
     decode_rows,
     fit_residual_codes,
+    lookup_greedy,
+    lookup_layout,
     metric_matrix,
     pack_bits,
+    packed_lookup_logits,
     reduce_tokens,
     residual_vq_logits,
     residual_vq_losses,
@@ -35,6 +39,7 @@ from lit_logits.functional import (
 __all__ = ["ResidualVQLogitsHead", "fit_output_layer"]
 
 _INIT_STD = 0.02
+_MAX_LOOKUPS = 256  # rows; with more, decoding the codes once and multiplying is faster
 
 
 class ResidualVQLogitsHead(nn.Module):
@@ -108,12 +113,19 @@ class ResidualVQLogitsHead(nn.Module):
         self.register_buffer("packed_codes", pack_bits(codes, code_bits(codebook_size)))
         self.register_buffer("packed_stages", self._pack_stages(stages))
         self._cache: tuple[object, list[StageCodes]] | None = None
+        self._packed: tuple[object, LookupLayout] | None = None
         self.register_load_state_dict_pre_hook(_take_over_sizes)
 
     # ------------------------------------------------------------------ logits and loss
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Token logits (..., V) in nats of hidden states (..., d)."""
+        """Token logits (..., V) in nats of hidden states (..., d).
+
+        A few rows without a gradient, as in decoding, are looked up; see `packed_lookup_logits`. Others are multiplied
+        with rows that are decoded a chunk at a time.
+        """
+        if self._is_decoding(hidden):
+            return packed_lookup_logits(hidden, self._layout()).to(hidden.dtype)
         return residual_vq_logits(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
 
     def loss(
@@ -141,8 +153,8 @@ class ResidualVQLogitsHead(nn.Module):
 
     @torch.no_grad()
     def greedy(self, hidden: Tensor) -> Tensor:
-        """Most likely tokens (...) of hidden states (..., d); ties go to the lowest id."""
-        return self(hidden).argmax(dim=-1)
+        """Most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
+        return lookup_greedy(hidden, self._layout()) if self._is_decoding(hidden) else self(hidden).argmax(dim=-1)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -151,6 +163,39 @@ class ResidualVQLogitsHead(nn.Module):
             raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
         probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
         return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
+
+    def _is_decoding(self, hidden: Tensor) -> bool:
+        return (
+            hidden.device.type == "cpu"
+            and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
+            and not (torch.is_grad_enabled() and (hidden.requires_grad or self.codebook.requires_grad))
+        )
+
+    def _layout(self) -> LookupLayout:
+        """The head as the look-up takes it, made anew when any of it was written to since."""
+        parts = [self.codebook, self.packed_codes, self.packed_stages]
+        parts += [] if self.token_bias is None else [self.token_bias]
+        if any(part.is_inference() for part in parts):  # such tensors do not count their versions
+            return self._make_layout()
+        key = [(part.data_ptr(), part._version) for part in parts]
+        if self._packed is None or self._packed[0] != key:
+            self._packed = key, self._make_layout()
+        return self._packed[1]
+
+    def _make_layout(self) -> LookupLayout:
+        stages = self.stages()
+        missing = self.num_stages - len(stages)  # stages that no token owns
+        codebook = self.codebook.detach()[: self.num_stages - missing]
+        bias = None if self.token_bias is None else self.token_bias.detach()
+        return lookup_layout(codebook, [stage.codes for stage in stages], [stage.members for stage in stages], bias)
+
+    def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
+        """Switch between training and evaluation, and forget the tables of decoding.
+
+        Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version.
+        """
+        self._packed = None
+        return super().train(mode)
 
     # ------------------------------------------------------------------ the mapping
 

