@@ -177,6 +177,8 @@ class VQLogitsLM(LightningModule):
             if kd_weight and self.head.latents is not None:
                 raise ValueError("Expected mapping='fixed' or 'reassigned' with `kd_weight`, but got latents.")
         elif head == "dense":
+            if kd_weight:
+                raise ValueError(f"Expected head='vq' with `kd_weight`, but got 'dense' and {kd_weight}.")
             self.head = DenseLogitsHead(parts.hidden_size, parts.vocab_size, bias=bias)
             self.head.copy_output_layer(parts.output_weight, parts.output_bias)
         else:
@@ -218,12 +220,13 @@ class VQLogitsLM(LightningModule):
 
     def _losses(self, batch: Mapping[str, Tensor], original: OriginalOutput) -> tuple[ResidualVQLosses, Tensor]:
         """Losses of each next token beside those of the original model, and the shifted labels (B, T − 1)."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
-        hidden = self.hidden_states(**inputs).last_hidden_state
-        target = original.target(hidden, **inputs)
+        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+        hidden = self.hidden_states(input_ids, mask).last_hidden_state
+        target = original.target(hidden, input_ids=input_ids, attention_mask=mask)
         target = target._replace(hidden=target.hidden[:, :-1])
         labels = batch["labels"][:, 1:]
-        return self.head.losses(hidden[:, :-1], labels, target=target), labels
+        head = cast(VQLogitsHead | ResidualVQLogitsHead, self.head)
+        return head.losses(hidden[:, :-1], labels, target=target), labels
 
     # ------------------------------------------------------------------ training
 
@@ -442,11 +445,10 @@ class VQLogitsLM(LightningModule):
         """
         if head not in ("compact", "dense"):
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
-        backbone = cast(PreTrainedModel, self.backbone)
         if isinstance(self.head, DenseLogitsHead):
             raise ValueError("Expected a compressed head to export, but got the dense one.")
         make = compact_model if head == "compact" else dense_model
-        return make(backbone, self.head, self._generation_config)
+        return make(self.backbone, self.head, self._generation_config)
 
     def save_pretrained(
         self,
@@ -476,7 +478,8 @@ class VQLogitsLM(LightningModule):
             tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         model = self.to_pretrained(head)
         if dtype is not None:
-            model = copy.deepcopy(model).to(dtype)
+            model = copy.deepcopy(model)
+            nn.Module.to(model, dtype)
 
         def write(target: Path) -> None:
             model.save_pretrained(target)

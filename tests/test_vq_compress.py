@@ -202,6 +202,7 @@ def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_p
         ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
         ({"num_groups": 1, "num_stages": 1, "mapping": "learned"}, "`kd_weight`, but got latents"),
         ({"num_trainable_layers": 3}, r"Expected `num_trainable_layers` to be in \[0, 2\], the layers of LlamaModel"),
+        ({"head": "dense"}, "Expected head='vq' with `kd_weight`"),
         ({"head": "sparse"}, "'vq' or 'dense', but got 'sparse'"),
     ],
 )

@@ -173,7 +173,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None if labels is None else self.head.loss(hidden[:, :-1], labels[:, 1:].to(hidden.device))
         return CausalLMOutputWithPast(
-            loss=loss,  # type: ignore[arg-type]
+            loss=loss,
             logits=self.head(hidden[:, kept]),
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
