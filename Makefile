@@ -36,7 +36,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p lit_logits
 
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
-	@set -e; for name in $(filter-out measure dynamic_fusion gld_fusion,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@set -e; for name in $(filter-out measure dynamic_fusion gld_fusion vq_compress,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 clean:  ## Remove the environment, builds and caches; runs/ stays

@@ -33,6 +33,7 @@ from lit_logits.modules import (
     compact_model,
     dense_model,
     describe_head,
+    describe_model,
     describe_untying,
     freeze_first_layers,
     initialize_dense_head,
@@ -185,7 +186,7 @@ class VQLogitsLM(LightningModule):
             raise ValueError(f"Expected `head` to be 'vq' or 'dense', but got {head!r}.")
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = (parts.output_weight, parts.output_bias) if head == "vq" else (None, None)
-        self._generation_config = parts.generation_config
+        self._generation_config, self._tied = parts.generation_config, parts.tied
         self.register_buffer("head_ready", torch.tensor(head == "dense" and pretrained))
         self.val_nll, self.test_nll = TokenMean(), TokenMean()
         self.val_kl, self.test_kl = TokenMean(), TokenMean()
@@ -428,7 +429,7 @@ class VQLogitsLM(LightningModule):
             initialize_dense_head(self.head, calibration)
         self.head_ready.fill_(True)
         self._output_layer = (None, None)  # frees the dense weights
-        rank_zero_info(describe_head(self.head))
+        rank_zero_info(f"{describe_head(self.head)} {describe_model(self.backbone, self.head, tied=self._tied)}")
 
     # ------------------------------------------------------------------ export
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import SavePretrained
 from lit_logits.cli import main
-from lit_logits.modules import OriginalOutput, ResidualVQLogitsHead, VQLogitsForCausalLM
+from lit_logits.modules import OriginalOutput, ResidualVQLogitsHead, VQLogitsForCausalLM, describe_model
 
 CODES = {"codebook_size": 8, "num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": False, "calibration_batches": 3}
 
@@ -222,6 +222,20 @@ def test_imitation_and_residual_codes_need_a_pretrained_model():
 def test_the_original_moves_with_the_module():
     original = OriginalOutput(torch.zeros(5, 3), torch.zeros(5), torch.nn.Linear(2, 2)).to(torch.float64)
     assert original._weight.dtype == original._bias.dtype == original._held[0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_report_counts_the_whole_model_before_and_after(folder, tied):
+    model = compress(folder)
+    model.initialize_head(loader())
+    text = describe_model(model.backbone, model.head, tied=tied)
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    before = sum(parameter.numel() for parameter in original.parameters()) + (0 if tied else V * 16)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in model.to_pretrained().state_dict().values())
+    assert f"{before:,} parameters, {4 * before / 1e6:,.1f} MB" in text
+    assert f"{after:,} parameters, {stored / 1e6:,.1f} MB" in text
+    assert ("tied" in text) == tied
 
 
 # --- export ---

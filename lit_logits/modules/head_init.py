@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_logits.functional import (
     Footprint,
@@ -28,6 +28,7 @@ __all__ = [
     "HeadInit",
     "choose_init",
     "describe_head",
+    "describe_model",
     "describe_untying",
     "initialize_dense_head",
     "initialize_residual_head",
@@ -181,4 +182,26 @@ def describe_untying(parts: CausalBackbone, head: VQLogitsHead | ResidualVQLogit
         f"The output layer was tied to the input embedding, so it cost nothing; the tie is broken. The input table"
         f" stays ({table:,} parameters) and the head adds {size.parameters:,}: {backbone:,} parameters become"
         f" {backbone + size.parameters:,} (an untied dense head would make it {backbone + table:,})."
+    )
+
+
+def describe_model(
+    backbone: nn.Module, head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead, *, tied: bool
+) -> str:
+    """What the whole model takes with this head and with its own dense layer, the input table counted in both.
+
+    Args:
+        backbone: whose parameters hold the input table.
+        head: its output layer.
+        tied: whether the dense layer was the input table, so that it cost nothing.
+
+    """
+    size = head.footprint()
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    taken = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
+    own, own_bytes = (0, 0) if tied else (size.dense_parameters, size.dense_bytes)
+    return (
+        f"Whole model, input table included: {parameters + own:,} parameters, {(taken + own_bytes) / 1e6:,.1f} MB with"
+        f" its {'tied ' if tied else ''}dense layer; {parameters + size.parameters:,} parameters,"
+        f" {(taken + size.bytes) / 1e6:,.1f} MB with this head."
     )
