@@ -86,6 +86,8 @@ class SavePretrained(Callback):
                 f"Expected a strategy whose weights are whole for {type(pl_module).__name__}, but got"
                 f" {type(trainer.strategy).__name__}. Use DDP."
             )
+        else:
+            self._exported(pl_module)  # refuses now what could not be saved later
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
         if trainer.is_global_zero:
             restore_replaced(self._path)
@@ -134,15 +136,23 @@ class SavePretrained(Callback):
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
         pl_module, tokenizer = trainer.lightning_module, getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if _exports(pl_module):
-            model: Any = pl_module.to_pretrained(self.head)  # type: ignore[operator]
+            model = self._exported(pl_module)
             model.save_pretrained(folder)
         else:
-            model = pl_module.get_submodule(self._name)
+            model = pl_module.get_submodule(self._name)  # type: ignore[assignment]
             save_merged(model, folder, weights)
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(folder)
             for config in filter(None, (model.config, getattr(model, "generation_config", None))):
                 _with_ids(config, tokenizer).save_pretrained(folder)
+
+    def _exported(self, pl_module: LightningModule) -> PreTrainedModel:
+        """The model that the module makes of itself, which leaves the modes of its parts as they were."""
+        modes = {name: module.training for name, module in pl_module.named_modules()}
+        model: PreTrainedModel = pl_module.to_pretrained(self.head)  # type: ignore[operator]
+        for name, module in pl_module.named_modules():
+            module.training = modes[name]
+        return model
 
     def _gathered_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
         """The model's, where they are in pieces: all ranks must come. Else None."""

@@ -31,6 +31,7 @@ from lit_logits.modules import (
     check_model_folder,
     choose_init,
     compact_model,
+    default_stages,
     dense_model,
     describe_head,
     describe_model,
@@ -63,7 +64,8 @@ class VQLogitsLM(LightningModule):
         codebook_size: K.
         num_groups: G codebooks, each for d/G dimensions of a pretrained output layer. More than one, or more than one
             stage, makes a `ResidualVQLogitsHead`, which keeps the quality of a pretrained model.
-        num_stages: residual stages of all tokens, or tiers {frequency rank: stages}; see `stages_by_rank`.
+        num_stages: residual stages of all tokens, or tiers {frequency rank: stages}; see `stages_by_rank`. Default 1,
+            or up to 5 with a budget.
         byte_budget: share of the bfloat16 dense layer that the head may take; chooses the tiers, up to `num_stages`.
         metric: what of E[h hᵀ] the fit of residual codes uses; see `metric_matrix`.
         bias: learn a bias for each token. Without it (the paper's head) tokens of one code are always equally likely.
@@ -109,7 +111,7 @@ class VQLogitsLM(LightningModule):
         head: Literal["vq", "dense"] = "vq",
         codebook_size: int = 512,
         num_groups: int = 1,
-        num_stages: int | dict[int, int] = 1,
+        num_stages: int | dict[int, int] | None = None,
         byte_budget: float | None = None,
         metric: MetricKind = "full",
         bias: bool = True,
@@ -142,12 +144,13 @@ class VQLogitsLM(LightningModule):
         self.original = _original(parts, kd_weight) if kd_weight else None
         self.kd_weight = kd_weight
         self.init = choose_init(init, pretrained=pretrained)
-        self.num_stages, self.byte_budget, self.metric = num_stages, byte_budget, metric
+        self.byte_budget, self.metric = byte_budget, metric
         self.count_power, self.calibration_batches = count_power, calibration_batches
         self.commitment_weight = commitment_weight
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
         self.head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead
+        num_stages = cast(int | dict[int, int], default_stages(num_stages, byte_budget))
         if head == "vq" and (num_groups > 1 or num_stages != 1 or byte_budget is not None):
             if self.init != "weighted_kmeans" or mapping != "fixed" or codebook_update != "gradient":
                 raise ValueError(
@@ -163,6 +166,7 @@ class VQLogitsLM(LightningModule):
                 token_stages=stages_by_rank(torch.ones(parts.vocab_size), num_stages),
                 bias=bias,
             )
+            self.num_stages = num_stages
         elif head == "vq":
             self.head = VQLogitsHead(
                 parts.hidden_size,
@@ -202,6 +206,15 @@ class VQLogitsLM(LightningModule):
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.backbone.eval()
         return self
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the original weights of its own where the checkpoint changes what is shared with it."""
+        if self.original is None:
+            return
+        loaded = checkpoint["state_dict"]
+        shared = {f"backbone.{name}": p for name, p in self.backbone.named_parameters() if not p.requires_grad}
+        if any(name in loaded and not torch.equal(loaded[name].to(p), p) for name, p in shared.items()):
+            self.original = self.original.separate(self.backbone)
 
     # ------------------------------------------------------------------ forward
 
@@ -334,7 +347,7 @@ class VQLogitsLM(LightningModule):
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue prompts with a KV cache, without token logits and without dropout.
+        """Continue prompts with a KV cache and without dropout.
 
         Args:
             input_ids: (B, T) prompts, left-padded where they differ in length.
@@ -393,6 +406,11 @@ class VQLogitsLM(LightningModule):
         """
         weight, bias = self._output_layer
         is_residual = isinstance(self.head, ResidualVQLogitsHead)
+        if is_residual and weight is None:
+            raise ValueError(
+                "Expected the rows of the pretrained output layer, but they were freed when the head was initialised."
+                " Make the module anew to start again."
+            )
         needs_moment = is_residual or (isinstance(self.head, VQLogitsHead) and self.init == "weighted_kmeans")
         calibration = calibrate(
             dataloader,
@@ -436,6 +454,8 @@ class VQLogitsLM(LightningModule):
     def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
         """The model as one of transformers, sharing its tensors: `generate`, `save_pretrained` and the rest are there.
 
+        It is in `eval` mode, and so are the parts that it shares, until `train()` is called.
+
         Args:
             head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
                 whose output rows are the decoded codes, so that other programs read it.
@@ -446,10 +466,11 @@ class VQLogitsLM(LightningModule):
         """
         if head not in ("compact", "dense"):
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
+        if head == "dense":
+            return dense_model(self.backbone, self.head, self._generation_config)
         if isinstance(self.head, DenseLogitsHead):
-            raise ValueError("Expected a compressed head to export, but got the dense one.")
-        make = compact_model if head == "compact" else dense_model
-        return make(self.backbone, self.head, self._generation_config)
+            raise ValueError("Expected a compressed head for head='compact', but got the dense one. Use head='dense'.")
+        return compact_model(self.backbone, self.head, self._generation_config)
 
     def save_pretrained(
         self,
@@ -459,7 +480,7 @@ class VQLogitsLM(LightningModule):
         tokenizer: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all.
+        """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all; rank zero does.
 
         A `compact` one loads after `import lit_logits`, without `trust_remote_code`.
 
@@ -475,19 +496,25 @@ class VQLogitsLM(LightningModule):
         """
         path = Path(folder).expanduser().resolve()
         check_model_folder(path)
-        if tokenizer is None and self._trainer is not None:
-            tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        trainer = self._trainer
+        if tokenizer is None and trainer is not None:
+            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        was_training = self.training
         model = self.to_pretrained(head)
         if dtype is not None:
             model = copy.deepcopy(model)
             nn.Module.to(model, dtype)
+        self.train(was_training)
 
         def write(target: Path) -> None:
             model.save_pretrained(target)
             if tokenizer is not None:
                 tokenizer.save_pretrained(target)
 
-        replace_folder(path, write)
+        if self.global_rank == 0:
+            replace_folder(path, write)
+        if trainer is not None:
+            trainer.strategy.barrier()
 
 
 def _original(parts: CausalBackbone, kd_weight: float) -> OriginalOutput:

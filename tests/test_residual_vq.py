@@ -95,7 +95,7 @@ def test_a_budget_buys_the_stages_that_are_worth_most():
 
     for budget in (5, 7, 8, 9):
         ours = stages_for_bytes(weights, budget, max_stages=3, **options).tolist()
-        affordable = [s for s in itertools.product((1, 2, 3), repeat=6) if sum(s) * 4 + 6 * 2 <= budget * 8]
+        affordable = [s for s in itertools.product((1, 2, 3), repeat=6) if math.ceil(sum(s) * 4 / 8) + 2 <= budget]
         assert tuple(ours) in affordable
         assert error(ours) == pytest.approx(min(error(s) for s in affordable))
     with pytest.raises(ValueError, match="Expected a budget of at least 5 bytes for the mapping"):
@@ -429,6 +429,9 @@ def test_the_footprint_is_what_a_saved_head_takes(head):
     [
         ({"token_counts": torch.ones(399)}, "Expected `token_counts` to hold one count for each of the 400 rows"),
         ({"token_counts": torch.full((400,), torch.nan)}, "token_counts"),
+        ({"token_counts": -torch.ones(400)}, "Expected `token_counts` to be non-negative, but the least is -1"),
+        ({"hidden_second_moment": -torch.eye(16)}, "positive definite"),
+        ({"num_stages": {"50": 2, "400": 1}}, "to be integers"),
         ({"hidden_second_moment": torch.eye(15)}, r"Expected `hidden_second_moment` to be \(16, 16\)"),
         ({"hidden_second_moment": torch.full((16, 16), torch.inf)}, "hidden_second_moment"),
         ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
@@ -502,3 +505,76 @@ def test_a_stage_that_nobody_owns_is_left_out_in_decoding():
     hidden = torch.randn(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(head(hidden), hidden @ head.dense_weight().T)
+
+
+def test_a_bias_that_is_trained_alone_gets_its_gradient(head):
+    head.codebook.requires_grad_(False)
+    head(torch.randn(2, 16)).sum().backward()
+    assert (head.token_bias.grad == 2).all()
+
+
+def test_a_parameter_is_fitted_without_a_graph():
+    weight, moment, counts = correlated()
+    weight = torch.nn.Parameter(weight)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        VQLogitsHead.from_dense(
+            weight,
+            codebook_size=16,
+            num_groups=4,
+            token_counts=counts,
+            hidden_second_moment=moment,
+            bias=torch.nn.Parameter(torch.zeros(400)),
+        )
+    assert not kept
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_head_of_half_precision_has_it_in_all_its_ways(groups):
+    weight, moment, counts = correlated()
+    head = VQLogitsHead.from_dense(
+        weight.bfloat16(), codebook_size=16, num_groups=groups, token_counts=counts, hidden_second_moment=moment
+    )
+    assert head.codebook.dtype == torch.bfloat16
+    hidden = torch.randn(300, 16).bfloat16()
+    expected = hidden.float() @ head.dense_weight().float().T
+    expected = expected if head.token_bias is None else expected + head.token_bias.float()
+    for few in (hidden[:3], hidden):
+        torch.testing.assert_close(head(few).float(), expected[: len(few)], rtol=0.05, atol=0.2)
+        with torch.no_grad():
+            torch.testing.assert_close(head(few).float(), expected[: len(few)], rtol=0.05, atol=0.2)
+        assert head.greedy(few).shape == (len(few),)
+
+
+def test_greedy_of_many_rows_goes_through_the_vocabulary_in_chunks(head, monkeypatch):
+    monkeypatch.setattr(residual_module, "_CHUNK_ELEMENTS", 500)
+    hidden = torch.randn(300, 16)
+    logits = hidden @ head.dense_weight().T + head.token_bias
+    assert torch.equal(head.greedy(hidden), logits.argmax(-1))
+    with torch.no_grad():
+        head.codebook.zero_()
+        head.token_bias.zero_()
+    assert not head.greedy(hidden).any()  # all alike: the lowest id
+
+
+def test_codes_set_twice_are_those_of_the_second_time(head):
+    """The addresses of buffers that are gone are given out again."""
+    ones, codebook, hidden = torch.ones(400, dtype=torch.long), head.codebook.detach().clone(), torch.randn(2, 16)
+    for code in range(8):
+        for _ in range(2):
+            head.set_codes(codebook, torch.full((1600,), code), ones)
+        rows = codebook[0, :, code].flatten().expand(400, 16)
+        torch.testing.assert_close(head(hidden), hidden @ rows.T + head.token_bias)
+
+
+def test_a_budget_alone_buys_stages():
+    weight, _, counts = correlated()
+    head = VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, byte_budget=0.5, token_counts=counts)
+    assert 1 < head.num_stages <= 5
+    with pytest.raises(ValueError, match="chooses the tiers"):
+        VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, byte_budget=0.5, num_stages={10: 2, 400: 1})
+
+
+def test_a_head_is_made_under_a_meta_device_and_copied():
+    with torch.device("meta"):
+        assert ResidualVQLogitsHead(8, 40, 8, num_groups=2, token_stages=2).packed_codes.is_meta

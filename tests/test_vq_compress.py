@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from test_vq_training import T, V, loader, make_trainer, pretrained, rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -158,6 +159,26 @@ def test_the_last_layers_are_trained_and_the_others_shared_with_the_original(fol
         assert torch.equal(theirs[name], before[name])
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_original_is_the_original_after_a_checkpoint_of_other_trained_layers(folder, tmp_path, layers):
+    """What is frozen now was trained then; it was shared with the original, which the checkpoint overwrote."""
+    trained = compress(folder, optimizer=partial(torch.optim.Adam, lr=0.05))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(trained, loader())
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    model = VQLogitsLM.load_from_checkpoint(tmp_path / "all.ckpt", num_trainable_layers=layers, weights_only=False)
+    ids = torch.randint(V, (2, T))
+    target = model.original.target(model.hidden_states(ids).last_hidden_state, input_ids=ids)
+    logits = target.hidden @ target.weight.T
+    torch.testing.assert_close(logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits.detach())
+    assert not torch.allclose(model.hidden_states(ids).last_hidden_state, target.hidden)
+
+
+def test_a_head_is_started_once(started):
+    with pytest.raises(ValueError, match="Expected the rows of the pretrained output layer, but they were freed"):
+        started.initialize_head(loader())
+
+
 def test_the_papers_head_recovers_by_divergence_too(folder, tmp_path):
     model = compress(folder, num_groups=1, num_stages=1, codebook_size=20, bias=True)
     model.initialize_head(loader(64))
@@ -182,11 +203,13 @@ def test_resumed_equals_uninterrupted(folder, tmp_path):
 
 
 def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_path):
-    options = {"num_stages": 4, "byte_budget": 0.5}
+    options = {"num_stages": 2, "byte_budget": 0.33}
     model = compress(folder, **options)
     trainer = make_trainer(tmp_path)
     trainer.fit(model, loader())
     assert len(model.head.token_stages().unique()) > 1
+    size = copy.deepcopy(model.head).bfloat16().footprint()
+    assert 0.31 < size.bytes / size.dense_bytes <= 0.33
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     loaded = VQLogitsLM.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     ids = torch.arange(T)[None]
@@ -344,6 +367,62 @@ def test_a_cut_off_or_foreign_folder_is_refused(started, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
+def test_a_folder_without_its_head_is_refused(started, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    started.save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(weights)
+    for name in ("head.packed_codes", "head.codebook"):
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        save_file(rest, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"Expected the folder to hold the compressed head, but \['{name}'\]"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_loaded_model_is_tuned_as_any_other(started, tmp_path):
+    """With transformers' Trainer, whose accumulation takes a model with `**kwargs` for one that divides by itself."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows(8)]
+    losses = []
+    for head in ("compact", "dense"):
+        started.save_pretrained(tmp_path / head, head=head)
+        arguments = TrainingArguments(
+            str(tmp_path / "out"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            max_steps=1,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(AutoModelForCausalLM.from_pretrained(tmp_path / head), arguments, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_loaded_model_answers_as_transformers_own(started):
+    model = started.to_pretrained()
+    ids = torch.randint(V, (2, T))
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+    assert (model.config.vocab_size, model.config.hidden_size) == (V, 16)
+    assert model.resize_token_embeddings() is model.resize_token_embeddings(V) is model.get_input_embeddings()
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    mask = torch.ones_like(ids)
+    beams = [started.to_pretrained(h).generate(ids, attention_mask=mask, **options) for h in ("compact", "dense")]
+    assert torch.equal(*beams)
+
+
+def test_exporting_in_the_middle_of_training_leaves_the_modes(started, tmp_path):
+    started.train()
+    started.save_pretrained(tmp_path / "saved")
+    assert all(module.training for module in (started, started.backbone, started.head))
+
+
 def test_a_compact_head_cannot_be_resized(started):
     model = started.to_pretrained()
     with pytest.raises(ValueError, match="Expected the vocabulary that the output head was compressed for"):
@@ -371,8 +450,10 @@ def test_a_model_without_an_output_layer_and_a_dense_head_are_refused(folder):
     with pytest.raises(ValueError, match="output layer"):
         compress(AutoModel.from_pretrained(folder))
     dense = VQLogitsLM(folder, head="dense", bias=False)
-    with pytest.raises(ValueError, match="Expected a compressed head to export, but got the dense one"):
+    with pytest.raises(ValueError, match="Expected a compressed head for head='compact', but got the dense one"):
         dense.to_pretrained()
+    ids = torch.randint(V, (2, T))
+    torch.testing.assert_close(dense.to_pretrained("dense")(ids).logits, dense.eval()(ids))
     with pytest.raises(ValueError, match="'compact' or 'dense', but got 'gguf'"):
         compress(folder).to_pretrained("gguf")
 
@@ -392,14 +473,39 @@ def test_an_untied_model_with_a_bias_of_its_own_is_compressed(tmp_path):
 # --- the callback and the command line ---
 
 
-def test_the_best_compressed_model_is_saved(folder, tmp_path):
-    model = compress(folder)
-    callback = SavePretrained(str(tmp_path / "best"), monitor="val/kl", head="dense")
-    make_trainer(tmp_path, max_epochs=2, callbacks=[callback]).fit(model, loader(), loader(8, seed=1))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
-    assert type(loaded) is LlamaForCausalLM
-    ids = torch.randint(V, (2, T))
-    assert (loaded(ids).logits - model.eval()(ids)).abs().max() < 2.0
+class Snapshots(Callback):
+    """The model as it is at each validation, with its KL."""
+
+    def __init__(self):
+        self.taken = []
+
+    def on_validation_end(self, trainer, pl_module):
+        kl = float(trainer.callback_metrics["val/kl"])
+        self.taken.append((kl, copy.deepcopy(pl_module.to_pretrained("dense"))))
+
+
+@pytest.mark.parametrize("head", ["compact", "dense"])
+def test_the_best_compressed_model_is_saved(folder, tmp_path, head):
+    model, snapshots = (
+        compress(folder, optimizer=partial(torch.optim.SGD, lr=8.0)),
+        Snapshots(),
+    )  # gets worse in the end
+    callback = SavePretrained(str(tmp_path / "best"), monitor="val/kl", head=head)
+    trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[callback, snapshots])
+    trainer.fit(model, loader(), loader(8, seed=1))
+    best = min(snapshots.taken, key=lambda taken: taken[0])
+    assert len({kl for kl, _ in snapshots.taken}) == 4
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "best"), torch.randint(V, (2, T))
+    torch.testing.assert_close(loaded(ids).logits, best[1](ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_saved_is_refused_before_any_training(folder, tmp_path):
+    model = compress(folder, bias=True)
+    trainer = make_trainer(tmp_path, callbacks=[SavePretrained(str(tmp_path / "best"), head="dense")])
+    with pytest.raises(ValueError, match="Expected a head without a token bias"):
+        trainer.fit(model, loader(), loader())
+    assert trainer.global_step == 0
+    assert model.backbone.training
 
 
 @pytest.mark.slow

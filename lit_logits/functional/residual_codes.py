@@ -102,8 +102,11 @@ def stages_by_rank(token_counts: Tensor, num_stages: int | Mapping[int, int]) ->
         tensor([1, 3, 1])
 
     """
-    tiers = {token_counts.numel(): num_stages} if isinstance(num_stages, int) else dict(sorted(num_stages.items()))
+    tiers = {token_counts.numel(): num_stages} if isinstance(num_stages, int) else dict(num_stages)
+    tiers = {rank: tiers[rank] for rank in sorted(tiers)}
     stages = list(tiers.values())
+    if not all(isinstance(number, int) for number in (*tiers, *stages)):
+        raise ValueError(f"Expected the ranks and stages of `num_stages` to be integers, but got {num_stages}.")
     if not tiers or min(tiers) < 1 or min(stages) < 1 or stages != sorted(stages, reverse=True):
         raise ValueError(
             "Expected `num_stages` to be a positive number, or tiers {rank: stages} whose stages are positive and fall"
@@ -141,12 +144,14 @@ def stages_for_bytes(
     """
     vocab_size = token_weights.numel()
     bits = num_groups * code_bits(codebook_size)
-    affordable = int((num_code_bytes * 8 - vocab_size * code_bits(max_stages)) // bits)
+    stage_bytes = -(-vocab_size * code_bits(max_stages) // 8)
+    affordable = (int(num_code_bytes) - stage_bytes) * 8 // max(1, bits)
     if affordable < vocab_size:
-        least = -(-vocab_size * (bits + code_bits(max_stages)) // 8)
+        least = stage_bytes - (-vocab_size * bits // 8)
         raise ValueError(
             f"Expected a budget of at least {least:,} bytes for the mapping, one stage for each of {vocab_size:,}"
-            f" tokens, but got {max(0, int(num_code_bytes)):,}. Use fewer groups or a smaller `codebook_size`."
+            f" tokens, but got {max(0, int(num_code_bytes)):,}. Use fewer groups or stages, or a smaller"
+            " `codebook_size`."
         )
     order = token_weights.double().argsort(descending=True, stable=True)
     sorted_weights = token_weights.double()[order].clamp(min=1e-300).log()

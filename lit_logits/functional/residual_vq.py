@@ -23,6 +23,7 @@ __all__ = [
     "ResidualVQLosses",
     "StageCodes",
     "decode_rows",
+    "residual_vq_greedy",
     "residual_vq_logits",
     "residual_vq_losses",
     "stage_codes",
@@ -145,12 +146,25 @@ def residual_vq_logits(
         token_bias: (V,) in nats; default 0.
 
     """
-    parts = [
-        F.linear(hidden, decode_rows(codebooks, stages, vocab_size, start, end))
-        for start, end in _chunks(vocab_size, hidden.shape[-1])
-    ]
-    logits = torch.cat(parts, dim=-1)
-    return logits if token_bias is None else logits + token_bias
+    walk = _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias)
+    return torch.cat([logits for _, logits in walk], dim=-1)
+
+
+def residual_vq_greedy(
+    hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None = None
+) -> Tensor:
+    """Most likely tokens (...) of hidden states (..., d), a chunk of the vocabulary at a time; ties: the lowest id.
+
+    Arguments as in `residual_vq_logits`.
+
+    """
+    best = torch.full(hidden.shape[:-1], -torch.inf, device=hidden.device)
+    tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    for start, logits in _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias):
+        highest, index = logits.max(dim=-1)
+        tokens = torch.where(highest > best, index + start, tokens)
+        best = torch.maximum(best, highest)
+    return tokens
 
 
 def residual_vq_losses(
@@ -209,6 +223,15 @@ def residual_vq_losses(
     return ResidualVQLosses(
         *(values.new_zeros(mask.shape).index_copy(0, places, values).view(labels.shape) for values in losses)
     )
+
+
+def _chunk_logits(
+    hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """The first token of each chunk of the vocabulary, and its logits."""
+    for start, end in _chunks(vocab_size, hidden.shape[-1]):
+        logits = F.linear(hidden, decode_rows(codebooks, stages, vocab_size, start, end).to(hidden.dtype))
+        yield start, logits if token_bias is None else logits + token_bias[start:end].to(logits.dtype)
 
 
 class _Losses(torch.autograd.Function):

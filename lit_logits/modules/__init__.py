@@ -88,7 +88,7 @@ from lit_logits.modules.lora import add_lora, has_lora, merged_state_dict, save_
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.original_output import OriginalOutput
-from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, fit_output_layer
+from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, default_stages, fit_output_layer
 from lit_logits.modules.run_settings import differing_settings
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
 from lit_logits.modules.vq_logits import CodebookUpdate, MappingStrategy, VQLogitsHead
@@ -146,6 +146,7 @@ __all__ = [
     "classifier_logits",
     "compact_model",
     "counted_positions",
+    "default_stages",
     "dense_model",
     "describe_cache",
     "describe_head",

@@ -147,7 +147,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
 
 
 def freeze_first_layers(model: nn.Module, num_trainable: int) -> None:
-    """Freeze embeddings and all but the last layers; the norm behind them is trained, unless none of them is.
+    """Freeze all but the last layers and the norm behind them; with 0 layers that too.
 
     Args:
         model: backbone whose layers are its longest `nn.ModuleList`.
@@ -168,9 +168,9 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> None:
     if num_trainable == 0:
         return
     layers[len(layers) - num_trainable :].requires_grad_(True)
-    names = list(dict(model.named_children()))
-    for child in names[names.index(name.split(".")[0]) + 1 :] if name else []:
-        model.get_submodule(child).requires_grad_(True)
+    for child_name, child in model.get_submodule(name.rpartition(".")[0]).named_children():  # beside the layers
+        if "norm" in type(child).__name__.lower() and "emb" not in child_name:
+            child.requires_grad_(True)
 
 
 def make_config(settings: Mapping[str, Any]) -> Any:

@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
+from lit_logits.modules.dense_logits import DenseLogitsHead
 from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead
 from lit_logits.modules.vq_logits import VQLogitsHead
 
@@ -61,9 +63,19 @@ class VQLogitsConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the backbone, d."""
+        return self.text_config.hidden_size
+
 
 class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
-    """Any causal backbone of transformers with a `ResidualVQLogitsHead`.
+    """A causal backbone of transformers, of those whose cache is one of attention, with a `ResidualVQLogitsHead`.
 
     Args:
         config: see `VQLogitsConfig`.
@@ -77,6 +89,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    accepts_loss_kwargs = False  # the loss is a mean, which transformers' Trainer then averages over accumulation
 
     def __init__(self, config: VQLogitsConfig) -> None:
         super().__init__(config)
@@ -104,8 +117,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: for weights that are cut off, or codes of another head.
 
         """
+        with_info = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(*args, **kwargs)
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"Expected the weights of a compressed model, but reading them failed: {error}. The file is cut off or"
@@ -118,10 +132,14 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
                 "Expected weights of the sizes that the folder's config names, but they differ (the report above says"
                 " which): the mapping is cut off, or config.json and weights are of different models."
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        missing = sorted(name for name in info["missing_keys"] if name.startswith("head."))
+        if missing:
+            raise ValueError(
+                f"Expected the folder to hold the compressed head, but {missing} are missing in its weights."
+            )
         if model.head.packed_codes.device.type != "meta":
             model.head.stages()
-        return loaded
+        return (model, info) if with_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the backbone."""
@@ -135,18 +153,21 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         """None: there is no dense output layer."""
         return
 
-    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
         """Not possible: codes of new tokens would have to be fitted.
 
         Raises:
-            ValueError: always.
+            ValueError: for another size than it has.
 
         """
+        if new_num_tokens in (None, self.head.vocab_size):
+            return self.get_input_embeddings()
         raise ValueError(
             "Expected the vocabulary that the output head was compressed for, because new tokens have no codes. Resize"
             " the original model and compress it again, or save with head='dense' and resize that."
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -184,7 +205,19 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 def compact_model(
     backbone: PreTrainedModel, head: VQLogitsHead | ResidualVQLogitsHead, generation_config: Any = None
 ) -> VQLogitsForCausalLM:
-    """A backbone and a compressed head as one model of transformers; tensors are shared, not copied."""
+    """A backbone and a compressed head as one model of transformers, in `eval` mode.
+
+    Tensors are shared, not copied, but for those of a `VQLogitsHead`.
+
+    Raises:
+        ValueError: for a recurrent backbone, whose cache `generate` could not be given.
+
+    """
+    if getattr(backbone, "_is_stateful", False):
+        raise ValueError(
+            f"Expected a backbone whose cache is one of attention, but {type(backbone).__name__} is recurrent. Save it"
+            " with head='dense'."
+        )
     residual = head if isinstance(head, ResidualVQLogitsHead) else _as_residual(head)
     text_config = copy.deepcopy(backbone.config)
     text_config.tie_word_embeddings = False
@@ -207,9 +240,11 @@ def compact_model(
 
 @torch.no_grad()
 def dense_model(
-    backbone: PreTrainedModel, head: VQLogitsHead | ResidualVQLogitsHead, generation_config: Any = None
+    backbone: PreTrainedModel,
+    head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead,
+    generation_config: Any = None,
 ) -> PreTrainedModel:
-    """The original architecture, whose output layer holds the decoded rows; backbone tensors are shared.
+    """The original architecture in `eval` mode, its output layer the decoded rows; backbone tensors are shared.
 
     Raises:
         ValueError: for a token bias that the architecture has no place for.
@@ -244,5 +279,5 @@ def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
     return residual
 
 
-AutoConfig.register("vq_logits", VQLogitsConfig)
-AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM)
+AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
+AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)

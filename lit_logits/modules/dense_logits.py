@@ -70,6 +70,10 @@ class DenseLogitsHead(nn.Module):
         probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
         return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
 
+    def dense_weight(self) -> Tensor:
+        """The weight, as compressed heads decode theirs."""
+        return self.weight
+
     def footprint(self) -> Footprint:
         """Parameters and bytes, beside those of the dense head without a bias."""
         dense = self.weight.numel()

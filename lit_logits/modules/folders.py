@@ -22,6 +22,7 @@ def check_model_folder(path: Path) -> None:
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `path`, then swap the two; if it fails, `path` is as it was."""
+    restore_replaced(path)
     partial, replaced = _beside(path, "partial"), _beside(path, "replaced")
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -123,7 +123,7 @@ def initialize_residual_head(
     *,
     output_weight: Tensor,
     output_bias: Tensor | None = None,
-    num_stages: int | Mapping[int, int] = 1,
+    num_stages: int | Mapping[int, int] | None = None,
     byte_budget: float | None = None,
     metric: MetricKind = "full",
     count_power: float = 0.75,
@@ -142,6 +142,7 @@ def initialize_residual_head(
         num_groups=head.num_groups,
         num_stages=num_stages,
         byte_budget=byte_budget,
+        keep_stages=True,  # the parameters of the head are there already
         token_counts=counts,
         hidden_second_moment=calibration.hidden_second_moment,
         metric=metric,
@@ -152,6 +153,7 @@ def initialize_residual_head(
     bias = None if head.token_bias is None else output_bias
     head.set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
     broadcast_(*(tensor for tensor in head.state_dict().values() if tensor.numel()))
+    head.train(head.training)  # forgets what was unpacked of this rank's codes
 
 
 @torch.no_grad()

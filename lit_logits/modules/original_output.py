@@ -3,6 +3,7 @@
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,16 @@ class OriginalOutput(nn.Module):
         for backbone in self._held:
             hidden = backbone(**inputs, use_cache=False).last_hidden_state
         return DenseTarget(hidden.detach(), self._weight, self._bias)
+
+    def separate(self, backbone: nn.Module) -> "OriginalOutput":
+        """The same with tensors of its own, where `backbone`, of the compressed model, is about to change.
+
+        Args:
+            backbone: as it still is; it serves where this holds none.
+
+        """
+        own = copy.deepcopy(self._held[0] if self._held else backbone)
+        return OriginalOutput(self._weight.clone(), None if self._bias is None else self._bias.clone(), own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OriginalOutput":
         for backbone in self._held:

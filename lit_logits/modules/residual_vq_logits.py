@@ -3,7 +3,7 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ from lit_logits.functional import (
     pack_bits,
     packed_lookup_logits,
     reduce_tokens,
+    residual_vq_greedy,
     residual_vq_logits,
     residual_vq_losses,
     stage_codes,
@@ -36,7 +37,7 @@ from lit_logits.functional import (
     unpack_bits,
 )
 
-__all__ = ["ResidualVQLogitsHead", "fit_output_layer"]
+__all__ = ["ResidualVQLogitsHead", "default_stages", "fit_output_layer"]
 
 _INIT_STD = 0.02
 _MAX_LOOKUPS = 256  # rows; with more, decoding the codes once and multiplying is faster
@@ -97,7 +98,9 @@ class ResidualVQLogitsHead(nn.Module):
             )
         if num_groups < 1 or hidden_size % num_groups:
             raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
-        stages = token_stages if isinstance(token_stages, Tensor) else torch.full((vocab_size,), token_stages)
+        stages = (
+            token_stages if isinstance(token_stages, Tensor) else torch.full((vocab_size,), token_stages, device="cpu")
+        )
         _check_stages(stages, vocab_size)
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
         self.num_groups = num_groups
@@ -112,8 +115,7 @@ class ResidualVQLogitsHead(nn.Module):
         codes = torch.randint(codebook_size, (int(stages.sum()) * num_groups,))
         self.register_buffer("packed_codes", pack_bits(codes, code_bits(codebook_size)))
         self.register_buffer("packed_stages", self._pack_stages(stages))
-        self._cache: tuple[object, list[StageCodes]] | None = None
-        self._packed: tuple[object, LookupLayout] | None = None
+        self._cache: dict[str, tuple[tuple[Tensor, ...], object, Any]] = {}
         self.register_load_state_dict_pre_hook(_take_over_sizes)
 
     # ------------------------------------------------------------------ logits and loss
@@ -154,7 +156,9 @@ class ResidualVQLogitsHead(nn.Module):
     @torch.no_grad()
     def greedy(self, hidden: Tensor) -> Tensor:
         """Most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
-        return lookup_greedy(hidden, self._layout()) if self._is_decoding(hidden) else self(hidden).argmax(dim=-1)
+        if self._is_decoding(hidden):
+            return lookup_greedy(hidden, self._layout())
+        return residual_vq_greedy(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -165,22 +169,15 @@ class ResidualVQLogitsHead(nn.Module):
         return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
 
     def _is_decoding(self, hidden: Tensor) -> bool:
-        return (
-            hidden.device.type == "cpu"
-            and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
-            and not (torch.is_grad_enabled() and (hidden.requires_grad or self.codebook.requires_grad))
-        )
+        few = hidden.device.type == "cpu" and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
+        tensors = (hidden, *self.parameters())
+        return few and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
     def _layout(self) -> LookupLayout:
         """The head as the look-up takes it, made anew when any of it was written to since."""
-        parts = [self.codebook, self.packed_codes, self.packed_stages]
-        parts += [] if self.token_bias is None else [self.token_bias]
-        if any(part.is_inference() for part in parts):  # such tensors do not count their versions
-            return self._make_layout()
-        key = [(part.data_ptr(), part._version) for part in parts]
-        if self._packed is None or self._packed[0] != key:
-            self._packed = key, self._make_layout()
-        return self._packed[1]
+        bias = () if self.token_bias is None else (self.token_bias,)
+        sources = (self.codebook, self.packed_codes, self.packed_stages, *bias)
+        return self._kept("layout", sources, self._make_layout)
 
     def _make_layout(self) -> LookupLayout:
         stages = self.stages()
@@ -190,11 +187,11 @@ class ResidualVQLogitsHead(nn.Module):
         return lookup_layout(codebook, [stage.codes for stage in stages], [stage.members for stage in stages], bias)
 
     def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
-        """Switch between training and evaluation, and forget the tables of decoding.
+        """Switch between training and evaluation, and forget what was unpacked.
 
         Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version.
         """
-        self._packed = None
+        self._cache.clear()
         return super().train(mode)
 
     # ------------------------------------------------------------------ the mapping
@@ -207,13 +204,19 @@ class ResidualVQLogitsHead(nn.Module):
 
     def stages(self) -> list[StageCodes]:
         """The mapping, unpacked; kept until it is written to."""
-        buffers = self.packed_codes, self.packed_stages
-        if any(buffer.is_inference() for buffer in buffers):  # such tensors do not count their versions
-            return self._unpack()
-        key = [(buffer.data_ptr(), buffer._version) for buffer in buffers]
-        if self._cache is None or self._cache[0] != key:
-            self._cache = key, self._unpack()
-        return self._cache[1]
+        return self._kept("stages", (self.packed_codes, self.packed_stages), self._unpack)
+
+    def _kept(self, name: str, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """What `make` makes of the sources, made anew when one of them was replaced or written to since."""
+        if any(source.is_inference() for source in sources):  # such tensors do not count their versions
+            return make()
+        key = [(source.data_ptr(), source._version) for source in sources]
+        kept, found, value = self._cache.get(name, ((), None, None))
+        # The tensors themselves are kept: the address of one that is gone may be given to another.
+        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
+            value = make()
+            self._cache[name] = (sources, key, value)
+        return value
 
     def _unpack(self) -> list[StageCodes]:
         stages = self.token_stages()
@@ -277,6 +280,7 @@ class ResidualVQLogitsHead(nn.Module):
         self.packed_stages = self._pack_stages(token_stages).to(device)
         if token_bias is not None and self.token_bias is not None:
             self.token_bias.copy_(token_bias)
+        self._cache.clear()
 
     # ------------------------------------------------------------------ what a person asks
 
@@ -299,13 +303,15 @@ class ResidualVQLogitsHead(nn.Module):
         )
 
 
+@torch.no_grad()
 def fit_output_layer(
     weight: Tensor,
     *,
     codebook_size: int,
     num_groups: int = 1,
-    num_stages: int | Mapping[int, int] = 1,
+    num_stages: int | Mapping[int, int] | None = None,
     byte_budget: float | None = None,
+    keep_stages: bool = False,
     token_counts: Tensor | None = None,
     hidden_second_moment: Tensor | None = None,
     metric: MetricKind = "full",
@@ -319,9 +325,11 @@ def fit_output_layer(
         weight: (V, d) rows of the output (or tied input) embedding.
         codebook_size: K.
         num_groups: G, a divisor of d.
-        num_stages: of all tokens, or tiers {frequency rank: stages}; see `stages_by_rank`.
+        num_stages: of all tokens, or tiers {frequency rank: stages}; see `stages_by_rank`. Default 1, or up to 5 with a
+            budget.
         byte_budget: share of the dense layer's bytes in bfloat16 that codebooks (in bfloat16) and mapping may take, in
             (0, 1]: tiers are chosen to fit it, with up to `num_stages` stages.
+        keep_stages: count the codebooks of all `num_stages` in the budget, also of stages that no token gets.
         token_counts: (V,), how often each token occurs, or is expected to; default all alike.
         hidden_second_moment: (d, d) E[h hᵀ] of the hidden states that the head will read; default the identity.
         metric: what of the second moment is used.
@@ -339,7 +347,10 @@ def fit_output_layer(
         (torch.Size([3, 4, 32, 2]), torch.Size([560]))
 
     """
+    if weight.ndim != 2:
+        raise ValueError(f"Expected `weight` to be (V, d) rows, but got shape {tuple(weight.shape)}.")
     vocab_size, hidden_size = weight.shape
+    num_stages = default_stages(num_stages, byte_budget)
     counts = weight.new_ones(vocab_size) if token_counts is None else token_counts.to(weight.device).float()
     if counts.shape != (vocab_size,):
         raise ValueError(
@@ -347,6 +358,8 @@ def fit_output_layer(
             f" {tuple(counts.shape)}."
         )
     check_finite(counts, "token_counts")
+    if bool((counts < 0).any()):
+        raise ValueError(f"Expected `token_counts` to be non-negative, but the least is {counts.min().item():g}.")
     moment = torch.eye(hidden_size, device=weight.device) if hidden_second_moment is None else hidden_second_moment
     if moment.shape != (hidden_size, hidden_size):
         raise ValueError(
@@ -357,7 +370,9 @@ def fit_output_layer(
     if byte_budget is None:
         stages = stages_by_rank(counts, num_stages)
     else:
-        stages = _affordable_stages(weights, byte_budget, num_stages, codebook_size, num_groups, hidden_size)
+        stages = _affordable_stages(
+            weights, byte_budget, num_stages, codebook_size, num_groups, hidden_size, keep_stages
+        )
     return fit_residual_codes(
         weight,
         codebook_size,
@@ -368,6 +383,11 @@ def fit_output_layer(
         generator=generator,
         progress_bar=progress_bar,
     )
+
+
+def default_stages(num_stages: int | Mapping[int, int] | None, byte_budget: float | None) -> int | Mapping[int, int]:
+    """`num_stages`, or one stage; with a budget, which buys what it can, up to five."""
+    return (1 if byte_budget is None else 5) if num_stages is None else num_stages
 
 
 def _check_stages(stages: Tensor, vocab_size: int) -> None:
@@ -385,6 +405,7 @@ def _affordable_stages(
     codebook_size: int,
     num_groups: int,
     hidden_size: int,
+    keep_stages: bool,
 ) -> Tensor:
     if not isinstance(num_stages, int):
         raise ValueError(
@@ -405,16 +426,17 @@ def _affordable_stages(
                 width=hidden_size // num_groups,
             )
         except ValueError:
-            if most == 1:
+            if keep_stages or most == 1:
                 raise
             continue
-        if int(stages.max()) == most:
+        if keep_stages or int(stages.max()) == most:
             break
     return cast(Tensor, stages)
 
 
 def _take_over_sizes(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """The mapping's sizes are those of the checkpoint, as tiers may be; another vocabulary or codebook is refused."""
+    module._cache.clear()
     codebook = state_dict.get(prefix + "codebook")
     if codebook is not None and codebook.shape != module.codebook.shape:
         raise ValueError(

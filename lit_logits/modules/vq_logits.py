@@ -134,7 +134,7 @@ class VQLogitsHead(nn.Module):
             self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size))
             self.register_buffer("ema_mass", torch.empty(codebook_size))
         self._token_table: tuple[nn.Embedding, ...] = ()  # in a tuple, so that it is not registered here
-        self._cache: dict[str, tuple[object, Any]] = {}
+        self._cache: dict[str, tuple[list[Tensor], object, Any]] = {}
         self.register_load_state_dict_pre_hook(_check_vocabulary)
         self._restart_latents()
 
@@ -145,7 +145,7 @@ class VQLogitsHead(nn.Module):
         *,
         codebook_size: int,
         num_groups: int = 1,
-        num_stages: int | Mapping[int, int] = 1,
+        num_stages: int | Mapping[int, int] | None = None,
         byte_budget: float | None = None,
         token_counts: Tensor | None = None,
         hidden_second_moment: Tensor | None = None,
@@ -158,7 +158,9 @@ class VQLogitsHead(nn.Module):
         """Compress a pretrained output layer: a head whose logits are near h Wᵀ + b for the hidden states that occur.
 
         One group and one stage give this class, the paper's head, with a bias that splits each code among its tokens
-        if there are counts; all else gives a `ResidualVQLogitsHead`, whose `from_dense` describes the arguments.
+        if there are counts (under DDP every rank must call it then, and gets the codes of rank 0); all else gives a
+        `ResidualVQLogitsHead`. `fit_output_layer` describes the arguments; `bias` (V,) is kept. The head has the dtype
+        of `weight`.
 
         Example:
             >>> weight = torch.randn(100, 8)
@@ -182,19 +184,19 @@ class VQLogitsHead(nn.Module):
             generator=generator,
             progress_bar=progress_bar,
         )
-        is_single = fit.codebooks.shape[:2] == (1, 1)
+        is_single, bias = fit.codebooks.shape[:2] == (1, 1), None if bias is None else bias.detach()
         if is_single and token_counts is not None:
             split = unigram_bias(token_counts.to(weight.device), fit.codes, codebook_size)
             bias = split if bias is None else bias + split
         options: dict[str, Any] = {"bias": bias is not None}
         with torch.device(weight.device):
             if is_single:
-                single = cls(weight.shape[1], weight.shape[0], codebook_size, **options).to(fit.codebooks.dtype)
+                single = cls(weight.shape[1], weight.shape[0], codebook_size, **options).to(weight.dtype)
                 single.set_codes(fit.codebooks[0, 0], fit.codes, token_bias=bias, token_counts=token_counts)
                 return single
             options |= {"num_groups": num_groups, "token_stages": fit.token_stages}
             head = ResidualVQLogitsHead(weight.shape[1], weight.shape[0], codebook_size, **options)
-        head.to(fit.codebooks.dtype).set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
+        head.to(weight.dtype).set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
         return head
 
     # ------------------------------------------------------------------ logits and loss
@@ -286,13 +288,14 @@ class VQLogitsHead(nn.Module):
         if any(source.is_inference() for source in sources):  # such tensors do not count their versions
             return make()
         key = [(source.data_ptr(), source._version) for source in sources]
-        found, tables = self._cache.get(name, (None, None))
-        if found != key:
+        kept, found, tables = self._cache.get(name, ([], None, None))
+        # The tensors themselves are kept: the address of one that is gone may be given to another.
+        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
             if name not in self._cache and len(self._cache) > 8:
                 self._cache.clear()
             with torch.no_grad():
                 tables = make()
-            self._cache[name] = (key, tables)
+            self._cache[name] = (sources, key, tables)
         return tables
 
     # ------------------------------------------------------------------ what a person asks
