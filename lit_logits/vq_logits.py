@@ -31,6 +31,7 @@ from lit_logits.modules import (
     check_model_folder,
     choose_init,
     compact_model,
+    continue_prompts,
     default_stages,
     dense_model,
     describe_head,
@@ -364,38 +365,18 @@ class VQLogitsLM(LightningModule):
         was_training = self.training
         self.eval()
         try:
-            return self._continue(input_ids, attention_mask, max_new_tokens, temperature, eos_token_id, generator)
+            return continue_prompts(
+                self.hidden_states,
+                self.head,
+                input_ids,
+                attention_mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                eos_token_id=eos_token_id,
+                generator=generator,
+            )
         finally:
             self.train(was_training)
-
-    def _continue(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        max_new_tokens: int,
-        temperature: float,
-        eos_token_id: int | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        padded = not bool(mask.all())
-        kwargs: dict[str, Tensor] = {}
-        fresh, cache = input_ids, None
-        ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            if padded:
-                kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-            output = self.hidden_states(fresh, mask, past_key_values=cache, use_cache=True, **kwargs)
-            hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
-            token = self.head.sample(hidden, temperature, generator) if temperature else self.head.greedy(hidden)
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended |= token == eos_token_id
-            fresh = token.unsqueeze(1)
-            input_ids, mask = torch.cat([input_ids, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
-            if bool(ended.all()):
-                break
-        return input_ids
 
     # ------------------------------------------------------------------ start of the head
 

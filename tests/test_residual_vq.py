@@ -69,7 +69,7 @@ def test_packing_keeps_every_value_in_as_few_bytes_as_it_takes(num_bits, values)
 def test_packing_in_chunks_is_packing_as_a_whole(monkeypatch):
     values = torch.randint(2**11, (1003,))
     whole = pack_bits(values, 11)
-    monkeypatch.setattr("lit_logits.functional.residual_codes._PACK_CHUNK", 64)
+    monkeypatch.setattr("lit_logits.functional.bit_packing._PACK_CHUNK", 64)
     assert torch.equal(pack_bits(values, 11), whole)
     assert torch.equal(unpack_bits(whole, 11, 1003).long(), values)
     with pytest.raises(ValueError, match="Expected 1380 bytes for 1003 values of 11 bits, but got 1379"):

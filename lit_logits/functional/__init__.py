@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the mathematics of the four methods, without state."""
 
 from lit_logits.functional.alignment import align_positions, common_span
+from lit_logits.functional.bit_packing import code_bits, pack_bits, unpack_bits
 from lit_logits.functional.checks import check_finite, check_labels, check_token_to_code
 from lit_logits.functional.code_assignment import (
     CodeSplit,
@@ -11,6 +12,7 @@ from lit_logits.functional.code_assignment import (
     split_heavy_codes,
     weighted_kmeans,
 )
+from lit_logits.functional.code_tiers import stages_by_rank, stages_for_bytes
 from lit_logits.functional.codebook import (
     Footprint,
     code_perplexity,
@@ -72,17 +74,7 @@ from lit_logits.functional.neural_collapse import (
     simplex_gap,
 )
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, sample_mean
-from lit_logits.functional.residual_codes import (
-    MetricKind,
-    ResidualCodes,
-    code_bits,
-    fit_residual_codes,
-    metric_matrix,
-    pack_bits,
-    stages_by_rank,
-    stages_for_bytes,
-    unpack_bits,
-)
+from lit_logits.functional.residual_codes import MetricKind, ResidualCodes, fit_residual_codes, metric_matrix
 from lit_logits.functional.residual_vq import (
     DenseTarget,
     ResidualVQLosses,

@@ -7,7 +7,6 @@ no projection of h when the head runs.
 Letters: d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,13 +21,8 @@ from lit_logits.functional.reductions import at_least_float32
 __all__ = [
     "MetricKind",
     "ResidualCodes",
-    "code_bits",
     "fit_residual_codes",
     "metric_matrix",
-    "pack_bits",
-    "stages_by_rank",
-    "stages_for_bytes",
-    "unpack_bits",
 ]
 
 MetricKind = Literal["identity", "diagonal", "block", "full"]
@@ -84,85 +78,6 @@ def metric_matrix(hidden_second_moment: Tensor, kind: MetricKind, num_groups: in
     elif kind != "full":
         raise ValueError(f"Expected `metric` to be 'identity', 'diagonal', 'block' or 'full', but got {kind!r}.")
     return moment + 1e-5 * moment.diagonal().mean().clamp(min=1e-12) * eye
-
-
-def stages_by_rank(token_counts: Tensor, num_stages: int | Mapping[int, int]) -> Tensor:
-    """How many stages each token owns (V,) int64.
-
-    Args:
-        token_counts: (V,), how often each token occurs; equals rank by id.
-        num_stages: the same for all, or tiers: {rank: stages}, where tokens of frequency rank below 1,000 own 3 stages
-            with {1000: 3, 50000: 1}, and those beyond the largest rank as many as the last tier.
-
-    Raises:
-        ValueError: for tiers without stages, or whose stages grow with the rank.
-
-    Example:
-        >>> stages_by_rank(torch.tensor([5.0, 9.0, 1.0]), {1: 3, 3: 1})
-        tensor([1, 3, 1])
-
-    """
-    tiers = {token_counts.numel(): num_stages} if isinstance(num_stages, int) else dict(num_stages)
-    tiers = {rank: tiers[rank] for rank in sorted(tiers)}
-    stages = list(tiers.values())
-    if not all(isinstance(number, int) for number in (*tiers, *stages)):
-        raise ValueError(f"Expected the ranks and stages of `num_stages` to be integers, but got {num_stages}.")
-    if not tiers or min(tiers) < 1 or min(stages) < 1 or stages != sorted(stages, reverse=True):
-        raise ValueError(
-            "Expected `num_stages` to be a positive number, or tiers {rank: stages} whose stages are positive and fall"
-            f" as the rank rises, but got {num_stages}."
-        )
-    rank = torch.empty(token_counts.numel(), dtype=torch.int64, device=token_counts.device)
-    rank[token_counts.argsort(descending=True, stable=True)] = torch.arange(rank.numel(), device=rank.device)
-    bounds = torch.tensor(list(tiers)[:-1], dtype=torch.int64, device=rank.device)
-    return torch.tensor(stages, device=rank.device)[torch.bucketize(rank, bounds, right=True)]
-
-
-def stages_for_bytes(
-    token_weights: Tensor, num_code_bytes: float, *, max_stages: int, codebook_size: int, num_groups: int, width: int
-) -> Tensor:
-    """Stages of each token (V,) int64 that minimise the expected error within a number of bytes for the codes.
-
-    A stage of K codes in `width` dimensions leaves about K^(−2/width) of a squared error, so that the s-th stage of
-    token v is worth w_v · K^(−2 s/width): the most valuable ones are bought first, the first of all tokens in any case.
-
-    Args:
-        token_weights: (V,), what an error of each token weighs.
-        num_code_bytes: for the packed codes and the number of stages of each token.
-        max_stages: S.
-        codebook_size: K.
-        num_groups: G.
-        width: d/G.
-
-    Raises:
-        ValueError: if one stage for each token is more than that.
-
-    Example:
-        >>> stages_for_bytes(torch.tensor([9.0, 1.0]), 4, max_stages=2, codebook_size=256, num_groups=1, width=8)
-        tensor([2, 1])
-
-    """
-    vocab_size = token_weights.numel()
-    bits = num_groups * code_bits(codebook_size)
-    stage_bytes = -(-vocab_size * code_bits(max_stages) // 8)
-    affordable = (int(num_code_bytes) - stage_bytes) * 8 // max(1, bits)
-    if affordable < vocab_size:
-        least = stage_bytes - (-vocab_size * bits // 8)
-        raise ValueError(
-            f"Expected a budget of at least {least:,} bytes for the mapping, one stage for each of {vocab_size:,}"
-            f" tokens, but got {max(0, int(num_code_bytes)):,}. Use fewer groups or stages, or a smaller"
-            " `codebook_size`."
-        )
-    order = token_weights.double().argsort(descending=True, stable=True)
-    sorted_weights = token_weights.double()[order].clamp(min=1e-300).log()
-    left = 2 * torch.tensor(float(codebook_size)).log().item() / width  # nats of squared error that a stage takes
-    values = sorted_weights.unsqueeze(0) - left * torch.arange(max_stages, device=order.device).unsqueeze(1)
-    values[0] = torch.inf
-    bought = torch.zeros(values.numel(), dtype=torch.int64, device=order.device)
-    bought[values.flatten().argsort(descending=True, stable=True)[:affordable]] = 1
-    stages = torch.empty_like(order)
-    stages[order] = bought.view_as(values).sum(0)
-    return stages
 
 
 def fit_residual_codes(
@@ -323,74 +238,6 @@ class _Fit:
 
     def _columns(self, group: int) -> slice:
         return slice(group * self.width, (group + 1) * self.width)
-
-
-def code_bits(codebook_size: int) -> int:
-    """Bits ⌈log2 K⌉ of a code.
-
-    Example:
-        >>> code_bits(1), code_bits(256), code_bits(257)
-        (0, 8, 9)
-
-    """
-    return (codebook_size - 1).bit_length()
-
-
-def pack_bits(values: Tensor, num_bits: int) -> Tensor:
-    """Integers in [0, 2^bits) as a stream of bits, the highest of each first: (⌈n · bits / 8⌉,) uint8.
-
-    Args:
-        values: (n,) of any integer dtype.
-        num_bits: in [0, 32].
-
-    Example:
-        >>> pack_bits(torch.tensor([1, 2, 3, 0]), num_bits=2)
-        tensor([108], dtype=torch.uint8)
-
-    """
-    if num_bits == 8:
-        return values.to(torch.uint8)
-    parts = []
-    for chunk in values.split(_PACK_CHUNK):  # a multiple of 8 values, so that each chunk ends with a byte
-        bits = (chunk.unsqueeze(1) >> _shifts(num_bits, chunk.device)) & 1
-        bits = torch.cat([bits.flatten(), bits.new_zeros(-bits.numel() % 8)]).view(-1, 8)
-        parts.append((bits << _shifts(8, bits.device)).sum(1).to(torch.uint8))
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=values.device)
-
-
-def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
-    """The `count` integers that `pack_bits` packed: (count,), uint8 for up to 8 bits, else int32.
-
-    Raises:
-        ValueError: for a stream of another length.
-
-    Example:
-        >>> unpack_bits(torch.tensor([108], dtype=torch.uint8), num_bits=2, count=4)
-        tensor([1, 2, 3, 0], dtype=torch.uint8)
-
-    """
-    if packed.numel() != -(-count * num_bits // 8):
-        raise ValueError(
-            f"Expected {-(-count * num_bits // 8)} bytes for {count} values of {num_bits} bits, but got"
-            f" {packed.numel()}."
-        )
-    dtype = torch.uint8 if num_bits <= 8 else torch.int32
-    if num_bits == 8:
-        return packed
-    parts = []
-    for start in range(0, count, _PACK_CHUNK):
-        size = min(_PACK_CHUNK, count - start)
-        stream = packed[start * num_bits // 8 : -(-(start + size) * num_bits // 8)].int()
-        bits = ((stream.unsqueeze(1) >> _shifts(8, stream.device)) & 1).flatten()[: size * num_bits]
-        parts.append((bits.view(size, num_bits) << _shifts(num_bits, bits.device)).sum(1).to(dtype))
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=packed.device)
-
-
-_PACK_CHUNK = 1 << 20
-
-
-def _shifts(num_bits: int, device: torch.device) -> Tensor:
-    return torch.arange(num_bits - 1, -1, -1, dtype=torch.int32, device=device)
 
 
 def _check_groups(hidden_size: int, num_groups: int) -> None:

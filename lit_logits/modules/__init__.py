@@ -63,6 +63,7 @@ from lit_logits.modules.fusion_models import (
     load_fusion_models,
     num_logits,
 )
+from lit_logits.modules.generation import continue_prompts
 from lit_logits.modules.gld_fusion import FusionCriterion, GraphAlignment, SourceTerms
 from lit_logits.modules.head_init import (
     HeadInit,
@@ -145,6 +146,7 @@ __all__ = [
     "choose_init",
     "classifier_logits",
     "compact_model",
+    "continue_prompts",
     "counted_positions",
     "default_stages",
     "dense_model",
