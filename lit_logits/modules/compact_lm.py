@@ -119,7 +119,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         """
         with_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"Expected the weights of a compressed model, but reading them failed: {error}. The file is cut off or"
@@ -132,6 +132,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
                 "Expected weights of the sizes that the folder's config names, but they differ (the report above says"
                 " which): the mapping is cut off, or config.json and weights are of different models."
             ) from error
+        model, info = loaded
         missing = sorted(name for name in info["missing_keys"] if name.startswith("head."))
         if missing:
             raise ValueError(
