@@ -399,7 +399,6 @@ class VQLogitsLM(LightningModule):
             vocab_size=self.head.vocab_size,
             device=self.device,
             backbone=self.backbone if needs_moment else None,
-            output_layer=(weight, bias) if is_residual and weight is not None else None,
             progress_bar=self.global_rank == 0,
         )
         if isinstance(self.head, ResidualVQLogitsHead):

@@ -8,15 +8,12 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lit_logits.functional import all_reduce_sum_, check_labels
 
 __all__ = ["Calibration", "calibrate"]
-
-_CHUNK_ELEMENTS = 1 << 24  # logits a chunk
 
 
 class Calibration(NamedTuple):
@@ -25,14 +22,11 @@ class Calibration(NamedTuple):
     Attributes:
         token_counts: (V,) float32, how often each token is a target.
         hidden_second_moment: (d, d) float32 E[h hᵀ] over the positions that have a target, or None.
-        expected_counts: (V,) float32 Σ softmax of the output layer over these positions, or None. They sum to what
-            the counts sum to, and say more of rare tokens.
 
     """
 
     token_counts: Tensor
     hidden_second_moment: Tensor | None
-    expected_counts: Tensor | None = None
 
 
 @torch.no_grad()
@@ -43,13 +37,10 @@ def calibrate(
     vocab_size: int,
     device: torch.device,
     backbone: nn.Module | None = None,
-    output_layer: tuple[Tensor, Tensor | None] | None = None,
     ignore_index: int = -100,
     progress_bar: bool = False,
 ) -> Calibration:
     """Count targets and, with a `backbone`, average h hᵀ over the first `num_batches` batches of every rank.
-
-    With its `output_layer` too, the probabilities that it gives to each token are summed.
 
     Every rank must call it; sums are taken over all of them.
 
@@ -59,7 +50,6 @@ def calibrate(
         vocab_size: V.
         device: where to compute.
         backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
-        output_layer: weight (V, d) and bias (V,) or None of the backbone's output layer.
         ignore_index: label of positions that do not count.
         progress_bar: show one line of progress on a terminal.
 
@@ -69,7 +59,6 @@ def calibrate(
     """
     counts = torch.zeros(vocab_size, device=device)
     moment: Tensor | None = None
-    expected = None if output_layer is None else torch.zeros_like(counts)
     was_training = backbone is not None and backbone.training
     if backbone is not None:
         backbone.eval()
@@ -87,20 +76,9 @@ def calibrate(
             )
             hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float()
             moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
-            if output_layer is not None and expected is not None:
-                _add_probabilities(expected, hidden, *output_layer)
     if backbone is not None:
         backbone.train(was_training)
     all_reduce_sum_(counts)
     if not bool(counts.any()):
         raise ValueError("Expected calibration batches with targets, but none of their labels counts.")
-    moment = None if moment is None else all_reduce_sum_(moment) / counts.sum()
-    return Calibration(counts, moment, None if expected is None else all_reduce_sum_(expected))
-
-
-def _add_probabilities(expected: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for chunk in hidden.split(max(1, _CHUNK_ELEMENTS // len(weight))):
-        logits = F.linear(
-            chunk.to(weight.dtype), weight.to(chunk.device), None if bias is None else bias.to(chunk.device)
-        )
-        expected += logits.float().softmax(dim=-1).sum(dim=0)
+    return Calibration(counts, None if moment is None else all_reduce_sum_(moment) / counts.sum())

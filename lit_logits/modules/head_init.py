@@ -131,11 +131,9 @@ def initialize_residual_head(
 ) -> None:
     """Fit `head` to a pretrained output layer; under DDP every rank must call it, and gets the codes of rank 0.
 
-    Tokens weigh as often as the pretrained layer expects them in the calibration text, where that was summed, else as
-    often as they occurred. Other arguments as in `fit_output_layer`.
+    Tokens weigh as often as they occurred. Other arguments as in `fit_output_layer`.
     """
     device = head.codebook.device
-    counts = calibration.token_counts if calibration.expected_counts is None else calibration.expected_counts
     fit = fit_output_layer(
         output_weight.to(device),
         codebook_size=head.codebook_size,
@@ -143,7 +141,7 @@ def initialize_residual_head(
         num_stages=num_stages,
         byte_budget=byte_budget,
         keep_stages=True,  # the parameters of the head are there already
-        token_counts=counts,
+        token_counts=calibration.token_counts,
         hidden_second_moment=calibration.hidden_second_moment,
         metric=metric,
         count_power=count_power,
