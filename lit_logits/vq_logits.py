@@ -37,6 +37,7 @@ from lit_logits.modules import (
     describe_head,
     describe_model,
     describe_untying,
+    find_layers,
     freeze_first_layers,
     initialize_dense_head,
     initialize_residual_head,
@@ -140,8 +141,8 @@ class VQLogitsLM(LightningModule):
         if parts.output_bias is not None and not bias:
             raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
         self.backbone = parts.model
-        if num_trainable_layers is not None:
-            freeze_first_layers(self.backbone, num_trainable_layers)
+        all_layers = num_trainable_layers is None
+        self._frozen = [] if all_layers else freeze_first_layers(self.backbone, cast(int, num_trainable_layers))
         self.original = _original(parts, kd_weight) if kd_weight else None
         self.kd_weight = kd_weight
         self.init = choose_init(init, pretrained=pretrained)
@@ -202,10 +203,10 @@ class VQLogitsLM(LightningModule):
         self.train()  # `from_pretrained` leaves the backbone in eval mode
 
     def train(self, mode: bool = True) -> "VQLogitsLM":
-        """Switch between training and evaluation; a frozen backbone stays in evaluation."""
+        """Switch between training and evaluation; what `num_trainable_layers` froze stays in evaluation."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.backbone.eval()
+        for module in self._frozen:
+            module.eval()
         return self
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -236,8 +237,9 @@ class VQLogitsLM(LightningModule):
     def _losses(self, batch: Mapping[str, Tensor], original: OriginalOutput) -> tuple[ResidualVQLosses, Tensor]:
         """Losses of each next token beside those of the original model, and the shifted labels (B, T − 1)."""
         input_ids, mask = batch["input_ids"], batch.get("attention_mask")
-        hidden = self.hidden_states(input_ids, mask).last_hidden_state
-        target = original.target(hidden, input_ids=input_ids, attention_mask=mask)
+        with original.sharing_layers(self.backbone):
+            hidden = self.hidden_states(input_ids, mask).last_hidden_state
+            target = original.target(hidden, input_ids=input_ids, attention_mask=mask)
         target = target._replace(hidden=target.hidden[:, :-1])
         labels = batch["labels"][:, 1:]
         head = cast(VQLogitsHead | ResidualVQLogitsHead, self.head)
@@ -509,7 +511,31 @@ def _original(parts: CausalBackbone, kd_weight: float) -> OriginalOutput:
         return OriginalOutput(parts.output_weight, parts.output_bias)
     shared = {id(parameter): parameter for parameter in frozen}
     bias = None if parts.output_bias is None else parts.output_bias.clone()
-    return OriginalOutput(parts.output_weight.clone(), bias, copy.deepcopy(parts.model, shared))
+    own = copy.deepcopy(parts.model, shared)
+    layers = find_layers(parts.model)[1]
+    num_frozen = next((n for n, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
+    original = OriginalOutput(parts.output_weight.clone(), bias, own, num_shared_layers=num_frozen)
+    if not _goes_on(original, parts.model):
+        original.num_shared_layers = 0
+    return original
+
+
+@torch.no_grad()
+def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
+    """Whether the original can start behind the shared layers: some read more than the layer in front of them."""
+    weight = next(backbone.parameters())
+    if weight.is_meta:
+        return False
+    was_training = backbone.training
+    ids = torch.arange(2, device=weight.device).unsqueeze(0)
+    try:
+        with original.sharing_layers(backbone.eval()):
+            whole = backbone(input_ids=ids, use_cache=False).last_hidden_state
+            return torch.equal(original.target(whole, input_ids=ids).hidden, whole)
+    except (RuntimeError, TypeError, LookupError, AttributeError):
+        return False
+    finally:
+        backbone.train(was_training)
 
 
 def _check_options(calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float) -> None:

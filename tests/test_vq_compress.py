@@ -159,6 +159,71 @@ def test_the_last_layers_are_trained_and_the_others_shared_with_the_original(fol
         assert torch.equal(theirs[name], before[name])
 
 
+def test_what_is_shared_with_the_original_runs_once(folder):
+    model = compress(folder, num_trainable_layers=1)
+    model.initialize_head(loader())
+    (held,) = model.original._held
+    with torch.no_grad():  # the last layers differ, as after some training
+        for parameter in model.backbone.layers[1].parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    runs = []
+    for layers in (model.backbone.layers, held.layers):
+        for layer in layers:
+            layer.mlp.register_forward_hook(lambda module, *_: runs.append(module))
+    batch = next(iter(loader()))
+    once, _ = model._losses(batch, model.original)
+    layers = [*model.backbone.layers, *held.layers]
+    assert [layers.index(next(layer for layer in layers if layer.mlp is run)) for run in runs] == [0, 1, 3]
+    model.original.num_shared_layers = 0
+    twice, _ = model._losses(batch, model.original)
+    assert len(runs) == 3 + 4
+    for one, other in zip(once, twice, strict=True):
+        assert torch.equal(one, other)
+    assert once.divergence.max() > 1e-3
+
+
+def test_the_layers_of_the_original_are_as_before_where_a_run_fails(folder):
+    model = compress(folder, num_trainable_layers=1)
+    (held,) = model.original._held
+    held.layers[0].forward = own = held.layers[0].forward  # as hooks of a device map are
+    with pytest.raises(IndexError), model.original.sharing_layers(model.backbone):
+        model.hidden_states(torch.tensor([[V + 1]]))
+    assert held.layers[0].forward is own
+    del held.layers[0].forward
+    ids = torch.randint(V, (2, T))
+    with model.original.sharing_layers(model.backbone):  # nothing has run, so nothing is gone on from
+        hidden = model.original.target(torch.zeros(0), input_ids=ids).hidden
+    assert "forward" not in vars(held.layers[0])
+    torch.testing.assert_close(hidden, model.hidden_states(ids).last_hidden_state.detach())
+
+
+def test_layers_that_read_more_than_the_one_before_are_not_shared(folder, monkeypatch):
+    """As those of models that share keys and values among layers."""
+    layer_class = type(AutoModelForCausalLM.from_pretrained(folder).model.layers[0])
+    forward, kept = layer_class.forward, []
+
+    def remembers(layer, hidden, **kwargs):
+        if layer.self_attn.layer_idx == 0:
+            kept.append(hidden)
+            return forward(layer, hidden, **kwargs)
+        return forward(layer, hidden + kept.pop(), **kwargs)
+
+    assert compress(folder, num_trainable_layers=1).original.num_shared_layers == 1
+    monkeypatch.setattr(layer_class, "forward", remembers)
+    assert compress(folder, num_trainable_layers=1).original.num_shared_layers == 0
+
+
+def test_what_is_frozen_drops_nothing(tmp_path):
+    pretrained("gpt2", tmp_path / "dropout")
+    model = compress(str(tmp_path / "dropout"), num_trainable_layers=1).train()
+    assert model.backbone.drop.p > 0
+    assert not model.backbone.drop.training
+    *first, last = model.backbone.h
+    assert last.mlp.dropout.training
+    assert not any(layer.mlp.dropout.training for layer in first)
+    assert model.original.num_shared_layers == len(first) > 0
+
+
 @pytest.mark.parametrize("layers", [0, 1])
 def test_the_original_is_the_original_after_a_checkpoint_of_other_trained_layers(folder, tmp_path, layers):
     """What is frozen now was trained then; it was shared with the original, which the checkpoint overwrote."""

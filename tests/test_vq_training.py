@@ -322,7 +322,7 @@ def pretrained(kind, path):
     torch.manual_seed(0)
     ids = {"bos_token_id": None, "eos_token_id": None}
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=64, **ids))
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64, **ids))
     else:
         config = {name: value for name, value in CONFIG.items() if name != "model_type"}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=V, tie_word_embeddings=kind == "tied", **config, **ids))

@@ -2,6 +2,7 @@
 
 from lit_logits.modules.backbone import (
     CausalBackbone,
+    find_layers,
     freeze_first_layers,
     is_encoder,
     load_backbone,
@@ -158,6 +159,7 @@ __all__ = [
     "digest_model",
     "eos_token_ids",
     "find_classifier",
+    "find_layers",
     "find_tokenizer",
     "fit_output_layer",
     "freeze_first_layers",

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 __all__ = [
     "CausalBackbone",
+    "find_layers",
     "freeze_first_layers",
     "is_encoder",
     "load_backbone",
@@ -146,19 +147,28 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
     )
 
 
-def freeze_first_layers(model: nn.Module, num_trainable: int) -> None:
+def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """Layers of a backbone, its longest `nn.ModuleList`, behind the module that holds them; an empty list if none."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    return model.get_submodule(name.rpartition(".")[0]), layers
+
+
+def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]:
     """Freeze all but the last layers and the norm behind them; with 0 layers that too.
 
     Args:
-        model: backbone whose layers are its longest `nn.ModuleList`.
+        model: backbone; see `find_layers`.
         num_trainable: how many of the last layers to train; 0 freezes everything.
+
+    Returns:
+        What is frozen as a whole, to be kept in `eval` mode: no dropout where nothing learns.
 
     Raises:
         ValueError: for more layers than there are, or a model without such a list.
 
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    parent, layers = find_layers(model)
     if not 0 <= num_trainable <= len(layers):
         raise ValueError(
             f"Expected `num_trainable_layers` to be in [0, {len(layers)}], the layers of {type(model).__name__}, but"
@@ -166,11 +176,17 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> None:
         )
     model.requires_grad_(False)
     if num_trainable == 0:
-        return
+        return [model]
+    frozen = list(layers[: len(layers) - num_trainable])
     layers[len(layers) - num_trainable :].requires_grad_(True)
-    for child_name, child in model.get_submodule(name.rpartition(".")[0]).named_children():  # beside the layers
-        if "norm" in type(child).__name__.lower() and "emb" not in child_name:
+    for name, child in parent.named_children():
+        if child is layers:
+            continue
+        if "norm" in type(child).__name__.lower() and "emb" not in name:
             child.requires_grad_(True)
+        else:
+            frozen.append(child)
+    return frozen
 
 
 def make_config(settings: Mapping[str, Any]) -> Any:

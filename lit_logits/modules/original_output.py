@@ -3,14 +3,16 @@
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_logits.functional import DenseTarget
+from lit_logits.modules.backbone import find_layers
 
 __all__ = ["OriginalOutput"]
 
@@ -23,6 +25,7 @@ class OriginalOutput(nn.Module):
         bias: (V,) in nats, or None.
         backbone: what the layer reads, in place frozen and in `eval` mode; None where the backbone of the compressed
             model is not trained, so that its hidden states serve both.
+        num_shared_layers: how many of the first layers are those of the compressed model, frozen; see `sharing_layers`.
 
     Example:
         >>> original = OriginalOutput(torch.zeros(5, 3))
@@ -31,8 +34,16 @@ class OriginalOutput(nn.Module):
 
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, backbone: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        backbone: nn.Module | None = None,
+        *,
+        num_shared_layers: int = 0,
+    ) -> None:
         super().__init__()
+        self.num_shared_layers = num_shared_layers
         self._weight, self._bias = weight, bias
         self._held = () if backbone is None else (backbone.eval().requires_grad_(False),)  # so not registered here
 
@@ -48,6 +59,34 @@ class OriginalOutput(nn.Module):
         for backbone in self._held:
             hidden = backbone(**inputs, use_cache=False).last_hidden_state
         return DenseTarget(hidden.detach(), self._weight, self._bias)
+
+    @contextlib.contextmanager
+    def sharing_layers(self, backbone: nn.Module) -> Iterator[None]:
+        """Within, the shared layers run once: a run of the original goes on from where the last one of `backbone` was.
+
+        Args:
+            backbone: of the compressed model.
+
+        """
+        outputs: list[Any] = []
+        theirs = [layer for held in self._held for layer in find_layers(held)[1][: self.num_shared_layers]]
+        before = [vars(layer).get("forward") for layer in theirs]  # hooks of others may live there
+        handles = []
+        if theirs:
+            last = find_layers(backbone)[1][len(theirs) - 1]
+            handles.append(last.register_forward_hook(lambda *given: outputs.append(given[-1])))
+        for layer in theirs:
+            layer.forward = _Replay(outputs, layer.forward)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer, forward in zip(theirs, before, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
 
     def separate(self, backbone: nn.Module) -> "OriginalOutput":
         """The same with tensors of its own, where `backbone`, of the compressed model, is about to change.
@@ -65,3 +104,13 @@ class OriginalOutput(nn.Module):
         self._weight = fn(self._weight)
         self._bias = None if self._bias is None else fn(self._bias)
         return super()._apply(fn, recurse)
+
+
+class _Replay:
+    """A layer's `forward` that gives the last of `outputs`, and runs the layer where there is none."""
+
+    def __init__(self, outputs: list[Any], forward: Callable[..., Any]) -> None:
+        self.outputs, self.forward = outputs, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.outputs[-1] if self.outputs else self.forward(*args, **kwargs)
