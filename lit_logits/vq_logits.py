@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from lit_logits.functional import MetricKind, ResidualVQLosses, check_labels, reduce_tokens, stages_by_rank
 from lit_logits.modules import (
-    CausalBackbone,
     CodebookUpdate,
     DenseLogitsHead,
     HeadInit,
@@ -42,6 +41,7 @@ from lit_logits.modules import (
     initialize_dense_head,
     initialize_residual_head,
     initialize_vq_head,
+    keep_original,
     load_backbone,
     make_optimizers,
     replace_folder,
@@ -141,9 +141,12 @@ class VQLogitsLM(LightningModule):
         if parts.output_bias is not None and not bias:
             raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
         self.backbone = parts.model
-        all_layers = num_trainable_layers is None
-        self._frozen = [] if all_layers else freeze_first_layers(self.backbone, cast(int, num_trainable_layers))
-        self.original = _original(parts, kd_weight) if kd_weight else None
+        self._frozen: list[nn.Module] = []  # kept in `eval` mode
+        num_frozen_layers = 0
+        if num_trainable_layers is not None:
+            self._frozen = freeze_first_layers(self.backbone, num_trainable_layers)
+            num_frozen_layers = len(find_layers(self.backbone)[1]) - num_trainable_layers
+        self.original = keep_original(parts, num_frozen_layers) if kd_weight else None
         self.kd_weight = kd_weight
         self.init = choose_init(init, pretrained=pretrained)
         self.byte_budget, self.metric = byte_budget, metric
@@ -497,45 +500,6 @@ class VQLogitsLM(LightningModule):
             replace_folder(path, write)
         if trainer is not None:
             trainer.strategy.barrier()
-
-
-def _original(parts: CausalBackbone, kd_weight: float) -> OriginalOutput:
-    """The model as it was, to be imitated; what is frozen serves both."""
-    if parts.output_weight is None:
-        raise ValueError(
-            f"Expected a pretrained backbone for `kd_weight` {kd_weight}, which imitates its output layer, but the"
-            " backbone is a config with random weights."
-        )
-    frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
-    if len(frozen) == len(list(parts.model.parameters())):
-        return OriginalOutput(parts.output_weight, parts.output_bias)
-    shared = {id(parameter): parameter for parameter in frozen}
-    bias = None if parts.output_bias is None else parts.output_bias.clone()
-    own = copy.deepcopy(parts.model, shared)
-    layers = find_layers(parts.model)[1]
-    num_frozen = next((n for n, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), 0)
-    original = OriginalOutput(parts.output_weight.clone(), bias, own, num_shared_layers=num_frozen)
-    if not _goes_on(original, parts.model):
-        original.num_shared_layers = 0
-    return original
-
-
-@torch.no_grad()
-def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
-    """Whether the original can start behind the shared layers: some read more than the layer in front of them."""
-    weight = next(backbone.parameters())
-    if weight.is_meta:
-        return False
-    was_training = backbone.training
-    ids = torch.arange(2, device=weight.device).unsqueeze(0)
-    try:
-        with original.sharing_layers(backbone.eval()):
-            whole = backbone(input_ids=ids, use_cache=False).last_hidden_state
-            return torch.equal(original.target(whole, input_ids=ids).hidden, whole)
-    except (RuntimeError, TypeError, LookupError, AttributeError):
-        return False
-    finally:
-        backbone.train(was_training)
 
 
 def _check_options(calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float) -> None:

@@ -89,7 +89,7 @@ from lit_logits.modules.logit_sources import LogitSource, counted_positions, loa
 from lit_logits.modules.lora import add_lora, has_lora, merged_state_dict, save_merged
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
-from lit_logits.modules.original_output import OriginalOutput
+from lit_logits.modules.original_output import OriginalOutput, keep_original
 from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, default_stages, fit_output_layer
 from lit_logits.modules.run_settings import differing_settings
 from lit_logits.modules.teacher import FrozenTeacher, load_teacher, load_weights, read_weights
@@ -170,6 +170,7 @@ __all__ = [
     "is_causal_lm",
     "is_encoder",
     "is_logit_cache",
+    "keep_original",
     "load_backbone",
     "load_causal_lm",
     "load_classifier",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.functional import DenseTarget
-from lit_logits.modules.backbone import find_layers
+from lit_logits.modules.backbone import CausalBackbone, find_layers
 
-__all__ = ["OriginalOutput"]
+__all__ = ["OriginalOutput", "keep_original"]
 
 
 class OriginalOutput(nn.Module):
@@ -104,6 +104,51 @@ class OriginalOutput(nn.Module):
         self._weight = fn(self._weight)
         self._bias = None if self._bias is None else fn(self._bias)
         return super()._apply(fn, recurse)
+
+
+def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> OriginalOutput:
+    """A model as it is before training, to be imitated; what is frozen serves both.
+
+    Args:
+        parts: of the model that is about to be trained; what is frozen in it is frozen already.
+        num_frozen_layers: how many of the first layers nothing in front of is trained either; see `sharing_layers`.
+
+    Raises:
+        ValueError: for a model of random weights, which says nothing.
+
+    """
+    if parts.output_weight is None:
+        raise ValueError(
+            "Expected a pretrained backbone for `kd_weight`, which imitates its output layer, but the backbone is a"
+            " config with random weights."
+        )
+    frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
+    if len(frozen) == len(list(parts.model.parameters())):
+        return OriginalOutput(parts.output_weight, parts.output_bias)
+    bias = None if parts.output_bias is None else parts.output_bias.clone()
+    backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
+    original = OriginalOutput(parts.output_weight.clone(), bias, backbone, num_shared_layers=num_frozen_layers)
+    if not _goes_on(original, parts.model):
+        original.num_shared_layers = 0
+    return original
+
+
+@torch.no_grad()
+def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
+    """Whether the original can start behind the shared layers: some read more than the layer in front of them."""
+    weight = next(backbone.parameters())
+    if weight.is_meta:
+        return False
+    was_training = backbone.training
+    ids = torch.arange(2, device=weight.device).unsqueeze(0)
+    try:
+        with original.sharing_layers(backbone.eval()):
+            whole = backbone(input_ids=ids, use_cache=False).last_hidden_state
+            return torch.equal(original.target(whole, input_ids=ids).hidden, whole)
+    except (RuntimeError, TypeError, LookupError, AttributeError):
+        return False
+    finally:
+        backbone.train(was_training)
 
 
 class _Replay:
