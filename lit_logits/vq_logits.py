@@ -206,9 +206,10 @@ class VQLogitsLM(LightningModule):
         self.train()  # `from_pretrained` leaves the backbone in eval mode
 
     def train(self, mode: bool = True) -> "VQLogitsLM":
-        """Switch between training and evaluation; what `num_trainable_layers` froze stays in evaluation."""
+        """Switch between training and evaluation; a frozen backbone, or its frozen layers, stay in evaluation."""
         super().train(mode)
-        for module in self._frozen:
+        is_trained = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        for module in self._frozen if is_trained else [self.backbone]:
             module.eval()
         return self
 

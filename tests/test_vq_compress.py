@@ -222,6 +222,8 @@ def test_what_is_frozen_drops_nothing(tmp_path):
     assert last.mlp.dropout.training
     assert not any(layer.mlp.dropout.training for layer in first)
     assert model.original.num_shared_layers == len(first) > 0
+    by_hand = AutoModelForCausalLM.from_pretrained(tmp_path / "dropout").requires_grad_(False)
+    assert not compress(by_hand).train().backbone.drop.training
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -233,7 +235,8 @@ def test_the_original_is_the_original_after_a_checkpoint_of_other_trained_layers
     trainer.save_checkpoint(tmp_path / "all.ckpt")
     model = VQLogitsLM.load_from_checkpoint(tmp_path / "all.ckpt", num_trainable_layers=layers, weights_only=False)
     ids = torch.randint(V, (2, T))
-    target = model.original.target(model.hidden_states(ids).last_hidden_state, input_ids=ids)
+    with model.original.sharing_layers(model.backbone):
+        target = model.original.target(model.hidden_states(ids).last_hidden_state, input_ids=ids)
     logits = target.hidden @ target.weight.T
     torch.testing.assert_close(logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits.detach())
     assert not torch.allclose(model.hidden_states(ids).last_hidden_state, target.hidden)

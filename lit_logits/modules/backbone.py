@@ -148,7 +148,15 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """Layers of a backbone, its longest `nn.ModuleList`, behind the module that holds them; an empty list if none."""
+    """Layers of a backbone, its longest `nn.ModuleList`, behind the module that holds them; an empty list if none.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Identity(), nn.Identity()]))
+        >>> parent, layers = find_layers(model)
+        >>> parent is model, len(layers)
+        (True, 2)
+
+    """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
     return model.get_submodule(name.rpartition(".")[0]), layers

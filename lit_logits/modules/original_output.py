@@ -111,7 +111,7 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
 
     Args:
         parts: of the model that is about to be trained; what is frozen in it is frozen already.
-        num_frozen_layers: how many of the first layers nothing in front of is trained either; see `sharing_layers`.
+        num_frozen_layers: how many of the first layers are frozen, as is all in front of them; see `sharing_layers`.
 
     Raises:
         ValueError: for a model of random weights, which says nothing.
@@ -128,7 +128,7 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
     bias = None if parts.output_bias is None else parts.output_bias.clone()
     backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
     original = OriginalOutput(parts.output_weight.clone(), bias, backbone, num_shared_layers=num_frozen_layers)
-    if not _goes_on(original, parts.model):
+    if num_frozen_layers and not _goes_on(original, parts.model):
         original.num_shared_layers = 0
     return original
 
