@@ -4,6 +4,7 @@ A recipe that is no file here is looked for among those that the package ships, 
 wherever the package is installed.
 """
 
+import gc
 import os
 import pkgutil
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from jsonargparse import ActionConfigFile, Namespace, class_from_function
 from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -173,3 +175,7 @@ def main(args: ArgsType = None) -> None:
             raise
         traceback.print_exc()
         raise SystemExit(f"\nlit-logits: {cause}") from None
+    if dist.is_available() and dist.is_initialized():
+        # Threads of gloo drop the tensors of the last collective; in an interpreter that is ending, that aborts it.
+        gc.collect()
+        dist.destroy_process_group()

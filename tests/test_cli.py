@@ -213,15 +213,16 @@ def test_two_processes_whose_output_is_a_pipe():
     Path("run.py").write_text(
         f"import sys; sys.path.insert(0, {tests!r})\nimport test_cli\nfrom lit_logits.cli import main\n"
         "if __name__ == '__main__':\n    main()\n"
+        "    print('gloo is gone:', not test_cli.torch.distributed.is_initialized())\n"
     )
     options = ["--model=CountingLM", "--data=CountingData", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
     ddp = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     command = [sys.executable, "-W", "ignore", "run.py", "fit", *options, *ddp]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    # Once, under load, all had run and was printed, and then a C++ thread of torch, not joined, aborted the exit.
-    aborted = done.returncode == -signal.SIGABRT and "terminate called without an active exception" in done.stderr
-    assert done.returncode == 0 or aborted, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    # Threads of gloo that outlive the interpreter abort it, now and then, after all has run and was printed.
+    assert done.stdout.count("gloo is gone: True") == 2
     assert done.stdout.count("step 2  train/loss") == 2  # the step and the validation, from rank zero alone
     assert Path("runs/CountingLM/version_0/checkpoints/last.ckpt").is_file()
 
