@@ -161,7 +161,7 @@ def main(args: ArgsType = None) -> None:
     """Runs the command line: the `lit-logits` command and `train.py`.
 
     Classes of modules in the working directory can be named. An error that this library explains stands below its
-    traceback in a sentence of its own, whatever the parser wrapped it in.
+    traceback in a sentence of its own, whatever the parser wrapped it in. A run on several processes leaves its group.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -176,6 +176,7 @@ def main(args: ArgsType = None) -> None:
         traceback.print_exc()
         raise SystemExit(f"\nlit-logits: {cause}") from None
     if dist.is_available() and dist.is_initialized():
-        # Threads of gloo drop the tensors of the last collective; in an interpreter that is ending, that aborts it.
+        # Threads of gloo may still hold tensors of the last collective; dropping them while the interpreter ends aborts
+        # it. They are joined when nothing holds the group any more, so what the run left in cycles goes first.
         gc.collect()
         dist.destroy_process_group()

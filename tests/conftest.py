@@ -1,4 +1,4 @@
-"""What every test here runs under."""
+"""What every test here runs under, and what several files share."""
 
 import os
 
@@ -22,3 +22,20 @@ def _same_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+@pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory):
+    """One decoded copy of the digits for all tests that are not about the cache."""
+    from lit_logits.datamodules import ImageDataModule
+
+    folder = tmp_path_factory.mktemp("digits")
+    ImageDataModule(cache_dir=str(folder)).prepare_data()
+    return str(folder)
