@@ -70,11 +70,14 @@ class VQLogitsLM(LightningModule):
             or up to 5 with a budget.
         byte_budget: share of the bfloat16 dense layer that the head may take; chooses the tiers, up to `num_stages`.
         metric: what of E[h hᵀ] the fit of residual codes uses; see `metric_matrix`.
+        token_weights: what an error in the row of a token weighs in that fit: `counts`, how often it occurs, to the
+            power `count_power`; or `fisher`, the information of its logit, E[p (1 − p)] under the original, which keeps
+            the divergence lowest and is the better start for `kd_weight: 1`. It also decides who gets more stages.
         bias: learn a bias for each token. Without it (the paper's head) tokens of one code are always equally likely.
         init: how codes start: `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
             `weighted_kmeans` on the rows of a pretrained output layer. Default: `weighted_kmeans` with a pretrained
             backbone, else `frequency`.
-        count_power: exponent of the token counts in `weighted_kmeans`.
+        count_power: exponent of the token counts in `weighted_kmeans` and in the fit of residual codes.
         calibration_batches: training batches that each rank reads before the first step.
         mapping: `fixed`, `learned` or `reassigned`; see `VQLogitsHead`.
         codebook_update: `gradient` or `ema`; see `VQLogitsHead`.
@@ -116,6 +119,7 @@ class VQLogitsLM(LightningModule):
         num_stages: int | dict[int, int] | None = None,
         byte_budget: float | None = None,
         metric: MetricKind = "full",
+        token_weights: Literal["counts", "fisher"] = "counts",
         bias: bool = True,
         init: HeadInit | None = None,
         count_power: float = 0.75,
@@ -135,7 +139,7 @@ class VQLogitsLM(LightningModule):
         self.save_hyperparameters(
             ignore=["optimizer", "lr_scheduler"] if plain else ["optimizer", "lr_scheduler", "backbone"]
         )
-        _check_options(calibration_batches, count_power, commitment_weight, kd_weight)
+        _check_options(calibration_batches, count_power, commitment_weight, kd_weight, token_weights)
         parts = load_backbone(backbone, vocab_size=vocab_size)
         pretrained = parts.output_weight is not None
         if parts.output_bias is not None and not bias:
@@ -149,7 +153,7 @@ class VQLogitsLM(LightningModule):
         self.original = keep_original(parts, num_frozen_layers) if kd_weight else None
         self.kd_weight = kd_weight
         self.init = choose_init(init, pretrained=pretrained)
-        self.byte_budget, self.metric = byte_budget, metric
+        self.byte_budget, self.metric, self.token_weights = byte_budget, metric, token_weights
         self.count_power, self.calibration_batches = count_power, calibration_batches
         self.commitment_weight = commitment_weight
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -172,6 +176,11 @@ class VQLogitsLM(LightningModule):
                 bias=bias,
             )
             self.num_stages = num_stages
+        elif token_weights != "counts":
+            raise ValueError(
+                f"Expected `num_groups`, `num_stages` or `byte_budget` of residual codes with {token_weights=}, but"
+                " they say the paper's head or a dense one, which starts from counts."
+            )
         elif head == "vq":
             self.head = VQLogitsHead(
                 parts.hidden_size,
@@ -405,6 +414,7 @@ class VQLogitsLM(LightningModule):
             vocab_size=self.head.vocab_size,
             device=self.device,
             backbone=self.backbone if needs_moment else None,
+            output_layer=(weight, bias) if weight is not None and self.token_weights == "fisher" else None,
             progress_bar=self.global_rank == 0,
         )
         if isinstance(self.head, ResidualVQLogitsHead):
@@ -503,7 +513,11 @@ class VQLogitsLM(LightningModule):
             trainer.strategy.barrier()
 
 
-def _check_options(calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float) -> None:
+def _check_options(
+    calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float, token_weights: str
+) -> None:
+    if token_weights not in ("counts", "fisher"):
+        raise ValueError(f"Expected `token_weights` to be 'counts' or 'fisher', but got {token_weights!r}.")
     if not 0 <= kd_weight <= 1:
         raise ValueError(f"Expected `kd_weight` to be in [0, 1], but got {kd_weight}.")
     if calibration_batches < 1:

@@ -1,5 +1,7 @@
 """Language models taken apart, calibration batches counted, and heads started from both: tiny models on disk."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +149,35 @@ def test_calibration_against_loops():
                     moment += torch.outer(hidden[row, t], hidden[row, t])
     assert torch.equal(result.token_counts, counts)
     torch.testing.assert_close(result.hidden_second_moment, moment / counts.sum())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_information_of_logits_against_softmax_by_autograd(with_bias, monkeypatch):
+    """E[p (1 − p)] is the diagonal of the Hessian of log Z; it does not depend on how positions are cut."""
+    model, data = llama(tied=False), batches(3)
+    weight, bias = model.lm_head.weight.detach() * 20, torch.randn(V) if with_bias else None
+    settings = {"num_batches": 3, "vocab_size": V, "device": torch.device("cpu"), "backbone": model.base_model}
+    result = calibrate(data, output_layer=(weight, bias), **settings)
+    tokens, moment, total = torch.zeros(V).double(), torch.zeros(D, D).double(), 0
+    for batch in data:
+        with torch.no_grad():
+            hidden = model.eval().base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        for h in hidden[:, :-1][batch["labels"][:, 1:] != -100].double():
+            logits = weight.double() @ h + (0 if bias is None else bias)
+            variances = torch.autograd.functional.hessian(lambda z: z.logsumexp(0), logits).diagonal()
+            tokens += variances
+            moment += variances.sum() * torch.outer(h, h)
+            total += 1
+    torch.testing.assert_close(result.token_information.double(), tokens / total, rtol=1e-4, atol=1e-6)
+    informed = (moment / tokens.sum()).float()
+    torch.testing.assert_close(result.informed_second_moment, informed, rtol=1e-4, atol=3e-5)
+    assert not torch.allclose(result.informed_second_moment, result.hidden_second_moment, rtol=1e-2)
+    monkeypatch.setattr(importlib.import_module("lit_logits.modules.calibration"), "_CHUNK_ELEMENTS", 3 * V)
+    for ours, cut in zip(result, calibrate(data, output_layer=(weight, bias), **settings), strict=True):
+        torch.testing.assert_close(cut, ours)
+    plain = calibrate(data, **settings)
+    assert plain[2:] == (None, None)
+    assert torch.equal(plain.hidden_second_moment, result.hidden_second_moment)
 
 
 def test_calibration_reads_no_more_than_it_uses_and_needs_targets():

@@ -19,7 +19,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import SavePretrained
 from lit_logits.cli import main
-from lit_logits.modules import OriginalOutput, ResidualVQLogitsHead, VQLogitsForCausalLM, describe_model
+from lit_logits.modules import (
+    OriginalOutput,
+    ResidualVQLogitsHead,
+    VQLogitsForCausalLM,
+    VQLogitsHead,
+    calibrate,
+    describe_model,
+)
 
 CODES = {"codebook_size": 8, "num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": False, "calibration_batches": 3}
 
@@ -77,6 +84,44 @@ def test_recovery_lowers_the_divergence_on_text_it_has_not_seen(folder, tmp_path
     after = trainer.validate(model, data, verbose=False)[0]
     assert after["val/kl"] < 0.6 * before["val/kl"]
     assert {"val/loss", "val/ppl", "val/ppl_ratio"} <= after.keys()
+
+
+def test_fisher_weights_fit_to_what_the_original_is_unsure_about(folder, started):
+    """Codes, tiers and metric follow E[p (1 − p)] of the original, whatever occurs; the divergence is lower for it."""
+    model = compress(folder, token_weights="fisher")
+    model.initialize_head(loader())
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    layer = original.lm_head.weight.detach()
+    calibration = calibrate(
+        loader(),
+        num_batches=CODES["calibration_batches"],
+        vocab_size=V,
+        device=torch.device("cpu"),
+        backbone=original.base_model,
+        output_layer=(layer, None),
+    )
+    information = calibration.token_information
+    two = information.topk(20).indices
+    assert set((model.head.token_stages() == 2).nonzero().flatten().tolist()) == set(two.tolist())
+    assert set(calibration.token_counts.topk(20).indices.tolist()) != set(two.tolist())
+    codes = {name: CODES[name] for name in ("codebook_size", "num_groups", "num_stages")}
+    expected = VQLogitsHead.from_dense(
+        layer,
+        token_counts=information,
+        count_power=1.0,
+        hidden_second_moment=calibration.informed_second_moment,
+        generator=torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)),
+        **codes,
+    )
+    torch.testing.assert_close(model.head.dense_weight(), expected.dense_weight())
+
+    def divergence(head):
+        ids = torch.stack([row["input_ids"] for row in rows(64, seed=1)])
+        with torch.no_grad():
+            p, q = (logits.log_softmax(-1) for logits in (original(ids).logits, head(original.base_model(ids)[0])))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(model.head) < divergence(started.head)
 
 
 def test_validation_compares_with_the_original(folder, started, tmp_path):
@@ -294,6 +339,8 @@ def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_p
         ({"num_groups": 1, "num_stages": 1, "mapping": "learned"}, "`kd_weight`, but got latents"),
         ({"num_trainable_layers": 3}, r"Expected `num_trainable_layers` to be in \[0, 2\], the layers of LlamaModel"),
         ({"head": "dense"}, "Expected head='vq' with `kd_weight`"),
+        ({"token_weights": "entropy"}, "Expected `token_weights` to be 'counts' or 'fisher', but got 'entropy'"),
+        ({"token_weights": "fisher", "num_groups": 1, "num_stages": 1}, "residual codes with token_weights='fisher'"),
         ({"head": "sparse"}, "'vq' or 'dense', but got 'sparse'"),
     ],
 )

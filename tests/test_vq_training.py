@@ -521,8 +521,9 @@ os._exit(0)  # threads of gloo that outlive the interpreter abort it now and the
         {"mapping": "learned", "codebook_update": "ema", "codebook_size": 20},
         {"mapping": "reassigned", "codebook_size": 20, "init": "kmeans"},
         {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "kd_weight": 0.7},
+        {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "kd_weight": 0.7, "token_weights": "fisher"},
     ],
-    ids=["learned", "ema", "reassigned", "residual"],
+    ids=["learned", "ema", "reassigned", "residual", "fisher"],
 )
 def test_two_processes_equal_one(kwargs, tmp_path):
     """Same global batches: calibration, weighted k-means, revivals and the learned mapping agree, and so do ranks."""

@@ -131,9 +131,13 @@ def initialize_residual_head(
 ) -> None:
     """Fit `head` to a pretrained output layer; under DDP every rank must call it, and gets the codes of rank 0.
 
-    Tokens weigh as often as they occurred. Other arguments as in `fit_output_layer`.
+    Tokens weigh as often as they occurred or, where the calibration has it, by the information of their logits. Other
+    arguments as in `fit_output_layer`.
     """
     device = head.codebook.device
+    weights, moment = calibration.token_counts, calibration.hidden_second_moment
+    if calibration.token_information is not None:
+        weights, moment, count_power = calibration.token_information, calibration.informed_second_moment, 1.0
     fit = fit_output_layer(
         output_weight.to(device),
         codebook_size=head.codebook_size,
@@ -141,8 +145,8 @@ def initialize_residual_head(
         num_stages=num_stages,
         byte_budget=byte_budget,
         keep_stages=True,  # the parameters of the head are there already
-        token_counts=calibration.token_counts,
-        hidden_second_moment=calibration.hidden_second_moment,
+        token_counts=weights,
+        hidden_second_moment=moment,
         metric=metric,
         count_power=count_power,
         generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),

@@ -330,10 +330,12 @@ def fit_output_layer(
         byte_budget: share of the dense layer's bytes in bfloat16 that codebooks (in bfloat16) and mapping may take, in
             (0, 1]: tiers are chosen to fit it, with up to `num_stages` stages.
         keep_stages: count the codebooks of all `num_stages` in the budget, also of stages that no token gets.
-        token_counts: (V,), how often each token occurs, or is expected to; default all alike.
+        token_counts: (V,), how often each token occurs, or is expected to; default all alike. Or what an error in its
+            logit costs, `Calibration.token_information`, with a `count_power` of 1.
         hidden_second_moment: (d, d) E[h hᵀ] of the hidden states that the head will read; default the identity.
         metric: what of the second moment is used.
-        count_power: exponent of the counts. A token that was not counted weighs as half of the rarest that was.
+        count_power: exponent of the counts. A token that was not counted weighs as half of the rarest that was,
+            and none less than 1e-7 of the most frequent.
         generator: source of randomness, on the device of `weight`.
         progress_bar: show one line of progress on a terminal.
 
@@ -365,8 +367,8 @@ def fit_output_layer(
         raise ValueError(
             f"Expected `hidden_second_moment` to be ({hidden_size}, {hidden_size}), but got {tuple(moment.shape)}."
         )
-    least = counts[counts > 0].min() / 2 if bool((counts > 0).any()) else counts.new_tensor(1.0)
-    weights = counts.clamp(min=float(least)).pow(count_power)
+    least = float(counts[counts > 0].min()) / 2 if bool((counts > 0).any()) else 1.0
+    weights = counts.clamp(min=max(least, 1e-7 * float(counts.max()))).pow(count_power)
     if byte_budget is None:
         stages = stages_by_rank(counts, num_stages)
     else:
