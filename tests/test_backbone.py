@@ -174,7 +174,7 @@ def test_information_of_logits_against_softmax_by_autograd(with_bias, monkeypatc
     assert not torch.allclose(result.informed_second_moment, result.hidden_second_moment, rtol=1e-2)
     monkeypatch.setattr(importlib.import_module("lit_logits.modules.calibration"), "_CHUNK_ELEMENTS", 3 * V)
     for ours, cut in zip(result, calibrate(data, output_layer=(weight, bias), **settings), strict=True):
-        torch.testing.assert_close(cut, ours)
+        torch.testing.assert_close(cut, ours, rtol=1e-4, atol=3e-5)
     plain = calibrate(data, **settings)
     assert plain[2:] == (None, None)
     assert torch.equal(plain.hidden_second_moment, result.hidden_second_moment)
