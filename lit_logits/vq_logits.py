@@ -381,7 +381,7 @@ class VQLogitsLM(LightningModule):
         self.eval()
         try:
             return continue_prompts(
-                self.hidden_states,
+                self.backbone,
                 self.head,
                 input_ids,
                 attention_mask,

@@ -605,9 +605,10 @@ def test_revival_keeps_what_living_codes_say(latent, min_usage):
     hidden = problem(15, dtype=torch.float32)[0].detach()
     before, stays = head(hidden), ~torch.isin(mapping, dead)
     changed = head.revive(dead, generator=torch.Generator().manual_seed(0))
-    assert head.dead_codes(min_usage).numel() == 0
+    assert head.dead_codes().numel() == 0
     assert set(dead.tolist()) <= set(changed.tolist())
-    if not latent:
+    if not latent:  # halved by mass; by vectors a light half may be the one that lowers the distortion most
+        assert head.dead_codes(min_usage).numel() == 0
         torch.testing.assert_close(head(hidden)[:, stays], before[:, stays])  # rows of a product may differ in a bit
         assert changed.tolist() == dead.tolist()
     else:  # vectors sit at the mean of their tokens' latents, which is what keeps the tokens

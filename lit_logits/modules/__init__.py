@@ -49,7 +49,6 @@ from lit_logits.modules.fused_decoding import (
     FusedStep,
     FusionTrace,
     SmallModels,
-    accepted_inputs,
     check_decoding,
     position_ids_of,
     split_prompts,
@@ -88,6 +87,7 @@ from lit_logits.modules.logit_cache import (
 from lit_logits.modules.logit_sources import LogitSource, counted_positions, load_source, tokenizer_id, view_of
 from lit_logits.modules.lora import add_lora, has_lora, merged_state_dict, save_merged
 from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.model_calls import accepted_inputs, cache_argument, read_with_cache
 from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.original_output import OriginalOutput, keep_original
 from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead, default_stages, fit_output_layer
@@ -139,6 +139,7 @@ __all__ = [
     "WideResNet",
     "accepted_inputs",
     "add_lora",
+    "cache_argument",
     "calibrate",
     "check_causal_lm",
     "check_decoding",
@@ -186,6 +187,7 @@ __all__ = [
     "num_logits",
     "position_ids_of",
     "read_weights",
+    "read_with_cache",
     "replace_folder",
     "resnet8",
     "resnet8x4",

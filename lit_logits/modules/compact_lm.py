@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.modules.dense_logits import DenseLogitsHead
+from lit_logits.modules.model_calls import OUTPUT_CACHE_NAME, cache_argument
 from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead
 from lit_logits.modules.vq_logits import VQLogitsHead
 
@@ -174,21 +175,26 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As of any causal language model; `labels` (B, T) are unshifted, −100 is ignored."""
+        """As of any causal language model; `labels` (B, T) are unshifted, −100 is ignored.
+
+        `past_key_values` is what transformers below 5.24 call the `cache`.
+        """
+        cache = past_key_values if cache is None else cache
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({} if cache is None else cache_argument(self.model, cache)),
             **kwargs,
         )
         hidden = output.last_hidden_state
@@ -197,9 +203,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=self.head(hidden[:, kept]),
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{OUTPUT_CACHE_NAME: getattr(output, OUTPUT_CACHE_NAME, None)},
         )
 
 

@@ -24,11 +24,11 @@ from lit_logits.modules.fused_decoding import (
     FusedStep,
     FusionTrace,
     SmallModels,
-    accepted_inputs,
     check_decoding,
     position_ids_of,
 )
 from lit_logits.modules.fusion_models import eos_token_ids, num_logits
+from lit_logits.modules.model_calls import accepted_inputs
 
 __all__ = ["FusedCausalLM", "FusedScores"]
 

@@ -3,7 +3,6 @@
 Letters: B batch, P prompt, N generated tokens, R rows (positions that count), V vocabulary, S experts.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
+from lit_logits.modules.model_calls import CACHE_NAMES, accepted_inputs, read_with_cache
+
 __all__ = [
     "FusedStep",
     "FusionTrace",
     "SmallModels",
-    "accepted_inputs",
     "check_decoding",
     "position_ids_of",
     "split_prompts",
@@ -93,7 +93,7 @@ class SmallModels:
         """Replace the logits of the last position by fused ones."""
         if self.is_busy:  # the large model is a small one too
             return output
-        uses_cache = bool(kwargs.get("use_cache"))
+        uses_cache = bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHE_NAMES)
         read = kwargs["input_ids"].shape[1]
         self.length = self.length + read if uses_cache else read
         large = output.logits[:, -1]
@@ -113,20 +113,14 @@ class SmallModels:
     def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool) -> Tensor:
         """Logits (B, V) of a small model for the next token."""
         model, ids, mask = self.models[index], kwargs["input_ids"], kwargs.get("attention_mask")
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": uses_cache, "logits_to_keep": 1}
+        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
         inputs["position_ids"] = kwargs.get("position_ids")
         if inputs["position_ids"] is None and mask is not None:
             inputs["position_ids"] = position_ids_of(mask)[:, -ids.shape[1] :]
         if uses_cache:
-            inputs["past_key_values"] = self.caches[index]
-        output = model(**accepted_inputs(model, inputs))
-        if uses_cache and getattr(output, "past_key_values", None) is None:
-            raise ValueError(
-                f"Expected small models with a key–value cache, but {type(model).__name__} returns none. Pass"
-                " `use_cache=False`."
-            )
-        if uses_cache:
-            self.caches[index] = output.past_key_values
+            output, self.caches[index] = read_with_cache(model, inputs, self.caches[index], num_read=self.length)
+        else:
+            output = model(**accepted_inputs(model, {**inputs, "use_cache": False}))
         return output.logits[:, -1]
 
     def trace(self, token_ids: Tensor, eos_token_id: int | Iterable[int], pad_token_id: int | None) -> FusionTrace:
@@ -150,7 +144,7 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
     """
     config = deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
-    for name in ("past_key_values", "inputs_embeds", "custom_generate"):
+    for name in (*CACHE_NAMES, "inputs_embeds", "custom_generate"):
         if kwargs.get(name) is not None:
             raise ValueError(f"Expected no `{name}`, which the small models cannot follow, but got one.")
     if config.guidance_scale not in (None, 1) or config.token_healing:
@@ -169,13 +163,6 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
             f"Expected `cache_implementation` to be None or 'dynamic', but got {config.cache_implementation!r}."
         )
     return config
-
-
-def accepted_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's `forward` takes, on its device; None is left out."""
-    known = inspect.signature(model.forward).parameters
-    chosen = {name: value for name, value in inputs.items() if name in known and value is not None}
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
 
 
 def position_ids_of(mask: Tensor) -> Tensor:

@@ -3,13 +3,11 @@
 Letters: B batch, T sequence.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_logits.modules.dense_logits import DenseLogitsHead
+from lit_logits.modules.model_calls import read_with_cache
 from lit_logits.modules.residual_vq_logits import ResidualVQLogitsHead
 from lit_logits.modules.vq_logits import VQLogitsHead
 
@@ -17,7 +15,7 @@ __all__ = ["continue_prompts"]
 
 
 def continue_prompts(
-    hidden_states: Callable[..., Any],
+    backbone: nn.Module,
     head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
@@ -30,7 +28,7 @@ def continue_prompts(
     """Continue prompts with a KV cache, a token at a time, by the head's `greedy` or `sample`.
 
     Args:
-        hidden_states: backbone, whose output has `last_hidden_state` and `past_key_values`.
+        backbone: of transformers, with a key–value cache.
         head: its output layer.
         input_ids: (B, T) prompts, left-padded where they differ in length.
         attention_mask: (B, T), 0 at padding; default all 1.
@@ -45,14 +43,14 @@ def continue_prompts(
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padded = not bool(mask.all())
-    kwargs: dict[str, Tensor] = {}
     fresh, cache = input_ids, None
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
+        inputs = {"input_ids": fresh, "attention_mask": mask}
         if padded:
-            kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-        output = hidden_states(fresh, mask, past_key_values=cache, use_cache=True, **kwargs)
-        hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
+        output, cache = read_with_cache(backbone, inputs, cache, num_read=mask.shape[1])
+        hidden = output.last_hidden_state[:, -1]
         token = head.sample(hidden, temperature, generator) if temperature else head.greedy(hidden)
         if eos_token_id is not None:
             token = token.masked_fill(ended, eos_token_id)
