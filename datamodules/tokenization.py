@@ -31,7 +31,7 @@ def load_tokenizer(name: str | Path, argument: str = "`tokenizer`") -> PreTraine
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(name))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, whatever its parser stumbles over
         raise ValueError(
             f"Expected {argument} to be a hub id, a local folder, or a `.gguf` file, but got {str(name)!r}: {error}"
         ) from error

@@ -1,10 +1,28 @@
 """Methods on the logits of language models and classifiers, as PyTorch Lightning modules."""
 
+from jsonargparse import set_parsing_settings
+
 from lit_logits.causal_lm import CausalLM
 from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.dynamic_fusion import DynamicFusionDecoder
 from lit_logits.gld_fusion import GLDFusionModule
 from lit_logits.vq_logits import VQLogitsLM
+
+# Recipes, and the hyper-parameters of checkpoints, are data: a mapping such as `backbone` stays one, whatever stands in
+# it, and no value names what runs programs or unpickles. jsonargparse denies those of the standard library itself.
+set_parsing_settings(
+    instantiate_subclass_spec_in_any=False,
+    import_path_denylist=[
+        "cloudpickle",
+        "dill",
+        "joblib",
+        "multiprocess",
+        "torch.hub",
+        "torch.load",
+        "torch.package",
+        "torch.utils.cpp_extension",
+    ],
+)
 
 __all__ = ["CausalLM", "DualHeadKD", "DynamicFusionDecoder", "GLDFusionModule", "VQLogitsLM"]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ wherever the package is installed.
 
 import gc
 import os
+import pickle
 import pkgutil
 import sys
 import traceback
@@ -118,6 +119,8 @@ class LitLogitsCLI(LightningCLI):
                 source = size if size in _attributes(config.get("data")) else "vocab_size"  # classes may be tokens
                 links = self._parser(self.subcommand)
                 links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
+        if config.get("weights_only") is None:
+            config.weights_only = True  # whatever torch and Lightning take for safe, as they do not where it is a URL
         if self.subcommand == "predict" and config.get("return_predictions") is None:
             config.return_predictions = False  # a writer has them, and memory may not
         logger: Any = config.trainer.logger.get("init_args", {}) if isinstance(config.trainer.logger, Namespace) else {}
@@ -167,6 +170,12 @@ def main(args: ArgsType = None) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         LitLogitsCLI(args)
+    except pickle.UnpicklingError as error:
+        traceback.print_exc()
+        raise SystemExit(
+            "\nlit-logits: Expected the checkpoint to hold tensors and plain data, but loading it would run code of its"
+            f" author. If you trust it, add `--weights_only false`. {error}"
+        ) from None
     except (ValueError, TypeError) as error:
         cause: BaseException | None = error
         while cause is not None and not str(cause).startswith("Expected "):

@@ -193,7 +193,12 @@ def test_adapters_that_transformers_added_are_merged_too(tmp_path):
     from peft import LoraConfig
 
     model = tiny()
-    model.add_adapter(LoraConfig(r=2, target_modules=QV))
+    try:
+        model.add_adapter(LoraConfig(r=2, target_modules=QV))
+    except ValueError as error:  # transformers 5.24 wants a newer peft than there was on its day
+        if "The version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(str(error))
     save_merged(stirred(model), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)

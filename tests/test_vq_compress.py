@@ -278,7 +278,7 @@ def test_the_original_is_the_original_after_a_checkpoint_of_other_trained_layers
     trainer = make_trainer(tmp_path)
     trainer.fit(trained, loader())
     trainer.save_checkpoint(tmp_path / "all.ckpt")
-    model = VQLogitsLM.load_from_checkpoint(tmp_path / "all.ckpt", num_trainable_layers=layers, weights_only=False)
+    model = VQLogitsLM.load_from_checkpoint(tmp_path / "all.ckpt", num_trainable_layers=layers)
     ids = torch.randint(V, (2, T))
     with model.original.sharing_layers(model.backbone):
         target = model.original.target(model.hidden_states(ids).last_hidden_state, input_ids=ids)
@@ -324,7 +324,7 @@ def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_p
     size = copy.deepcopy(model.head).bfloat16().footprint()
     assert 0.31 < size.bytes / size.dense_bytes <= 0.33
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = VQLogitsLM.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    loaded = VQLogitsLM.load_from_checkpoint(tmp_path / "last.ckpt")
     ids = torch.arange(T)[None]
     torch.testing.assert_close(loaded.eval()(ids), model.eval()(ids))
 

@@ -72,10 +72,7 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     try:
         if not path.endswith(".gguf"):
             return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        folder, file = os.path.split(path)
-        model = AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, **kwargs)
-    except ImportError as error:
-        raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
+        model = _load_gguf(path, **kwargs)
     except OSError as error:
         raise ValueError(
             "Expected the model to be a hub id, a local folder, the path of a .gguf file or a mapping with"
@@ -86,6 +83,21 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
     return model
+
+
+def _load_gguf(path: str, **kwargs: Any) -> PreTrainedModel:
+    folder, file = os.path.split(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no such file.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, **kwargs)
+    except ImportError as error:
+        raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
+    except Exception as error:  # of a file that is cut off or made up, whatever its parser stumbles over
+        raise ValueError(
+            f"Expected {path!r} to be the GGUF file of a language model that transformers knows, but reading it failed:"
+            f" {type(error).__name__}: {error}"
+        ) from error
 
 
 def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> PreTrainedModel:

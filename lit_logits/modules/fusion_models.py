@@ -143,7 +143,7 @@ def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerB
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # of a damaged file, whatever its parser stumbles over
         if required:
             raise ValueError(
                 f"Expected `tokenizer` to be a hub id, a local folder or a .gguf file, but got {name!r}: {error}"

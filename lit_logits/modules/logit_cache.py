@@ -90,18 +90,22 @@ class LogitCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         description = _describe_complete(self.folder)
-        self.settings: dict[str, Any] = description["settings"]
-        self.top_k: int = self.settings["top_k"]
-        self.temperature: float = self.settings["temperature"]
-        self.tokenizer_id: Any = self.settings["tokenizer_id"]
-        self.layout_id: Any = self.settings.get("layout_id")
-        self.vocab_size: int = self.settings["vocab_size"]
-        self.num_samples: int = description["num_samples"]
-        self.num_tokens: int = description["num_tokens"]
-        self._files = [self.folder / f"shard-{index:05d}.safetensors" for index in range(len(description["shards"]))]
+        try:
+            self.settings: dict[str, Any] = dict(description["settings"])
+            self.top_k = int(self.settings["top_k"])
+            self.temperature = float(self.settings["temperature"])
+            self.tokenizer_id: Any = self.settings["tokenizer_id"]
+            self.layout_id: Any = self.settings.get("layout_id")
+            self.vocab_size = int(self.settings["vocab_size"])
+            self.num_samples, self.num_tokens = int(description["num_samples"]), int(description["num_tokens"])
+            sizes = [int(size) for size in description["shards"]]
+        except (KeyError, TypeError, ValueError) as error:
+            found = f"misses or misspells {error}"
+            raise _torn(self.folder, self.folder / "cache.json", found) from error
+        self._files = [self.folder / f"shard-{index:05d}.safetensors" for index in range(len(sizes))]
         self._maps: dict[int, dict[str, Tensor]] = {}
         self._process = os.getpid()
-        ids, offsets = zip(*map(self._check, self._files, description["shards"]), strict=True)
+        ids, offsets = zip(*map(self._check, self._files, sizes), strict=True)
         self.sample_ids = torch.cat(ids)
         self._starts = torch.cat([offset[:-1] for offset in offsets])
         self._lengths = torch.cat([offset.diff() for offset in offsets])
@@ -201,7 +205,8 @@ class LogitCache:
                 shapes = {name: file.get_slice(name).get_shape() for name in CACHE_FIELDS}
         except (OSError, SafetensorError) as error:
             raise _torn(self.folder, path, str(error)) from error
-        length = int(offsets[-1]) if len(offsets) == len(ids) + 1 and (offsets.diff() >= 0).all() else -1
+        rising = offsets.ndim == ids.ndim == 1 and len(offsets) == len(ids) + 1 and bool((offsets.diff() >= 0).all())
+        length = int(offsets[-1]) if rising and int(offsets[0]) == 0 else -1
         wide = ("token_ids", "log_probs")
         if any(shape != ([length, self.top_k] if name in wide else [length]) for name, shape in shapes.items()):
             raise _torn(self.folder, path, f"its tensors are of shapes {shapes}")
@@ -227,7 +232,7 @@ def _describe_complete(folder: Path) -> dict[str, Any]:
             f"Expected {folder} to be of version {CACHE_VERSION} of the format of cached logits, but got version"
             f" {description.get('version')}. Delete it and run the predict command again."
         )
-    if not description["complete"]:
+    if not description.get("complete"):
         raise ValueError(
             f"Expected the cache {folder} to be complete, but it was stopped before its end: run the predict command"
             " again, which goes on from there."

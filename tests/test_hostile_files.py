@@ -1,0 +1,265 @@
+"""What comes from others is data: a recipe, checkpoint, file of weights, cache or GGUF file runs nothing of its author.
+
+Each test lets its file try to make a file `ran`, and looks for the sentence that a user gets instead.
+"""
+
+import inspect
+import json
+import os
+import pickle
+import struct
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning import LightningModule
+from safetensors.torch import save_file
+
+import lit_logits
+from lit_logits import VQLogitsLM
+from lit_logits.cli import main
+from lit_logits.datamodules import ImageDataModule, TextDataModule
+from lit_logits.modules import LogitCache, load_causal_lm, load_weights
+
+MODULES = [getattr(lit_logits, name) for name in lit_logits.__all__]
+
+
+class Hostile:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not Path("ran").exists()
+
+
+def spec(path: str) -> dict:
+    arguments = {"os.system": {"command": "touch ran"}, "subprocess.Popen": {"args": ["touch", "ran"]}}
+    return {"class_path": path, "init_args": arguments.get(path, {})}
+
+
+PROGRAMS = ["os.system", "subprocess.Popen"]
+
+
+def free_mappings() -> list[tuple[type[LightningModule], str]]:
+    """Every argument of a module that takes a mapping of anything."""
+    found = []
+    for module in MODULES:
+        hints = typing.get_type_hints(module.__init__)
+        found += [(module, name) for name in inspect.signature(module).parameters if "typing.Any]" in str(hints[name])]
+    return found
+
+
+def test_all_free_mappings_are_tried():
+    names = {name for _, name in free_mappings()}
+    assert {"backbone", "model", "student", "pivot", "source_kwargs", "lora", "generation", "model_kwargs"} <= names
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("module", "name"), free_mappings())
+def test_a_recipe_runs_nothing(module, name, program, capsys):
+    inner = {"model_type": "llama", "x": spec(program), "y": [spec(program)]}
+    values = {name: {"one": inner} if name == "source_kwargs" else inner}
+    data = {"class_path": "TextDataModule", "init_args": {"bpe_vocab_size": 300}}
+    recipe = {"model": {"class_path": module.__name__, "init_args": values}, "data": data}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises((SystemExit, Exception)):
+        main(["validate", "--config", "recipe.yaml", "--trainer.logger", "false"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_mapping_arrives_as_it_was_written(program, monkeypatch):
+    given = {}
+
+    class Keeps(VQLogitsLM):
+        def __init__(self, backbone: str | dict[str, typing.Any], vocab_size: int | None = None) -> None:
+            given.update(backbone)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lit_logits, "Keeps", Keeps, raising=False)
+    backbone = {"model_type": "llama", "x": spec(program)}
+    recipe = {"class_path": f"{__name__}.Keeps", "init_args": {"backbone": backbone, "vocab_size": 5}}
+    monkeypatch.setitem(globals(), "Keeps", Keeps)
+    Keeps.__qualname__, Keeps.__module__ = "Keeps", __name__
+    with pytest.raises(KeyboardInterrupt):
+        main({"subcommand": "validate", "validate": {"model": recipe, "data": {"class_path": "TextDataModule"}}})
+    assert given == backbone
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        ("model.init_args.optimizer", spec("os.system")),
+        ("model.init_args.optimizer", "os.system"),
+        ("model.init_args.optimizer", {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "."}}),
+        ("model.init_args.lr_scheduler", spec("subprocess.Popen")),
+        ("trainer.callbacks", [spec("os.system")]),
+        ("trainer.profiler", spec("subprocess.Popen")),
+        ("data", spec("subprocess.Popen")),
+        ("model", spec("os.system")),
+    ],
+    ids=lambda argument: argument[0],
+)
+def test_no_argument_takes_a_program(argument, capsys):
+    name, value = argument
+    recipe = {
+        "model": {"class_path": "VQLogitsLM", "init_args": {"backbone": {"model_type": "llama"}}},
+        "data": {"class_path": "TextDataModule"},
+        "trainer": {},
+    }
+    *parents, last = name.split(".")
+    place = recipe
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "recipe.yaml"])
+    assert stop.value.code == 2
+    assert last in capsys.readouterr().err
+
+
+# --- checkpoints and weights ---
+
+
+def small_model() -> VQLogitsLM:
+    backbone = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return VQLogitsLM({**backbone, "num_attention_heads": 1}, vocab_size=300, codebook_size=4)
+
+
+def checkpoint(**more) -> dict:
+    model = small_model()
+    parts = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    return {**parts, "pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 0, "loops": {}, **more}
+
+
+def test_a_checkpoint_runs_nothing_when_it_is_loaded():
+    torch.save(checkpoint(callbacks=Hostile()), "hostile.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        VQLogitsLM.load_from_checkpoint("hostile.ckpt")
+
+
+def test_a_checkpoint_runs_nothing_from_the_command_line():
+    torch.save(checkpoint(callbacks=Hostile()), "hostile.ckpt")
+    backbone = json.dumps(dict(small_model().hparams)["backbone"])
+    model = ["--model", "VQLogitsLM", f"--model.backbone={backbone}", "--model.codebook_size", "4"]
+    data = ["--data", "TextDataModule", "--data.bpe_vocab_size", "300"]
+    options = ["--trainer.logger", "false", "--ckpt_path", "hostile.ckpt"]
+    with pytest.raises(SystemExit, match=r"run code of its author\. If you trust it, add `--weights_only false`"):
+        main(["test", *model, *data, *options])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("names_class", [False, True])
+@pytest.mark.parametrize("instantiator", ["lightning.pytorch.cli.instantiate_module", "os.system"])
+def test_hyper_parameters_of_a_checkpoint_run_nothing(program, instantiator, names_class):
+    """They hold no code, but Lightning hands them to the parser of recipes."""
+    saved = checkpoint()
+    if names_class:
+        saved["hyper_parameters"]["_class_path"] = "lit_logits.VQLogitsLM"
+    backbone = {"model_type": "llama", "x": spec(program)}
+    saved["hyper_parameters"].update(_instantiator=instantiator, backbone=backbone)
+    torch.save(saved, "hostile.ckpt")
+    with pytest.raises((SystemExit, Exception)):
+        VQLogitsLM.load_from_checkpoint("hostile.ckpt")
+
+
+def test_weights_of_a_teacher_run_nothing():
+    torch.save({"state_dict": {"weight": torch.ones(1)}, "more": Hostile()}, "teacher.pt")
+    with pytest.raises(ValueError, match="loading it would run code of its author"):
+        load_weights(torch.nn.Linear(1, 1), "teacher.pt")
+
+
+# --- caches ---
+
+
+def write_cache(folder: Path, **changes) -> Path:
+    folder.mkdir()
+    rows = {name: torch.zeros(3) for name in ("tail", "log_normalizer", "mean", "std")}
+    tensors = {"sample_ids": torch.tensor([1, 2]), "offsets": torch.tensor([0, 1, 3])}
+    tensors |= {"ends": torch.zeros(3, dtype=torch.int32), "token_ids": torch.zeros(3, 2, dtype=torch.int32)}
+    save_file({**tensors, **rows, "log_probs": torch.zeros(3, 2)}, folder / "shard-00000.safetensors")
+    settings = {"top_k": 2, "temperature": 1.0, "tokenizer_id": 0, "vocab_size": 9}
+    size = (folder / "shard-00000.safetensors").stat().st_size
+    description = {"format": "lit_logits.logit_cache", "version": 1, "complete": True, "settings": settings}
+    description |= {"num_samples": 2, "num_tokens": 3, "shards": [size], **changes}
+    (folder / "cache.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_a_logit_cache_runs_nothing(tmp_path):
+    assert len(LogitCache(write_cache(tmp_path / "whole"))) == 2
+    folder = write_cache(tmp_path / "hostile")
+    data = pickle.dumps(Hostile())
+    (folder / "shard-00000.safetensors").write_bytes(data)
+    description = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**description, "shards": [len(data)]}))
+    with pytest.raises(ValueError, match=r"Expected .*shard-00000\.safetensors to be whole"):
+        LogitCache(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {}},
+        {"settings": None},
+        {"settings": {"top_k": "many", "temperature": 1, "tokenizer_id": 0, "vocab_size": 9}},
+        {"shards": 7},
+        {"shards": ["../../other"]},
+        {"num_tokens": None},
+    ],
+)
+def test_a_logit_cache_whose_description_is_made_up_is_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"Expected .*cache\.json to be whole, but misses or misspells"):
+        LogitCache(write_cache(tmp_path / "cache", **changes))
+
+
+def test_an_image_cache_runs_nothing(tmp_path):
+    data = ImageDataModule("digits", cache_dir=tmp_path)
+    data.prepare_data()
+    for file in tmp_path.rglob("*.npy"):
+        with open(file, "wb") as stream:
+            np.lib.format.write_array(stream, np.array([Hostile()], dtype=object), allow_pickle=True)
+    data = ImageDataModule("digits", cache_dir=tmp_path)
+    data.prepare_data()
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        data.setup("fit")  # reads the labels
+
+
+# --- GGUF ---
+
+HEADER = b"GGUF" + struct.pack("<I", 3)
+GGUF = {
+    "pickle": pickle.dumps(Hostile()),
+    "empty": b"",
+    "magic alone": b"GGUF",
+    "version": b"GGUF" + struct.pack("<IQQ", 99, 1, 1),
+    "counts": HEADER + struct.pack("<QQ", 2**60, 2**60),
+    "long string": HEADER + struct.pack("<QQQ", 0, 1, 2**62) + b"abc",
+    "large tensor": HEADER + struct.pack("<QQQ", 1, 0, 1) + b"a" + struct.pack("<IQIQ", 1, 2**61, 0, 2**61),
+    "long array": HEADER + struct.pack("<QQQ", 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 4, 2**50),
+    "nothing": HEADER + struct.pack("<QQ", 0, 0),
+}
+
+
+@pytest.mark.parametrize("kind", GGUF)
+def test_a_gguf_file_runs_nothing(kind):
+    pytest.importorskip("gguf")
+    Path("model.gguf").write_bytes(GGUF[kind])
+    with pytest.raises(ValueError, match=r"Expected 'model\.gguf' to be the GGUF file of a language model"):
+        load_causal_lm("model.gguf")
+    with pytest.raises(ValueError, match=r"Expected `tokenizer` to be .*got 'model\.gguf'"):
+        TextDataModule(tokenizer="model.gguf").prepare_data()
+
+
+def test_a_gguf_file_that_is_not_there_is_no_damaged_one():
+    with pytest.raises(ValueError, match="there is no such file"):
+        load_causal_lm("folder/model.gguf")
