@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-all test-oldest test-newest lint bench clean
 
 help:  ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
 
 # The stamps are older than what they depend on as soon as a dependency or its version changes.
 $(VENV)/.run: setup.cfg pyproject.toml constraints.txt
@@ -24,8 +24,31 @@ demo: $(VENV)/.run  ## Train the VQ-Logits recipe and say how to look at it
 	$(BIN)/python train.py fit --config configs/vq_logits.yaml
 	@printf '\nLosses, code usage and the config of this run:\n    $(BIN)/tensorboard --logdir runs\n'
 
-test: $(VENV)/.dev  ## All tests, the slow ones too
-	$(BIN)/python -m pytest -m ""
+# A process for each core, one thread each.
+PYTEST = -m pytest -q -n auto
+export OMP_NUM_THREADS ?= 1
+
+test: $(VENV)/.dev  ## The fast tests
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.dev  ## All tests, the slow ones too, with the coverage
+	$(BIN)/python $(PYTEST) -m "" --cov --cov-report=term:skip-covered
+
+# Each set has an environment of its own. They also run with the arithmetic of other processors.
+test-oldest: $(VENV)-oldest/.test  ## The fast tests with the oldest versions that setup.cfg admits
+	ATEN_CPU_CAPABILITY=default $(VENV)-oldest/bin/python $(PYTEST) -m "not slow"
+
+$(VENV)-oldest/.test: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[gguf,ot,peft,test]"
+	@touch $@
+
+# torch is the pinned one, of which there is a CPU build; `TORCH=torch` takes the newest.
+test-newest: TORCH ?= $(shell grep '^torch==' constraints.txt)
+test-newest:  ## The fast tests with the newest versions of today
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e ".[gguf,ot,peft,test]" '$(TORCH)'
+	ATEN_CPU_CAPABILITY=avx2 $(VENV)-newest/bin/python $(PYTEST) -m "not slow"
 
 # mypy sees the package as it is installed: callbacks, datamodules and configs are mapped into lit_logits by setup.cfg.
 lint: $(VENV)/.dev  ## ruff and mypy
@@ -40,5 +63,5 @@ bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; eac
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 clean:  ## Remove the environment, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
