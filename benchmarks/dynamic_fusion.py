@@ -22,7 +22,8 @@ import torch
 from benchmarks.measure import machine, markdown_table
 from lit_logits import DynamicFusionDecoder
 from lit_logits.datamodules import InstructionDataModule
-from lit_logits.modules import check_same_tokenizer, find_tokenizer, load_causal_lm
+from lit_logits.modules import find_tokenizer, load_causal_lm
+from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 
 
 def make_data(args: argparse.Namespace, rows: int) -> dict[str, InstructionDataModule]:

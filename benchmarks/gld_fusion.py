@@ -31,7 +31,8 @@ from lit_logits import GLDFusionModule
 from lit_logits.callbacks import LogitCacheWriter
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.functional import align_positions, common_span
-from lit_logits.modules import LogitCache, counted_positions, find_tokenizer
+from lit_logits.modules import LogitCache, find_tokenizer
+from lit_logits.modules.gld_fusion.sources import counted_positions
 
 PIVOT = {
     "model_type": "llama",

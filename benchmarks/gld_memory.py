@@ -26,8 +26,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measure import markdown_table
-from lit_logits.modules.backbone import new_causal_lm
-from lit_logits.modules.lora import add_lora
+from lit_logits.modules.language_models.loading import new_causal_lm
+from lit_logits.modules.language_models.lora import add_lora
 
 # As in the `config.json` of the hub's models.
 _QWEN = {"model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 48}

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.gld_loss import make_logits
 from benchmarks.measure import machine, markdown_table, measure
-from lit_logits.callbacks.gw_comparison import _starts, compare_graphs, gw_upper_bound, load_pot, node_values
 from lit_logits.functional import co_activation_graph, gw_objective, gw_over_permutations, top_k_logits, top_k_values
+from lit_logits.functional.gw_search import _starts, compare_graphs, gw_upper_bound, load_pot, node_values
 
 POSITIONS, VOCAB_SIZE, TOP_K = 16, 1000, 10
 STARTS = (5, 20)

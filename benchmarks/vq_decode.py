@@ -20,13 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import machine, markdown_table
-from lit_logits.functional import (
-    LookupLayout,
-    lookup_greedy,
-    lookup_layout,
-    lookup_logits,
-    packed_lookup_logits,
-)
+from lit_logits.functional import LookupLayout, lookup_greedy, lookup_layout, lookup_logits, packed_lookup_logits
 
 Step = Callable[[], Tensor]
 

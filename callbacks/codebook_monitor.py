@@ -9,14 +9,14 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from lit_logits.callbacks.pictures.codebook import usage_figure
 from lit_logits.callbacks.scalars import log_scalars
-from lit_logits.functional import code_perplexity
-from lit_logits.modules import VQLogitsHead
+from lit_logits.functional.codebook import code_perplexity
+from lit_logits.modules.vq_logits.head import VQLogitsHead
 
-__all__ = ["CodebookMonitor", "usage_figure"]
+__all__ = ["CodebookMonitor"]
 
 _MAX_SNAPSHOTS = 256
 
@@ -150,38 +150,6 @@ class CodebookMonitor(Callback):
             words = [str(token) if tokenizer is None else _visible(tokenizer.decode([token])) for token in top]
             rows.append(f"| {code} | {usage[code].item():.3%} | {int(sizes[code])} | {' '.join(words)} |")
         return "\n".join(rows)
-
-
-def usage_figure(snapshots: Tensor, steps: list[int]) -> Figure:
-    """Heat map of code usage over training beside the latest usage, codes sorted by it.
-
-    Args:
-        snapshots: (S, K), the share of targets that each code carried.
-        steps: the optimizer step of each snapshot.
-
-    """
-    num_codes = snapshots.shape[1]
-    relative = snapshots * num_codes
-    order = relative[-1].argsort(descending=True)
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    heat, curve = figure.subplots(1, 2, width_ratios=(3, 1))
-    image = heat.imshow(
-        relative[:, order].T.clamp(min=1e-3).log10(),
-        aspect="auto",
-        interpolation="nearest",
-        cmap="magma",
-        vmin=-3,
-        vmax=max(1.0, float(relative.max().clamp(min=1e-3).log10())),
-    )
-    ticks = torch.linspace(0, len(steps) - 1, min(6, len(steps))).round().long().unique().tolist()
-    heat.set_xticks(ticks, [str(steps[tick]) for tick in ticks])
-    heat.set(xlabel="optimizer step", ylabel="code, most used now at the top", title=f"use of {num_codes} codes")
-    figure.colorbar(image, ax=heat, label="log10 of the share of targets × K")
-    curve.plot(relative[-1, order].clamp(min=1e-3), torch.arange(num_codes))
-    curve.axvline(1.0, linestyle="--", linewidth=1, color="grey", label="even use")
-    curve.set(xscale="log", ylim=(num_codes - 0.5, -0.5), xlabel="share × K", title=f"step {steps[-1]}")
-    curve.legend(loc="lower left", fontsize="small")
-    return figure
 
 
 def _visible(text: str) -> str:

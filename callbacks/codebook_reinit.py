@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_logits.callbacks.scalars import log_scalars
-from lit_logits.functional import broadcast_
-from lit_logits.modules import VQLogitsHead
+from lit_logits.functional.distributed import broadcast_
+from lit_logits.modules.vq_logits.head import VQLogitsHead
 
 __all__ = ["CodebookReinit", "reset_optimizer_rows"]
 

@@ -12,9 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.fusion_pictures import curve_figure, text_figure, token_texts
+from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
+from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
-from lit_logits.modules import FusedCausalLM, FusionTrace
+from lit_logits.modules.dynamic_fusion.decoding import FusionTrace
+from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 
 __all__ = ["FusionWeightLogger"]
 

@@ -14,12 +14,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.fusion_pictures import token_texts
-from lit_logits.callbacks.gw_comparison import GWComparison, NodeValues, compare_graphs, load_pot, node_values
-from lit_logits.callbacks.gw_pictures import graph_figure, scatter_figure
+from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
+from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
-from lit_logits.functional import TopKLogits, co_activation_graph, top_k_values
-from lit_logits.modules.gld_fusion import GraphAlignment
+from lit_logits.functional.gld_fusion import co_activation_graph
+from lit_logits.functional.gw_search import GWComparison, NodeValues, compare_graphs, load_pot, node_values
+from lit_logits.functional.top_k_logits import TopKLogits, top_k_values
+from lit_logits.modules.gld_fusion.criterion import GraphAlignment
 
 __all__ = ["GWApproximationLogger"]
 

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_logits.modules.run_settings import differing_settings
+from lit_logits.storage.settings import differing_settings
 
 __all__ = ["JsonLinesWriter"]
 

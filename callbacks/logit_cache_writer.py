@@ -8,9 +8,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_logits.modules.logit_cache import describe_cache
-from lit_logits.modules.logit_cache_joining import join_cache
-from lit_logits.modules.logit_cache_writing import (
+from lit_logits.storage.joining import join_cache
+from lit_logits.storage.logit_cache import describe_cache
+from lit_logits.storage.writing import (
     begin_cache,
     check_cache,
     complete_settings,

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.modules import check_model_folder, replace_folder, restore_replaced, save_merged
+from lit_logits.modules.language_models.lora import save_merged
+from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
 __all__ = ["SavePretrained"]
 

@@ -1,7 +1,7 @@
 """Data modules: they know nothing of the methods and meet the models only in the batch dict."""
 
-from lit_logits.datamodules.images import ImageDataModule
-from lit_logits.datamodules.instructions import InstructionDataModule
-from lit_logits.datamodules.text import TextDataModule
+from lit_logits.datamodules.images.datamodule import ImageDataModule
+from lit_logits.datamodules.instructions.datamodule import InstructionDataModule
+from lit_logits.datamodules.text.datamodule import TextDataModule
 
 __all__ = ["ImageDataModule", "InstructionDataModule", "TextDataModule"]

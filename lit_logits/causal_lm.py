@@ -13,8 +13,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_logits.functional import at_least_float32, check_labels, chunked_sum
-from lit_logits.modules import TokenMean, accepted_inputs, load_backbone, load_causal_lm, make_optimizers, new_causal_lm
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.reductions import at_least_float32, chunked_sum
+from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.loading import load_backbone, load_causal_lm, new_causal_lm
+from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.optimization import make_optimizers
 
 __all__ = ["CausalLM"]
 

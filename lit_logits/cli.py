@@ -28,7 +28,9 @@ from transformers import get_wsd_schedule
 
 import lit_logits
 from lit_logits import callbacks, datamodules
-from lit_logits.callbacks import LastCheckpoint, LineProgress, PredictionWriter
+from lit_logits.callbacks.last_checkpoint import LastCheckpoint
+from lit_logits.callbacks.line_progress import LineProgress
+from lit_logits.callbacks.prediction_writer import PredictionWriter
 
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 

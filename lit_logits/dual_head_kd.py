@@ -14,13 +14,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_logits.functional import at_least_float32, check_labels, reduce_tokens
-from lit_logits.functional.dual_head_kd import LogitLoss, chunked_sum, logit_loss
-from lit_logits.modules.classifiers import classifier_logits, find_classifier, is_causal_lm, load_classifier
-from lit_logits.modules.dual_head_kd import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
+from lit_logits.functional.reductions import at_least_float32, chunked_sum, reduce_tokens
+from lit_logits.modules.dual_head_kd.classifiers import (
+    classifier_logits,
+    find_classifier,
+    is_causal_lm,
+    load_classifier,
+)
+from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
-from lit_logits.modules.teacher import FrozenTeacher, load_teacher
 
 __all__ = ["DualHeadKD"]
 

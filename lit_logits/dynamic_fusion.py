@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from lit_logits.functional import FusionMode, FusionSolver
-from lit_logits.modules.answers import GSM8K_PATTERN, extract_answer
-from lit_logits.modules.dynamic_fusion import FusedCausalLM, FusedScores
-from lit_logits.modules.fused_decoding import FusionTrace, check_decoding, split_prompts
-from lit_logits.modules.fusion_models import (
-    check_same_tokenizer,
-    digest_model,
-    eos_token_ids,
-    load_fusion_models,
-)
+from lit_logits.functional.dynamic_fusion import FusionMode, FusionSolver
+from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, extract_answer
+from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
+from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
+from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
+from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
+from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 from lit_logits.modules.metrics import TokenMean
 
 __all__ = ["DynamicFusionDecoder"]

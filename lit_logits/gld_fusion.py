@@ -15,33 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lit_logits.functional import (
-    GraphNodes,
-    LogitValues,
-    TopKLogits,
-    at_least_float32,
-    check_labels,
-    place_rows,
-    sample_mean,
-    top_k_logits,
-)
-from lit_logits.modules import (
-    FusionCriterion,
-    LogitCache,
-    LogitSource,
-    SourceLogits,
-    SourceTerms,
-    TokenMean,
-    accepted_inputs,
-    add_lora,
-    load_backbone,
-    load_causal_lm,
-    load_source,
-    make_optimizers,
-    new_causal_lm,
-    save_merged,
-    view_of,
-)
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.gld_fusion import GraphNodes
+from lit_logits.functional.reductions import at_least_float32, sample_mean
+from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
+from lit_logits.modules.gld_fusion.criterion import FusionCriterion, SourceTerms
+from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
+from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.loading import load_backbone, load_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.lora import add_lora, save_merged
+from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.optimization import make_optimizers
+from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["GLDFusionModule"]
 

@@ -16,36 +16,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lit_logits.functional import MetricKind, ResidualVQLosses, check_labels, reduce_tokens, stages_by_rank
-from lit_logits.modules import (
-    CodebookUpdate,
-    DenseLogitsHead,
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.code_tiers import stages_by_rank
+from lit_logits.functional.reductions import reduce_tokens
+from lit_logits.functional.residual_codes import MetricKind
+from lit_logits.functional.residual_vq import ResidualVQLosses
+from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
+from lit_logits.modules.language_models.loading import load_backbone
+from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.vq_logits.calibration import calibrate
+from lit_logits.modules.vq_logits.dense import DenseLogitsHead
+from lit_logits.modules.vq_logits.export import compact_model, dense_model
+from lit_logits.modules.vq_logits.fit import default_stages
+from lit_logits.modules.vq_logits.generation import continue_prompts
+from lit_logits.modules.vq_logits.head import CodebookUpdate, MappingStrategy, VQLogitsHead
+from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
+from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
+from lit_logits.modules.vq_logits.start import (
     HeadInit,
-    MappingStrategy,
-    OriginalOutput,
-    ResidualVQLogitsHead,
-    TokenMean,
-    VQLogitsHead,
-    calibrate,
-    check_model_folder,
     choose_init,
-    compact_model,
-    continue_prompts,
-    default_stages,
-    dense_model,
     describe_head,
     describe_model,
     describe_untying,
-    find_layers,
-    freeze_first_layers,
     initialize_dense_head,
     initialize_residual_head,
     initialize_vq_head,
-    keep_original,
-    load_backbone,
-    make_optimizers,
-    replace_folder,
 )
+from lit_logits.storage.folders import check_model_folder, replace_folder
 
 __all__ = ["VQLogitsLM"]
 

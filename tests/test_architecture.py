@@ -1,8 +1,11 @@
 """The import rule of the house, held by walking the syntax trees.
 
-torch ← functional ← modules ← <method>.py ← cli ← train.py
-functional, modules ← callbacks ← cli
+torch ← functional ← storage ← modules ← <method>.py ← cli ← train.py
+functional, storage, modules ← callbacks ← cli
 torch, lightning ← datamodules ← cli
+
+Inside a layer no room imports another one, but for the shared ones. Inside the package imports name the room, not the
+facade that users import.
 """
 
 import ast
@@ -24,18 +27,35 @@ class Rule(NamedTuple):
     only: tuple[str, ...] | None = None
 
 
-FUNCTIONAL, MODULES = "lit_logits.functional", "lit_logits.modules"
+FUNCTIONAL, STORAGE, MODULES = "lit_logits.functional", "lit_logits.storage", "lit_logits.modules"
 CALLBACKS, DATAMODULES = "lit_logits.callbacks", "lit_logits.datamodules"
 
 RULES = {
-    "functional": Rule(inside=(FUNCTIONAL,), only=("torch", "tqdm")),
-    "modules": Rule(inside=(FUNCTIONAL, MODULES), banned=("lightning", "datasets", "matplotlib")),
-    "method": Rule(inside=(FUNCTIONAL, MODULES), banned=("datasets",)),
-    "callbacks": Rule(inside=(FUNCTIONAL, MODULES, CALLBACKS), banned=("datasets",)),
+    "functional": Rule(inside=(FUNCTIONAL,), only=("torch", "tqdm", "ot", "scipy")),  # the last two for `gw_search`
+    "storage": Rule(inside=(FUNCTIONAL, STORAGE), only=("torch", "safetensors", "tqdm", "filelock")),
+    "modules": Rule(inside=(FUNCTIONAL, STORAGE, MODULES), banned=("lightning", "datasets", "matplotlib")),
+    "method": Rule(inside=(FUNCTIONAL, STORAGE, MODULES), banned=("datasets",)),
+    "callbacks": Rule(inside=(FUNCTIONAL, STORAGE, MODULES, CALLBACKS), banned=("datasets",)),
     "datamodules": Rule(inside=(DATAMODULES,)),
     "cli": Rule(inside=("lit_logits",)),
     "package": Rule(inside=("lit_logits",)),
 }
+
+# Rooms inside a layer that others of the layer may not import.
+ROOMS = {
+    MODULES: ("vq_logits", "gld_fusion", "dynamic_fusion", "dual_head_kd"),
+    DATAMODULES: ("text", "images", "instructions"),
+}
+FACADES = (FUNCTIONAL, MODULES, CALLBACKS, DATAMODULES)
+
+
+def room_of(module: str) -> tuple[str, str] | None:
+    """Layer and room of a dotted name, where the room is not shared."""
+    for layer, rooms in ROOMS.items():
+        room = module.removeprefix(f"{layer}.").split(".")[0]
+        if module.startswith(f"{layer}.") and room in rooms:
+            return layer, room
+    return None
 
 
 def layer_of(module: str) -> str:
@@ -73,6 +93,9 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             parents = {"lit_logits"}  # `from lit_logits import x` is judged by `lit_logits.x`
             wrong = name not in parents and not any(f"{name}.".startswith(f"{prefix}.") for prefix in rule.inside)
             wrong = wrong or (name.startswith("lit_logits.cli") and module != "lit_logits.cli")
+            own, room = room_of(module), room_of(name)
+            wrong = wrong or (room is not None and module.startswith(f"{room[0]}.") and own != room and not is_package)
+            wrong = wrong or (name in FACADES and not is_package and module != "lit_logits.cli")
         else:
             third_party = top not in sys.stdlib_module_names
             wrong = top in rule.banned or (rule.only is not None and third_party and top not in rule.only)
@@ -121,17 +144,24 @@ def test_only_the_entry_point_imports_the_cli():
     [
         ("lit_logits.functional.vq_logits", "import lightning"),
         ("lit_logits.functional.vq_logits", "from transformers import AutoModel"),
-        ("lit_logits.functional.vq_logits", "from ..modules import VQLogitsHead"),
+        ("lit_logits.functional.vq_logits", "from ..modules.vq_logits.head import VQLogitsHead"),
+        ("lit_logits.functional.vq_logits", "from lit_logits.storage.logit_cache import LogitCache"),
+        ("lit_logits.storage.logit_cache", "import transformers"),
+        ("lit_logits.storage.logit_cache", "from lit_logits.modules.metrics import TokenMean"),
+        ("lit_logits.modules.gld_fusion.sources", "from lit_logits.modules.dynamic_fusion.loading import load"),
+        ("lit_logits.modules.metrics", "from lit_logits.modules.vq_logits.head import VQLogitsHead"),
+        ("lit_logits.datamodules.text.corpus", "from lit_logits.datamodules.images.sources import ImageSource"),
+        ("lit_logits.vq_logits", "from lit_logits.modules import VQLogitsHead"),
         ("lit_logits.functional.vq_logits", "def late():\n    import numpy"),
-        ("lit_logits.modules.vq_logits", "from lightning import LightningModule"),
-        ("lit_logits.modules.vq_logits", "import lit_logits.vq_logits"),
+        ("lit_logits.modules.vq_logits.head", "from lightning import LightningModule"),
+        ("lit_logits.modules.vq_logits.head", "import lit_logits.vq_logits"),
         ("lit_logits.vq_logits", "from lit_logits.gld_fusion import GLDFusionModule"),
         ("lit_logits.vq_logits", "from lit_logits import gld_fusion"),
         ("lit_logits.vq_logits", "from .callbacks import CodeUsage"),
-        ("lit_logits.vq_logits", "from lit_logits.datamodules.text import TextDataModule"),
+        ("lit_logits.vq_logits", "from lit_logits.datamodules.text.datamodule import TextDataModule"),
         ("lit_logits.callbacks.code_usage", "from lit_logits.vq_logits import VQLogitsLM"),
         ("lit_logits.callbacks.code_usage", "from lit_logits.cli import main"),
-        ("lit_logits.datamodules.text", "from lit_logits.functional import checks"),
+        ("lit_logits.datamodules.text.corpus", "from lit_logits.functional import checks"),
         ("lit_logits", "from lit_logits.cli import main"),
     ],
 )
@@ -144,10 +174,20 @@ def test_a_planted_violation_is_caught(module, source):
     [
         ("lit_logits.functional.vq_logits", "import math\nfrom torch import Tensor\nfrom tqdm import tqdm"),
         ("lit_logits.functional.vq_logits", "from .checks import check_range"),
-        ("lit_logits.modules.vq_logits", "import transformers\nfrom lit_logits import functional as F"),
-        ("lit_logits.vq_logits", "from lightning import LightningModule\nfrom lit_logits.modules import VQLogitsHead"),
-        ("lit_logits.callbacks.code_usage", "import matplotlib\nfrom lit_logits.modules import VQLogitsHead"),
-        ("lit_logits.datamodules.text", "import datasets\nfrom lit_logits.datamodules.packing import pack"),
+        (
+            "lit_logits.modules.vq_logits.head",
+            "import transformers\nfrom lit_logits.storage import folders",
+        ),
+        (
+            "lit_logits.vq_logits",
+            "import lightning\nfrom lit_logits.modules.metrics import TokenMean",
+        ),
+        (
+            "lit_logits.callbacks.code_usage",
+            "import matplotlib\nfrom lit_logits.modules.vq_logits import head",
+        ),
+        ("lit_logits.datamodules.text.corpus", "import datasets\nfrom lit_logits.datamodules.text.packing import pack"),
+        ("lit_logits.modules.gld_fusion.sources", "from lit_logits.modules.language_models.loading import load"),
     ],
 )
 def test_an_allowed_import_passes(module, source):

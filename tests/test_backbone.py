@@ -8,18 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_logits.functional import code_log_mass, ppl_floor
-from lit_logits.modules import (
-    Calibration,
-    DenseLogitsHead,
-    VQLogitsHead,
-    calibrate,
-    choose_init,
-    describe_head,
-    describe_untying,
-    initialize_dense_head,
-    initialize_vq_head,
-    load_backbone,
-)
+from lit_logits.modules import Calibration, DenseLogitsHead, VQLogitsHead, calibrate, describe_head, load_backbone
+from lit_logits.modules.vq_logits.start import choose_init, describe_untying, initialize_dense_head, initialize_vq_head
 
 V, D, T = 61, 16, 9
 
@@ -172,7 +162,7 @@ def test_information_of_logits_against_softmax_by_autograd(with_bias, monkeypatc
     informed = (moment / tokens.sum()).float()
     torch.testing.assert_close(result.informed_second_moment, informed, rtol=1e-4, atol=3e-5)
     assert not torch.allclose(result.informed_second_moment, result.hidden_second_moment, rtol=1e-2)
-    monkeypatch.setattr(importlib.import_module("lit_logits.modules.calibration"), "_CHUNK_ELEMENTS", 3 * V)
+    monkeypatch.setattr(importlib.import_module("lit_logits.modules.vq_logits.calibration"), "_CHUNK_ELEMENTS", 3 * V)
     for ours, cut in zip(result, calibrate(data, output_layer=(weight, bias), **settings), strict=True):
         torch.testing.assert_close(cut, ours, rtol=1e-4, atol=3e-5)
     plain = calibrate(data, **settings)

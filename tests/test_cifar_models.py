@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lit_logits import modules
-from lit_logits.modules.classifiers import MODEL_ZOO, find_classifier
+from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, find_classifier
 
 # Parameters with 100 classes, counted in the code that the tables of the field come from (arXiv 1910.10699).
 PUBLISHED = {

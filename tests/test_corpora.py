@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lit_logits.datamodules.corpora import fingerprint_source, read_source, stream_source
-from lit_logits.datamodules.corpus import Corpus
 from lit_logits.datamodules.python_docs import read_python_docs
+from lit_logits.datamodules.sources import fingerprint_source, read_source, stream_source
 from lit_logits.datamodules.splitting import bucket_of, carve_splits
+from lit_logits.datamodules.text.corpus import Corpus
 
 
 def write_jsonl(path, texts, column="text"):

@@ -11,7 +11,6 @@ from torch import nn
 from lit_logits.functional.dual_head_kd import (
     binary_kl,
     binary_kl_norm,
-    chunked_sum,
     cosine_logit_loss,
     kd_kl_divergence,
     l1_logit_loss,
@@ -19,6 +18,7 @@ from lit_logits.functional.dual_head_kd import (
     mse_logit_loss,
 )
 from lit_logits.functional.gradients import align_gradients, average_over_ranks, project_conflicting_gradient
+from lit_logits.functional.reductions import chunked_sum
 
 KINDS = ["kl", "binary_kl", "binary_kl_norm", "mse", "l1", "cosine"]
 

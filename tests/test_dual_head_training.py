@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.functional.dual_head_kd import logit_loss
-from lit_logits.modules.classifiers import find_classifier, load_classifier
-from lit_logits.modules.teacher import load_weights
+from lit_logits.modules.dual_head_kd.classifiers import find_classifier, load_classifier
+from lit_logits.modules.dual_head_kd.teacher import load_weights
 
 CLASSES = 3
 

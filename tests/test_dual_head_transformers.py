@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_logits import DualHeadKD
 from lit_logits.functional import logit_loss
-from lit_logits.modules.classifiers import find_classifier, is_causal_lm, load_classifier
+from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm, load_classifier
 
 V, T = 37, 9
 LLAMA = {

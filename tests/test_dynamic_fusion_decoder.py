@@ -17,7 +17,7 @@ from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.functional import fuse_logits, fusion_weights
 from lit_logits.modules import split_prompts
-from lit_logits.modules.answers import extract_answer
+from lit_logits.modules.dynamic_fusion.answers import extract_answer
 
 ROWS = [
     {"prompt": f"What is {a} plus {b}?", "response": f"{a} and {b} make {a + b}.\n#### {a + b}"}

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lit_logits import DynamicFusionDecoder
 from lit_logits.functional import add_task_vectors, fuse_logits, fusion_weights
-from lit_logits.modules import SmallModels
+from lit_logits.modules.dynamic_fusion.decoding import SmallModels
 
 VOCAB, PAD, EOS = 48, 0, 2
 

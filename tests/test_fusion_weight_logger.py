@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_logits.callbacks import FusionWeightLogger
-from lit_logits.callbacks.fusion_pictures import curve_figure, text_figure, token_texts
+from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
+from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.dynamic_fusion import DynamicFusionDecoder
 from lit_logits.modules import FusedCausalLM

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_logits import GLDFusionModule
 from lit_logits.functional import co_activation_graph, vocabulary_graph
-from lit_logits.modules import LogitSource, counted_positions, new_causal_lm
+from lit_logits.modules import LogitSource, new_causal_lm
+from lit_logits.modules.gld_fusion.sources import counted_positions
 
 PIVOT_SIZE, OTHER_SIZE = 40, 55
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import InstructionDataModule
-from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.datamodules.tokenization import load_tokenizer, tokenizer_id, train_bpe
 from lit_logits.datamodules.tokenization import tokenizer_id as id_in_batches
-from lit_logits.modules import LogitCache, LogitSource, load_source, new_causal_lm, tokenizer_id
+from lit_logits.modules import LogitCache, LogitSource, load_source, new_causal_lm
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAIRS = [

@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks.gld_memory import main, make_model, plan, tied_weights, units_of
 from lit_logits.modules import new_causal_lm
-from lit_logits.modules.lora import add_lora
+from lit_logits.modules.language_models.lora import add_lora
 
 CONFIG = Path(__file__).parents[1] / "configs/gld_fusion_14b_fsdp.yaml"
 SMALL = {"model_type": "phi3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 100}

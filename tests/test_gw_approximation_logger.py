@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_logits.callbacks import GWApproximationLogger, gw_approximation_logger, gw_comparison
-from lit_logits.callbacks.gw_comparison import GWComparison, compare_graphs, gw_upper_bound, node_values
-from lit_logits.callbacks.gw_pictures import graph_figure, scatter_figure
+from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
 from lit_logits.functional import co_activation_graph, gw_over_permutations, top_k_logits, vocabulary_graph
-from lit_logits.modules.gld_fusion import GraphAlignment
+from lit_logits.functional.gw_search import GWComparison, compare_graphs, gw_upper_bound, node_values
+from lit_logits.modules.gld_fusion.criterion import GraphAlignment
 
 ot = pytest.importorskip("ot")
 

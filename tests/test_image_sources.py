@@ -14,8 +14,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from lit_logits.datamodules import ImageDataModule
-from lit_logits.datamodules.image_presets import PRESETS, find_preset
-from lit_logits.datamodules.image_transforms import to_rgb
+from lit_logits.datamodules.images.presets import PRESETS, find_preset
+from lit_logits.datamodules.images.transforms import to_rgb
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -125,7 +125,7 @@ def test_hub_data_set_is_opened_by_name(monkeypatch, tmp_path):
     path, loads = write_data_set(tmp_path / "hub", {"train": 60, "valid": 10}), []
     saved = load_from_disk(path)
     info = SimpleNamespace(features=saved["train"].features)
-    module = "lit_logits.datamodules.image_reading"
+    module = "lit_logits.datamodules.images.reading"
     builder = SimpleNamespace(hash="1", info=info)
     monkeypatch.setattr(f"{module}.load_dataset_builder", lambda name, subset: builder)
     monkeypatch.setattr(f"{module}.load_dataset", lambda name, subset: loads.append((name, subset)) or saved)
@@ -275,7 +275,7 @@ def test_settings_of_the_splits_share_a_cache_entry_and_still_take_effect(digits
 
 
 def test_same_setting_reads_the_cache(digits_cache, monkeypatch):
-    monkeypatch.setattr("lit_logits.datamodules.image_storage.to_rgb", lambda _: pytest.fail("decoded again"))
+    monkeypatch.setattr("lit_logits.datamodules.images.storage.to_rgb", lambda _: pytest.fail("decoded again"))
     assert len(ready(ImageDataModule(cache_dir=digits_cache, batch_size=2))._items["train"]) == 1079
 
 
@@ -294,7 +294,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         return to_rgb(image)
 
     data = make_folder(tmp_path)
-    monkeypatch.setattr("lit_logits.datamodules.image_storage.to_rgb", interrupt)
+    monkeypatch.setattr("lit_logits.datamodules.images.storage.to_rgb", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -314,7 +314,7 @@ def test_processes_that_prepare_at_once_decode_once(tmp_path, monkeypatch):
         time.sleep(0.02)
         return to_rgb(image)
 
-    monkeypatch.setattr("lit_logits.datamodules.image_storage.to_rgb", slow)
+    monkeypatch.setattr("lit_logits.datamodules.images.storage.to_rgb", slow)
     _ = data.source.labels  # read before the fork
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=data.prepare_data) for _ in range(2)]

@@ -18,9 +18,9 @@ from sklearn.datasets import load_digits
 from test_image_sources import all_of, make_folder, ready, write_folder
 
 from lit_logits.datamodules import ImageDataModule
-from lit_logits.datamodules.image_presets import PRESETS
-from lit_logits.datamodules.image_sampling import add_label_noise, hash_uniform, hold_out, pick_balanced
-from lit_logits.datamodules.image_transforms import (
+from lit_logits.datamodules.images.presets import PRESETS
+from lit_logits.datamodules.images.sampling import add_label_noise, hash_uniform, hold_out, pick_balanced
+from lit_logits.datamodules.images.transforms import (
     centre_box,
     crop_to_array,
     normalize,

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules import InstructionDataModule
-from lit_logits.datamodules.instruction_layouts import ChatLayout
-from lit_logits.datamodules.instruction_splits import Example, draw_shots
-from lit_logits.datamodules.instruction_storage import read_instruction_sizes
+from lit_logits.datamodules.instructions.layouts import ChatLayout
+from lit_logits.datamodules.instructions.splits import Example, draw_shots
+from lit_logits.datamodules.instructions.storage import read_instruction_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, tokenizer_id, train_bpe
 
 PIECES = [

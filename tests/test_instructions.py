@@ -15,13 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_logits import VQLogitsLM
 from lit_logits.datamodules import InstructionDataModule
-from lit_logits.datamodules.instruction_batches import Vocabulary, collate_examples
-from lit_logits.datamodules.instruction_encoding import encode_rendered
-from lit_logits.datamodules.instruction_layouts import ChatLayout, TemplateLayout, split_template
-from lit_logits.datamodules.instruction_sources import Columns, parse_row
-from lit_logits.datamodules.instruction_splits import Example, draw_shots, group_examples, split_examples
-from lit_logits.datamodules.instruction_storage import read_instruction_sizes
-from lit_logits.datamodules.python_questions import read_python_questions
+from lit_logits.datamodules.instructions.batches import Vocabulary, collate_examples
+from lit_logits.datamodules.instructions.encoding import encode_rendered
+from lit_logits.datamodules.instructions.layouts import ChatLayout, TemplateLayout, split_template
+from lit_logits.datamodules.instructions.python_questions import read_python_questions
+from lit_logits.datamodules.instructions.sources import Columns, parse_row
+from lit_logits.datamodules.instructions.splits import Example, draw_shots, group_examples, split_examples
+from lit_logits.datamodules.instructions.storage import read_instruction_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -584,7 +584,7 @@ def test_two_constructions_agree(make, tmp_path):
 
 def test_same_setting_reads_the_cache(make, monkeypatch):
     first = ready(make())
-    monkeypatch.setattr("lit_logits.datamodules.instruction_sources._read_files", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("lit_logits.datamodules.instructions.sources._read_files", lambda *_: pytest.fail("read again"))
     again = ready(make(batch_size=2, num_workers=1))
     assert prompts_of(again.test_dataloader(), again.tokenizer) == prompts_of(first.test_dataloader(), first.tokenizer)
     with pytest.raises(RuntimeError, match="Expected `prepare_data` to have written"):
@@ -781,7 +781,7 @@ def test_answers_of_held_out_questions_are_not_trained_on(questions):
 
 
 def test_embedded_source_is_the_default(tmp_path, monkeypatch, questions):
-    monkeypatch.setattr("lit_logits.datamodules.instruction_sources.read_python_questions", lambda: questions[::20])
+    monkeypatch.setattr("lit_logits.datamodules.instructions.sources.read_python_questions", lambda: questions[::20])
     data = ready(InstructionDataModule(cache_dir=str(tmp_path), bpe_vocab_size=1000))
     assert len(data.train_dataloader()) > 50
     assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 8

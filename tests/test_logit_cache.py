@@ -20,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lit_logits.callbacks.logit_cache_writer import LogitCacheWriter
-from lit_logits.functional.top_k_logits import TopKLogits, top_k_logits
-from lit_logits.modules import logit_cache_joining, logit_cache_writing
-from lit_logits.modules.logit_cache import LogitCache, SourceLogits, is_logit_cache
+from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, top_k_logits
+from lit_logits.storage import joining as logit_cache_joining
+from lit_logits.storage import writing as logit_cache_writing
+from lit_logits.storage.logit_cache import LogitCache, is_logit_cache
 
 VOCAB_SIZES = {"base": 50, "other": 70_000}
 IDS = [17, 3, 40, 8, 25, 1, 12, 33, 5]  # out of order; 40, 25 and 5 have no positions

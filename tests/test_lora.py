@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from lit_logits.callbacks import SavePretrained
 from lit_logits.causal_lm import CausalLM
-from lit_logits.modules.lora import add_lora, has_lora, merged_state_dict, save_merged
+from lit_logits.modules.language_models.lora import add_lora, has_lora, merged_state_dict, save_merged
 
 pytest.importorskip("peft")
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lit_logits.modules.model_calls import (
+from lit_logits.modules.language_models.calls import (
     CACHE_NAMES,
     OUTPUT_CACHE_NAME,
     accepted_inputs,

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_logits.callbacks import NeuralCollapseMonitor, neural_collapse_monitor
-from lit_logits.callbacks.neural_collapse_monitor import cosine_figure
+from lit_logits.callbacks.pictures.collapse import cosine_figure
 from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.functional import cosine_matrix
 from lit_logits.functional.dual_head_kd import logit_loss

@@ -195,7 +195,7 @@ def test_changed_setting_never_meets_a_stale_cache(make, tmp_path, name):
 
 def test_same_setting_reads_the_cache(make, monkeypatch):
     first = ready(make())
-    monkeypatch.setattr("lit_logits.datamodules.corpus.read_source", lambda *_: pytest.fail("read the source again"))
+    monkeypatch.setattr("lit_logits.datamodules.text.corpus.read_source", lambda *_: pytest.fail("read again"))
     again = ready(make(batch_size=2, num_workers=1))
     assert again._directory == first._directory
     assert tokens_of(again.val_dataloader()) == tokens_of(first.val_dataloader())
@@ -273,7 +273,7 @@ def test_interrupted_build_leaves_nothing(make, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     data = make()
-    monkeypatch.setattr("lit_logits.datamodules.packing.tokenize", interrupt)
+    monkeypatch.setattr("lit_logits.datamodules.text.packing.tokenize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
     assert not [path for path in (tmp_path / "cache").glob("blocks-*") if path.is_dir()]

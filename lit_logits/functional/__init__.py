@@ -1,8 +1,19 @@
 """Tensors in, tensors out: the mathematics of the four methods, without state."""
 
-from lit_logits.functional.alignment import align_positions, common_span
-from lit_logits.functional.bit_packing import code_bits, pack_bits, unpack_bits
-from lit_logits.functional.checks import check_finite, check_labels, check_token_to_code
+from lit_logits.functional.alignment import (
+    align_positions,
+    common_span,
+)
+from lit_logits.functional.bit_packing import (
+    code_bits,
+    pack_bits,
+    unpack_bits,
+)
+from lit_logits.functional.checks import (
+    check_finite,
+    check_labels,
+    check_token_to_code,
+)
 from lit_logits.functional.code_assignment import (
     CodeSplit,
     code_means,
@@ -12,7 +23,10 @@ from lit_logits.functional.code_assignment import (
     split_heavy_codes,
     weighted_kmeans,
 )
-from lit_logits.functional.code_tiers import stages_by_rank, stages_for_bytes
+from lit_logits.functional.code_tiers import (
+    stages_by_rank,
+    stages_for_bytes,
+)
 from lit_logits.functional.codebook import (
     Footprint,
     code_perplexity,
@@ -22,12 +36,14 @@ from lit_logits.functional.codebook import (
     unigram_bias,
     vq_footprint,
 )
-from lit_logits.functional.distributed import all_reduce_sum_, broadcast_
+from lit_logits.functional.distributed import (
+    all_reduce_sum_,
+    broadcast_,
+)
 from lit_logits.functional.dual_head_kd import (
     LogitLoss,
     binary_kl,
     binary_kl_norm,
-    chunked_sum,
     cosine_logit_loss,
     kd_kl_divergence,
     l1_logit_loss,
@@ -62,8 +78,28 @@ from lit_logits.functional.gradients import (
     average_over_ranks,
     project_conflicting_gradient,
 )
-from lit_logits.functional.gromov_wasserstein import edge_gw_bound, gw_objective, gw_over_permutations
-from lit_logits.functional.kmeans import KMeansResult, kmeans, nearest_centroids
+from lit_logits.functional.gromov_wasserstein import (
+    edge_gw_bound,
+    gw_objective,
+    gw_over_permutations,
+)
+from lit_logits.functional.kmeans import (
+    KMeansResult,
+    kmeans,
+    nearest_centroids,
+)
+from lit_logits.functional.lookup.kernel import (
+    PackedHead,
+    head_struct,
+    lookup_kernel,
+)
+from lit_logits.functional.lookup.lookup import (
+    LookupLayout,
+    lookup_greedy,
+    lookup_layout,
+    lookup_logits,
+    packed_lookup_logits,
+)
 from lit_logits.functional.neural_collapse import (
     ClassMoments,
     NeuralCollapse,
@@ -73,8 +109,19 @@ from lit_logits.functional.neural_collapse import (
     relative_spread,
     simplex_gap,
 )
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, sample_mean
-from lit_logits.functional.residual_codes import MetricKind, ResidualCodes, fit_residual_codes, metric_matrix
+from lit_logits.functional.reductions import (
+    Reduction,
+    at_least_float32,
+    chunked_sum,
+    reduce_tokens,
+    sample_mean,
+)
+from lit_logits.functional.residual_codes import (
+    MetricKind,
+    ResidualCodes,
+    fit_residual_codes,
+    metric_matrix,
+)
 from lit_logits.functional.residual_vq import (
     DenseTarget,
     ResidualVQLosses,
@@ -85,9 +132,12 @@ from lit_logits.functional.residual_vq import (
     residual_vq_losses,
     stage_codes,
 )
-from lit_logits.functional.task_arithmetic import add_task_vectors
+from lit_logits.functional.task_arithmetic import (
+    add_task_vectors,
+)
 from lit_logits.functional.top_k_logits import (
     LogitValues,
+    SourceLogits,
     TopKLogits,
     gather_positions,
     place_rows,
@@ -109,14 +159,6 @@ from lit_logits.functional.vq_logits import (
     straight_through_vq_cross_entropy,
     vq_cross_entropy,
 )
-from lit_logits.functional.vq_lookup import (
-    LookupLayout,
-    lookup_greedy,
-    lookup_layout,
-    lookup_logits,
-    packed_lookup_logits,
-)
-from lit_logits.functional.vq_lookup_kernel import PackedHead, head_struct, lookup_kernel
 
 __all__ = [
     "AlignedGradients",
@@ -141,6 +183,7 @@ __all__ = [
     "ResidualCodes",
     "ResidualVQLosses",
     "SamplingTables",
+    "SourceLogits",
     "StageCodes",
     "TopKLogits",
     "VocabularyGraph",

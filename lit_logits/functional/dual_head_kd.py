@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 
@@ -31,7 +30,6 @@ __all__ = [
     "LogitLoss",
     "binary_kl",
     "binary_kl_norm",
-    "chunked_sum",
     "cosine_logit_loss",
     "kd_kl_divergence",
     "l1_logit_loss",
@@ -187,28 +185,6 @@ def logit_loss(
     if kind not in functions:
         raise ValueError(f"Expected `kind` to be one of {sorted(functions)}, but got {kind!r}.")
     return functions[kind](student_logits, teacher_logits, reduction=reduction)
-
-
-def chunked_sum(function: Callable[..., Tensor], *tensors: Tensor, chunk_size: int) -> Tensor:
-    """Σ over chunks of `function(*chunk)`; what a chunk makes is freed, and made again in backward.
-
-    Peak memory is that of one chunk, for one more evaluation of `function`: a token loss never holds (N, V) logits.
-
-    Args:
-        function: takes a slice of every tensor and returns a scalar sum; without randomness.
-        *tensors: (N, ...), cut along the first dimension; N may be 0.
-        chunk_size: rows a chunk.
-
-    Example:
-        >>> chunked_sum(lambda x: x.exp().sum(), torch.zeros(5), chunk_size=2)
-        tensor(5.)
-
-    """
-    if chunk_size < 1:
-        raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
-    chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
-    sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum()
 
 
 def _prepare(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

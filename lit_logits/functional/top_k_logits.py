@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["LogitValues", "TopKLogits", "gather_positions", "place_rows", "top_k_logits", "top_k_values"]
+__all__ = [
+    "LogitValues",
+    "SourceLogits",
+    "TopKLogits",
+    "gather_positions",
+    "place_rows",
+    "top_k_logits",
+    "top_k_values",
+]
 
 LogitValues = Literal["softmax", "standardize", "logits"]
 
@@ -190,3 +198,18 @@ class _TopKLogits(torch.autograd.Function):
 
 def _rows_a_chunk(vocab_size: int) -> int:
     return max(1, _CHUNK_ELEMENTS // vocab_size)
+
+
+class SourceLogits(NamedTuple):
+    """Top-k logits of one source for a batch of responses.
+
+    Attributes:
+        top_k: of each position; `log_probs` and `token_ids` are (B, T, k), the others (B, T).
+        mask: (B, T) bool; positions that count.
+        ends: (B, T) int64; characters of the response that are read at the position, −1 where it does not count.
+
+    """
+
+    top_k: TopKLogits
+    mask: Tensor
+    ends: Tensor

@@ -1,0 +1,359 @@
+"""Prompts and responses for causal language models: to fine-tune on, to score, and to generate from.
+
+Letters: B is `batch_size`, T the longest sequence of a batch, C the number of choices. A batch is transformers' dict
+`input_ids`, `attention_mask` and `labels` (the same ids, unshifted; −100 on prompts and padding), LongTensors of shape
+(B, T) that are padded on the right, and `rows` (B,), the numbers of the examples in their split.
+
+What a teacher with another tokenizer, or a cache of its logits, needs to find its place is there, too:
+
+* `sample_ids` (B,), 63 bits of a digest of the example's texts and those of its shots: the same in every split, order,
+  tokenizer and template;
+* `response_ends` (B, T), how many characters of the response have been read after each token: 0 at the prompt's last
+  one, −1 before it, on padding, where a token ends within a character, and where it reaches beyond the response or
+  stands behind it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
+  text. White space that a template strips at the response's beginning counts as read, and at its end never is;
+* `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
+* `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
+* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends` (B, T'),
+  `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
+"""
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tokenizers
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
+from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.instructions.batches import FixedBatches, collate_examples, collate_fixed_batch
+from lit_logits.datamodules.instructions.layouts import split_template
+from lit_logits.datamodules.instructions.sources import Columns, InstructionSource
+from lit_logits.datamodules.instructions.splits import draw_shots
+from lit_logits.datamodules.instructions.storage import read_examples, read_instruction_sizes, write_instructions
+from lit_logits.datamodules.instructions.views import (
+    InstructionEncoder,
+    InstructionView,
+    chat_source_names,
+    load_sources,
+)
+from lit_logits.datamodules.loaders import block_loader
+from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.splitting import check_fractions
+from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+
+__all__ = ["InstructionDataModule"]
+
+FORMAT_VERSION = 3
+"""Part of every cache entry's name: raise it when the same arguments are to give other token ids."""
+
+PredictSplit = Literal["test", "all"]
+
+
+class InstructionDataModule(LightningDataModule):
+    r"""Prompt–response pairs, encoded once and cached on disk.
+
+    Pairs are split into training, validation and test so that equal prompts never meet across splits, nor equal
+    responses of more than five words. A response ends with the eos token, or with what the chat template puts after it.
+    A response that is too long is cut at its end; a training pair whose prompt leaves no room for any, in any of the
+    tokenizers, is dropped. Training resumes in the middle of an epoch with the next unseen batch.
+
+    Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
+    other models, too, to distil from these.
+
+    Multiple choice (`choices_column`): training, validation and predict see the right choice as the response. A test
+    batch holds the C sequences of each of its B examples, `rows` once for each of them, and also `choices`, numbers
+    of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
+
+    The rows of the test split are what `predict` gives, in order, without those in `finished_rows`. With
+    `predict_split="all"` it is the training, validation and test split, one after another, `rows` counted through, in
+    batches of B consecutive examples that are the same in every run: those all of whose samples are in
+    `finished_samples` are left out, and ranks are dealt whole batches.
+
+    Args:
+        source: `"python-questions"` (about 14,000 questions on the standard library, answered by its sources), files or
+            globs of `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
+        subset: configuration of a Hugging Face data set, such as `"main"`.
+        prompt_column: name of the prompts.
+        response_column: name of the responses; None reads prompts only, which are all in the test split.
+        choices_column: name of the lists of choices; `response_column` is unused then.
+        answer_column: name of the right choices, or of their numbers from 0.
+        tokenizer: hub id, local folder or `.gguf` file; None trains a byte-level BPE on the training split.
+        bpe_vocab_size: tokens of that BPE, at least 257.
+        template: a text with `{prompt}` and, after it, `{response}`.
+        chat_template: use the tokenizer's chat template instead: the prompt is the user's turn, the response the
+            assistant's.
+        system_prompt: a system turn before all others; in chat templates only.
+        source_tokenizers: name of your choice → hub id, local folder or `.gguf` file of another tokenizer that batches
+            are given in, too.
+        chat_sources: names of those of them that use their own chat template; None: all of them with `chat_template`,
+            none without. The others use `template`.
+        num_shots: training pairs, drawn once for all, that are put before each prompt: as filled templates with an
+            empty line after each, or as earlier turns. A pair is never its own shot.
+        max_length: tokens that a sequence may have, at least 2, in each of the tokenizers.
+        batch_size: B, examples a batch on each rank.
+        val_fraction: share of the pairs held out for validation, in [0, 1). Unused where the data set has a validation
+            split of its own; 0 switches validation off.
+        test_fraction: the same for test and predict.
+        max_test_rows: keep the first of the test split only.
+        predict_split: what `predict` gives: the `"test"` split, or `"all"` of them.
+        num_workers: processes that load batches.
+        seed: of the split, the shots and the training order.
+        cache_dir: folder of the cache; None is `$XDG_CACHE_HOME/lit_logits` or `~/.cache/lit_logits`.
+
+    Attributes:
+        finished_rows: rows of the test split that `predict` is to leave out, because they are done. Filled before the
+            loader is made; unused with `predict_split="all"`.
+        finished_samples: the same as sample ids, for `predict_split="all"` only.
+
+    Raises:
+        ValueError: If an argument is out of range or goes without one that it needs; from `vocab_size`, `tokenizer` or
+            `prepare_data`, if the source cannot be read, a row is not as it should be, a tokenizer has no chat
+            template or a template that changes responses, or a prompt for evaluation is too long.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "python-questions",
+        subset: str | None = None,
+        prompt_column: str = "prompt",
+        response_column: str | None = "response",
+        choices_column: str | None = None,
+        answer_column: str | None = None,
+        tokenizer: str | None = None,
+        bpe_vocab_size: int = 4096,
+        template: str = "Question: {prompt}\nAnswer: {response}",
+        chat_template: bool = False,
+        system_prompt: str | None = None,
+        source_tokenizers: dict[str, str] | None = None,
+        chat_sources: list[str] | None = None,
+        num_shots: int = 0,
+        max_length: int = 512,
+        batch_size: int = 8,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        max_test_rows: int | None = None,
+        predict_split: PredictSplit = "test",
+        num_workers: int = 0,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least(257, bpe_vocab_size=bpe_vocab_size)
+        check_at_least(2, max_length=max_length)
+        check_at_least(1, batch_size=batch_size, max_test_rows=1 if max_test_rows is None else max_test_rows)
+        check_at_least(0, num_shots=num_shots, num_workers=num_workers)
+        fractions = {"val": val_fraction, "test": test_fraction}
+        check_fractions(fractions)
+        split_template(template)
+        columns = Columns(prompt_column, response_column, choices_column, answer_column)
+        if predict_split not in get_args(PredictSplit):
+            raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")
+        self.source_tokenizers = dict(source_tokenizers or {})
+        self.chat_sources = chat_source_names(self.source_tokenizers, chat_sources, chat_template)
+        _check_companions(columns, tokenizer, chat_template, self.chat_sources, system_prompt, num_shots)
+        self.pairs = InstructionSource(
+            source, subset, columns, fractions=fractions, max_test_rows=max_test_rows, seed=seed
+        )
+        self.tokenizer_name = tokenizer
+        self.bpe_vocab_size = bpe_vocab_size
+        self.template, self.chat_template, self.system_prompt = template, chat_template, system_prompt
+        self.num_shots, self.max_length = num_shots, max_length
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.predict_split, self.seed = predict_split, seed
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.finished_rows: set[int] = set()
+        self.finished_samples: set[int] = set()
+        self._examples: dict[str, Dataset] = {}
+        self._resume = ResumePoint("examples")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer; the first use in any process trains it if there is none to load."""
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        key = digest(FORMAT_VERSION, self.pairs.key, self.template, self.bpe_vocab_size, tokenizers.__version__)
+        return load_tokenizer(build_once(self.cache_dir / f"tokenizer-{key}", self._train_tokenizer))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, with added and special ones."""
+        return len(self.tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills up sequences: the tokenizer's, or else its eos token."""
+        return self._own.pad_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that shaped the rows of `predict`: what was written for another one is not theirs."""
+        key = self._directory.name.rpartition("-")[2]
+        return key if self.predict_split == "test" else digest(key, self.predict_split)
+
+    @property
+    def layout_ids(self) -> dict[str, int]:
+        """The `layout_id` of batches, under "", and of each of `source_tokenizers`."""
+        views = {"": self._own, **self._sources}
+        return {name: view.vocabulary.layout_id for name, view in views.items()}
+
+    def prepare_data(self) -> None:
+        """Write the encoded pairs of all splits to the cache, if they are not there."""
+        build_once(self._directory, self._write)
+        self.pairs.forget()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what `prepare_data` wrote.
+
+        Raises:
+            RuntimeError: If there is nothing.
+        """
+        if self._examples:
+            return
+        if not self._directory.is_dir():
+            raise RuntimeError(f"Expected `prepare_data` to have written {self._directory}, but it is not there.")
+        sizes = read_instruction_sizes(self._directory)
+        self._examples = {name: read_examples(self._directory / f"{name}.arrow") for name in sizes}
+        rank_zero_info("; ".join(f"{name}: {size}" for name, size in sizes.items()))
+
+    def train_dataloader(self) -> Any:
+        """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
+        return self._resume.apply(self._loader("train"), self.trainer)
+
+    def val_dataloader(self) -> Any:
+        """Return all validation batches in order; an empty list if validation is switched off."""
+        return self._loader("val") if "val" in self._examples else []
+
+    def test_dataloader(self) -> Any:
+        """Return all test batches in order, with all choices; an empty list if the test split is switched off."""
+        return self._loader("test") if "test" in self._examples else []
+
+    def predict_dataloader(self) -> Any:
+        """Return what is to be predicted, in order, with the right responses, without what is finished.
+
+        It is the test examples that are not in `finished_rows`, or with `predict_split="all"` the batches of all splits
+        without those whose samples are all in `finished_samples`. Where fewer are left than there are processes,
+        finished ones make up the number.
+        """
+        # Lightning makes this loader anew and wants to find `batch_size` among the keywords.
+        if self.predict_split == "all":
+            splits = [self._examples[name] for name in ("train", "val", "test") if name in self._examples]
+            batches = FixedBatches(splits, self.batch_size, self.finished_samples, at_least=self._world_size)
+            collate = partial(collate_fixed_batch, **self._vocabularies)
+            return DataLoader(batches, batch_size=1, collate_fn=collate, **self._loading)
+        if "test" not in self._examples:
+            return []
+        rows = self._examples["test"]
+        left = [row for row in range(len(rows)) if row not in self.finished_rows]
+        if left:  # Lightning's sampler wants a row for each rank; what is done already fills up
+            left += sorted(self.finished_rows)[: max(0, self._world_size - len(left))]
+        collate = partial(collate_examples, **self._vocabularies)
+        return DataLoader(rows.select(left), batch_size=self.batch_size, collate_fn=collate, **self._loading)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training loader's position and what gives it a meaning."""
+        return self._resume.state_dict(self.trainer, self._order())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a saved position for the training loader."""
+        self._resume.load_state_dict(state_dict, self.trainer, self._order())
+
+    @cached_property
+    def _directory(self) -> Path:
+        """The cache entry that holds the encoded pairs."""
+        sources = sorted((name, view.key) for name, view in self._sources.items())
+        views = self._own.key, sources, self.system_prompt, self.num_shots, self.max_length
+        return self.cache_dir / f"instructions-{digest(FORMAT_VERSION, self.pairs.key, views)}"
+
+    @cached_property
+    def _own(self) -> InstructionView:
+        """The tokenizer with its layout."""
+        return InstructionView(
+            self.tokenizer,
+            self.template,
+            chat=self.chat_template,
+            system_prompt=self.system_prompt,
+            max_length=self.max_length,
+        )
+
+    @cached_property
+    def _sources(self) -> dict[str, InstructionView]:
+        """The other tokenizers with their layouts."""
+        return load_sources(
+            self.source_tokenizers, self.chat_sources, self.template, self.system_prompt, self.max_length
+        )
+
+    @property
+    def _vocabularies(self) -> dict[str, Any]:
+        """What a collate function needs to know of the tokenizers."""
+        sources = {name: view.vocabulary for name, view in self._sources.items()}
+        return {"vocabulary": self._own.vocabulary, "sources": sources}
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def _train_tokenizer(self, directory: Path) -> None:
+        before, between, after = split_template(self.template)
+        train = self.pairs.splits["train"]
+        texts = (f"{before}{example.prompt}{between}{example.response}{after}" for example in train)
+        train_bpe(texts, self.bpe_vocab_size, directory)
+
+    def _write(self, directory: Path) -> None:
+        shots = draw_shots(self.pairs.splits.get("train", []), self.num_shots, self.seed)
+        encoder = InstructionEncoder(self._own, self._sources, shots)
+        write_instructions(directory, self.pairs.splits, encoder, self.max_length)
+
+    def _loader(self, split: str) -> Any:
+        all_choices = split == "test" and self.pairs.columns.choices is not None
+        return block_loader(
+            self._examples.get(split, []),
+            self.batch_size,
+            self.trainer,
+            self.seed,
+            train=split == "train",
+            collate_fn=partial(collate_examples, **self._vocabularies, all_choices=all_choices),
+            items="examples",
+            advice="Lower `batch_size` or the fractions that are held out, or raise `max_length`.",
+            **self._loading,
+        )
+
+    def _order(self) -> dict[str, Any]:
+        """Return what, besides the position, decides which batch comes next."""
+        return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
+
+
+def _check_companions(
+    columns: Columns,
+    tokenizer: str | None,
+    chat_template: bool,
+    chat_sources: list[str],
+    system_prompt: str | None,
+    num_shots: int,
+) -> None:
+    """Raise unless every argument has those that it needs."""
+    if chat_template and tokenizer is None:
+        raise ValueError(
+            "Expected `tokenizer` to name one with a chat template, but got None. Set `chat_template=False` to use "
+            "`template`."
+        )
+    if system_prompt is not None and not (chat_template or chat_sources):
+        raise ValueError(
+            f"Expected `system_prompt` to be None without `chat_template`, but got {system_prompt!r}. Put it into "
+            "`template`, or name a tokenizer of `source_tokenizers` in `chat_sources`."
+        )
+    if columns.prompts_only and (tokenizer is None or num_shots):
+        raise ValueError(
+            "Expected `tokenizer` to be set and `num_shots` to be 0 where `response_column` is None, because there is "
+            f"no training split, but got {tokenizer!r} and {num_shots}."
+        )

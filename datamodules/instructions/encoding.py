@@ -1,0 +1,161 @@
+"""From text to token ids: where the prompt ends, and how much of the response each token has read.
+
+A prompt's ids are always a prefix of the whole sequence's. The characters that were read up to a token are the same
+measure in every tokenizer, so that what two of them make of a response can be laid side by side.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from lit_logits.datamodules.instructions.layouts import Layout, Rendered, Span
+from lit_logits.datamodules.instructions.splits import Example
+
+__all__ = ["BEYOND", "Encoded", "Encoder", "encode_rendered", "read_characters", "with_whole_offsets"]
+
+BEYOND = -1
+"""Stands for a number of characters where there is none: before the prompt's end, behind the response, or between."""
+
+
+Offsets = list[tuple[int, int]]
+
+
+class Encoded(NamedTuple):
+    """An example as token ids.
+
+    Attributes:
+        prompt: ids of the prompt.
+        responses: ids of what follows it with each of the responses.
+        ends: for each of these ids, how many characters of the response have been read after it; −1 behind the response
+            and within a character.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    ends: list[list[int]]
+
+
+class Encoder:
+    """Makes token ids of examples.
+
+    Args:
+        layout: makes the texts.
+        tokenizer: makes the ids.
+        argument: what error messages call the tokenizer.
+    """
+
+    def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerFast, argument: str = "`tokenizer`") -> None:
+        self.layout, self.argument = layout, argument
+        self.tokenizer = with_whole_offsets(tokenizer)
+
+    def __call__(
+        self, examples: Sequence[Example], shots: Sequence[Sequence[Example]], *, all_choices: bool = False
+    ) -> list[Encoded]:
+        """Encode each example with its response, or with each of its choices; without one, a single empty response.
+
+        Args:
+            examples: any number.
+            shots: what is put before each of them.
+            all_choices: encode all choices of an example that has some.
+
+        Raises:
+            ValueError: If there is no token in a response, or the layout cannot render an example; it names the row.
+        """
+        rendered = []
+        for example, before in zip(examples, shots, strict=True):
+            responses = example.choices if all_choices and example.choices else (example.response,)
+            rendered.append(self.layout.render(example, [text for text in responses if text], before))
+        encoded = encode_rendered(rendered, self.layout, self.tokenizer, self.argument)
+        return [Encoded(prompt, responses or [[]], ends or [[]]) for prompt, responses, ends in encoded]
+
+
+def encode_rendered(
+    rendered: Sequence[Rendered], layout: Layout, tokenizer: PreTrainedTokenizerFast, argument: str = "`tokenizer`"
+) -> list[Encoded]:
+    """Tokenise rendered examples.
+
+    A continuation's ids are what follows the prompt's ids in the whole text. Where a token would span the boundary, it
+    is tokenised by itself.
+
+    Args:
+        rendered: any number.
+        layout: what rendered them.
+        tokenizer: with offsets that leave no white space out, see `with_whole_offsets`.
+        argument: what error messages call it.
+
+    Raises:
+        ValueError: If there is no token in a response; it names the row.
+    """
+
+    def tokenize(texts: list[str]) -> list[tuple[list[int], Offsets]]:
+        if not texts:
+            return []
+        settings: Any = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        tokens = tokenizer(texts, return_offsets_mapping=True, **settings)
+        return list(zip(tokens["input_ids"], tokens["offset_mapping"], strict=True))
+
+    texts = [text for prompt, rest, *_ in rendered for text in (prompt, *(prompt + end for end in rest))]
+    tokens = iter(tokenize(texts))
+    encoded = []
+    for text, continuations, spans, where in rendered:
+        prompt, _ = next(tokens)
+        responses, ends = [], []
+        for continuation, span in zip(continuations, spans, strict=True):
+            ids, offsets = next(tokens)
+            if ids[: len(prompt)] == prompt:
+                ids = ids[len(prompt) :]
+                offsets = [(start - len(text), end - len(text)) for start, end in offsets[len(prompt) :]]
+            else:
+                [(ids, offsets)] = tokenize([continuation])
+            if not any(start < span.end and end > span.begin for start, end in offsets):
+                raise ValueError(
+                    f"Expected the response of {where} to give tokens, but {argument} gives none for "
+                    f"{continuation!r}. Correct the row or drop it."
+                )
+            responses.append([*ids, *layout.after])
+            ends.append([*read_characters(offsets, continuation, span), *(BEYOND for _ in layout.after)])
+        encoded.append(Encoded([*layout.before, *prompt], responses, ends))
+    return encoded
+
+
+def read_characters(offsets: Offsets, text: str, span: Span) -> list[int]:
+    """Count the characters of a response that have been read after each token.
+
+    A token that ends within a character, which the next one goes on with, gets −1. A character that no token covers,
+    which a normalizer dropped or joined with the one before (an accent of its own), has been read with it, unless it is
+    white space, which counts with the next token. A token that reaches beyond the response, and all after it, get −1.
+
+    Args:
+        offsets: first character of each token and the one after its last.
+        text: what was tokenised.
+        span: where the response is in it.
+
+    Example:
+        >>> read_characters([(0, 3), (3, 4), (3, 4), (5, 7), (7, 8)], " no🙂 ja.", Span(1, 7))
+        [2, -1, 3, 6, -1]
+    """
+    following = [*(start for start, _ in offsets[1:]), len(text)]
+    ends = []
+    for (_, end), start in zip(offsets, following, strict=True):
+        if end > span.end or start < end:
+            ends.append(BEYOND)
+            continue
+        limit = min(start, span.end if end > span.begin else span.begin)
+        read = end
+        while read < limit and not text[read].isspace():
+            read += 1
+        ends.append(read - span.begin + span.skipped if read > span.begin else 0)
+    return ends
+
+
+def with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return a copy whose tokens' offsets span their white space; its ids without special tokens are the same.
+
+    A post-processor adds special tokens, and that of a byte-level BPE cuts white space off the offsets.
+    """
+    whole = copy.deepcopy(tokenizer)
+    backend: Any = whole.backend_tokenizer
+    backend.post_processor = None
+    return whole

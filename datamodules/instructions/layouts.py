@@ -1,0 +1,235 @@
+"""From prompt–response pairs to text: templates, chat templates, earlier turns, and where the response stands.
+
+White space between prompt and response belongs to what follows the prompt, where a byte-level BPE wants it:
+`"Answer:"`, then `" 42"`.
+"""
+
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any, NamedTuple, Protocol
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from lit_logits.datamodules.instructions.splits import Example
+
+__all__ = ["ChatLayout", "Layout", "Rendered", "Span", "TemplateLayout", "chat_template_of", "split_template"]
+
+MARK = "\ue000"
+"""A response that no template writes by itself; it tells what a chat template puts before the content of a turn."""
+
+
+class Span(NamedTuple):
+    """Where a response stands in the text that holds it.
+
+    Attributes:
+        begin: number of characters before it.
+        end: number of characters up to its end.
+        skipped: characters at its own beginning that the text does not have.
+    """
+
+    begin: int
+    end: int
+    skipped: int = 0
+
+
+class Rendered(NamedTuple):
+    """An example as text.
+
+    Attributes:
+        prompt: all that comes before the response.
+        continuations: what follows it with each of the responses.
+        spans: where the responses are in these.
+        where: the row's place in its source, for messages.
+    """
+
+    prompt: str
+    continuations: list[str]
+    spans: list[Span]
+    where: str = ""
+
+
+class Layout(Protocol):
+    """Makes one text of shots, prompt and response.
+
+    Attributes:
+        before: ids that start every sequence.
+        after: ids that end every response.
+    """
+
+    before: list[int]
+    after: list[int]
+
+    def render(self, example: Example, responses: Sequence[str], shots: Sequence[Example]) -> Rendered:
+        """Return the example as text, after the shots, with each of the responses."""
+
+
+def split_template(template: str) -> tuple[str, str, str]:
+    r"""Return what a template puts before `{prompt}`, between `{prompt}` and `{response}`, and after `{response}`.
+
+    Raises:
+        ValueError: Unless it holds both once, in this order, and nothing else in braces.
+
+    Example:
+        >>> split_template("Question: {prompt}\nAnswer: {response}")
+        ('Question: ', '\nAnswer: ', '')
+    """
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"Expected `template` to be a format string, but got {template!r}: {error}") from error
+    if [field[1:] for field in pieces if field[1] is not None] != [("prompt", "", None), ("response", "", None)]:
+        raise ValueError(
+            "Expected `template` to hold {prompt} and, after it, {response}, once each and nothing else in braces, but "
+            f"got {template!r}. Double other braces."
+        )
+    texts = [""]
+    for literal, name, _, _ in pieces:
+        texts[-1] += literal
+        if name is not None:
+            texts.append("")
+    before, between, after = texts
+    return before, between, after
+
+
+class TemplateLayout:
+    """Fills a template; shots are filled templates before it, with an empty line between.
+
+    A begin-of-sequence token is put where the tokenizer puts one, and the eos token after the response.
+
+    Args:
+        template: holds `{prompt}` and, after it, `{response}`.
+        tokenizer: tells the ids that begin and end a sequence.
+    """
+
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.pieces = split_template(template)
+        self.before = _begin(tokenizer)
+        self.after = [tokenizer.eos_token_id]
+
+    def render(self, example: Example, responses: Sequence[str], shots: Sequence[Example]) -> Rendered:
+        """Return the example as text, after the shots, with each of the responses."""
+        before, between, after = self.pieces
+        filled = [f"{before}{shot.prompt}{between}{shot.response}{after}" for shot in shots]
+        text = "\n\n".join([*filled, f"{before}{example.prompt}{between}"])
+        prompt = text.rstrip()
+        space = text[len(prompt) :]
+        texts = [f"{space}{response}{after}" for response in responses]
+        spans = [Span(len(space), len(space) + len(response)) for response in responses]
+        return Rendered(prompt, texts, spans, example.where)
+
+
+class ChatLayout:
+    """The tokenizer's own chat template: prompts are the user's turns, responses the assistant's, shots earlier turns.
+
+    Special tokens are those that the template writes. A template may strip white space from a turn.
+
+    Args:
+        tokenizer: with a chat template.
+        system_prompt: text of a system turn before all others.
+        advice: last sentence of error messages.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        system_prompt: str | None = None,
+        advice: str = "Use a `template` with `chat_template=False`.",
+    ) -> None:
+        self.tokenizer, self.advice = tokenizer, advice
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+        self.before: list[int] = []
+        self.after: list[int] = []
+        self._opening: str | None = None  # what stands between the prompt and a response
+
+    def render(self, example: Example, responses: Sequence[str], shots: Sequence[Example]) -> Rendered:
+        """Return the conversation up to the assistant's turn, and that turn with each of the responses.
+
+        Raises:
+            ValueError: If the template refuses the conversation, does not begin it with the prompt, or changes a
+                response by more than stripping it.
+        """
+        turns = [turn for shot in shots for turn in (_turn("user", shot.prompt), _turn("assistant", shot.response))]
+        messages = [*self.system, *turns, _turn("user", example.prompt)]
+        prompt = self._apply(messages, example, add_generation_prompt=True)
+
+        def continue_with(response: str) -> str:
+            whole = self._apply([*messages, _turn("assistant", response)], example, add_generation_prompt=False)
+            if not whole.startswith(prompt):
+                raise ValueError(
+                    f"Expected the chat template to begin a conversation with its prompt, but got {prompt!r} and "
+                    f"{whole!r} for {example.where}. {self.advice}"
+                )
+            return whole[len(prompt) :]
+
+        continuations = [continue_with(response) for response in responses]
+        if self._opening is None and responses:
+            before, mark, _ = continue_with(MARK).partition(MARK)
+            self._opening = before if mark else ""
+        spans = [self._find(*pair, example) for pair in zip(continuations, responses, strict=True)]
+        return Rendered(prompt, continuations, spans, example.where)
+
+    def _find(self, continuation: str, response: str, example: Example) -> Span:
+        """Return where the response is, as it is or stripped: behind the opening, whose words it may repeat."""
+        opening = self._opening or ""
+        start = len(opening) if continuation.startswith(opening) else 0
+        forms = (response, 0), (response.strip(), len(response) - len(response.lstrip()))
+        for text, skipped in forms:
+            if continuation.startswith(text, start):
+                return Span(start, start + len(text), skipped)
+        for text, skipped in forms:  # a template that strips some white space only
+            if (begin := continuation.find(text, start)) >= 0:
+                return Span(begin, begin + len(text), skipped)
+        raise ValueError(
+            f"Expected the chat template to keep the response of {example.where}, {response!r}, or to strip white "
+            f"space only, but got {continuation!r}. {self.advice}"
+        )
+
+    def _apply(self, messages: list[dict[str, str]], example: Example, *, add_generation_prompt: bool) -> str:
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise ValueError(
+                f"Expected the chat template to take turns of {roles}, but got for {example.where}: {error}"
+            ) from error
+        return text
+
+
+def chat_template_of(
+    tokenizer: PreTrainedTokenizerFast,
+    argument: str = "`tokenizer`",
+    advice: str = "Set `chat_template=False` to use `template`.",
+) -> str:
+    """Return the tokenizer's chat template.
+
+    Args:
+        tokenizer: any.
+        argument: what error messages call it.
+        advice: their last sentence.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ValueError(
+            f"Expected {argument} to have a chat template, but {tokenizer.name_or_path!r} has none. {advice}"
+        ) from error
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _begin(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids that the tokenizer puts before plain text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []

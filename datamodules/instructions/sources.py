@@ -1,0 +1,245 @@
+"""Where prompts and responses come from: files, a Hugging Face data set, or questions about Python's library.
+
+`source` names one of these:
+
+* `"python-questions"`: see `lit_logits.datamodules.python_questions`;
+* paths or globs: a line of a `.jsonl` and a row of a `.parquet` file are one pair each;
+* anything else, and a local folder: what `datasets.load_dataset` makes of it, with its own validation and test splits.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import load_dataset
+
+from lit_logits.datamodules.caching import digest, digest_file
+from lit_logits.datamodules.instructions.python_questions import fingerprint_python_questions, read_python_questions
+from lit_logits.datamodules.instructions.splits import Example, split_examples
+from lit_logits.datamodules.sources import Source, dataset_builder, dataset_name, find_files, own_splits
+
+__all__ = ["Columns", "InstructionSource", "parse_row"]
+
+EMBEDDED = "python-questions"
+SUFFIXES = (".jsonl", ".parquet")
+
+SHORT_RESPONSE = 5
+"""A response of at most this many words (`42`, `yes`, a place) recurs by nature; a longer one is a text of its own."""
+
+
+class Columns(NamedTuple):
+    """Names of a source's columns.
+
+    Attributes:
+        prompt: what is asked.
+        response: what should follow; None if there are prompts only.
+        choices: lists of possible responses; None if the questions are open. `response` is unused then.
+        answer: the right choice, as its number or itself.
+    """
+
+    prompt: str
+    response: str | None
+    choices: str | None = None
+    answer: str | None = None
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether there is nothing that should follow a prompt."""
+        return self.response is None and self.choices is None
+
+
+class InstructionSource:
+    """The prompt–response pairs of a source, split. Nothing is read before it is asked for.
+
+    A data set's own validation and test splits are used where they exist. The others are carved from its training
+    split, and equal prompts, or equal responses of more than five words, stay together. A source of prompts only is one
+    test split: the data set's own, if it has one, else all there is.
+
+    Args:
+        source: see the module.
+        subset: configuration of a Hugging Face data set.
+        columns: names of the columns.
+        fractions: share of the pairs for `"val"` and `"test"`, in [0, 1).
+        max_test_rows: keep the first of the test split only.
+        seed: of the split.
+
+    Raises:
+        ValueError: If only one of the columns of choices and of answers is named, or the source has none.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        subset: str | None,
+        columns: Columns,
+        *,
+        fractions: dict[str, float],
+        max_test_rows: int | None,
+        seed: int,
+    ) -> None:
+        if (columns.choices is None) != (columns.answer is None):
+            raise ValueError(
+                "Expected `choices_column` and `answer_column` to be set both or neither, but got "
+                f"{columns.choices!r} and {columns.answer!r}."
+            )
+        if columns.choices is not None and source == EMBEDDED:
+            raise ValueError(
+                f"Expected `choices_column` to be None for the source {EMBEDDED!r}, but got {columns.choices!r}."
+            )
+        self.source, self.subset, self.columns = source, subset, columns
+        self.fractions, self.max_test_rows = fractions, max_test_rows
+        self.seed = seed
+        self._splits: dict[str, list[Example]] | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of all that decides which pairs are in which split."""
+        shares = sorted(self.fractions.items())
+        return digest(self._fingerprint(), tuple(self.columns), shares, self.max_test_rows, self.seed)
+
+    @property
+    def splits(self) -> dict[str, list[Example]]:
+        """The pairs of each split that is not switched off, in the source's order."""
+        if self._splits is None:
+            own = {name: list(examples) for name, examples in self._read().items()}
+            missing = {name: share for name, share in self.fractions.items() if name not in own}
+            if "train" in own:
+                own |= split_examples(own["train"], missing, self.seed)
+            if "test" in own:
+                own["test"] = own["test"][: self.max_test_rows]
+            self._splits = {name: examples for name, examples in own.items() if examples}
+            if not self._splits:
+                raise ValueError(f"Expected `source` to hold prompts, but {self.source!r} has no rows.")
+        return self._splits
+
+    def forget(self) -> None:
+        """Give the memory of the pairs back; they are read again if need be."""
+        self._splits = None
+
+    def _fingerprint(self) -> str:
+        if self.source == EMBEDDED:
+            return fingerprint_python_questions()
+        files = find_files(self.source, SUFFIXES)
+        if files is None:
+            builder = dataset_builder(self.source, self.subset, embedded=EMBEDDED)
+            return digest("dataset", self.source, self.subset, builder.hash)
+        return digest("files", [(Path(path).suffix, digest_file(path)) for path in files])
+
+    def _read(self) -> dict[str, Iterable[Example]]:
+        """Return the pairs under `"train"` and the names of the source's own splits; prompts only under `"test"`."""
+        prompts_only = self.columns.prompts_only
+        if self.source == EMBEDDED:
+            questions = read_python_questions()
+            return {"test": [q._replace(response="") for q in questions]} if prompts_only else {"train": questions}
+        files = find_files(self.source, SUFFIXES)
+        if files is not None:
+            rows = (parse_row(row, where, self.columns) for row, where in _read_files(files))
+            return {"test" if prompts_only else "train": rows}
+        dataset_builder(self.source, self.subset, embedded=EMBEDDED)  # its errors are the helpful ones
+        loaded = load_dataset(dataset_name(self.source), self.subset)
+        if prompts_only:
+            names = ["test"] if "test" in loaded else list(loaded)
+            return {"test": [example for name in names for example in self._parse(loaded[name], name)]}
+        return {split: self._parse(loaded[own], own) for split, own in own_splits(self.source, list(loaded)).items()}
+
+    def _parse(self, rows: Iterable[dict[str, Any]], split: str) -> Iterator[Example]:
+        for number, row in enumerate(rows):
+            yield parse_row(row, f"row {number} of {split!r} of {self.source!r}", self.columns)
+
+
+def parse_row(row: dict[str, Any], where: str, columns: Columns) -> Example:
+    """Make a pair of a row.
+
+    Args:
+        row: column → value.
+        where: place of the row, for messages.
+        columns: names of the columns.
+
+    Raises:
+        ValueError: If a column is missing or holds something else than it should; it names the row.
+
+    Example:
+        >>> columns = Columns("question", None, "choices", "label")
+        >>> parse_row({"question": "1 + 1 =", "choices": ["1", "2"], "label": 1}, "row 0", columns).response
+        '2'
+    """
+    prompt = _text(row, "prompt_column", columns.prompt, where)
+    if columns.choices is not None and columns.answer is not None:
+        choices, correct = _choices(row, columns.choices, columns.answer, where)
+        response = choices[correct]
+    else:
+        choices, correct = (), 0
+        response = _text(row, "response_column", columns.response, where) if columns.response is not None else ""
+    keys: tuple[str, ...] = (f"prompt {prompt}",)
+    if len(response.split()) > SHORT_RESPONSE:
+        keys = (*keys, f"response {response}")
+    return Example(prompt, response, keys, choices, correct, where)
+
+
+def _value(row: dict[str, Any], argument: str, column: str, where: str) -> Any:
+    if column not in row:
+        raise ValueError(f"Expected `{argument}` to be one of {sorted(row)}, but got {column!r}, in {where}.")
+    return row[column]
+
+
+def _text(row: dict[str, Any], argument: str, column: str, where: str) -> str:
+    text = _value(row, argument, column, where)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"Expected the column {column!r} to hold strings, but got {type(text).__name__} in {where}. Convert it, or "
+            f"set `{argument}` to another column."
+        )
+    if not text.strip():
+        kind = argument.partition("_")[0]
+        raise ValueError(
+            f"Expected the column {column!r} to hold text, but got an empty {kind} in {where}. Fill it in or drop the "
+            "row."
+        )
+    return text
+
+
+def _choices(row: dict[str, Any], column: str, answer_column: str, where: str) -> tuple[tuple[str, ...], int]:
+    """Return the choices and the number of the right one."""
+    choices = _value(row, "choices_column", column, where)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise ValueError(
+            f"Expected the column {column!r} to hold lists of at least 2 texts, but got {choices!r} in {where}."
+        )
+    answer = _value(row, "answer_column", answer_column, where)
+    number = choices.index(answer) if answer in choices else answer
+    if isinstance(number, str) and number.isdecimal():  # HellaSwag's "3"
+        number = int(number)
+    if type(number) is not int or not 0 <= number < len(choices):
+        raise ValueError(
+            f"Expected the column {answer_column!r} to hold a choice or its number, in [0, {len(choices)}), but got "
+            f"{answer!r} in {where}."
+        )
+    return tuple(choices), number
+
+
+def _read_files(files: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the rows of the files, each with its place."""
+    for file in files:
+        if file.endswith(".jsonl"):
+            yield from _read_jsonl(file)
+        else:
+            rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
+            yield from ((row, f"row {number} of {file}") for number, row in enumerate(rows))
+
+
+def _read_jsonl(file: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield an object a line, counted from 1; blank lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {file}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"Expected a JSON object in {where}, but got: {error}. Correct the line.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"Expected a JSON object in {where}, but got {type(row).__name__}. Correct the line.")
+            yield row, where

@@ -1,0 +1,176 @@
+"""Encoded pairs on disk.
+
+An Arrow row is an example: its number in the split and that of its content, the prompt's token ids, a list of ids for
+each response (one, or of a multiple-choice test question one a choice), for each of these ids how many characters of
+the response have been read after it, and the number of the right response. Where there are other tokenizers, prompt,
+responses and ends are there once more for each of them.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+from lit_logits.datamodules.caching import hide_progress
+from lit_logits.datamodules.instructions.encoding import Encoded
+from lit_logits.datamodules.instructions.splits import Example
+from lit_logits.datamodules.instructions.views import EncodedExample, InstructionEncoder, source_argument
+
+__all__ = [
+    "InstructionSize",
+    "read_examples",
+    "read_instruction_sizes",
+    "write_examples",
+    "write_instructions",
+]
+
+EXAMPLES_A_BATCH = 256
+
+Encode = Callable[[Sequence[Example]], list[EncodedExample]]
+
+
+class InstructionSize(NamedTuple):
+    """What a split holds.
+
+    Attributes:
+        examples: number of examples.
+        response_tokens: number of tokens of their (right) responses, in the data module's own tokenizer.
+        truncated: examples of which a response was cut at its end, in any tokenizer.
+        dropped: training examples that were left out, because the prompt left no room for a response, in any tokenizer.
+    """
+
+    examples: int = 0
+    response_tokens: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.examples:,} examples, {self.response_tokens:,} response tokens"
+        cut = {"truncated": self.truncated, "dropped": self.dropped}
+        notes = ", ".join(f"{count:,} {name}" for name, count in cut.items() if count)
+        return f"{text} ({notes}, see `max_length`)" if notes else text
+
+
+def write_examples(
+    file: Path,
+    examples: Sequence[Example],
+    encode: Encode,
+    max_length: int,
+    *,
+    drop: bool,
+    sources: Sequence[str] = (),
+) -> InstructionSize:
+    """Encode a split into an Arrow file, a batch at a time.
+
+    Args:
+        file: the Arrow file to write.
+        examples: the split.
+        encode: makes token ids of a batch of examples.
+        max_length: tokens that a sequence may have; a response is cut at its end, in each tokenizer at its own.
+        drop: leave an example out whose prompt leaves no room for a token of the response in any of the tokenizers.
+        sources: names of the other tokenizers.
+
+    Raises:
+        ValueError: If there is such an example and `drop` is False; it names the row.
+    """
+    features = _features(sources)
+    bar = tqdm(total=len(examples), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
+    kept = tokens = truncated = 0
+    numbered = iter(enumerate(examples))
+    with ArrowWriter(features=features, path=str(file)) as writer, bar:
+        while batch := list(islice(numbered, EXAMPLES_A_BATCH)):
+            columns: dict[str, list[Any]] = {name: [] for name in features}
+            for (row, example), encoded in zip(batch, encode([example for _, example in batch]), strict=True):
+                if problem := _too_long(encoded, max_length):
+                    if drop:
+                        continue
+                    raise ValueError(f"Expected the prompt of row {row} ({example.where}) to have {problem}")
+                own, *others = cut = [_cut(view, max_length) for view in (encoded.own, *encoded.sources.values())]
+                correct = example.correct if len(own.responses) > 1 else 0
+                values: dict[str, Any] = {"row": row, "sample_id": encoded.sample_id, "correct": correct}
+                values |= own._asdict()
+                values["sources"] = {name: view._asdict() for name, view in zip(encoded.sources, others, strict=True)}
+                for name, column in columns.items():
+                    column.append(values[name])
+                kept += 1
+                tokens += len(own.responses[correct])
+                truncated += cut != [encoded.own, *encoded.sources.values()]
+            writer.write_batch(columns)
+            bar.update(len(batch))
+        writer.finalize()
+    return InstructionSize(kept, tokens, truncated, len(examples) - kept)
+
+
+def _features(sources: Sequence[str]) -> Features:
+    """Return the columns of a split."""
+    ids = ListOf(Value("int32"))
+    view = {"prompt": ids, "responses": ListOf(ids), "ends": ListOf(ids)}
+    columns = {"row": Value("int32"), "sample_id": Value("int64"), **view, "correct": Value("int32")}
+    return Features({**columns, "sources": {name: dict(view) for name in sources}} if sources else columns)
+
+
+def _too_long(encoded: EncodedExample, max_length: int) -> str:
+    """Return what a prompt should have been that leaves no room for a response; nothing if all leave some."""
+    for name, view in [(None, encoded.own), *encoded.sources.items()]:
+        needed = 1 if any(view.responses) else 0  # of a source of prompts only they are empty
+        if len(view.prompt) > max_length - needed:
+            whose = "" if name is None else f" of {source_argument(name)}"
+            return (
+                f"at most {max_length - needed} tokens{whose}, but got {len(view.prompt)}. Raise `max_length` or "
+                "shorten it."
+            )
+    return ""
+
+
+def _cut(encoded: Encoded, max_length: int) -> Encoded:
+    """Cut responses at their end to what the prompt leaves room for."""
+    room = max_length - len(encoded.prompt)
+    responses, ends = ([row[:room] for row in rows] for rows in encoded[1:])
+    return Encoded(encoded.prompt, responses, ends)
+
+
+def write_instructions(
+    directory: Path, splits: dict[str, list[Example]], encoder: InstructionEncoder, max_length: int
+) -> dict[str, InstructionSize]:
+    """Write the encoded examples of each split, of test with all choices, and, last, `sizes.json`.
+
+    Args:
+        directory: existing folder to write into.
+        splits: the examples of each split.
+        encoder: makes token ids.
+        max_length: tokens that a sequence may have.
+
+    Raises:
+        ValueError: If a prompt for evaluation leaves no room for a response.
+    """
+    sizes = {}
+    for name, examples in splits.items():
+        encode = partial(encoder, all_choices=name == "test")
+        sizes[name] = write_examples(
+            directory / f"{name}.arrow",
+            examples,
+            encode,
+            max_length,
+            drop=name == "train",
+            sources=encoder.names,
+        )
+    (directory / "sizes.json").write_text(json.dumps({name: size._asdict() for name, size in sizes.items()}, indent=1))
+    return sizes
+
+
+def read_examples(file: Path) -> Dataset:
+    """Memory-map encoded examples."""
+    return Dataset.from_file(str(file))
+
+
+def read_instruction_sizes(directory: Path) -> dict[str, InstructionSize]:
+    """Read `sizes.json`."""
+    sizes = json.loads((directory / "sizes.json").read_text())
+    return {name: InstructionSize(**size) for name, size in sizes.items()}

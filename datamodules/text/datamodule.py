@@ -1,0 +1,217 @@
+"""Text for language models: any corpus, any tokenizer, as blocks of B × T token ids.
+
+Letters: B is `batch_size`, T is `block_size`. A batch is transformers' dict `input_ids`, `attention_mask` (ones) and
+`labels` (the same ids, unshifted), LongTensors of shape (B, T).
+"""
+
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from datasets import IterableDataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerFast
+
+from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
+from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.loaders import block_loader
+from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.splitting import check_fractions
+from lit_logits.datamodules.text.corpus import Corpus
+from lit_logits.datamodules.text.packing import read_blocks, read_sizes, write_splits
+from lit_logits.datamodules.text.streaming import StreamLoader, pack_stream
+from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+
+__all__ = ["TextDataModule"]
+
+FORMAT_VERSION = 1
+"""Part of every cache entry's name: raise it when the same arguments are to give other blocks."""
+
+
+class TextDataModule(LightningDataModule):
+    """Blocks of tokens from a corpus, prepared once and cached on disk.
+
+    Documents are split into training, validation and test by their text, so equal documents never meet across splits.
+    Each is tokenised and ended with the eos token; a split's documents are joined and cut into blocks, and the tail
+    that is shorter than a block is dropped. The cache entry is named by a digest of all that shaped it: a changed file
+    or argument never meets a stale one. Training resumes in the middle of an epoch with the next unseen batch.
+
+    Args:
+        source: `"python-docs"` (the standard library's documentation, about 2 MB), files or globs of `.txt`, `.md`,
+            `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
+        subset: configuration of a Hugging Face data set, such as `"wikitext-103-raw-v1"`.
+        text_column: name of the text in `.jsonl`, `.parquet` and data sets.
+        streaming: read the training split while training, for what is too large for the disk or the memory.
+        tokenizer: hub id, local folder or `.gguf` file; None trains a byte-level BPE on the training split.
+        bpe_vocab_size: tokens of that BPE, at least 257.
+        bpe_documents: with `streaming`, documents that the BPE is trained on.
+        block_size: T, tokens in a block.
+        batch_size: B, blocks a batch on each rank.
+        val_fraction: share of the characters (of a stream: of the documents) held out for validation, in [0, 1). Unused
+            where the data set has a validation split of its own; 0 switches validation off.
+        test_fraction: the same for test and predict.
+        val_blocks: with `streaming`, blocks of the validation and of the test split.
+        shuffle_buffer: with `streaming`, documents whose blocks are shuffled together.
+        num_workers: processes that load batches.
+        seed: of the split and of the training order.
+        cache_dir: folder of the cache; None is `$XDG_CACHE_HOME/lit_logits` or `~/.cache/lit_logits`.
+
+    Raises:
+        ValueError: If an argument is out of range; from `vocab_size`, `tokenizer` or `prepare_data`, if the source
+            cannot be read or a split holds less than a block.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "python-docs",
+        subset: str | None = None,
+        text_column: str = "text",
+        streaming: bool = False,
+        tokenizer: str | None = None,
+        bpe_vocab_size: int = 4096,
+        bpe_documents: int = 100_000,
+        block_size: int = 256,
+        batch_size: int = 16,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        val_blocks: int = 256,
+        shuffle_buffer: int = 1000,
+        num_workers: int = 0,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least(257, bpe_vocab_size=bpe_vocab_size)
+        check_at_least(1, bpe_documents=bpe_documents, block_size=block_size, batch_size=batch_size)
+        check_at_least(1, val_blocks=val_blocks, shuffle_buffer=shuffle_buffer)
+        check_at_least(0, num_workers=num_workers)
+        fractions = {"val": val_fraction, "test": test_fraction}
+        check_fractions(fractions)
+        self.corpus = Corpus(source, subset, text_column, streaming=streaming, fractions=fractions, seed=seed)
+        self.streaming = streaming
+        self.tokenizer_name = tokenizer
+        self.bpe_vocab_size, self.bpe_documents = bpe_vocab_size, bpe_documents
+        self.block_size, self.batch_size = block_size, batch_size
+        self.val_blocks, self.shuffle_buffer = val_blocks, shuffle_buffer
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self._blocks: dict[str, Any] = {}
+        self._resume = ResumePoint("blocks")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer; the first use in any process trains it if there is none to load."""
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+        key = digest(FORMAT_VERSION, self.corpus.key, self.bpe_vocab_size, self.bpe_documents, tokenizers.__version__)
+        return load_tokenizer(build_once(self.cache_dir / f"tokenizer-{key}", self._train_tokenizer))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, with added and special ones."""
+        return len(self.tokenizer)
+
+    def prepare_data(self) -> None:
+        """Write the blocks of all splits to the cache, if they are not there."""
+        build_once(self._directory, self._write_blocks)
+        self.corpus.forget()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the blocks that `prepare_data` wrote.
+
+        Raises:
+            RuntimeError: If there are none.
+        """
+        if self._blocks:
+            return
+        if not self._directory.is_dir():
+            raise RuntimeError(f"Expected `prepare_data` to have written {self._directory}, but it is not there.")
+        sizes = read_sizes(self._directory)
+        self._blocks = {name: read_blocks(self._directory / f"{name}.arrow") for name in sizes}
+        if self.streaming:
+            self._blocks["train"] = self.corpus.streams["train"]
+        rank_zero_info("; ".join(f"{name}: {size}" for name, size in sizes.items()))
+
+    def train_dataloader(self) -> Any:
+        """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
+        kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        loader: Any
+        if self.streaming:
+            loader = StreamLoader(self._open_stream, self.batch_size, self.trainer, **kwargs)
+        else:
+            loader = block_loader(self._blocks["train"], self.batch_size, self.trainer, self.seed, train=True, **kwargs)
+        return self._resume.apply(loader, self.trainer)
+
+    def val_dataloader(self) -> Any:
+        """Return all validation batches in order; an empty list if validation is switched off."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> Any:
+        """Return all test batches in order; an empty list if the test split is switched off."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        """Return the test batches."""
+        return self._eval_loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training loader's position and what gives it a meaning."""
+        return self._resume.state_dict(self.trainer, self._order())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a saved position for the training loader."""
+        self._resume.load_state_dict(state_dict, self.trainer, self._order())
+
+    @cached_property
+    def _directory(self) -> Path:
+        """The cache entry that holds the blocks."""
+        tokenizer = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.eos_token_id
+        key = digest(FORMAT_VERSION, self.corpus.key, tokenizer, self.block_size, self._max_blocks)
+        return self.cache_dir / f"blocks-{key}"
+
+    @property
+    def _max_blocks(self) -> int | None:
+        return self.val_blocks if self.streaming else None
+
+    def _train_tokenizer(self, directory: Path) -> None:
+        limit = self.bpe_documents if self.streaming else None
+        train_bpe(islice(self.corpus.documents("train"), limit), self.bpe_vocab_size, directory)
+
+    def _write_blocks(self, directory: Path) -> None:
+        """Write the blocks of all splits, of a stream those of validation and test."""
+        names = [name for name in self.corpus.splits if not (self.streaming and name == "train")]
+        documents = {name: self.corpus.documents(name) for name in names}
+        write_splits(directory, documents, self.tokenizer, self.block_size, self._max_blocks)
+
+    def _open_stream(self, epoch: int) -> IterableDataset:
+        return pack_stream(
+            self.corpus.streams["train"],
+            epoch,
+            tokenizer=self.tokenizer,
+            text_column=self.corpus.text_column,
+            block_size=self.block_size,
+            fractions=self.corpus.held_out,
+            shuffle_buffer=self.shuffle_buffer,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+
+    def _eval_loader(self, split: str) -> Any:
+        if split not in self._blocks:
+            return []
+        kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return block_loader(self._blocks[split], self.batch_size, self.trainer, self.seed, train=False, **kwargs)
+
+    def _order(self) -> dict[str, Any]:
+        """Return what, besides the position, decides which batch comes next."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        order = {"data": self._directory.name, "batch_size": self.batch_size, "world_size": world_size}
+        if self.streaming:  # its workers read different shards
+            order |= {"num_workers": self.num_workers, "shuffle_buffer": self.shuffle_buffer}
+        return order

@@ -1,0 +1,1 @@
+"""Parts of `DualHeadKD`: the two-headed student, its classifiers and the teacher."""

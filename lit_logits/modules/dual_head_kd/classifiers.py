@@ -1,0 +1,202 @@
+"""Classifiers of any origin: made from a name or a config, called with a batch, and their last linear layer found.
+
+Letters: B batch, T sequence, C classes, d features.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from lit_logits.modules.language_models.inspect import is_encoder
+from lit_logits.modules.language_models.loading import load_causal_lm, make_config
+from lit_logits.modules.zoo import mobilenet, resnet, shufflenet, vgg, wrn
+
+__all__ = ["MODEL_ZOO", "classifier_logits", "find_classifier", "is_causal_lm", "load_classifier", "tap_features"]
+
+MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
+    name: getattr(module, name)
+    for module in (resnet, wrn, vgg, mobilenet, shufflenet)
+    for name in module.__all__
+    if name.islower()
+}
+"""Models for small images by the names of the literature's tables; each takes the number of classes."""
+
+
+def load_classifier(
+    model: nn.Module | str | dict[str, Any], num_classes: int | None = None, *, new_head: bool = False
+) -> nn.Module:
+    """Make a classifier or causal language model, in float32.
+
+    Args:
+        model: a module, which is returned as it is; a name of `MODEL_ZOO`; a hub id or local folder of transformers;
+            a `.gguf` file of a language model; or the config of a new transformers model as a mapping with
+            `model_type`.
+        num_classes: C of a new model, the vocabulary of a language model; a pretrained one keeps its own.
+        new_head: give a pretrained classifier that lacks a last layer of `num_classes` outputs a new one, to be
+            trained; otherwise that is an error.
+
+    Raises:
+        ValueError: for a name that is none of these, a mapping without `model_type`, a missing `num_classes`, or
+            pretrained weights without a last layer.
+
+    Example:
+        >>> load_classifier("resnet8", num_classes=10).fc
+        Linear(in_features=64, out_features=10, bias=True)
+
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, dict):
+        return _from_config(model, num_classes)
+    if model in MODEL_ZOO:
+        if num_classes is None:
+            raise ValueError(f"Expected `num_classes` for the new model {model!r}, but got None.")
+        return MODEL_ZOO[model](num_classes)
+    if model.endswith(".gguf"):
+        return load_causal_lm(model)
+    path = os.path.expanduser(model)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model_class = _class_for(config)
+        kwargs: dict[str, Any] = {}
+        if new_head and num_classes is not None and model_class is not transformers.AutoModelForCausalLM:
+            kwargs = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+        loaded, info = model_class.from_pretrained(path, dtype="float32", output_loading_info=True, **kwargs)
+        if info["missing_keys"] and not new_head:
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[:3]}, which would be random")
+        return loaded
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected a module, one of {sorted(MODEL_ZOO)}, a hub id, a local folder or a mapping with `model_type`,"
+            f" but got {model!r}, which could not be loaded: {error}"
+        ) from error
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether `model` predicts next tokens: a generating transformers model that is no encoder-decoder."""
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return model.can_generate() and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits of any classifier: inputs go by keyword to transformers models, a single one by position to others.
+
+    Raises:
+        TypeError: if what comes back is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
+
+    """
+    by_keyword = isinstance(model, PreTrainedModel) or len(inputs) > 1
+    output = model(**inputs) if by_keyword else model(*inputs.values())
+    logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    logits = getattr(logits, "logits", logits)
+    logits = logits[0] if isinstance(logits, tuple | list) else logits
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"Expected {type(model).__name__} to return logits, but got {type(output).__name__}.")
+    return logits
+
+
+def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: int | None = None) -> str:
+    """Dotted name of the linear layer that gives the logits.
+
+    Where no name is given it is what transformers' `get_output_embeddings` or timm's `get_classifier` tells, else the
+    only linear layer of `num_classes` outputs (default: those of the last layer).
+
+    Raises:
+        ValueError: if `name` is no linear layer, there is none, or there are several that could be it.
+
+    Example:
+        >>> find_classifier(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+        '2'
+
+    """
+    linears = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    owner = type(model).__name__
+    if not linears:
+        raise ValueError(
+            f"Expected a classifier whose last layer is an nn.Linear, but {owner} has none. Distillation reads the"
+            " features in front of it: replace a 1 × 1 convolution by pooling and an nn.Linear."
+        )
+    if name is not None:
+        if name not in linears:
+            raise ValueError(
+                f"Expected `classifier` to name an nn.Linear of {owner}, such as {_listed(linears)}, but got {name!r}."
+            )
+        return name
+    for getter in ("get_output_embeddings", "get_classifier"):
+        told = getattr(model, getter)() if hasattr(model, getter) else None
+        for key, module in linears.items():
+            if module is told:
+                return key
+    outputs = num_classes if num_classes is not None else list(linears.values())[-1].out_features
+    candidates = {key: module for key, module in linears.items() if module.out_features == outputs}
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    found = f"several: {_listed(candidates)}" if candidates else f"none; it has {_listed(linears)}"
+    raise ValueError(
+        f"Expected one nn.Linear of {outputs} outputs in {owner}, but found {found}. Pass the dotted name of the"
+        " classification layer as `classifier`, or the right `num_classes`."
+    )
+
+
+@contextmanager
+def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect (input, output) of every call of `linear`; the hook is gone afterwards.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 3)
+        >>> with tap_features(layer) as calls:
+        ...     _ = layer(torch.zeros(1, 2))
+        >>> calls[0][0].shape
+        torch.Size([1, 2])
+
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = linear.register_forward_hook(
+        lambda _, args, kwargs, output: calls.append((args[0] if args else kwargs["input"], output)), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module:
+    model_class = _class_for(make_config(settings))
+    if num_classes is not None:
+        key = "vocab_size" if model_class is transformers.AutoModelForCausalLM else "num_labels"
+        if settings.get(key, num_classes) != num_classes:
+            raise ValueError(f"Expected `{key}` to be `num_classes` = {num_classes}, but got {settings[key]}.")
+        settings = {**settings, key: num_classes}
+    return model_class.from_config(make_config(settings))
+
+
+def _class_for(config: Any) -> Any:
+    """The auto class of a config: by its `architectures` where they are known, else image, then text, then label."""
+    known = (getattr(config, "architectures", None) or [""])[0]
+    for suffix, auto_class in (
+        ("ForImageClassification", transformers.AutoModelForImageClassification),
+        ("ForSequenceClassification", transformers.AutoModelForSequenceClassification),
+        ("ForCausalLM", transformers.AutoModelForCausalLM),
+        ("LMHeadModel", transformers.AutoModelForCausalLM),
+    ):
+        if known.endswith(suffix):
+            return auto_class
+    if type(config) in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return transformers.AutoModelForImageClassification
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not is_encoder(config):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification
+
+
+def _listed(linears: Mapping[str, nn.Linear], most: int = 6) -> str:
+    """The last few layers with their number of outputs."""
+    shown = [f"`{key}` ({module.out_features})" for key, module in linears.items()]
+    return ", ".join((["..."] if len(shown) > most else []) + shown[-most:])

@@ -1,0 +1,187 @@
+"""A frozen teacher, and its weights from whatever file they are in.
+
+Letters: B batch, T sequence, C classes, d features.
+"""
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
+from lit_logits.modules.language_models.loading import load_backbone
+
+__all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
+
+
+_WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "student", "weights")
+
+
+class FrozenTeacher(nn.Module):
+    """Holds a model out of `parameters()`, `state_dict()` and `train()`; it only follows to devices and dtypes.
+
+    Its parameters need no gradient and it stays in `eval` mode, so it is in neither checkpoint nor optimizer.
+
+    Args:
+        model: classifier or causal language model; frozen in place.
+
+    Example:
+        >>> teacher = FrozenTeacher(nn.Linear(4, 3)).train()
+        >>> len(list(teacher.parameters())), teacher.model.training, teacher({"x": torch.zeros(2, 4)}).shape
+        (0, False, torch.Size([2, 3]))
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._held = (model.eval().requires_grad_(False),)  # in a tuple, so that it is not registered here
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in `eval` mode."""
+        return super().train(False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self._held[0]
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B, C), without a graph."""
+        return classifier_logits(self.model, inputs)
+
+    @torch.no_grad()
+    def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Of a causal language model: the (B, T, d) input of its output layer."""
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """Of a causal language model."""
+        return self.model.get_output_embeddings()  # type: ignore[operator]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenTeacher":
+        self.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def load_teacher(
+    teacher: nn.Module | str | dict[str, Any], checkpoint: str | None = None, num_classes: int | None = None
+) -> FrozenTeacher:
+    """Make a teacher and put its weights in.
+
+    Args:
+        teacher: as `load_classifier` takes it.
+        checkpoint: file for `load_weights`; a model of random weights needs one.
+        num_classes: C of a model that is made here.
+
+    Raises:
+        ValueError: for a model that would keep random weights, or a file that does not fit.
+
+    """
+    new = isinstance(teacher, dict) or (isinstance(teacher, str) and teacher in MODEL_ZOO)
+    if new and checkpoint is None:
+        raise ValueError(
+            f"Expected `teacher_checkpoint` for the teacher {teacher!r}, which would have random weights. Train one"
+            " with `method: ce` and pass its last.ckpt."
+        )
+    model = load_classifier(teacher, num_classes)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    if is_causal_lm(model):
+        load_backbone(model)  # type: ignore[arg-type]  # refuses models that change their logits
+    return FrozenTeacher(model)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a model's weights from a Lightning checkpoint or a `state_dict` file, whatever prefix its names carry.
+
+    Names may stand behind any common prefix (`module.` of DDP, `net.student.` of a Lightning module). Under the prefix
+    the file must hold the model's tensors, all of them and no others.
+
+    Raises:
+        ValueError: for a file of another architecture or class count; the message names the first differences.
+
+    """
+    weights = read_weights(path)
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in own:
+        for name in weights:
+            if name == key or name.endswith(f".{key}"):
+                prefix = name[: len(name) - len(key)]
+                found.setdefault(prefix, {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
+        break  # the first tensor tells the prefixes
+    owner = type(model).__name__
+    reasons = [
+        f"it has {len(weights)} tensors such as {_shapes(weights)}, {owner} has {len(own)} such as {_shapes(own)}"
+    ]
+    for prefix in sorted(found, key=len):
+        tensors = {key: tensor for key, tensor in found[prefix].items() if not key.endswith("num_batches_tracked")}
+        wrong = {key: tensors[key] for key in own if key in tensors and tensors[key].shape != own[key].shape}
+        missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+        if not (wrong or missing or extra):
+            model.load_state_dict(tensors, strict=False)  # all but the counters of batches, which BN needs not
+            return
+        if wrong:
+            first = next(iter(wrong))
+            reason = f"`{first}` is {tuple(wrong[first].shape)} there and {tuple(own[first].shape)} here"
+            reasons.append(f"{reason} ({len(wrong)} of {len(own)} tensors differ in shape)")
+        if missing:
+            reasons.append(f"{len(missing)} tensors such as `{min(missing)}` are missing")
+        if extra:
+            reasons.append(f"it has {len(extra)} more, such as `{min(extra)}`")
+    raise ValueError(
+        f"Expected {str(path)!r} to hold the weights of this {owner}, but they are of another architecture or number"
+        f" of classes: {'; '.join(reasons)}. Pass the model that the file was saved from."
+    )
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file by name: of `.safetensors`, or of `torch.save` where nothing but data is unpickled.
+
+    Raises:
+        ValueError: if there is no such file, or it holds no tensors or more than data.
+
+    """
+    file = Path(os.path.expanduser(path))
+    if not file.is_file():
+        raise ValueError(
+            f"Expected a file of weights, but {str(path)!r} is not there. A teacher is trained with `method: ce`, as in"
+            " dual_head_kd_teacher.yaml."
+        )
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that hand-written loops save
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to hold tensors and plain data, but loading it would run code of its author. If"
+            f" you trust it, load it with `weights_only=False` and save its `state_dict` again. {error}"
+        ) from error
+    except (EOFError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be a file of `torch.save`, but reading it failed: {error}"
+        ) from error
+    # Lightning's `state_dict`, the `model` of hand-written loops: beside it there may be an accuracy that is a tensor.
+    while isinstance(loaded, dict):
+        inner = next((key for key in _WEIGHT_KEYS if isinstance(loaded.get(key), dict)), None)
+        if inner is None:
+            tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+            break
+        loaded = loaded[inner]
+    raise ValueError(f"Expected {str(path)!r} to hold a state dict, but found {type(loaded).__name__} without tensors.")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"`{key}` {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:2])

@@ -1,0 +1,1 @@
+"""Parts of `DynamicFusionDecoder`: the fused model, its decoding and its loading."""

@@ -1,0 +1,199 @@
+"""Decoding with several models: small ones follow what a large one reads during its own `generate`.
+
+Letters: B batch, P prompt, N generated tokens, R rows (positions that count), V vocabulary, S experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
+
+from lit_logits.modules.language_models.calls import CACHE_NAMES, accepted_inputs, read_with_cache
+
+__all__ = [
+    "FusedStep",
+    "FusionTrace",
+    "SmallModels",
+    "check_decoding",
+    "position_ids_of",
+    "split_prompts",
+]
+
+
+class FusionTrace(NamedTuple):
+    """What fusion did at each token of a text.
+
+    Attributes:
+        token_ids: (B, N) the tokens, generated or scored.
+        mask: (B, N) True where the token belongs to the text: not behind its end, not ignored.
+        alpha: (S, B, N) weight of each expert.
+        kl_forward: (B, N) KL(P~ ‖ P) of the fused and the large model's distribution, in nats.
+        kl_reverse: (B, N) KL(P ‖ P~) in nats.
+
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    alpha: Tensor
+    kl_forward: Tensor
+    kl_reverse: Tensor
+
+
+class FusedStep(NamedTuple):
+    """Fused logits (R, V) of some positions, weights (S, R) and divergences (R,)."""
+
+    logits: Tensor
+    alpha: Tensor
+    kl_forward: Tensor
+    kl_reverse: Tensor
+
+
+class SmallModels:
+    """Base and experts during one `generate`: a forward hook feeds them what the large model reads.
+
+    Args:
+        models: base and experts, each with its own device, dtype and cache; none is allowed.
+        fuse: takes logits (B, V) of the large model and those of `models`, on its device.
+        vocab_size: V, the first ids of each model; fused logits of others are −inf.
+        prompt_length: P.
+
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        fuse: Callable[[Tensor, Sequence[Tensor]], FusedStep],
+        *,
+        vocab_size: int,
+        prompt_length: int,
+    ) -> None:
+        self.models, self.fuse = models, fuse
+        self.vocab_size, self.prompt_length = vocab_size, prompt_length
+        self.caches: list[Any] = [None] * len(models)
+        self.length = 0
+        self.steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weights and divergences by the tokens read
+        self.is_busy = False
+
+    @contextmanager
+    def attached_to(self, large: PreTrainedModel) -> Iterator[None]:
+        """Hook the large model for as long as the context lasts."""
+        handle = large.register_forward_hook(self._after_forward, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Replace the logits of the last position by fused ones."""
+        if self.is_busy:  # the large model is a small one too
+            return output
+        uses_cache = bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        read = kwargs["input_ids"].shape[1]
+        self.length = self.length + read if uses_cache else read
+        large = output.logits[:, -1]
+        self.is_busy = True
+        try:
+            rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
+        finally:
+            self.is_busy = False
+        if self.length < self.prompt_length:  # a chunk of a long prompt, behind which nothing is drawn
+            return output
+        size = self.vocab_size
+        step = self.fuse(large[:, :size], [row[:, :size].to(large.device) for row in rows])
+        self.steps[self.length] = step[1:]
+        output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
+        return output
+
+    def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool) -> Tensor:
+        """Logits (B, V) of a small model for the next token."""
+        model, ids, mask = self.models[index], kwargs["input_ids"], kwargs.get("attention_mask")
+        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
+        inputs["position_ids"] = kwargs.get("position_ids")
+        if inputs["position_ids"] is None and mask is not None:
+            inputs["position_ids"] = position_ids_of(mask)[:, -ids.shape[1] :]
+        if uses_cache:
+            output, self.caches[index] = read_with_cache(model, inputs, self.caches[index], num_read=self.length)
+        else:
+            output = model(**accepted_inputs(model, {**inputs, "use_cache": False}))
+        return output.logits[:, -1]
+
+    def trace(self, token_ids: Tensor, eos_token_id: int | Iterable[int], pad_token_id: int | None) -> FusionTrace:
+        """Weights and divergences of the tokens (B, N) that were kept; steps that `generate` undid are left out."""
+        steps = [self.steps[self.prompt_length + i] for i in range(token_ids.shape[1])]
+        alpha, forward, reverse = (torch.stack(values, -1) for values in zip(*steps, strict=True))
+        ids = torch.as_tensor([*eos_token_id] if isinstance(eos_token_id, set) else eos_token_id).flatten().tolist()
+        ends = torch.isin(token_ids, token_ids.new_tensor(ids))
+        mask = (ends.cumsum(1) - ends.long()) == 0  # up to the end token, which counts
+        if pad_token_id is not None and pad_token_id not in ids:  # other ways to stop leave padding only
+            mask = mask & ((token_ids != pad_token_id).long().flip(1).cumsum(1).flip(1) > 0)
+        return FusionTrace(token_ids, mask, alpha, forward, reverse)
+
+
+def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
+    """The generation config that `model.generate(**kwargs)` would use, if small models can follow it.
+
+    Raises:
+        ValueError: for beams, assistants, caches or inputs that they cannot follow.
+
+    """
+    config = deepcopy(kwargs.get("generation_config") or model.generation_config)
+    config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
+    for name in (*CACHE_NAMES, "inputs_embeds", "custom_generate"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"Expected no `{name}`, which the small models cannot follow, but got one.")
+    if config.guidance_scale not in (None, 1) or config.token_healing:
+        raise ValueError(
+            "Expected neither `guidance_scale` nor `token_healing`, which run the large model on texts of their own,"
+            f" but got {config.guidance_scale} and {config.token_healing}."
+        )
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"Expected greedy search or sampling, because weights are found for one text at a time, but got"
+            f" {str(mode.value).replace('_', ' ')}. Use `num_beams=1` and no assistant."
+        )
+    if config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"Expected `cache_implementation` to be None or 'dynamic', but got {config.cache_implementation!r}."
+        )
+    return config
+
+
+def position_ids_of(mask: Tensor) -> Tensor:
+    """Position of each token (B, T) among those that are not padding."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """The prompts of a batch, left-padded, and their attention mask: all tokens in front of the first label.
+
+    Args:
+        batch: `input_ids` (B, T), optionally `attention_mask` and `labels` (−100 at prompt and padding).
+        pad: id to pad with.
+
+    Returns:
+        Two tensors (B, longest prompt).
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]), "labels": torch.tensor([[-100, -100, 3],
+        ...     [-100, 5, -100]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+        >>> split_prompts(batch, pad=0)
+        (tensor([[1, 2],
+                [0, 4]]), tensor([[1, 1],
+                [0, 1]]))
+
+    """
+    input_ids = batch["input_ids"]
+    kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
+    if "labels" in batch:
+        kept = kept & ((batch["labels"] != -100).cumsum(1) == 0)
+    width = int(kept.sum(1).max())
+    order = kept.long().argsort(dim=1, stable=True)[:, input_ids.shape[1] - width :]  # what is kept moves to the end
+    mask = kept.gather(1, order)
+    return input_ids.gather(1, order).masked_fill(~mask, pad), mask.long()

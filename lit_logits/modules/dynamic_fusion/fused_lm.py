@@ -1,0 +1,341 @@
+"""A large causal language model that small experts specialise while it decodes or scores.
+
+Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions that count), V vocabulary, S experts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.dynamic_fusion import (
+    FusionMode,
+    FusionSolver,
+    expert_divergences,
+    fuse_logits,
+    fusion_weights,
+)
+from lit_logits.functional.reductions import at_least_float32
+from lit_logits.modules.dynamic_fusion.decoding import (
+    FusedStep,
+    FusionTrace,
+    SmallModels,
+    check_decoding,
+    position_ids_of,
+)
+from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.inspect import eos_token_ids, num_logits
+
+__all__ = ["FusedCausalLM", "FusedScores"]
+
+
+class FusedScores(NamedTuple):
+    """Result of `FusedCausalLM.score`: (B, T − 1) log-probabilities in nats, 0 where ignored, and the trace."""
+
+    log_probs: Tensor
+    trace: FusionTrace
+
+
+class FusedCausalLM(nn.Module):
+    """Softmax of M^L + Σ_t α_t (M_t − M^S), with weights found anew for every token; see `fusion_weights`.
+
+    The models are frozen, stay in `eval` mode and are in neither `parameters()` nor `state_dict()`. Those that are on
+    this module's device follow it to another one; one that is elsewhere, or was loaded with a `device_map`, stays
+    where it is. None changes its dtype.
+
+    Args:
+        large: the model to specialise.
+        base: small model.
+        experts: S fine-tuned descendants of `base`; none leaves the large model as it is.
+        expert_names: one for each expert, for logs.
+        vocab_size: ids that all models have; logits of others are −inf. None: all.
+        solver: of `fusion_weights`.
+        mode: of `fusion_weights`.
+        bounds: of `fusion_weights`.
+        step: of `fusion_weights`.
+        static_alpha: fixed weights instead of a search: one for all experts, or one each. 1 is proxy tuning, 0 the
+            large model.
+        chunk_size: positions of `score` whose logits are fused at a time.
+
+    Attributes:
+        trace: `FusionTrace` of the last `generate` or `score`, or None.
+
+    Raises:
+        ValueError: for an argument that is out of range.
+
+    """
+
+    anchor: Tensor
+
+    def __init__(
+        self,
+        large: PreTrainedModel,
+        base: PreTrainedModel | None = None,
+        experts: Sequence[PreTrainedModel] = (),
+        *,
+        expert_names: Sequence[str] | None = None,
+        vocab_size: int | None = None,
+        solver: FusionSolver = "tilting",
+        mode: FusionMode = "single",
+        bounds: tuple[float, float] = (0.0, 2.0),
+        step: float = 0.1,
+        static_alpha: float | Sequence[float] | None = None,
+        chunk_size: int = 256,
+    ) -> None:
+        super().__init__()
+        if experts and base is None:
+            raise ValueError(f"Expected a `base` for {len(experts)} expert(s), but got None.")
+        small = [base, *experts] if base is not None else []
+        for model in (large, *small):
+            model.eval().requires_grad_(False)
+        self._held = (large, *small)  # in a tuple, so that they are not registered here
+        self.num_experts = len(experts)
+        self.expert_names = list(expert_names or [f"expert_{number}" for number in range(len(experts))])
+        self.vocab_size = vocab_size or min(num_logits(model) for model in self._held)
+        self.search: dict[str, Any] = {"solver": solver, "mode": mode, "bounds": bounds, "step": step}
+        if chunk_size < 1:
+            raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
+        self.chunk_size = chunk_size
+        self.static_alpha = _check_static_alpha(static_alpha, len(experts))
+        if experts:  # a wrong argument is to be seen before the first token
+            zeros = torch.zeros(1, 2)
+            fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
+        self.trace: FusionTrace | None = None
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
+
+    @property
+    def large(self) -> PreTrainedModel:
+        """The model that is specialised."""
+        return self._held[0]
+
+    @property
+    def base(self) -> PreTrainedModel | None:
+        """The small base."""
+        return self._held[1] if len(self._held) > 1 else None
+
+    @property
+    def experts(self) -> tuple[PreTrainedModel, ...]:
+        """The small experts."""
+        return self._held[2:]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any expert can act."""
+        return self.num_experts > 0 and (self.static_alpha is None or any(self.static_alpha))
+
+    @property
+    def _labels(self) -> list[str]:
+        return ["large model", "base", *(f"expert {name!r}" for name in self.expert_names)]
+
+    def train(self, mode: bool = True) -> "FusedCausalLM":
+        """Stay in `eval` mode."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedCausalLM":
+        """Take along, to another device but to no other dtype, the models that are where this module is."""
+        before = self.anchor.device
+        super()._apply(fn, recurse)
+        if self.anchor.device != before:
+            for model in self._held:
+                if model.device == before and not hasattr(model, "hf_device_map"):
+                    cast(nn.Module, model).to(self.anchor.device)
+        return self
+
+    # ------------------------------------------------------------------ fusing
+
+    def fuse(self, large_logits: Tensor, small_logits: Sequence[Tensor]) -> FusedStep:
+        """Fused logits, weights and divergences of some positions.
+
+        Args:
+            large_logits: (R, V).
+            small_logits: (R, V) of the base and of each expert; none leaves the large model as it is.
+
+        Raises:
+            ValueError: naming the model that emits NaN or +inf.
+
+        """
+        large = at_least_float32(large_logits)
+        if not small_logits or len(large) == 0:
+            self._blame(large)
+            zero = large.new_zeros(len(large))
+            return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
+        base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
+        if self.static_alpha is None:
+            try:
+                found = fusion_weights(large, base, experts, **self.search)
+            except ValueError:
+                self._blame(large, base, *experts)
+                raise
+            return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
+        self._blame(large, base, *experts)
+        alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
+        fused = fuse_logits(large, base, experts, alpha)
+        forward, reverse = expert_divergences(large, fused.unsqueeze(0))
+        return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
+
+    def _blame(self, *all_logits: Tensor) -> None:
+        for name, logits in zip(self._labels, all_logits, strict=False):
+            if not bool((logits < torch.inf).all()):  # NaN is not below either
+                raise ValueError(
+                    f"Expected the {name} to emit logits that are finite or −inf, but got NaN or +inf. Check its"
+                    " weights, or load it in another dtype (float16 overflows)."
+                )
+
+    # ------------------------------------------------------------------ scoring
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Fused logits (B, T, V) in nats of token ids (B, T), from one pass of each model over whole sequences."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool)
+        steps = list(self._fuse_positions(input_ids, attention_mask, keep))
+        return torch.cat([step.logits for step in steps]).view(*input_ids.shape, -1)
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
+        """Log-probabilities of given texts under the fused distribution: one pass of each model, no loop over tokens.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B, T) the same ids, unshifted; −100 is ignored, and so is the first token of a text.
+            attention_mask: (B, T), 0 at padding, on either side; default all 1.
+
+        Raises:
+            ValueError: for a label outside of the models' vocabulary, sequences longer than a model's context, or a
+                model that emits NaN.
+
+        """
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"Expected `labels` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
+                f" {tuple(labels.shape)}."
+            )
+        check_labels(labels, self.vocab_size, wait=True)
+        device = self.large.device
+        targets = labels[:, 1:].to(device)
+        mask = targets != -100
+        if attention_mask is not None:  # the first token behind padding on the left has nothing to be predicted from
+            mask = mask & attention_mask[:, :-1].to(device).bool()
+        keep = F.pad(mask, (0, 1))  # a position predicts the next token
+        parts, start, chosen = [], 0, targets[mask]
+        for step in self._fuse_positions(input_ids, attention_mask, keep):
+            wanted = chosen[start : start + len(step.logits)].unsqueeze(1)
+            log_probs = step.logits.log_softmax(-1).gather(1, wanted).squeeze(1)
+            parts.append((log_probs, *step[1:]))
+            start += len(step.logits)
+        rows = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
+        log_probs, alpha, forward, reverse = rows
+        self.trace = FusionTrace(
+            targets.clamp(min=0), mask, _scatter(alpha, mask), _scatter(forward, mask), _scatter(reverse, mask)
+        )
+        return FusedScores(_scatter(log_probs, mask), self.trace)
+
+    def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[FusedStep]:
+        """Fused logits at the positions (B, T) where `keep` is true, in chunks and row by row."""
+        mask = self._check_ids(input_ids, attention_mask)
+        self._check_context(mask, 0)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
+        keep = keep.to(self.large.device)
+        models = self._held if self.is_active else self._held[:1]
+        rows = [self._rows(model, inputs, keep) for model in models]
+        for chunk in zip(*(logits.split(self.chunk_size) for logits in rows), strict=True):
+            yield self.fuse(chunk[0], chunk[1:])
+
+    def _rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+        """Logits (R, V) of one model on the large model's device."""
+        logits = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits
+        return logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device)
+
+    # ------------------------------------------------------------------ decoding
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
+
+        Base and experts read what the large model reads, each with a key–value cache of its own; temperature, top-k,
+        top-p, penalties and stopping then see the fused logits.
+
+        Args:
+            input_ids: (B, P) prompts, left-padded where they differ in length.
+            attention_mask: (B, P), 0 at padding; default as in transformers.
+            **kwargs: of `transformers.GenerationMixin.generate`, for greedy search and sampling.
+
+        Returns:
+            What `generate` returns: (B, at most P + N) ids, or with `return_dict_in_generate` its output, which also
+            has `alpha` (S, B, N), `kl_forward` and `kl_reverse` (B, N). `trace` holds them in either case.
+
+        Raises:
+            ValueError: for an empty prompt, one that is longer than a model's context, a way to decode that is neither
+                greedy nor sampling, or a model that emits NaN.
+
+        """
+        config = check_decoding(self.large, kwargs)
+        mask = self._check_ids(input_ids, attention_mask)
+        new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
+        self._check_context(mask, max(0, new_tokens))
+        prompt_length = input_ids.shape[1]
+        followers = self._held[1:] if self.is_active else ()
+        small = SmallModels(followers, self.fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
+        inputs = {"input_ids": input_ids.to(self.large.device)}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(self.large.device)
+        with small.attached_to(self.large):
+            output = self.large.generate(**inputs, **kwargs)  # type: ignore[operator]
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        ends = eos_token_ids(self.large) if config.eos_token_id is None else config.eos_token_id
+        self.trace = small.trace(sequences[:, prompt_length:], ends, config.pad_token_id)
+        if not isinstance(output, Tensor):
+            for name in ("alpha", "kl_forward", "kl_reverse"):
+                output[name] = getattr(self.trace, name)
+        return output
+
+    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The mask; refuses ids and shapes that do not fit."""
+        if input_ids.ndim != 2:
+            raise ValueError(f"Expected `input_ids` of shape (B, T), but got {tuple(input_ids.shape)}.")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"Expected `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
+                f" {tuple(mask.shape)}."
+            )
+        empty = mask.sum(1) == 0
+        if input_ids.numel() == 0 or bool(empty.any()):
+            row = int(empty.nonzero()[0]) if input_ids.numel() else 0
+            raise ValueError(f"Expected texts of at least one token, but text {row} of the batch is empty.")
+        highest = int(input_ids.max())
+        if highest >= self.vocab_size:
+            raise ValueError(f"Expected `input_ids` below {self.vocab_size}, the common vocabulary, but got {highest}.")
+        return mask
+
+    def _check_context(self, mask: Tensor, new_tokens: int) -> None:
+        needed = int(mask.sum(1).max()) + new_tokens
+        for label, model in zip(self._labels, self._held, strict=False):
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if isinstance(context, int) and 0 < context < needed:
+                raise ValueError(
+                    f"Expected at most {context} tokens, the context of the {label}, but the longest text has"
+                    f" {needed - new_tokens}" + (f" and {new_tokens} are to be added." if new_tokens else ".")
+                )
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (..., R) to the places (B, N) where `mask` is true; 0 elsewhere."""
+    spread = values.new_zeros(*values.shape[:-1], *mask.shape)
+    spread[..., mask] = values
+    return spread
+
+
+def _check_static_alpha(alpha: float | Sequence[float] | None, num_experts: int) -> list[float] | None:
+    if alpha is None:
+        return None
+    values = [float(alpha)] * num_experts if isinstance(alpha, int | float) else [float(value) for value in alpha]
+    if len(values) != num_experts or not all(abs(value) < float("inf") for value in values):
+        raise ValueError(
+            f"Expected `static_alpha` to be a finite number, or one for each of {num_experts} expert(s), but got"
+            f" {alpha}."
+        )
+    return values

@@ -1,0 +1,183 @@
+"""The models of dynamic logit fusion: loaded, merged, and held to one vocabulary.
+
+Letters: V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_logits.functional.task_arithmetic import add_task_vectors
+from lit_logits.modules.language_models.inspect import check_causal_lm, eos_token_ids, model_label, num_logits
+from lit_logits.modules.language_models.loading import load_causal_lm
+from lit_logits.modules.language_models.tokenizers import check_same_tokenizer, find_tokenizer
+
+__all__ = ["FusionModels", "load_fusion_models"]
+
+Model = nn.Module | str
+
+
+class FusionModels(NamedTuple):
+    """Result of `load_fusion_models`.
+
+    Attributes:
+        large: the model to specialise.
+        base: small model, or None where there are no experts.
+        experts: fine-tuned from `base`.
+        expert_names: one for each expert.
+        vocab_size: V, the ids that all have.
+        tokenizer: theirs, where one was given or found.
+        notes: what a user should know about them.
+
+    """
+
+    large: PreTrainedModel
+    base: PreTrainedModel | None
+    experts: list[PreTrainedModel]
+    expert_names: list[str]
+    vocab_size: int
+    tokenizer: PreTrainedTokenizerBase | None
+    notes: list[str]
+
+
+def load_fusion_models(
+    large: Model,
+    base: Model | None = None,
+    experts: Sequence[Model | Sequence[Model]] = (),
+    *,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    eos_token_id: int | list[int] | None = None,
+    merge_weight: float = 0.5,
+    large_kwargs: Mapping[str, Any] | None = None,
+    small_kwargs: Mapping[str, Any] | None = None,
+) -> FusionModels:
+    """Load a large model, a small base and its experts, and see that their tokens are the same.
+
+    Args:
+        large: hub id, local folder, `.gguf` path, or a loaded causal language model.
+        base: the same; needed where there are experts.
+        experts: the same for each; a list of several is merged into one expert by task arithmetic.
+        tokenizer: of all models. Each model that is given by name is held to it by its own tokenizer; without it those
+            are compared with each other.
+        eos_token_id: ids that end a text; needed where the models' own differ.
+        merge_weight: λ of the task vectors that are merged.
+        large_kwargs: for `from_pretrained` of the large model, such as `dtype` and `device_map`.
+        small_kwargs: the same for base and experts.
+
+    Raises:
+        ValueError: for models that cannot be loaded, vocabularies, tokenizers or end tokens that disagree, or experts
+            without a base.
+
+    """
+    if isinstance(experts, str | nn.Module) and not isinstance(experts, nn.ModuleList):
+        raise ValueError(f"Expected `experts` to be a list of models, but got {model_label(experts)}.")
+    if experts and base is None:
+        raise ValueError(f"Expected `base`, which the {len(experts)} expert(s) were fine-tuned from, but got None.")
+    notes: list[str] = []
+    own_tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+    loaded: dict[str, PreTrainedModel] = {}
+
+    def load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
+        if isinstance(model, str):
+            found = find_tokenizer(model)
+            if found is not None:
+                own_tokenizers[label] = found
+        loaded[label] = _load(model, label, kwargs)
+        return loaded[label]
+
+    large_model = load(large, "model", large_kwargs)
+    base_model = None if base is None else load(base, "base", small_kwargs)
+    expert_models, names = [], []
+    for number, expert in enumerate(experts):
+        several = isinstance(expert, Sequence) and not isinstance(expert, str)
+        parts = list(cast(Sequence[Model], expert)) if several else [cast(Model, expert)]
+        if not parts:
+            raise ValueError(
+                f"Expected expert {number} to be a model or a list of models to merge, but got an empty list."
+            )
+        labels = [f"experts[{number}]" + (f"[{i}]" if several else "") for i in range(len(parts))]
+        models = [load(part, label, small_kwargs) for part, label in zip(parts, labels, strict=True)]
+        if several:
+            assert base_model is not None
+            expert_models.append(_merge(base_model, models, merge_weight))
+            loaded[labels[0]] = expert_models[-1]  # the parts are done with
+            for label in labels[1:]:
+                del loaded[label]
+        else:
+            expert_models.append(models[0])
+        names.append(_name(parts, number))
+    given = find_tokenizer(tokenizer, required=True) if isinstance(tokenizer, str) else tokenizer
+    shared = given or next(iter(own_tokenizers.values()), None)
+    reference = "`tokenizer`" if given is not None else f"`{next(iter(own_tokenizers), '')}`"
+    for label, own in own_tokenizers.items():
+        check_same_tokenizer(shared, own, reference, f"`{label}`")  # type: ignore[arg-type]
+    known = set(loaded) if given is not None else {label for label in loaded if label in own_tokenizers}
+    vocab_size = _common_vocabulary(loaded, shared, known, notes)
+    if eos_token_id is None:
+        _check_eos(loaded)
+    return FusionModels(large_model, base_model, expert_models, _unique(names), vocab_size, shared, notes)
+
+
+def _load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
+    loaded = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
+    check_causal_lm(loaded, f"`{label}`")
+    return cast(PreTrainedModel, loaded)
+
+
+def _merge(base: PreTrainedModel, experts: list[PreTrainedModel], weight: float) -> PreTrainedModel:
+    merged = deepcopy(experts[0])
+    merged.load_state_dict(add_task_vectors(base.state_dict(), [expert.state_dict() for expert in experts], weight))
+    return merged
+
+
+def _name(parts: Sequence[Model], number: int) -> str:
+    names = [Path(part).stem if part.endswith(".gguf") else Path(part).name for part in parts if isinstance(part, str)]
+    return "+".join(names) if len(names) == len(parts) else f"expert_{number}"
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
+
+
+def _common_vocabulary(
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None,
+    known: set[str],
+    notes: list[str],
+) -> int:
+    """The ids that all models have; sizes may differ by padding only, which a tokenizer must tell."""
+    sizes = {label: num_logits(model) for label, model in models.items()}
+    smallest = min(sizes.values())
+    listed = ", ".join(f"{label} {size}" for label, size in sizes.items())
+    if tokenizer is not None and len(tokenizer) > smallest:
+        raise ValueError(
+            f"Expected every model to have logits for the {len(tokenizer)} tokens of the tokenizer, but their output"
+            f" layers have: {listed}."
+        )
+    if len(set(sizes.values())) > 1:
+        unknown = sorted(set(sizes) - known)
+        if tokenizer is None or unknown:
+            raise ValueError(
+                f"Expected models of one vocabulary, but their output layers have: {listed}. If the sizes differ by"
+                " padding only, pass the `tokenizer` that all of them use."
+            )
+        notes.append(
+            f"Output layers differ in size ({listed}): fused over the {smallest} ids that all have, of which the"
+            f" tokenizer uses {len(tokenizer)}."
+        )
+    return smallest
+
+
+def _check_eos(models: dict[str, PreTrainedModel]) -> None:
+    ends = {label: eos_token_ids(model) for label, model in models.items()}
+    ends = {label: ids for label, ids in ends.items() if ids}
+    if len({frozenset(ids) for ids in ends.values()}) > 1:
+        listed = ", ".join(f"{label} {sorted(ids)}" for label, ids in ends.items())
+        raise ValueError(
+            f"Expected models that end a text with the same special token, but their `eos_token_id` are: {listed}. Pass"
+            f" `eos_token_id`, one or a list such as {sorted(set().union(*ends.values()))}, to say where a text ends."
+        )

@@ -1,0 +1,1 @@
+"""Parts of `GLDFusionModule`: the criterion, and the sources."""

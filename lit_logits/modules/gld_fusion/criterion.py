@@ -1,0 +1,168 @@
+"""The parts of graph-on-logits distillation: what compares a student with a source that it learns from.
+
+Letters: B batch, T positions of the student, U positions of the source, k `top_k`.
+"""
+
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lit_logits.functional.alignment import align_positions, common_span
+from lit_logits.functional.gld_fusion import GraphNodes, graph_strengths, sorted_gw_bound, top_k_uld
+from lit_logits.functional.reductions import sample_mean
+from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
+
+__all__ = ["FusionCriterion", "GraphAlignment", "SourceTerms"]
+
+
+class GraphAlignment(nn.Module):
+    """Sorted Gromov–Wasserstein bound between the co-activation graphs of a student and a source, per sample.
+
+    Args:
+        values: what the graphs are made of, see `top_k_values`.
+        nodes: `rank` or `vocabulary`, see `graph_strengths`.
+
+    References:
+        [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
+
+    Example:
+        >>> from lit_logits.functional import top_k_logits
+        >>> top = top_k_logits(torch.randn(2, 5, 30), 4)
+        >>> mask = torch.ones(2, 5, dtype=torch.bool)
+        >>> GraphAlignment()(top, top, mask, mask)
+        tensor([0., 0.])
+
+    """
+
+    def __init__(self, *, values: LogitValues = "standardize", nodes: GraphNodes = "rank") -> None:
+        super().__init__()
+        if values not in get_args(LogitValues) or nodes not in get_args(GraphNodes):
+            raise ValueError(
+                f"Expected `graph_values` to be one of {get_args(LogitValues)} and `nodes` of {get_args(GraphNodes)},"
+                f" but got {values!r} and {nodes!r}."
+            )
+        self.values, self.nodes = values, nodes
+
+    def forward(
+        self,
+        student: TopKLogits,
+        source: TopKLogits,
+        student_mask: Tensor,
+        source_mask: Tensor,
+        *,
+        name: str = "source",
+    ) -> Tensor:
+        """GW~ of each sample.
+
+        Args:
+            student: (B, T, k).
+            source: (B, U, k); the larger k is cut to the smaller. No gradient reaches it.
+            student_mask: (B, T) positions that count.
+            source_mask: (B, U) positions that count.
+            name: of the source, for callbacks that watch.
+
+        Returns:
+            (B,), in units of the graphs; 0 where either side has no position that counts.
+
+        """
+        size = min(student.log_probs.shape[-1], source.log_probs.shape[-1])
+        values = top_k_values(student, self.values), top_k_values(source, self.values).detach()
+        strengths = [
+            graph_strengths(value[..., :size], top.token_ids[..., :size], mask, nodes=self.nodes)
+            for value, top, mask in zip(values, (student, source), (student_mask, source_mask), strict=True)
+        ]
+        num_nodes = None if self.nodes == "rank" else torch.minimum(strengths[0].num_nodes, strengths[1].num_nodes)
+        bound = sorted_gw_bound(strengths[0].strengths, strengths[1].strengths, num_nodes)
+        return bound.masked_fill(~(student_mask.any(-1) & source_mask.any(-1)), 0.0)
+
+
+class SourceTerms(NamedTuple):
+    """Result of `FusionCriterion`, scalars before weighting.
+
+    Attributes:
+        uld: token-wise loss, mean over samples of the mean over aligned positions.
+        gld: sorted Gromov–Wasserstein bound, mean over samples.
+        aligned: share of the student's positions in responses at which the source has read the same text.
+
+    """
+
+    uld: Tensor
+    gld: Tensor
+    aligned: Tensor
+
+
+class FusionCriterion(nn.Module):
+    """What a student learns from one source: token by token where both have read the same text, and by graphs [0].
+
+    Args:
+        uld_values: what the token-wise loss compares, see `top_k_values`.
+        graph_values: what the graphs are made of.
+        nodes: of the graphs, `rank` or `vocabulary`.
+
+    Raises:
+        ValueError: for other values.
+
+    References:
+        [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        uld_values: LogitValues = "softmax",
+        graph_values: LogitValues = "standardize",
+        nodes: GraphNodes = "rank",
+    ) -> None:
+        super().__init__()
+        if uld_values not in get_args(LogitValues):
+            raise ValueError(f"Expected `uld_values` to be one of {get_args(LogitValues)}, but got {uld_values!r}.")
+        self.uld_values = uld_values
+        self.graphs = GraphAlignment(values=graph_values, nodes=nodes)
+
+    def forward(
+        self,
+        student: TopKLogits,
+        source: SourceLogits,
+        mask: Tensor,
+        ends: Tensor | None = None,
+        *,
+        name: str = "source",
+    ) -> SourceTerms:
+        """Compare the positions that lie where both tokenisations reach.
+
+        Args:
+            student: (B, T, k).
+            source: (B, U, k); no gradient reaches it.
+            mask: (B, T) positions of the student that predict a label.
+            ends: (B, T) characters of the response that the student has read, −1 where none; None if both read the same
+                tokens, whose n-th positions belong together.
+            name: of the source, for messages and for callbacks that watch.
+
+        Raises:
+            ValueError: if logits are to be standardised whose moments tokens that are ruled out have made useless.
+
+        """
+        self._check_moments(source, name)
+        if ends is None:
+            student_mask, source_mask = mask, source.mask
+            partner = (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
+            in_response = mask
+        else:
+            ends = ends.masked_fill(~mask, -1)
+            student_mask, source_mask = common_span(ends, source.ends)
+            partner = align_positions(ends.masked_fill(~student_mask, -1), source.ends.masked_fill(~source_mask, -1))
+            in_response = ends >= 0
+        is_aligned = partner >= 0
+        uld = top_k_uld(student, gather_positions(source.top_k, partner.clamp(min=0)), values=self.uld_values)
+        gld = self.graphs(student, source.top_k, student_mask, source_mask, name=name)
+        share = is_aligned.sum() / in_response.sum().clamp(min=1)
+        return SourceTerms(sample_mean(uld, is_aligned), gld.mean(), share)
+
+    def _check_moments(self, source: SourceLogits, name: str) -> None:
+        if "standardize" in (self.uld_values, self.graphs.values) and not bool((source.top_k.std < 1e4).all()):
+            raise ValueError(
+                f"Expected the logits of source {name!r} to be of one scale, to be standardised, but some are −inf or"
+                " huge, as of tokens that are ruled out. Use `graph_values: softmax` (and `uld_values: softmax`)."
+            )

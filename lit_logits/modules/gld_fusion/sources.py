@@ -1,0 +1,202 @@
+"""The frozen models that a pivot learns from: each reads the text in its own tokens, or was written to disk before.
+
+Letters: B batch, T sequence, N positions that count, d hidden size, V vocabulary, k `top_k`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
+from lit_logits.modules.language_models.inspect import check_causal_lm, digest_model, num_logits
+from lit_logits.modules.language_models.loading import load_backbone, load_causal_lm
+from lit_logits.modules.language_models.tokenizers import find_tokenizer, tokenizer_id
+from lit_logits.storage.logit_cache import LogitCache, is_logit_cache
+
+__all__ = ["LogitSource", "counted_positions", "load_source", "view_of"]
+
+Model = nn.Module | str
+
+
+class LogitSource:
+    """A frozen causal language model that gives the top-k logits of responses, chunk by chunk.
+
+    No module, so that it is in neither `parameters()` nor `state_dict()` of one that holds it. The model stays in
+    `eval` mode and keeps its dtype, whatever the autocast; it follows its batches to their device, unless pinned.
+
+    Args:
+        model: causal language model of transformers; frozen in place.
+        name: what errors and logs call it.
+        origin: hub id or path that it came from, for the cache.
+        tokenizer: its own, where it is known: batches of another one are refused then, and logits beyond its tokens
+            (padding of the vocabulary) are left out.
+        pinned: leave it where it is; default for a model that is not on the CPU.
+        chunk_size: positions whose logits are in memory at a time.
+
+    Raises:
+        ValueError: for a model that is no causal language model.
+
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str = "source",
+        origin: str = "",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pinned: bool | None = None,
+        chunk_size: int = 1024,
+    ) -> None:
+        check_causal_lm(model, f"the source {name!r}")
+        self.model = model.eval().requires_grad_(False)
+        self.name, self.origin, self.chunk_size = name, origin or type(model).__name__, chunk_size
+        self.pinned = _input_device(model).type != "cpu" if pinned is None else pinned
+        self.tokenizer_id = None if tokenizer is None else tokenizer_id(tokenizer)
+        self.vocab_size = min(num_logits(model), num_logits(model) if tokenizer is None else len(tokenizer))
+        self.is_plain = _is_plain(model)
+        self._checked: set[str] = set()
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
+        """Top-k logits of the positions that predict a response.
+
+        Args:
+            batch: with `sources[name]` in this model's tokens, or in its tokens itself.
+            top_k: k.
+            temperature: τ.
+
+        Returns:
+            Of each sample the positions that count, without gaps, padded behind; on the device of `batch["input_ids"]`.
+
+        Raises:
+            ValueError: for tokens of another tokenizer, a k above the vocabulary, or logits that are not finite.
+
+        """
+        view = view_of(batch, self.name)
+        self._check(view)
+        mask, home = counted_positions(view), view["input_ids"].device
+        if not self.pinned and _input_device(self.model) != home:
+            cast(nn.Module, self.model).to(home)
+        device = _input_device(self.model)
+        inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
+        with torch.autocast(device.type, enabled=False):
+            hidden = self._hidden(inputs)
+            hidden = hidden[mask.to(hidden.device)]  # of a model on several devices the last one
+            parts = [
+                top_k_logits(self._logits(rows), top_k, temperature=temperature)
+                for rows in hidden.split(self.chunk_size)
+            ]
+        rows = TopKLogits(*(torch.cat(part).to(home) for part in zip(*parts, strict=True)))
+        if not bool(rows.log_normalizer.isfinite().all()):
+            raise ValueError(
+                f"Expected the logits of source {self.name!r} to be finite, but got NaN or infinities at"
+                f" {int((~rows.log_normalizer.isfinite()).sum())} of {len(rows.log_normalizer)} positions. Load it in"
+                " another dtype (float16 overflows in models that were trained in bfloat16)."
+            )
+        ends = view.get("response_ends", torch.full_like(view["input_ids"], -1))[mask]
+        # Without gaps, as a cache gives them: sums over positions are then the same to the bit.
+        counts = mask.sum(-1, keepdim=True)
+        dense = torch.arange(max(1, int(counts.max())), device=home) < counts
+        placed = torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
+        return SourceLogits(place_rows(rows, dense), dense, placed)
+
+    def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
+        """What a cache of its logits depends on."""
+        return {
+            "model": self.origin,
+            "model_digest": digest_model(self.model),
+            "tokenizer_id": self.tokenizer_id,
+            "top_k": top_k,
+            "temperature": temperature,
+            "vocab_size": self.vocab_size,
+        }
+
+    def _check(self, view: Mapping[str, Tensor]) -> None:
+        """Raise if the tokens cannot be this model's; on an accelerator, which would wait, at the first batch only."""
+        device = view["input_ids"].device.type
+        if device != "cpu" and device in self._checked:
+            return
+        given = view.get("tokenizer_id")
+        if given is not None and self.tokenizer_id is not None and int(given) != self.tokenizer_id:
+            raise ValueError(
+                f"Expected the tokens of source {self.name!r} to be of the tokenizer of {self.origin!r}, but they are"
+                f" of another one. Name it in the data module: `source_tokenizers: {{{self.name}: {self.origin}}}`."
+            )
+        highest = int(view["input_ids"].max())
+        rows = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+        if highest >= rows:
+            raise ValueError(
+                f"Expected tokens below {rows}, the vocabulary of source {self.name!r}, but got {highest}. Give the"
+                " data module the tokenizer of this model in `source_tokenizers`."
+            )
+        self._checked.add(device)
+
+    def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What `_logits` takes, (B, T, ...)."""
+        if self.is_plain:
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.model(**inputs, use_cache=False).logits  # it changes its logits behind the output layer
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(rows) if self.is_plain else rows
+        return logits[..., : self.vocab_size]
+
+
+def load_source(
+    source: Model, name: str, kwargs: Mapping[str, Any] | None = None, *, chunk_size: int = 1024
+) -> LogitSource | LogitCache:
+    """Load a source.
+
+    Args:
+        source: hub id, local folder, `.gguf` path, a loaded causal language model, or the folder of a logit cache.
+        name: what to call it.
+        kwargs: for `from_pretrained`, such as `dtype` and `device_map`.
+        chunk_size: positions whose logits are in memory at a time.
+
+    Raises:
+        ValueError: if it is none of these, or a cache that is not complete.
+
+    """
+    if not isinstance(source, str):
+        return LogitSource(cast(PreTrainedModel, source), name=name, chunk_size=chunk_size)
+    if is_logit_cache(source):
+        return LogitCache(source)
+    folder = Path(source).expanduser()
+    if caches := sorted(str(path) for path in folder.iterdir() if is_logit_cache(path)) if folder.is_dir() else []:
+        raise ValueError(f"Expected the folder of one logit cache as source {name!r}, but {source} holds {caches}.")
+    model, tokenizer = load_causal_lm(source, **(kwargs or {})), find_tokenizer(source)
+    pinned = "device_map" in (kwargs or {})
+    return LogitSource(model, name=name, origin=source, tokenizer=tokenizer, pinned=pinned, chunk_size=chunk_size)
+
+
+def view_of(batch: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
+    """The batch in the tokens of a source."""
+    return batch.get("sources", {}).get(name, batch)
+
+
+def counted_positions(view: Mapping[str, Tensor]) -> Tensor:
+    """(B, T) positions that predict a label and, where `response_ends` tells, have read nothing behind the response."""
+    mask = F.pad(view["labels"][:, 1:] != -100, (0, 1))
+    return mask & (view["response_ends"] >= 0) if "response_ends" in view else mask
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: of a model that accelerate has spread, where its embedding is computed."""
+    table = cast(nn.Embedding, model.get_input_embeddings())
+    device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
+    return table.weight.device if device is None else torch.device(device)
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    """Whether its logits are its output layer of its last hidden states."""
+    try:
+        load_backbone(model)
+    except ValueError:
+        return False
+    return True

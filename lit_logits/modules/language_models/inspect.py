@@ -1,0 +1,127 @@
+"""What a loaded model of transformers is: its layers, its output layer, its end tokens, its digest.
+
+Letters: V vocabulary.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = [
+    "check_causal_lm",
+    "digest_model",
+    "eos_token_ids",
+    "find_layers",
+    "freeze_first_layers",
+    "is_encoder",
+    "model_label",
+    "num_logits",
+]
+
+
+def eos_token_ids(model: PreTrainedModel) -> set[int]:
+    """Ids that end the model's texts; empty where it does not say."""
+    config = model.generation_config
+    ids = config.eos_token_id if config is not None else None
+    if ids is None:
+        ids = getattr(model.config.get_text_config(), "eos_token_id", None)
+    return set() if ids is None else {int(i) for i in (ids if isinstance(ids, list) else [ids])}
+
+
+def digest_model(model: PreTrainedModel) -> str:
+    """A name for the model: 16 hexadecimal digits from its config and up to 64 values of each tensor."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta":  # accelerate keeps these weights elsewhere
+            values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+            sha.update(values.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def check_causal_lm(model: Any, label: str) -> None:
+    """Raise unless `model`, called `label` in the error, is a decoder of transformers with its output layer.
+
+    Raises:
+        ValueError: if it is not.
+
+    """
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"Expected {label} to be a causal language model of transformers, or the name of one, but got"
+            f" {model_label(model)}."
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"Expected {label} to be decoder-only, but {type(model).__name__} has an encoder.")
+
+
+def model_label(model: Any) -> str:
+    """What an error calls a model that was given: its name, or its class."""
+    return repr(model) if isinstance(model, str) else type(model).__name__
+
+
+def num_logits(model: PreTrainedModel) -> int:
+    """Rows of the output layer, padding included."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+_ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}
+
+
+def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """Layers of a backbone, its longest `nn.ModuleList`, behind the module that holds them; an empty list if none.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Identity(), nn.Identity()]))
+        >>> parent, layers = find_layers(model)
+        >>> parent is model, len(layers)
+        (True, 2)
+
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    return model.get_submodule(name.rpartition(".")[0]), layers
+
+
+def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]:
+    """Freeze all but the last layers and the norm behind them; with 0 layers that too.
+
+    Args:
+        model: backbone; see `find_layers`.
+        num_trainable: how many of the last layers to train; 0 freezes everything.
+
+    Returns:
+        What is frozen as a whole, to be kept in `eval` mode: no dropout where nothing learns.
+
+    Raises:
+        ValueError: for more layers than there are, or a model without such a list.
+
+    """
+    parent, layers = find_layers(model)
+    if not 0 <= num_trainable <= len(layers):
+        raise ValueError(
+            f"Expected `num_trainable_layers` to be in [0, {len(layers)}], the layers of {type(model).__name__}, but"
+            f" got {num_trainable}."
+        )
+    model.requires_grad_(False)
+    if num_trainable == 0:
+        return [model]
+    frozen = list(layers[: len(layers) - num_trainable])
+    layers[len(layers) - num_trainable :].requires_grad_(True)
+    for name, child in parent.named_children():
+        if child is layers:
+            continue
+        if "norm" in type(child).__name__.lower() and "emb" not in name:
+            child.requires_grad_(True)
+        else:
+            frozen.append(child)
+    return frozen
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model of this config reads in both directions: BERT and its like, unless `is_decoder` is set."""
+    return config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)

@@ -1,0 +1,245 @@
+"""Causal language models of transformers, taken apart into a backbone that gives hidden states and an output layer.
+
+Letters: B batch, T sequence, d hidden size, V vocabulary.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lit_logits.modules.language_models.inspect import is_encoder
+
+__all__ = ["CausalBackbone", "load_backbone", "load_causal_lm", "make_config", "new_causal_lm"]
+
+
+# Models that change the logits after the output layer, which no other head behind them would know.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+class CausalBackbone(NamedTuple):
+    """Result of `load_backbone`.
+
+    Attributes:
+        model: module whose output has `last_hidden_state` (B, T, d), the input of the output layer.
+        output_weight: (V, d) rows of the pretrained output layer, or None for a model that was built from a config.
+        output_bias: (V,) bias of the pretrained output layer, or None.
+        tied: whether the output layer was the input embedding.
+        hidden_size: d of the output layer.
+        vocab_size: V of the output layer, padding included.
+        generation_config: of the pretrained model, or None.
+
+    """
+
+    model: PreTrainedModel
+    output_weight: Tensor | None
+    output_bias: Tensor | None
+    tied: bool
+    hidden_size: int
+    vocab_size: int
+    generation_config: Any = None
+
+
+def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a pretrained causal language model in float32.
+
+    Args:
+        name_or_path: hub id, local folder, or path of a `.gguf` file (needs the extra `gguf`).
+        **kwargs: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: if there is no such model; the message says what was tried.
+
+    """
+    kwargs["dtype"] = (
+        kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
+    )  # the former is its old name
+    path = os.path.expanduser(name_or_path)
+    try:
+        if not path.endswith(".gguf"):
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        model = _load_gguf(path, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            "Expected the model to be a hub id, a local folder, the path of a .gguf file or a mapping with"
+            f" `model_type`, but got {name_or_path!r}, which could not be loaded: {error}"
+        ) from error
+    # The weights are dense now; saving and moving to another dtype would refuse otherwise.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    return model
+
+
+def _load_gguf(path: str, **kwargs: Any) -> PreTrainedModel:
+    folder, file = os.path.split(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no such file.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, **kwargs)
+    except ImportError as error:
+        raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
+    except Exception as error:  # of a file that is cut off or made up, whatever its parser stumbles over
+        raise ValueError(
+            f"Expected {path!r} to be the GGUF file of a language model that transformers knows, but reading it failed:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> PreTrainedModel:
+    """A causal language model of random weights, output layer included.
+
+    Args:
+        settings: config as a mapping with `model_type`, any of transformers such as `llama`.
+        vocab_size: V of the tokenizer, taken over.
+
+    Raises:
+        ValueError: for settings that the type does not have, or a type that is no causal language model.
+
+    """
+    return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
+
+
+def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_size: int | None = None) -> CausalBackbone:
+    """Split a causal language model into the backbone and what its output layer was.
+
+    Args:
+        backbone: hub id, local folder, `.gguf` path, a loaded model, or a config as a mapping with `model_type` (any
+            of transformers, such as `llama`), which gives a model of random weights.
+        vocab_size: V of the tokenizer. A config takes it over; a pretrained model must have at least as many rows (its
+            table may be padded).
+
+    Raises:
+        ValueError: for a model that cannot be loaded, has no output layer or changes the logits behind it, a mapping
+            without `model_type`, or a vocabulary that does not fit.
+
+    """
+    if isinstance(backbone, dict):
+        config = _make_causal_config(backbone, vocab_size)
+        text_config = config.get_text_config()
+        model = AutoModel.from_config(config)
+        return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
+    causal_lm = load_causal_lm(backbone) if isinstance(backbone, str) else backbone
+    output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    if output is None:
+        raise ValueError(
+            f"Expected a causal language model with an output layer, but {type(causal_lm).__name__} has none."
+        )
+    _check_logits_are_plain(causal_lm)
+    _check_head_reads_last_hidden_state(causal_lm)
+    weight = output.weight.detach()
+    if vocab_size is not None and vocab_size > weight.shape[0]:
+        raise ValueError(
+            f"Expected a backbone of at least {vocab_size} tokens, the vocabulary of the tokenizer, but its output"
+            f" layer has {weight.shape[0]} rows. Use the tokenizer that belongs to the model."
+        )
+    bias = getattr(output, "bias", None)
+    return CausalBackbone(
+        model=cast(PreTrainedModel, causal_lm.base_model),
+        output_weight=weight,
+        output_bias=None if bias is None else bias.detach(),
+        tied=output.weight is table.weight,
+        hidden_size=weight.shape[1],
+        vocab_size=weight.shape[0],
+        generation_config=getattr(causal_lm, "generation_config", None),
+    )
+
+
+def make_config(settings: Mapping[str, Any]) -> Any:
+    """A transformers config from a mapping with `model_type`.
+
+    Special tokens that lie outside of a small vocabulary are left out.
+
+    Raises:
+        ValueError: without `model_type`, for a type that transformers does not know, or for a setting that the type
+            does not have, which transformers would take without a word.
+
+    Example:
+        >>> make_config({"model_type": "llama", "hiden_size": 8})
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected settings of 'llama', but got 'hiden_size'. Did you mean 'hidden_size'?
+
+    """
+    own = dict(settings)
+    model_type = own.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"Expected a mapping with the key `model_type` (such as llama, gpt2, vit), but got the keys {sorted(own)}."
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"Expected a `model_type` of transformers, but got {model_type!r}{_suggest(model_type, CONFIG_MAPPING)}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    known = {*config_class().to_dict(), *getattr(config_class, "attribute_map", {}), *PreTrainedConfig().to_dict()}
+    known |= {"num_labels", "id2label", "label2id"}
+    for name in own:
+        if name not in known:
+            raise ValueError(f"Expected settings of {model_type!r}, but got {name!r}{_suggest(name, known)}")
+    config = config_class(**own)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and token >= getattr(config, "vocab_size", token + 1):
+            setattr(config, name, None)
+    return config
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), 1)
+    return f". Did you mean {close[0]!r}?" if close else "."
+
+
+def _make_causal_config(backbone: dict[str, Any], vocab_size: int | None) -> Any:
+    settings = dict(backbone)
+    if vocab_size is not None and "model_type" in settings:
+        if settings.get("vocab_size", vocab_size) != vocab_size:
+            raise ValueError(
+                f"Expected `backbone.vocab_size` to be the tokenizer's {vocab_size}, but got"
+                f" {settings['vocab_size']}. Leave it out."
+            )
+        settings["vocab_size"] = vocab_size
+    config = make_config(settings)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder(config):
+        raise ValueError(
+            f"Expected the `model_type` of a causal language model (such as llama, gpt2, qwen2), but got"
+            f" {config.model_type!r}, whose tokens see those that follow. BERT and its like take `is_decoder: true`."
+        )
+    return config
+
+
+def _check_logits_are_plain(model: nn.Module) -> None:
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(model.config, name, neutral)
+        if value not in (None, neutral):
+            raise ValueError(
+                f"Expected a model whose logits are its output layer's, but {type(model).__name__} sets"
+                f" {name}={value}, which changes them afterwards."
+            )
+
+
+@torch.no_grad()
+def _check_head_reads_last_hidden_state(model: PreTrainedModel) -> None:
+    """Some models transform hidden states in front of their output layer, which no other head would know."""
+    table, output = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
+    if output.weight.device.type == "meta":
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(2, device=table.weight.device).unsqueeze(0)
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        logits, own = model(input_ids=ids).logits, output(hidden.to(output.weight.device))
+    finally:
+        model.train(was_training)
+    if own.shape != logits.shape or not torch.allclose(own.to(logits), logits, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"Expected a model whose output layer reads the backbone's last hidden state, but {type(model).__name__}"
+            " transforms it in between."
+        )

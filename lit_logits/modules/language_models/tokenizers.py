@@ -1,0 +1,58 @@
+"""Tokenizers of models: found, compared, and named by their vocabulary."""
+
+import hashlib
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+__all__ = ["check_same_tokenizer", "find_tokenizer", "tokenizer_id"]
+
+
+def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model: of a hub id, a local folder or a `.gguf` file; None if there is none.
+
+    Raises:
+        ValueError: if there is none and it is `required`.
+
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    except Exception as error:  # of a damaged file, whatever its parser stumbles over
+        if required:
+            raise ValueError(
+                f"Expected `tokenizer` to be a hub id, a local folder or a .gguf file, but got {name!r}: {error}"
+            ) from error
+        return None
+
+
+def check_same_tokenizer(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, other_name: str
+) -> None:
+    """Raise unless both give every token the same id.
+
+    Raises:
+        ValueError: with the first token, special ones first, that has two ids or that one of them lacks.
+
+    """
+    first, second = one.get_vocab(), other.get_vocab()
+    if first == second:
+        return
+    different = [token for token in first.keys() | second.keys() if first.get(token) != second.get(token)]
+    special = {*one.all_special_tokens, *other.all_special_tokens}
+    token = min(different, key=lambda token: (token not in special, first.get(token, second.get(token)), token))
+    kind = "special token" if token in special else "token"
+    raise ValueError(
+        f"Expected {name} and {other_name} to have one tokenizer, because logits are added id by id, but the {kind}"
+        f" {token!r} has id {first.get(token)} in the one and {second.get(token)} in the other ({len(different)}"
+        " tokens differ). Use models of one family."
+    )
+
+
+def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A number for the vocabulary, the same as the data modules give to batches."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = "\n".join(f"{number} {token}" for token, number in tokens).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

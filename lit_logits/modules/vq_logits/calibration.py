@@ -1,0 +1,123 @@
+"""One pass over some batches: how often tokens occur, which directions hidden states take, which logits matter.
+
+Letters: B batch, T sequence, d hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.distributed import all_reduce_sum_
+
+__all__ = ["Calibration", "calibrate"]
+
+_CHUNK_ELEMENTS = 1 << 25  # probabilities a chunk: 128 MiB in float32
+
+
+class Calibration(NamedTuple):
+    """Result of `calibrate`, the same on all ranks.
+
+    Attributes:
+        token_counts: (V,) float32, how often each token is a target.
+        hidden_second_moment: (d, d) float32 E[h hᵀ] over the positions that have a target, or None.
+        token_information: (V,) float32 E[p_v (1 − p_v)] under the output layer over the same positions: the Fisher
+            information of each token's logit, which is what an error there costs in KL to second order. Or None.
+        informed_second_moment: (d, d) float32 E[h hᵀ] with each position weighted by its Σ_v p_v (1 − p_v), or None.
+
+    """
+
+    token_counts: Tensor
+    hidden_second_moment: Tensor | None
+    token_information: Tensor | None = None
+    informed_second_moment: Tensor | None = None
+
+
+@torch.no_grad()
+def calibrate(
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_batches: int,
+    vocab_size: int,
+    device: torch.device,
+    backbone: nn.Module | None = None,
+    output_layer: tuple[Tensor, Tensor | None] | None = None,
+    ignore_index: int = -100,
+    progress_bar: bool = False,
+) -> Calibration:
+    """Count targets and, with a `backbone`, average h hᵀ over the first `num_batches` batches of every rank.
+
+    With its `output_layer` too, the information of each token's logit is averaged: a product with (V, d) more.
+
+    Every rank must call it; sums are taken over all of them.
+
+    Args:
+        batches: dicts with `input_ids`, `labels` (unshifted) and, if there is padding, `attention_mask`, all (B, T).
+        num_batches: how many of them each rank reads.
+        vocab_size: V.
+        device: where to compute.
+        backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
+        output_layer: weight (V, d) and bias (V,) or None of the layer that reads those hidden states.
+        ignore_index: label of positions that do not count.
+        progress_bar: show one line of progress on a terminal.
+
+    Raises:
+        ValueError: for a label outside the vocabulary, or if no batch has a target.
+
+    """
+    counts = torch.zeros(vocab_size, device=device)
+    moment: Tensor | None = None
+    information: _Information | None = None
+    was_training = backbone is not None and backbone.training
+    if backbone is not None:
+        backbone.eval()
+    length = num_batches if num_batches < 1 << 31 else None
+    for batch in tqdm(
+        islice(batches, num_batches), "calibration", total=length, disable=None if progress_bar else True, leave=False
+    ):
+        labels = batch["labels"].to(device)[:, 1:]
+        check_labels(labels, vocab_size, ignore_index=ignore_index, wait=True)
+        counts += torch.bincount(labels[labels != ignore_index], minlength=vocab_size)
+        if backbone is not None:
+            mask = batch.get("attention_mask")
+            output = backbone(
+                input_ids=batch["input_ids"].to(device), attention_mask=None if mask is None else mask.to(device)
+            )
+            hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float()
+            moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
+            if output_layer is not None:
+                information = information or _Information(*output_layer, hidden)
+                information.add(hidden)
+    if backbone is not None:
+        backbone.train(was_training)
+    all_reduce_sum_(counts)
+    if not bool(counts.any()):
+        raise ValueError("Expected calibration batches with targets, but none of their labels counts.")
+    total = counts.sum()
+    mean = None if moment is None else all_reduce_sum_(moment) / total
+    if information is None:
+        return Calibration(counts, mean)
+    tokens, informed = (all_reduce_sum_(values) for values in (information.tokens, information.moment))
+    return Calibration(counts, mean, tokens / total, informed / tokens.sum().clamp(min=1e-30))
+
+
+class _Information:
+    """Sums over positions of p (1 − p) for each token, and of h hᵀ weighted by its sum over tokens."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+        self.tokens = hidden.new_zeros(len(weight))
+        self.moment = hidden.new_zeros(hidden.shape[1], hidden.shape[1])
+
+    def add(self, hidden: Tensor) -> None:
+        """Take in the positions (N, d), a chunk at a time."""
+        for chunk in hidden.split(max(1, _CHUNK_ELEMENTS // len(self.weight))):
+            probs = F.linear(chunk.to(self.weight.dtype), self.weight, self.bias).float().softmax(dim=-1)
+            variances = probs.sub_(probs.square())
+            self.tokens += variances.sum(0)
+            self.moment.addmm_(chunk.T * variances.sum(1), chunk)

@@ -1,0 +1,94 @@
+"""The dense output layer, with the methods of `VQLogitsHead`.
+
+Letters: N tokens, d hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.codebook import Footprint
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+
+__all__ = ["DenseLogitsHead"]
+
+
+class DenseLogitsHead(nn.Module):
+    """The (V, d) output layer behind the methods of `VQLogitsHead`: the baseline.
+
+    Args:
+        hidden_size: d.
+        vocab_size: V.
+        bias: learn a bias for each token.
+
+    Attributes:
+        weight: (V, d) parameter.
+        token_bias: (V,) parameter in nats, or None.
+
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * 0.02)
+        self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.register_load_state_dict_pre_hook(_check_vocabulary)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Token logits (..., V) in nats of hidden states (..., d)."""
+        return F.linear(hidden, self.weight, self.token_bias)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy in nats; makes the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
+        check_labels(labels, self.weight.shape[0], ignore_index=ignore_index)
+        logits = at_least_float32(self(hidden)).reshape(-1, self.vocab_size)
+        losses = F.cross_entropy(logits, labels.flatten().long(), ignore_index=ignore_index, reduction="none")
+        return reduce_tokens(losses.view_as(labels), labels != ignore_index, reduction)
+
+    @torch.no_grad()
+    def copy_output_layer(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Take over the rows (V, d) and bias (V,) of a pretrained output layer; what is None stays."""
+        if weight is not None:
+            self.weight.copy_(weight)
+        if bias is None:
+            return
+        if self.token_bias is None:
+            raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
+        self.token_bias.copy_(bias)
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """Most likely tokens (...) of hidden states (..., d)."""
+        return self(hidden).argmax(dim=-1)
+
+    def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
+        if not temperature > 0:
+            raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
+        probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
+        return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
+
+    def dense_weight(self) -> Tensor:
+        """The weight, as compressed heads decode theirs."""
+        return self.weight
+
+    def footprint(self) -> Footprint:
+        """Parameters and bytes, beside those of the dense head without a bias."""
+        dense = self.weight.numel()
+        size = dense + (0 if self.token_bias is None else self.token_bias.numel())
+        itemsize = self.weight.dtype.itemsize
+        return Footprint(size, size * itemsize, dense, dense * itemsize)
+
+
+def _check_vocabulary(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a checkpoint of another vocabulary with a message that says what to do."""
+    loaded, own = state_dict.get(prefix + "weight"), module.vocab_size
+    if loaded is not None and loaded.shape[0] != own:
+        raise ValueError(
+            f"Expected a checkpoint with `vocab_size` {own}, but this one has {loaded.shape[0]}. Use the tokenizer that"
+            " it was trained with."
+        )

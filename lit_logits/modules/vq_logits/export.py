@@ -1,0 +1,290 @@
+"""`VQLogitsForCausalLM`: a compressed model as one of transformers', to save, load and generate with.
+
+Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained(folder)` finds it.
+
+Letters: B batch, T sequence, d hidden size, V vocabulary.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
+from lit_logits.modules.vq_logits.dense import DenseLogitsHead
+from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
+
+__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM", "compact_model", "dense_model"]
+
+
+class VQLogitsConfig(PreTrainedConfig):
+    """Config of `VQLogitsForCausalLM`.
+
+    Args:
+        text_config: config of the backbone, or its settings with `model_type`.
+        codebook_size: K.
+        num_groups: G.
+        stage_sizes: how many tokens own each of the S stages, V first.
+        head_bias: whether there is a token bias.
+
+    """
+
+    model_type = "vq_logits"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers' own form)
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        codebook_size: int = 256,
+        num_groups: int = 1,
+        stage_sizes: list[int] | None = None,
+        head_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
+        self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
+        self.stage_sizes = [self.text_config.vocab_size] if stage_sizes is None else list(stage_sizes)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the backbone, d."""
+        return self.text_config.hidden_size
+
+
+class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal backbone of transformers, of those whose cache is one of attention, with a `ResidualVQLogitsHead`.
+
+    Args:
+        config: see `VQLogitsConfig`.
+
+    """
+
+    config_class = VQLogitsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    accepts_loss_kwargs = False  # the loss is a mean, which transformers' Trainer then averages over accumulation
+
+    def __init__(self, config: VQLogitsConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.model = AutoModel.from_config(text)
+        stages = torch.zeros(text.vocab_size, dtype=torch.int64, device="cpu")
+        for size in config.stage_sizes:  # sizes alone count here; which tokens own a stage is in the weights
+            stages[:size] += 1
+        self.head = ResidualVQLogitsHead(
+            text.hidden_size,
+            text.vocab_size,
+            config.codebook_size,
+            num_groups=config.num_groups,
+            token_stages=stages,
+            num_stages=len(config.stage_sizes),
+            bias=config.head_bias,
+        )
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder that `save_pretrained` wrote, and refuse a mapping that does not fit.
+
+        Raises:
+            ValueError: for weights that are cut off, or codes of another head.
+
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"Expected the weights of a compressed model, but reading them failed: {error}. The file is cut off or"
+                " damaged: save or copy it again."
+            ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                "Expected weights of the sizes that the folder's config names, but they differ (the report above says"
+                " which): the mapping is cut off, or config.json and weights are of different models."
+            ) from error
+        model, info = loaded
+        missing = sorted(name for name in info["missing_keys"] if name.startswith("head."))
+        if missing:
+            raise ValueError(
+                f"Expected the folder to hold the compressed head, but {missing} are missing in its weights."
+            )
+        if model.head.packed_codes.device.type != "meta":
+            model.head.stages()
+        return (model, info) if with_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the backbone."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Of the backbone."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: there is no dense output layer."""
+        return
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+        """Not possible: codes of new tokens would have to be fitted.
+
+        Raises:
+            ValueError: for another size than it has.
+
+        """
+        if new_num_tokens in (None, self.head.vocab_size):
+            return self.get_input_embeddings()
+        raise ValueError(
+            "Expected the vocabulary that the output head was compressed for, because new tokens have no codes. Resize"
+            " the original model and compress it again, or save with head='dense' and resize that."
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As of any causal language model; `labels` (B, T) are unshifted, −100 is ignored.
+
+        `past_key_values` is what transformers below 5.24 call the `cache`.
+        """
+        cache = past_key_values if cache is None else cache
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **({} if cache is None else cache_argument(self.model, cache)),
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None if labels is None else self.head.loss(hidden[:, :-1], labels[:, 1:].to(hidden.device))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=self.head(hidden[:, kept]),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            **{OUTPUT_CACHE_NAME: getattr(output, OUTPUT_CACHE_NAME, None)},
+        )
+
+
+def compact_model(
+    backbone: PreTrainedModel, head: VQLogitsHead | ResidualVQLogitsHead, generation_config: Any = None
+) -> VQLogitsForCausalLM:
+    """A backbone and a compressed head as one model of transformers, in `eval` mode.
+
+    Tensors are shared, not copied, but for those of a `VQLogitsHead`.
+
+    Raises:
+        ValueError: for a recurrent backbone, whose cache `generate` could not be given.
+
+    """
+    if getattr(backbone, "_is_stateful", False):
+        raise ValueError(
+            f"Expected a backbone whose cache is one of attention, but {type(backbone).__name__} is recurrent. Save it"
+            " with head='dense'."
+        )
+    residual = head if isinstance(head, ResidualVQLogitsHead) else _as_residual(head)
+    text_config = copy.deepcopy(backbone.config)
+    text_config.tie_word_embeddings = False
+    sizes = [stage.codes.shape[0] for stage in residual.stages()]
+    config = VQLogitsConfig(
+        text_config=text_config,
+        codebook_size=residual.codebook_size,
+        num_groups=residual.num_groups,
+        stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
+        head_bias=residual.token_bias is not None,
+        dtype=backbone.dtype,
+    )
+    with torch.device("meta"):
+        model = VQLogitsForCausalLM(config)
+    model.model, model.head = backbone, residual
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
+    return model.eval()
+
+
+@torch.no_grad()
+def dense_model(
+    backbone: PreTrainedModel,
+    head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead,
+    generation_config: Any = None,
+) -> PreTrainedModel:
+    """The original architecture in `eval` mode, its output layer the decoded rows; backbone tensors are shared.
+
+    Raises:
+        ValueError: for a token bias that the architecture has no place for.
+
+    """
+    config = copy.deepcopy(backbone.config)
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=backbone.dtype)
+    output = cast(nn.Linear, model.get_output_embeddings())
+    output.weight = nn.Parameter(head.dense_weight().detach().to(backbone.dtype), requires_grad=False)
+    if output.bias is not None:
+        bias = output.weight.new_zeros(len(output.weight)) if head.token_bias is None else head.token_bias.detach()
+        output.bias = nn.Parameter(bias.to(backbone.dtype), requires_grad=False)
+    elif head.token_bias is not None:
+        raise ValueError(
+            f"Expected a head without a token bias, because the output layer of {type(model).__name__} has no place"
+            " for one. Train with `bias: false`, or save with head='compact'."
+        )
+    setattr(model, model.base_model_prefix, backbone)
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
+    return model.eval()
+
+
+def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
+    residual = ResidualVQLogitsHead(
+        head.hidden_size, head.vocab_size, head.codebook_size, bias=head.token_bias is not None
+    ).to(head.codebook)
+    stages = torch.ones_like(head.token_to_code)
+    residual.set_codes(head.codebook[None, None], head.token_to_code, stages, token_bias=head.token_bias)
+    return residual
+
+
+AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
+AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)

@@ -1,0 +1,62 @@
+"""Generation without token logits, for heads that find the next token themselves.
+
+Letters: B batch, T sequence.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lit_logits.modules.language_models.calls import read_with_cache
+from lit_logits.modules.vq_logits.dense import DenseLogitsHead
+from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
+
+__all__ = ["continue_prompts"]
+
+
+def continue_prompts(
+    backbone: nn.Module,
+    head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    eos_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue prompts with a KV cache, a token at a time, by the head's `greedy` or `sample`.
+
+    Args:
+        backbone: of transformers, with a key–value cache.
+        head: its output layer.
+        input_ids: (B, T) prompts, left-padded where they differ in length.
+        attention_mask: (B, T), 0 at padding; default all 1.
+        max_new_tokens: how many tokens to add to each.
+        temperature: 0 for the most likely token, else sample.
+        eos_token_id: token that ends a text; what would follow it is the same token. Stops when all have ended.
+        generator: source of randomness, on the device of the model.
+
+    Returns:
+        (B, at most T + max_new_tokens) token ids.
+
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    padded = not bool(mask.all())
+    fresh, cache = input_ids, None
+    ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        inputs = {"input_ids": fresh, "attention_mask": mask}
+        if padded:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
+        output, cache = read_with_cache(backbone, inputs, cache, num_read=mask.shape[1])
+        hidden = output.last_hidden_state[:, -1]
+        token = head.sample(hidden, temperature, generator) if temperature else head.greedy(hidden)
+        if eos_token_id is not None:
+            token = token.masked_fill(ended, eos_token_id)
+            ended |= token == eos_token_id
+        fresh = token.unsqueeze(1)
+        input_ids, mask = torch.cat([input_ids, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
+        if bool(ended.all()):
+            break
+    return input_ids

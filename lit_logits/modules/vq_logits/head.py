@@ -1,0 +1,528 @@
+"""`VQLogitsHead`: the output layer as a small codebook and a token → code mapping.
+
+Letters: N tokens, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lit_logits.functional.checks import check_finite, check_token_to_code
+from lit_logits.functional.code_assignment import code_means, random_assignment, reassign_tokens, split_heavy_codes
+from lit_logits.functional.codebook import (
+    Footprint,
+    code_usage,
+    commitment_loss,
+    ppl_floor,
+    unigram_bias,
+    vq_footprint,
+)
+from lit_logits.functional.distributed import all_reduce_sum_, broadcast_
+from lit_logits.functional.kmeans import nearest_centroids
+from lit_logits.functional.reductions import Reduction
+from lit_logits.functional.residual_codes import MetricKind
+from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, StageCodes, residual_vq_losses
+from lit_logits.functional.vq_decoding import (
+    GreedyTables,
+    SamplingTables,
+    greedy_tables,
+    sampling_tables,
+    vq_greedy,
+    vq_sample,
+)
+from lit_logits.functional.vq_logits import (
+    code_logits,
+    scatter_code_logits,
+    straight_through_vq_cross_entropy,
+    vq_cross_entropy,
+)
+from lit_logits.modules.vq_logits.fit import fit_output_layer
+from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
+
+__all__ = ["CodebookUpdate", "MappingStrategy", "VQLogitsHead"]
+
+MappingStrategy = Literal["fixed", "learned", "reassigned"]
+CodebookUpdate = Literal["gradient", "ema"]
+_INIT_STD = 0.02
+
+
+class VQLogitsHead(nn.Module):
+    """Output layer made of a small codebook and a token → code mapping [0].
+
+    `loss` never makes the (N, V) logits, nor do `greedy` and `sample`; calling the head does, as every other output
+    layer would. Call `after_step` after each optimizer step: it moves what gradients do not (mapping, EMA codebook).
+    It starts from a random codebook and a random mapping of equal cluster sizes; `set_codes` puts others in.
+
+    Args:
+        hidden_size: d.
+        vocab_size: V.
+        codebook_size: K, in [1, V].
+        bias: learn a bias for each token, so that tokens of one code differ; without it they are always equally
+            likely (the paper's head).
+        mapping: `fixed`; `learned`: each token owns a trained latent (V, d) and belongs to the nearest code;
+            `reassigned`: one k-means step of the token table every `reassign_every_n_steps`.
+        codebook_update: `gradient`, or `ema`: codes are running means of the latents of their tokens.
+        decay: of the running means of `ema`, a step.
+        reassign_every_n_steps: how often `after_step` renews a `learned` or `reassigned` mapping.
+        usage_decay: of the running token counts, a training batch.
+
+    Attributes:
+        codebook: (K, d) parameter.
+        token_to_code: (V,) int64 buffer.
+        token_bias: (V,) parameter in nats, or None.
+        latents: (V, d) parameter kept for training only, or None.
+        token_counts: (V,) float32 buffer, running counts of the targets of all ranks.
+
+    Raises:
+        ValueError: for a codebook larger than the vocabulary, or an argument out of range.
+
+    References:
+        [0]: VQ-Logits, 2025, arXiv 2505.10202.
+
+    Example:
+        >>> head = VQLogitsHead(hidden_size=8, vocab_size=100, codebook_size=10)
+        >>> head(torch.randn(2, 8)).shape, head.greedy(torch.randn(2, 8)).shape
+        (torch.Size([2, 100]), torch.Size([2]))
+
+    """
+
+    codebook: nn.Parameter
+    token_to_code: Tensor
+    token_counts: Tensor
+    num_updates: Tensor
+    ema_sums: Tensor
+    ema_mass: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        codebook_size: int,
+        *,
+        bias: bool = True,
+        mapping: MappingStrategy = "fixed",
+        codebook_update: CodebookUpdate = "gradient",
+        decay: float = 0.99,
+        reassign_every_n_steps: int = 100,
+        usage_decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        if not 1 <= codebook_size <= vocab_size:
+            raise ValueError(
+                f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
+            )
+        _check_options(mapping, codebook_update, decay, reassign_every_n_steps, usage_decay)
+        self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
+        self.mapping, self.codebook_update = mapping, codebook_update
+        self.decay, self.usage_decay = decay, usage_decay
+        self.reassign_every_n_steps = reassign_every_n_steps
+
+        self.codebook = nn.Parameter(torch.randn(codebook_size, hidden_size) * _INIT_STD)
+        self.codebook.requires_grad_(codebook_update == "gradient")
+        self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        has_latents = mapping == "learned" or codebook_update == "ema"
+        self.latents = nn.Parameter(torch.empty(vocab_size, hidden_size)) if has_latents else None
+        self.register_buffer("token_to_code", random_assignment(vocab_size, codebook_size))
+        self.register_buffer("token_counts", torch.zeros(vocab_size))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        if codebook_update == "ema":
+            self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size))
+            self.register_buffer("ema_mass", torch.empty(codebook_size))
+        self._token_table: tuple[nn.Embedding, ...] = ()  # in a tuple, so that it is not registered here
+        self._cache: dict[str, tuple[list[Tensor], object, Any]] = {}
+        self.register_load_state_dict_pre_hook(_check_vocabulary)
+        self._restart_latents()
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        *,
+        codebook_size: int,
+        num_groups: int = 1,
+        num_stages: int | Mapping[int, int] | None = None,
+        byte_budget: float | None = None,
+        token_counts: Tensor | None = None,
+        hidden_second_moment: Tensor | None = None,
+        bias: Tensor | None = None,
+        metric: MetricKind = "full",
+        count_power: float = 0.75,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> "VQLogitsHead | ResidualVQLogitsHead":
+        """Compress a pretrained output layer: a head whose logits are near h Wᵀ + b for the hidden states that occur.
+
+        One group and one stage give this class, the paper's head, with a bias that splits each code among its tokens
+        if there are counts (under DDP every rank must call it then, and gets the codes of rank 0); all else gives a
+        `ResidualVQLogitsHead`. `fit_output_layer` describes the arguments; `bias` (V,) is kept. The head has the dtype
+        of `weight`.
+
+        Example:
+            >>> weight = torch.randn(100, 8)
+            >>> type(VQLogitsHead.from_dense(weight, codebook_size=16)).__name__
+            'VQLogitsHead'
+            >>> head = VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=4, num_stages=2)
+            >>> head(torch.randn(2, 8)).shape
+            torch.Size([2, 100])
+
+        """
+        fit = fit_output_layer(
+            weight,
+            codebook_size=codebook_size,
+            num_groups=num_groups,
+            num_stages=num_stages,
+            byte_budget=byte_budget,
+            token_counts=token_counts,
+            hidden_second_moment=hidden_second_moment,
+            metric=metric,
+            count_power=count_power,
+            generator=generator,
+            progress_bar=progress_bar,
+        )
+        is_single, bias = fit.codebooks.shape[:2] == (1, 1), None if bias is None else bias.detach()
+        if is_single and token_counts is not None:
+            split = unigram_bias(token_counts.to(weight.device), fit.codes, codebook_size)
+            bias = split if bias is None else bias + split
+        options: dict[str, Any] = {"bias": bias is not None}
+        with torch.device(weight.device):
+            if is_single:
+                single = cls(weight.shape[1], weight.shape[0], codebook_size, **options).to(weight.dtype)
+                single.set_codes(fit.codebooks[0, 0], fit.codes, token_bias=bias, token_counts=token_counts)
+                return single
+            options |= {"num_groups": num_groups, "token_stages": fit.token_stages}
+            head = ResidualVQLogitsHead(weight.shape[1], weight.shape[0], codebook_size, **options)
+        head.to(weight.dtype).set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
+        return head
+
+    # ------------------------------------------------------------------ logits and loss
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Token logits (..., V) in nats of hidden states (..., d)."""
+        return scatter_code_logits(code_logits(hidden, self.codebook), self.token_to_code, self.token_bias)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy in nats in O(N·K); in training mode it also counts the labels and feeds the latents.
+
+        Args:
+            hidden: (..., d).
+            labels: (...), already shifted: the token to predict from each hidden state, or `ignore_index`.
+            ignore_index: label of tokens that do not count.
+            reduction: `mean` over the tokens that count, `sum` or `none`.
+
+        Raises:
+            ValueError: for a label out of range (checked in host memory only).
+
+        """
+        args = (hidden, self.codebook, self.token_to_code, labels)
+        if not self.training:
+            return vq_cross_entropy(*args, token_bias=self.token_bias, ignore_index=ignore_index, reduction=reduction)
+        if self.latents is None:
+            loss = vq_cross_entropy(*args, token_bias=self.token_bias, ignore_index=ignore_index, reduction=reduction)
+        else:
+            loss = straight_through_vq_cross_entropy(
+                *args, latents=self.latents, token_bias=self.token_bias, ignore_index=ignore_index, reduction=reduction
+            )
+        self._count(labels, ignore_index)
+        return loss
+
+    def losses(
+        self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
+    ) -> ResidualVQLosses:
+        """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.
+
+        The target costs O(N·V·d), so this does not use the collapse; in training mode it counts the labels.
+        """
+        if self.training:
+            self._count(labels, ignore_index)
+        return residual_vq_losses(
+            hidden,
+            self.codebook[None, None],
+            [StageCodes(None, self.token_to_code.unsqueeze(1))],
+            labels,
+            token_bias=self.token_bias,
+            target=target,
+            ignore_index=ignore_index,
+        )
+
+    def commitment_loss(self) -> Tensor:
+        """Mean squared distance of latents to their codes, whose gradient moves the latents; 0 without latents."""
+        if self.latents is None:
+            return self.codebook.new_zeros(())
+        return commitment_loss(self.latents, self.codebook, self.token_to_code)
+
+    # ------------------------------------------------------------------ decoding
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """Most likely tokens (...) of hidden states (..., d), exactly; ties within a code go to the lowest id."""
+        tables = self._cached("greedy", lambda: greedy_tables(self.token_to_code, self.codebook_size, self.token_bias))
+        return vq_greedy(hidden, self.codebook, cast(GreedyTables, tables))
+
+    def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
+        tables = self._cached(
+            f"sampling at {temperature}",
+            lambda: sampling_tables(self.token_to_code, self.codebook_size, self.token_bias, temperature=temperature),
+        )
+        return vq_sample(
+            hidden, self.codebook, cast(SamplingTables, tables), temperature=temperature, generator=generator
+        )
+
+    def train(self, mode: bool = True) -> "VQLogitsHead":
+        """Switch between training and evaluation, and forget the decoding tables."""
+        self._cache.clear()
+        return super().train(mode)
+
+    def _cached(self, name: str, make: Any) -> Any:
+        """Tables of mapping and bias, made anew when either was written to since.
+
+        Writing through `.data`, as some optimizers do, leaves no trace here: `after_step` and `eval` forget the tables.
+        """
+        sources = [self.token_to_code] if self.token_bias is None else [self.token_to_code, self.token_bias]
+        if any(source.is_inference() for source in sources):  # such tensors do not count their versions
+            return make()
+        key = [(source.data_ptr(), source._version) for source in sources]
+        kept, found, tables = self._cache.get(name, ([], None, None))
+        # The tensors themselves are kept: the address of one that is gone may be given to another.
+        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
+            if name not in self._cache and len(self._cache) > 8:
+                self._cache.clear()
+            with torch.no_grad():
+                tables = make()
+            self._cache[name] = (sources, key, tables)
+        return tables
+
+    # ------------------------------------------------------------------ what a person asks
+
+    def dense_weight(self) -> Tensor:
+        """Rows C_{M(v)} of the dense (V, d) layer that gives the same logits, bias aside."""
+        return self.codebook[self.token_to_code]
+
+    def usage(self) -> Tensor:
+        """Running share (K,) of the targets that each code carries; zeros before any training."""
+        return code_usage(self.token_counts, self.token_to_code, self.codebook_size)
+
+    def ppl_floor(self) -> Tensor:
+        """Perplexity that no backbone gets below on the counted targets; NaN before any were counted."""
+        bias = None if self.token_bias is None else self.token_bias.detach()
+        return ppl_floor(self.token_counts, self.token_to_code, self.codebook_size, bias)
+
+    def footprint(self) -> Footprint:
+        """Parameters and bytes after export, beside those of the dense head in the same dtype."""
+        return vq_footprint(
+            self.hidden_size,
+            self.vocab_size,
+            self.codebook_size,
+            bias=self.token_bias is not None,
+            itemsize=self.codebook.dtype.itemsize,
+        )
+
+    # ------------------------------------------------------------------ changing the codes
+
+    def bind_token_table(self, table: nn.Embedding) -> None:
+        """Name the (V, ·) embedding that says which tokens are alike; it stays its owner's, also in checkpoints."""
+        if table.weight.shape[0] < self.vocab_size:
+            raise ValueError(
+                f"Expected `table` to have at least {self.vocab_size} rows, one a token, but got"
+                f" {tuple(table.weight.shape)}."
+            )
+        self._token_table = (table,)
+
+    def token_vectors(self) -> Tensor | None:
+        """Vectors (V, ·) that say which tokens are alike: latents, else the bound table, else None."""
+        if self.latents is not None:
+            return self.latents.detach()
+        if self._token_table:
+            return self._token_table[0].weight.detach()[: self.vocab_size]
+        return None
+
+    @torch.no_grad()
+    def set_codes(
+        self,
+        codebook: Tensor | None = None,
+        token_to_code: Tensor | None = None,
+        *,
+        token_bias: Tensor | None = None,
+        token_counts: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> None:
+        """Put other codes in: those of rank 0 on every rank. What is None stays.
+
+        Args:
+            codebook: (K, d).
+            token_to_code: (V,) int64 in [0, K).
+            token_bias: (V,) in nats.
+            token_counts: (V,) counts to start the running counts from.
+            latents: (V, d) to start the latents from; without them they restart around their codes.
+
+        Raises:
+            ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
+
+        """
+        if token_to_code is not None:
+            check_token_to_code(token_to_code, self.vocab_size, self.codebook_size)
+        given = {
+            "codebook": codebook,
+            "token_to_code": token_to_code,
+            "token_bias": token_bias,
+            "token_counts": token_counts,
+            "latents": latents,
+        }
+        pairs = [(name, getattr(self, name), value) for name, value in given.items() if value is not None]
+        pairs = [(name, target, value) for name, target, value in pairs if target is not None]
+        for name, target, value in pairs:  # all of them before the first is written
+            if value.shape != target.shape:
+                raise ValueError(
+                    f"Expected `{name}` to have shape {tuple(target.shape)}, but got {tuple(value.shape)}."
+                )
+            if value.is_floating_point():
+                check_finite(value, name)
+        for _, target, value in pairs:
+            target.copy_(value)
+        if latents is None:
+            self._restart_latents()
+        self._restart_ema()
+        broadcast_(*(tensor for tensor in self.state_dict().values()))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move what gradients do not: the EMA codebook, and the mapping every `reassign_every_n_steps`."""
+        self._cache.clear()
+        self.num_updates += 1
+        if self.codebook_update == "ema":
+            self._update_ema()
+        if self.mapping != "fixed" and int(self.num_updates) % self.reassign_every_n_steps == 0:
+            self._reassign()
+
+    def dead_codes(self, min_usage: float = 0.0) -> Tensor:
+        """Codes (D,) that own no token or carry less than `min_usage` of an even share 1/K of the counted targets."""
+        dead = torch.bincount(self.token_to_code, minlength=self.codebook_size) == 0
+        if bool(self.token_counts.any()):
+            dead |= self.usage() * self.codebook_size < min_usage
+        return dead.nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def revive(self, dead: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Give each dead code one half of a heavy code, and reset the codes' own running state.
+
+        A revived code starts as a copy of the code that it was split from, so the logits of that code's tokens do not
+        change. With latents both halves move to the mean of their latents instead, which is what keeps the tokens
+        there. All ranks end with the codes of rank 0. Moments of an optimizer are the caller's to reset.
+
+        Args:
+            dead: (D,) int64 codes.
+            generator: source of randomness, on the device of the head.
+
+        Returns:
+            int64 codes whose vectors changed, in rising order: the revived and, with latents, those they were split
+            from.
+
+        """
+        split = split_heavy_codes(
+            self.token_to_code,
+            self.codebook_size,
+            dead,
+            token_counts=self.token_counts,
+            vectors=self.token_vectors(),
+            generator=generator,
+        )
+        revived, sources = dead[split.sources >= 0], split.sources[split.sources >= 0]
+        changed = revived if self.latents is None else torch.cat([revived, sources]).unique()
+        self.token_to_code.copy_(split.token_to_code)
+        if self.latents is None:
+            for code, source in zip(revived, sources, strict=True):  # in order: a source may itself be revived
+                self.codebook[code] = self.codebook[source]
+        else:
+            means, _ = code_means(self.latents, self.token_to_code, self.codebook_size)
+            self.codebook[changed] = means[changed].to(self.codebook.dtype)
+        is_changed = torch.zeros(self.codebook_size, dtype=torch.uint8, device=self.codebook.device)
+        is_changed[changed] = 1
+        broadcast_(self.codebook, self.token_to_code, is_changed)
+        changed = is_changed.nonzero().squeeze(1)
+        self._restart_ema(changed)
+        return changed
+
+    # ------------------------------------------------------------------ inside
+
+    @torch.no_grad()
+    def _count(self, labels: Tensor, ignore_index: int) -> None:
+        mask = (labels != ignore_index).flatten()
+        tokens = labels.flatten().masked_fill(~mask, 0)
+        counts = torch.zeros_like(self.token_counts).index_add_(0, tokens, mask.to(self.token_counts))
+        self.token_counts.mul_(self.usage_decay).add_(all_reduce_sum_(counts))
+
+    @torch.no_grad()
+    def _restart_latents(self) -> None:
+        if self.latents is not None:
+            noise = torch.randn_like(self.latents) * 0.1 * self.codebook.std(correction=0)
+            self.latents.copy_(self.codebook[self.token_to_code] + noise)
+        self._restart_ema()
+
+    def _restart_ema(self, codes: Tensor | None = None) -> None:
+        """Let the running sums of `codes` (default all) start from their codes as they are."""
+        if self.codebook_update != "ema":
+            return
+        sizes = torch.bincount(self.token_to_code, minlength=self.codebook_size).to(self.ema_mass)
+        rows = slice(None) if codes is None else codes
+        self.ema_mass[rows] = sizes[rows]
+        self.ema_sums[rows] = self.codebook[rows].detach().to(self.ema_sums) * sizes[rows].unsqueeze(1)
+
+    def _update_ema(self) -> None:
+        latents = cast(Tensor, self.latents)
+        means, mass = code_means(latents.float(), self.token_to_code, self.codebook_size)
+        self.ema_mass.lerp_(mass, 1 - self.decay)
+        self.ema_sums.lerp_(means * mass.unsqueeze(1), 1 - self.decay)
+        alive = mass > 0
+        self.codebook[alive] = (self.ema_sums[alive] / self.ema_mass[alive].unsqueeze(1)).to(self.codebook.dtype)
+        broadcast_(self.codebook)  # DDP carries buffers and gradients, and this is neither
+
+    def _reassign(self) -> None:
+        vectors = self.token_vectors()
+        if self.mapping == "learned":
+            self.token_to_code.copy_(nearest_centroids(cast(Tensor, vectors), self.codebook))
+        elif vectors is None:
+            raise ValueError(
+                "Expected a token table for mapping='reassigned': call `bind_token_table(embedding)` with the input"
+                " embedding."
+            )
+        else:
+            self.token_to_code.copy_(reassign_tokens(vectors, self.token_to_code, self.codebook_size))
+        broadcast_(self.token_to_code)
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return (
+            f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
+            f" bias={self.token_bias is not None}, mapping={self.mapping!r}, codebook_update={self.codebook_update!r}"
+        )
+
+
+def _check_options(
+    mapping: str, codebook_update: str, decay: float, reassign_every_n_steps: int, usage_decay: float
+) -> None:
+    if mapping not in ("fixed", "learned", "reassigned"):
+        raise ValueError(f"Expected `mapping` to be 'fixed', 'learned' or 'reassigned', but got {mapping!r}.")
+    if codebook_update not in ("gradient", "ema"):
+        raise ValueError(f"Expected `codebook_update` to be 'gradient' or 'ema', but got {codebook_update!r}.")
+    if reassign_every_n_steps < 1:
+        raise ValueError(f"Expected `reassign_every_n_steps` to be at least 1, but got {reassign_every_n_steps}.")
+    for name, value in (("decay", decay), ("usage_decay", usage_decay)):
+        if not 0 <= value < 1:
+            raise ValueError(f"Expected `{name}` to be in [0, 1), but got {value}.")
+
+
+def _check_vocabulary(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a checkpoint of another vocabulary or codebook, or of a mapping that is none, and say what to do."""
+    for name, what in (("token_to_code", "vocab_size"), ("codebook", "codebook_size")):
+        loaded, own = state_dict.get(prefix + name), getattr(module, name)
+        if loaded is not None and loaded.shape[0] != own.shape[0]:
+            raise ValueError(
+                f"Expected a checkpoint with `{what}` {own.shape[0]}, but this one has {loaded.shape[0]}. Use the"
+                " tokenizer and the codebook size that it was trained with."
+            )
+    mapping = state_dict.get(prefix + "token_to_code")
+    if mapping is not None and mapping.device.type != "meta":
+        check_token_to_code(mapping, module.vocab_size, module.codebook_size)

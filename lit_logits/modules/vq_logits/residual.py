@@ -1,0 +1,314 @@
+"""`ResidualVQLogitsHead`: the output layer of a pretrained model as residual product codes, tiered by frequency.
+
+Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_logits.functional.bit_packing import code_bits, pack_bits, unpack_bits
+from lit_logits.functional.checks import check_finite
+from lit_logits.functional.codebook import Footprint
+from lit_logits.functional.lookup.lookup import LookupLayout, lookup_greedy, lookup_layout, packed_lookup_logits
+from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.residual_vq import (
+    DenseTarget,
+    ResidualVQLosses,
+    StageCodes,
+    decode_rows,
+    residual_vq_greedy,
+    residual_vq_logits,
+    residual_vq_losses,
+    stage_codes,
+)
+
+__all__ = ["ResidualVQLogitsHead"]
+
+_INIT_STD = 0.02
+_MAX_LOOKUPS = 256  # rows; with more, decoding the codes once and multiplying is faster
+
+
+class ResidualVQLogitsHead(nn.Module):
+    """Output layer whose rows are sums of codes: one from each of G groups, in one or more residual stages.
+
+        W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
+
+    One group and one stage is the paper's head. The mapping is kept as it is stored: packed to ⌈log2 K⌉ bits a code.
+    `VQLogitsHead.from_dense` fits one to a pretrained layer; here codes start at random.
+
+    Args:
+        hidden_size: d.
+        vocab_size: V.
+        codebook_size: K, in [1, V].
+        num_groups: G, a divisor of d.
+        token_stages: S_v of each token (V,), or the same for all.
+        num_stages: S; default the most that a token owns.
+        bias: learn a bias for each token.
+
+    Attributes:
+        codebook: (S, G, K, d/G) parameter.
+        token_bias: (V,) parameter in nats, or None.
+        packed_codes: (⌈Σ_v S_v · G · ⌈log2 K⌉ / 8⌉,) uint8 buffer: stage after stage, in each the tokens that own it.
+        packed_stages: uint8 buffer of S_v − 1 in ⌈log2 S⌉ bits each; empty where all tokens own all stages.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Example:
+        >>> head = ResidualVQLogitsHead(hidden_size=8, vocab_size=100, codebook_size=16, num_groups=4, token_stages=2)
+        >>> head(torch.randn(2, 8)).shape, tuple(head.codebook.shape)
+        (torch.Size([2, 100]), (2, 4, 16, 2))
+
+    """
+
+    codebook: nn.Parameter
+    packed_codes: Tensor
+    packed_stages: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        codebook_size: int,
+        *,
+        num_groups: int = 1,
+        token_stages: Tensor | int = 1,
+        num_stages: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= codebook_size <= vocab_size:
+            raise ValueError(
+                f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
+            )
+        if num_groups < 1 or hidden_size % num_groups:
+            raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
+        stages = (
+            token_stages if isinstance(token_stages, Tensor) else torch.full((vocab_size,), token_stages, device="cpu")
+        )
+        _check_stages(stages, vocab_size)
+        self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
+        self.num_groups = num_groups
+        self.num_stages = int(stages.max()) if num_stages is None else num_stages
+        if self.num_stages < int(stages.max()):
+            raise ValueError(
+                f"Expected `num_stages` to be at least {int(stages.max())}, the most of a token, but got {num_stages}."
+            )
+        shape = self.num_stages, num_groups, codebook_size, hidden_size // num_groups
+        self.codebook = nn.Parameter(torch.randn(shape) * _INIT_STD)
+        self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        codes = torch.randint(codebook_size, (int(stages.sum()) * num_groups,))
+        self.register_buffer("packed_codes", pack_bits(codes, code_bits(codebook_size)))
+        self.register_buffer("packed_stages", self._pack_stages(stages))
+        self._cache: dict[str, tuple[tuple[Tensor, ...], object, Any]] = {}
+        self.register_load_state_dict_pre_hook(_take_over_sizes)
+
+    # ------------------------------------------------------------------ logits and loss
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Token logits (..., V) in nats of hidden states (..., d).
+
+        A few rows without a gradient, as in decoding, are looked up; see `packed_lookup_logits`. Others are multiplied
+        with rows that are decoded a chunk at a time.
+        """
+        if self._is_decoding(hidden):
+            return packed_lookup_logits(hidden, self._layout()).to(hidden.dtype)
+        return residual_vq_logits(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
+        losses = self.losses(hidden, labels, ignore_index=ignore_index).cross_entropy
+        return reduce_tokens(losses, labels != ignore_index, reduction)
+
+    def losses(
+        self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
+    ) -> ResidualVQLosses:
+        """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token."""
+        return residual_vq_losses(
+            hidden,
+            self.codebook,
+            self.stages(),
+            labels,
+            token_bias=self.token_bias,
+            target=target,
+            ignore_index=ignore_index,
+        )
+
+    # ------------------------------------------------------------------ decoding
+
+    @torch.no_grad()
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """Most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
+        if self._is_decoding(hidden):
+            return lookup_greedy(hidden, self._layout())
+        return residual_vq_greedy(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
+
+    @torch.no_grad()
+    def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
+        if not temperature > 0:
+            raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
+        probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
+        return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
+
+    def _is_decoding(self, hidden: Tensor) -> bool:
+        few = hidden.device.type == "cpu" and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
+        tensors = (hidden, *self.parameters())
+        return few and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+    def _layout(self) -> LookupLayout:
+        """The head as the look-up takes it, made anew when any of it was written to since."""
+        bias = () if self.token_bias is None else (self.token_bias,)
+        sources = (self.codebook, self.packed_codes, self.packed_stages, *bias)
+        return self._kept("layout", sources, self._make_layout)
+
+    def _make_layout(self) -> LookupLayout:
+        stages = self.stages()
+        missing = self.num_stages - len(stages)  # stages that no token owns
+        codebook = self.codebook.detach()[: self.num_stages - missing]
+        bias = None if self.token_bias is None else self.token_bias.detach()
+        return lookup_layout(codebook, [stage.codes for stage in stages], [stage.members for stage in stages], bias)
+
+    def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
+        """Switch between training and evaluation, and forget what was unpacked.
+
+        Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version.
+        """
+        self._cache.clear()
+        return super().train(mode)
+
+    # ------------------------------------------------------------------ the mapping
+
+    def token_stages(self) -> Tensor:
+        """Number of stages S_v (V,) int64 that each token owns."""
+        if self.packed_stages.numel() == 0:
+            return torch.full((self.vocab_size,), self.num_stages, device=self.packed_codes.device)
+        return unpack_bits(self.packed_stages, code_bits(self.num_stages), self.vocab_size).long() + 1
+
+    def stages(self) -> list[StageCodes]:
+        """The mapping, unpacked; kept until it is written to."""
+        return self._kept("stages", (self.packed_codes, self.packed_stages), self._unpack)
+
+    def _kept(self, name: str, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """What `make` makes of the sources, made anew when one of them was replaced or written to since."""
+        if any(source.is_inference() for source in sources):  # such tensors do not count their versions
+            return make()
+        key = [(source.data_ptr(), source._version) for source in sources]
+        kept, found, value = self._cache.get(name, ((), None, None))
+        # The tensors themselves are kept: the address of one that is gone may be given to another.
+        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
+            value = make()
+            self._cache[name] = (sources, key, value)
+        return value
+
+    def _unpack(self) -> list[StageCodes]:
+        stages = self.token_stages()
+        bits, count = code_bits(self.codebook_size), int(stages.sum()) * self.num_groups
+        if int(stages.max()) > self.num_stages or self.packed_codes.numel() != -(-count * bits // 8):
+            raise ValueError(
+                f"Expected {-(-count * bits // 8):,} bytes of codes in {self.num_stages} stages, but got"
+                f" {self.packed_codes.numel():,} in {int(stages.max())}: the mapping is cut off or another head's."
+            )
+        codes = unpack_bits(self.packed_codes, bits, count)
+        if int(codes.max()) >= self.codebook_size:
+            raise ValueError(
+                f"Expected codes in [0, {self.codebook_size}), but the largest is {int(codes.max())}: the mapping is"
+                " damaged or another head's."
+            )
+        return stage_codes(stages, codes, self.num_groups)
+
+    def _pack_stages(self, stages: Tensor) -> Tensor:
+        if bool((stages == self.num_stages).all()):
+            return torch.empty(0, dtype=torch.uint8, device=stages.device)
+        return pack_bits(stages - 1, code_bits(self.num_stages))
+
+    @torch.no_grad()
+    def set_codes(
+        self, codebook: Tensor, codes: Tensor, token_stages: Tensor, *, token_bias: Tensor | None = None
+    ) -> None:
+        """Put other codes in. No rank talks to another here.
+
+        Args:
+            codebook: (S, G, K, d/G); stages that are missing behind the last are zero.
+            codes: (Σ_v S_v · G,) integers in [0, K), as `fit_residual_codes` gives them.
+            token_stages: (V,) S_v in [1, S], which may be others than before.
+            token_bias: (V,) in nats; None stays.
+
+        Raises:
+            ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
+
+        """
+        _check_stages(token_stages, self.vocab_size)
+        count = int(token_stages.sum()) * self.num_groups
+        missing = self.num_stages - codebook.shape[0]
+        if missing > 0:
+            codebook = torch.cat([codebook, codebook.new_zeros(missing, *codebook.shape[1:])])
+        given = [("codebook", codebook, tuple(self.codebook.shape)), ("codes", codes, (count,))]
+        given += [] if token_bias is None else [("token_bias", token_bias, (self.vocab_size,))]
+        for name, value, shape in given:
+            if tuple(value.shape) != shape:
+                raise ValueError(f"Expected `{name}` to have shape {shape}, but got {tuple(value.shape)}.")
+            if value.is_floating_point():
+                check_finite(value, name)
+        if int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size or int(token_stages.max()) > self.num_stages:
+            raise ValueError(
+                f"Expected codes in [0, {self.codebook_size}) and up to {self.num_stages} stages, but got"
+                f" [{int(codes.min())}, {int(codes.max())}] and {int(token_stages.max())}."
+            )
+        if token_bias is not None and self.token_bias is None:
+            raise ValueError("Expected `bias=True` for a token bias, but this head has none.")
+        device = self.codebook.device
+        self.codebook.copy_(codebook)
+        self.packed_codes = pack_bits(codes, code_bits(self.codebook_size)).to(device)
+        self.packed_stages = self._pack_stages(token_stages).to(device)
+        if token_bias is not None and self.token_bias is not None:
+            self.token_bias.copy_(token_bias)
+        self._cache.clear()
+
+    # ------------------------------------------------------------------ what a person asks
+
+    def dense_weight(self) -> Tensor:
+        """Rows W_v of the dense (V, d) layer that gives the same logits, bias aside."""
+        return decode_rows(self.codebook, self.stages(), self.vocab_size)
+
+    def footprint(self) -> Footprint:
+        """Parameters and bytes as stored, beside those of the dense head in the same dtype."""
+        parameters = self.codebook.numel() + (0 if self.token_bias is None else self.token_bias.numel())
+        itemsize, dense = self.codebook.dtype.itemsize, self.vocab_size * self.hidden_size
+        mapping = self.packed_codes.numel() + self.packed_stages.numel()
+        return Footprint(parameters, parameters * itemsize + mapping, dense, dense * itemsize)
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return (
+            f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
+            f" num_groups={self.num_groups}, num_stages={self.num_stages}, bias={self.token_bias is not None}"
+        )
+
+
+def _check_stages(stages: Tensor, vocab_size: int) -> None:
+    if stages.shape != (vocab_size,) or int(stages.min()) < 1:
+        raise ValueError(
+            f"Expected `token_stages` to be at least 1 for each of {vocab_size} tokens, but got shape"
+            f" {tuple(stages.shape)} and minimum {int(stages.min()) if stages.numel() else None}."
+        )
+
+
+def _take_over_sizes(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """The mapping's sizes are those of the checkpoint, as tiers may be; another vocabulary or codebook is refused."""
+    module._cache.clear()
+    codebook = state_dict.get(prefix + "codebook")
+    if codebook is not None and codebook.shape != module.codebook.shape:
+        raise ValueError(
+            f"Expected a checkpoint with codebooks (stages, groups, codes, width) {tuple(module.codebook.shape)}, but"
+            f" this one has {tuple(codebook.shape)}. Use the arguments that it was trained with."
+        )
+    for name in ("packed_codes", "packed_stages"):
+        loaded, own = state_dict.get(prefix + name), getattr(module, name)
+        if loaded is not None and loaded.shape != own.shape:
+            setattr(module, name, own.new_empty(loaded.shape))

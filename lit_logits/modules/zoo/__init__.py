@@ -1,0 +1,1 @@
+"""Small-image classifiers of the distillation literature."""

@@ -1,0 +1,221 @@
+"""The top-k logits of one source model on disk: the format, and `LogitCache`, which reads them.
+
+A cache is a folder. Its `cache.json` holds the format's version, the settings of the source, whether the cache is
+complete, its size, and the bytes of each shard. Of a complete cache the shards `shard-00000.safetensors`, … hold the
+samples in ascending order of their ids, the positions of one after the other, and only those that count:
+
+    sample_ids (S,) int64      offsets (S + 1,) int64: positions offsets[s] to offsets[s + 1] are of sample s
+    ends (M,) int32            token_ids (M, k) uint16, or int32 where the vocabulary has more than 65,536 tokens
+    log_probs (M, k) float32 or float16                tail, log_normalizer, mean, std (M,) float32
+
+Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions of a file.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits
+
+__all__ = ["CACHE_FIELDS", "CACHE_FORMAT", "CACHE_VERSION", "LogitCache", "describe_cache", "is_logit_cache"]
+
+CACHE_FORMAT = "lit_logits.logit_cache"
+CACHE_VERSION = 1
+CACHE_FIELDS = ("ends", "token_ids", "log_probs", "tail", "log_normalizer", "mean", "std")  # a row a position
+
+_NEUTRAL = {"ends": -1, "std": 1}  # what padding holds, where not 0
+
+
+def is_logit_cache(path: str | Path) -> bool:
+    """Whether `path` is a folder with a `cache.json` of this format, of whatever version, complete or not."""
+    try:
+        return describe_cache(Path(path).expanduser()) is not None
+    except OSError:
+        return False
+
+
+class LogitCache:
+    """Read the top-k logits of one source by the ids of their samples, from shards that are mapped into memory.
+
+    Opening reads the ids and offsets alone. A reader can be pickled, copied and forked: it maps the shards anew.
+
+    Args:
+        folder: of one source, as `LogitCacheWriter` leaves it.
+
+    Attributes:
+        settings: of the source, as it was written, and of its `data` the fingerprint.
+        top_k: k, as stored.
+        temperature: τ of the stored log-probabilities.
+        tokenizer_id: of the source's tokenizer.
+        layout_id: of the tokens that the source has read, as its batches had it, or None.
+        vocab_size: of the source.
+        sample_ids: (S,) int64, ascending, of all shards.
+        num_samples: S.
+        num_tokens: positions of all samples.
+
+    Raises:
+        ValueError: if the folder is no cache, of another version, incomplete, or if a shard is not whole.
+
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        description = _describe_complete(self.folder)
+        try:
+            self.settings: dict[str, Any] = dict(description["settings"])
+            self.top_k = int(self.settings["top_k"])
+            self.temperature = float(self.settings["temperature"])
+            self.tokenizer_id: Any = self.settings["tokenizer_id"]
+            self.layout_id: Any = self.settings.get("layout_id")
+            self.vocab_size = int(self.settings["vocab_size"])
+            self.num_samples, self.num_tokens = int(description["num_samples"]), int(description["num_tokens"])
+            sizes = [int(size) for size in description["shards"]]
+        except (KeyError, TypeError, ValueError) as error:
+            found = f"misses or misspells {error}"
+            raise _torn(self.folder, self.folder / "cache.json", found) from error
+        self._files = [self.folder / f"shard-{index:05d}.safetensors" for index in range(len(sizes))]
+        self._maps: dict[int, dict[str, Tensor]] = {}
+        self._process = os.getpid()
+        ids, offsets = zip(*map(self._check, self._files, sizes), strict=True)
+        self.sample_ids = torch.cat(ids)
+        self._starts = torch.cat([offset[:-1] for offset in offsets])
+        self._lengths = torch.cat([offset.diff() for offset in offsets])
+        self._shards = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(part) for part in ids]))
+        found = len(self.sample_ids), int(self._lengths.sum())
+        if found != (self.num_samples, self.num_tokens) or not (self.sample_ids.diff() > 0).all():
+            raise _torn(self.folder, self.folder, f"its shards hold {found[0]} samples of {found[1]} positions")
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __contains__(self, sample_id: int) -> bool:
+        at = int(torch.searchsorted(self.sample_ids, int(sample_id)))
+        return at < len(self) and int(self.sample_ids[at]) == int(sample_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def read(
+        self, sample_ids: Tensor, *, top_k: int | None = None, device: torch.device | str | None = None
+    ) -> SourceLogits:
+        """Logits of a batch: of each sample the positions that count, without gaps, padded behind.
+
+        Padding has the mask False, ends of −1, a `std` of 1, and else zeros. Floats are float32; where the cache is
+        they are those that were written, bit for bit.
+
+        Args:
+            sample_ids: (B,) in any order.
+            top_k: reads so many columns instead of all; the tail takes the probabilities of those cut.
+            device: of the result; None is the CPU.
+
+        Returns:
+            With T that of the longest sample, at least 1; a sample without positions is a row of padding.
+
+        Raises:
+            ValueError: if a sample is not there, or `top_k` is not in [1, k].
+
+        """
+        k = self.top_k if top_k is None else top_k
+        if not 1 <= k <= self.top_k:
+            raise ValueError(f"Expected `top_k` to be in [1, {self.top_k}], as stored in {self.folder}, but got {k}.")
+        rows = self._find(sample_ids)
+        places = torch.stack([self._shards[rows], self._starts[rows], self._lengths[rows]], 1).tolist()
+        fields = {name: self._gather(name, places) for name in CACHE_FIELDS}
+        ends, token_ids = fields["ends"].long(), fields["token_ids"].long()
+        mask = torch.arange(ends.shape[1]) < self._lengths[rows, None]
+        log_probs, tail = fields["log_probs"].float(), fields["tail"]
+        if k < self.top_k:
+            cut, log_probs, token_ids = log_probs[..., k:], log_probs[..., :k].contiguous(), token_ids[..., :k]
+            if fields["log_probs"].dtype == torch.float32:
+                tail = (1 - log_probs.exp().sum(-1)).clamp_(min=0)  # as `top_k_logits` makes it, to the bit
+            else:
+                tail = tail.add_(cut.exp().sum(-1)).clamp_(max=1)
+            tail = tail.masked_fill_(~mask, 0)
+        rest = (fields[name] for name in ("log_normalizer", "mean", "std"))
+        top = TopKLogits(*(tensor.to(device).contiguous() for tensor in (log_probs, token_ids, tail, *rest)))
+        return SourceLogits(top, mask.to(device), ends.to(device))
+
+    def _find(self, sample_ids: Tensor) -> Tensor:
+        """Rows of the samples among those of all shards."""
+        wanted = sample_ids.to("cpu", torch.int64)
+        rows = torch.searchsorted(self.sample_ids, wanted).clamp_(max=len(self) - 1)
+        missing = wanted[self.sample_ids[rows] != wanted]
+        if len(missing):
+            raise ValueError(
+                f"Expected the cache {self.folder} to hold sample {missing[0]}, but it was written for other data (data"
+                f" fingerprint {self.settings.get('data')!r}; {len(self)} samples). Run `predict` again for these data."
+            )
+        return rows
+
+    def _gather(self, name: str, places: list[list[int]]) -> Tensor:
+        """(B, T, ...) of a field; `places` are shard, start and length of each sample."""
+        slices = [self._map(shard)[name][start : start + length] for shard, start, length in places]
+        one = self._map(0)[name][:0].new_zeros(1, *self._map(0)[name].shape[1:])  # so that B or T may be 0
+        return pad_sequence([*slices, one], batch_first=True, padding_value=_NEUTRAL.get(name, 0))[:-1]
+
+    def _map(self, shard: int) -> dict[str, Tensor]:
+        """The fields of a shard; safetensors maps them, and reads what is touched."""
+        if self._process != os.getpid():
+            self._process, self._maps = os.getpid(), {}
+        if shard not in self._maps:
+            try:
+                with safe_open(self._files[shard], framework="pt") as file:
+                    self._maps[shard] = {name: file.get_tensor(name) for name in CACHE_FIELDS}
+            except (OSError, SafetensorError) as error:
+                raise _torn(self.folder, self._files[shard], str(error)) from error
+        return self._maps[shard]
+
+    def _check(self, path: Path, size: int) -> tuple[Tensor, Tensor]:
+        """`sample_ids` and `offsets` of a shard whose sizes are right."""
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+            raise _torn(self.folder, path, f"has {found} instead of {size} bytes")
+        try:
+            with safe_open(path, framework="pt") as file:
+                ids, offsets = file.get_tensor("sample_ids").clone(), file.get_tensor("offsets").clone()
+                shapes = {name: file.get_slice(name).get_shape() for name in CACHE_FIELDS}
+        except (OSError, SafetensorError) as error:
+            raise _torn(self.folder, path, str(error)) from error
+        rising = offsets.ndim == ids.ndim == 1 and len(offsets) == len(ids) + 1 and bool((offsets.diff() >= 0).all())
+        length = int(offsets[-1]) if rising and int(offsets[0]) == 0 else -1
+        wide = ("token_ids", "log_probs")
+        if any(shape != ([length, self.top_k] if name in wide else [length]) for name, shape in shapes.items()):
+            raise _torn(self.folder, path, f"its tensors are of shapes {shapes}")
+        return ids, offsets
+
+
+def describe_cache(folder: Path) -> dict[str, Any] | None:
+    """What `cache.json` says, if the folder has one of this format."""
+    file = folder / "cache.json"
+    try:
+        description = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:
+        return None
+    return description if isinstance(description, dict) and description.get("format") == CACHE_FORMAT else None
+
+
+def _describe_complete(folder: Path) -> dict[str, Any]:
+    description = describe_cache(folder)
+    if description is None:
+        raise ValueError(f"Expected a folder of cached logits with a cache.json, but {folder} is none.")
+    if description.get("version") != CACHE_VERSION:
+        raise ValueError(
+            f"Expected {folder} to be of version {CACHE_VERSION} of the format of cached logits, but got version"
+            f" {description.get('version')}. Delete it and run the predict command again."
+        )
+    if not description.get("complete"):
+        raise ValueError(
+            f"Expected the cache {folder} to be complete, but it was stopped before its end: run the predict command"
+            " again, which goes on from there."
+        )
+    return description
+
+
+def _torn(folder: Path, path: Path, found: str) -> ValueError:
+    return ValueError(f"Expected {path} to be whole, but {found}. Delete {folder} and run the predict command again.")

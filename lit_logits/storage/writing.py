@@ -1,0 +1,200 @@
+"""Write a cache of top-k logits, as far as one that is not complete yet: its settings, and a part a batch.
+
+Parts lie in `parts/` and are shards of one batch. Files are made in `partial/`, seen on disk, and moved into place, so
+that a kill leaves whole files alone; what it left in `partial/` the next run removes. `logit_cache` has the format.
+
+Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions of a file.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_logits.functional.top_k_logits import SourceLogits
+from lit_logits.storage.logit_cache import CACHE_FIELDS, CACHE_FORMAT, CACHE_VERSION, LogitCache, describe_cache
+from lit_logits.storage.settings import differing_settings
+
+__all__ = [
+    "begin_cache",
+    "check_cache",
+    "complete_settings",
+    "find_finished",
+    "find_parts",
+    "pack_logits",
+    "save_tensors",
+    "write_description",
+    "write_part",
+]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def complete_settings(source: str, settings: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """Settings as `cache.json` keeps them: plain JSON, with a `dtype`, and the fingerprint of the data as `data`.
+
+    Raises:
+        ValueError: if one that reading needs is missing, or a value is not what it can be.
+
+    """
+    needed = ("temperature", "tokenizer_id", "top_k", "vocab_size")
+    if missing := [name for name in needed if name not in settings]:
+        raise ValueError(f"Expected the cache settings of source {source!r} to have {missing}, but got {settings}.")
+    if Path(source).name != source or source == "..":
+        raise ValueError(f"Expected names of sources that can be names of folders, but got {source!r}.")
+    if settings.get("dtype", "float32") not in _DTYPES:
+        raise ValueError(f"Expected the `dtype` of source {source!r} to be one of {list(_DTYPES)}, but got {settings}.")
+    try:
+        return json.loads(json.dumps({"dtype": "float32", **settings, "data": data}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected plain JSON values as cache settings of {source!r}, but got {error}.") from error
+
+
+def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Why `folder` cannot take logits of these settings; None if it is new, or a cache of them."""
+    advice = "Pass another `folder`, or delete it."
+    description = describe_cache(folder)
+    if description is None:
+        strangers = sorted({path.name for path in folder.iterdir()} - {"partial"}) if folder.is_dir() else []
+        if folder.exists() and (strangers or not folder.is_dir()):
+            found = f"it has {strangers[0]} and no cache.json of one" if strangers else "it is a file"
+            return f"Expected {folder} to be new or the logit cache of an earlier run, but {found}. {advice}"
+        return None
+    if description.get("version") != CACHE_VERSION:
+        return (
+            f"Expected {folder} to be a logit cache of version {CACHE_VERSION}, but got version"
+            f" {description.get('version')}. {advice}"
+        )
+    if differing := differing_settings(description["settings"], settings):
+        return f"Expected {folder} to hold logits of these settings, but {', '.join(differing)}. {advice}"
+    try:
+        if description["complete"]:
+            LogitCache(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def begin_cache(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a cache without samples, if there is none, and remove what a kill left half done."""
+    if (folder / "partial").is_dir():
+        shutil.rmtree(folder / "partial")
+    if describe_cache(folder) is None:
+        write_description(folder, settings, complete=False)
+
+
+def find_finished(folder: Path) -> list[int]:
+    """Ids of the samples that are on disk. Parts that a failing disk has torn are removed, to be written again."""
+    description = describe_cache(folder)
+    if description and description["complete"]:
+        return LogitCache(folder).sample_ids.tolist()
+    found: dict[int, None] = {}
+    for path in find_parts(folder):
+        try:
+            with safe_open(path, framework="pt") as part:
+                found.update(dict.fromkeys(part.get_tensor("sample_ids").tolist()))
+        except SafetensorError:
+            path.unlink()
+    return list(found)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def pack_logits(
+    source: str, logits: SourceLogits, sample_ids: Tensor, rows: Sequence[int], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors of a part: of `rows` of the batch, in their order, the positions that count, on the CPU.
+
+    Raises:
+        ValueError: for shapes or tokens that are not those of the settings, and for logits that are not finite.
+
+    """
+    size, top_k = settings["vocab_size"], settings["top_k"]
+    shape, wide = logits.mask.shape, logits.top_k.log_probs.shape
+    if shape[:1] != sample_ids.shape or wide != (*shape, top_k) or logits.top_k.token_ids.shape != wide:
+        raise ValueError(
+            f"Expected the logits of source {source!r} to be padded to (B, T, {top_k}) and their mask to (B, T), but"
+            f" got {tuple(wide)} and {tuple(shape)} for {len(sample_ids)} samples."
+        )
+    index = torch.tensor(rows, device=logits.mask.device)
+    mask = logits.mask[index]
+    fields = {**logits.top_k._asdict(), "ends": logits.ends}
+    fields = {name: fields[name][index][mask].detach().cpu() for name in CACHE_FIELDS}
+    lengths, ids = mask.sum(1).cpu(), sample_ids.detach().cpu()[index.cpu()]
+    if not (finite := fields["log_normalizer"].isfinite()).all():
+        at = int((~finite).nonzero()[0])
+        value = "NaN" if fields["log_normalizer"][at].isnan() else "infinity"
+        sample = int(ids.repeat_interleave(lengths)[at])
+        raise ValueError(f"Expected the logits of source {source!r} to be finite, but got {value} in sample {sample}.")
+    tokens = fields["token_ids"]
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise ValueError(f"Expected tokens of source {source!r} to be in [0, {size}), but got {int(tokens.max())}.")
+    dtypes = {"ends": torch.int32, "token_ids": torch.uint16 if size <= 1 << 16 else torch.int32}
+    dtypes["log_probs"] = _DTYPES[settings["dtype"]]
+    packed = {name: tensor.to(dtypes.get(name, torch.float32)).contiguous() for name, tensor in fields.items()}
+    return {"sample_ids": ids.long(), "offsets": offsets_of(lengths), **packed}
+
+
+def write_part(folder: Path, part: dict[str, Tensor]) -> None:
+    """See a part on disk, under a name that follows from its samples."""
+    ids = json.dumps(sorted(part["sample_ids"].tolist()))
+    name = hashlib.sha256(ids.encode()).hexdigest()[:32]
+    save_tensors(part, folder, folder / "parts" / f"{name}.safetensors")
+
+
+# ---------------------------------------------------------------------- files
+
+
+def find_parts(folder: Path) -> list[Path]:
+    """Whole parts, in an order that does not depend on the file system."""
+    return sorted((folder / "parts").glob("*.safetensors"))
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """(S + 1,) from 0, of (S,)."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).long()
+
+
+def write_description(folder: Path, settings: Mapping[str, Any], **state: Any) -> dict[str, Any]:
+    """Replace `cache.json`; what it says."""
+    description = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "settings": dict(settings), **state}
+    (folder / "partial").mkdir(parents=True, exist_ok=True)
+    partial = folder / "partial" / "cache.json"
+    partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _publish(partial, folder / "cache.json")
+    return description
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:
+    """See a file of `folder` on disk as `target`."""
+    for path in (folder / "partial", target.parent):
+        path.mkdir(exist_ok=True)
+    partial = folder / "partial" / f"{secrets.token_hex(8)}.safetensors"
+    save_file(tensors, partial)
+    partial.chmod((folder / "cache.json").stat().st_mode)  # safetensors' 0600 would lock a shared cache to one user
+    _publish(partial, target)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Move a file into place once it is on disk, and see the move on disk as well."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
