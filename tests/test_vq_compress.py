@@ -495,29 +495,31 @@ def test_a_folder_without_its_head_is_refused(started, tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
-def test_a_loaded_model_is_tuned_as_any_other(started, tmp_path):
+def test_a_loaded_model_is_tuned_with_accumulation(started, tmp_path):
     """With transformers' Trainer, whose accumulation takes a model with `**kwargs` for one that divides by itself."""
     from transformers import Trainer, TrainingArguments
 
     data = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows(8)]
-    losses = []
-    for head in ("compact", "dense"):
-        started.save_pretrained(tmp_path / head, head=head)
-        arguments = TrainingArguments(
-            str(tmp_path / "out"),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            max_steps=1,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(AutoModelForCausalLM.from_pretrained(tmp_path / head), arguments, train_dataset=data)
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    started.save_pretrained(tmp_path / "compact")
+    arguments = TrainingArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "compact"), arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # The one step reads all rows. transformers' own models are no oracle: 5.3 divides their sum by one label too many.
+    ids, labels = (torch.stack([torch.as_tensor(row[name]) for row in data]) for name in ("input_ids", "labels"))
+    with torch.no_grad():
+        mean = torch.nn.functional.cross_entropy(started(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert losses == pytest.approx([float(mean)], rel=1e-3)
 
 
 def test_a_loaded_model_answers_as_transformers_own(started):
