@@ -11,6 +11,7 @@ import argparse
 import itertools
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookReinit
 from lit_logits.datamodules import TextDataModule
 from lit_logits.functional import unigram_bias
-from lit_logits.modules import VQLogitsHead
+from lit_logits.modules import DenseLogitsHead, VQLogitsHead
 
 BACKBONE = {
     "model_type": "llama",
@@ -66,7 +67,7 @@ def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int,
     model = VQLogitsLM(
         settings.pop("backbone", BACKBONE),
         data.vocab_size,
-        **settings,
+        head=partial(settings.pop("head", VQLogitsHead), **settings),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1),
     )
@@ -159,11 +160,11 @@ def main() -> None:
     data.setup()
     scratch = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, SCRATCH)]
     replaced = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, REPLACED)]
-    dense: dict[str, Any] = {"head": "dense"}
+    dense: dict[str, Any] = {"head": DenseLogitsHead}
     with tempfile.TemporaryDirectory() as folder:
         sources = {seed: f"{folder}/{seed}" for seed in args.seeds}
         for seed, source in sources.items():
-            train({"head": "dense", "bias": False}, data, args.steps, seed, save=Path(source))
+            train({"head": DenseLogitsHead, "bias": False}, data, args.steps, seed, save=Path(source))
         first = _table([dense, *scratch], data, args, {})
         second = _table([dense, *replaced], data, args, sources)
     print(f"\nV = {data.vocab_size:,}, {args.steps} steps of 8 × 128 tokens, seeds {args.seeds};", end=" ")

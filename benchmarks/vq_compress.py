@@ -141,7 +141,7 @@ def recover(bench: Bench, head: Any, lr: float) -> tuple[float, float, int]:
     torch.manual_seed(0)
     model = VQLogitsLM(
         copy.deepcopy(bench.model),
-        codebook_size=256,
+        head=partial(VQLogitsHead, codebook_size=256),
         kd_weight=1.0,
         num_trainable_layers=bench.layers,
         optimizer=partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),

@@ -16,33 +16,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from lit_logits.contracts import (
+    Calibration,
+    ExportableHead,
+    ImitatingHead,
+    LearningHead,
+    OutputLayer,
+    StartingHead,
+)
 from lit_logits.functional.checks import check_labels
-from lit_logits.functional.code_tiers import stages_by_rank
 from lit_logits.functional.reductions import reduce_tokens
-from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import load_backbone
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.vq_logits.calibration import calibrate
-from lit_logits.modules.vq_logits.dense import DenseLogitsHead
+from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
 from lit_logits.modules.vq_logits.export import compact_model, dense_model
-from lit_logits.modules.vq_logits.fit import default_stages
 from lit_logits.modules.vq_logits.generation import continue_prompts
-from lit_logits.modules.vq_logits.head import CodebookUpdate, MappingStrategy, VQLogitsHead
+from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
+from lit_logits.modules.vq_logits.parts import HeadFactory, head_recipe, make_head, most_likely
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
-from lit_logits.modules.vq_logits.start import (
-    HeadInit,
-    choose_init,
-    describe_head,
-    describe_model,
-    describe_untying,
-    initialize_dense_head,
-    initialize_residual_head,
-    initialize_vq_head,
-)
 from lit_logits.storage.folders import check_model_folder, replace_folder
 
 __all__ = ["VQLogitsLM"]
@@ -51,41 +47,23 @@ __all__ = ["VQLogitsLM"]
 class VQLogitsLM(LightningModule):
     """Train a causal language model with a vector-quantised output layer [0], or its dense baseline.
 
-    At the start of training `calibration_batches` batches are read: token counts start the bias and, if the backbone
-    is pretrained, k-means turns the rows of its output layer into codes. Logs `train/loss`, `val/loss`, `val/ppl`,
-    `test/loss`, `test/ppl`.
+    At the start of training the head may read `calibration_batches` batches: token counts start the bias and, if the
+    backbone is pretrained, k-means turns the rows of its output layer into codes. Logs `train/loss`, `val/loss`,
+    `val/ppl`, `test/loss`, `test/ppl`.
 
     Args:
         backbone: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with `model_type`.
             From Python also a loaded transformers model.
         vocab_size: V of the tokenizer; the CLI links it from the data. A pretrained backbone keeps its own (padded)
             vocabulary, which must not be smaller.
-        head: `vq`, or `dense` for the (V, d) baseline in the same module.
-        codebook_size: K.
-        num_groups: G codebooks, each for d/G dimensions of a pretrained output layer. More than one, or more than one
-            stage, makes a `ResidualVQLogitsHead`, which keeps the quality of a pretrained model.
-        num_stages: residual stages of all tokens, or tiers {frequency rank: stages}; see `stages_by_rank`. Default 1,
-            or up to 5 with a budget.
-        byte_budget: share of the bfloat16 dense layer that the head may take; chooses the tiers, up to `num_stages`.
-        metric: what of E[h hᵀ] the fit of residual codes uses; see `metric_matrix`.
-        token_weights: what an error in the row of a token weighs in that fit: `counts`, how often it occurs, to the
-            power `count_power`; or `fisher`, the information of its logit, E[p (1 − p)] under the original, which keeps
-            the divergence lowest and is the better start for `kd_weight: 1`. It also decides who gets more stages.
-        bias: learn a bias for each token. Without it (the paper's head) tokens of one code are always equally likely.
-        init: how codes start: `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
-            `weighted_kmeans` on the rows of a pretrained output layer. Default: `weighted_kmeans` with a pretrained
-            backbone, else `frequency`.
-        count_power: exponent of the token counts in `weighted_kmeans` and in the fit of residual codes.
+        head: makes the output layer from (hidden_size, vocab_size): `VQLogitsHead`, `ResidualVQLogitsHead`,
+            `DenseLogitsHead` for the (V, d) baseline, or a class of your own, see `lit_logits.contracts.OutputHead`;
+            arguments are given by `functools.partial`, in a recipe by `class_path` and `init_args`.
         calibration_batches: training batches that each rank reads before the first step.
-        mapping: `fixed`, `learned` or `reassigned`; see `VQLogitsHead`.
-        codebook_update: `gradient` or `ema`; see `VQLogitsHead`.
-        commitment_weight: weight of the commitment loss of latents.
         kd_weight: share of KL(original ‖ ours) in the loss, in [0, 1]; the rest is cross-entropy. The original model is
             kept frozen and out of checkpoints; validation then logs `val/kl`, and `val/ppl_ratio` to it.
         num_trainable_layers: how many of the last layers of the backbone are trained, with what follows them; 0 trains
             the head alone. Default all, embeddings included.
-        decay: of the EMA codebook, a step.
-        reassign_every_n_steps: how often a `learned` or `reassigned` mapping is renewed.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
             monitored value for `ReduceLROnPlateau`.
@@ -97,8 +75,9 @@ class VQLogitsLM(LightningModule):
         [0]: VQ-Logits, 2025, arXiv 2505.10202.
 
     Example:
+        >>> from functools import partial
         >>> model = VQLogitsLM({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
-        ...     "num_hidden_layers": 1, "num_attention_heads": 2}, vocab_size=100, codebook_size=10)
+        ...     "num_hidden_layers": 1, "num_attention_heads": 2}, 100, head=partial(VQLogitsHead, codebook_size=10))
         >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 100])
 
@@ -111,37 +90,23 @@ class VQLogitsLM(LightningModule):
         backbone: str | dict[str, Any],
         vocab_size: int | None = None,
         *,
-        head: Literal["vq", "dense"] = "vq",
-        codebook_size: int = 512,
-        num_groups: int = 1,
-        num_stages: int | dict[int, int] | None = None,
-        byte_budget: float | None = None,
-        metric: MetricKind = "full",
-        token_weights: Literal["counts", "fisher"] = "counts",
-        bias: bool = True,
-        init: HeadInit | None = None,
-        count_power: float = 0.75,
+        head: HeadFactory = VQLogitsHead,
         calibration_batches: int = 64,
-        mapping: MappingStrategy = "fixed",
-        codebook_update: CodebookUpdate = "gradient",
-        commitment_weight: float = 0.25,
-        decay: float = 0.99,
-        reassign_every_n_steps: int = 100,
         kd_weight: float = 0.0,
         num_trainable_layers: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        plain = isinstance(backbone, (str, dict))
-        self.save_hyperparameters(
-            ignore=["optimizer", "lr_scheduler"] if plain else ["optimizer", "lr_scheduler", "backbone"]
-        )
-        _check_options(calibration_batches, count_power, commitment_weight, kd_weight, token_weights)
+        ignored = ["optimizer", "lr_scheduler", "head", *([] if isinstance(backbone, (str, dict)) else ["backbone"])]
+        self.save_hyperparameters(ignore=ignored)
+        if (recipe := head_recipe(head)) is not None:
+            self.hparams.setdefault("head", recipe)  # so that a checkpoint loads on its own
+        if not 0 <= kd_weight <= 1:
+            raise ValueError(f"Expected `kd_weight` to be in [0, 1], but got {kd_weight}.")
+        if calibration_batches < 1:
+            raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
         parts = load_backbone(backbone, vocab_size=vocab_size)
-        pretrained = parts.output_weight is not None
-        if parts.output_bias is not None and not bias:
-            raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
         self.backbone = parts.model
         self._frozen: list[nn.Module] = []  # kept in `eval` mode
         num_frozen_layers = 0
@@ -149,65 +114,31 @@ class VQLogitsLM(LightningModule):
             self._frozen = freeze_first_layers(self.backbone, num_trainable_layers)
             num_frozen_layers = len(find_layers(self.backbone)[1]) - num_trainable_layers
         self.original = keep_original(parts, num_frozen_layers) if kd_weight else None
-        self.kd_weight = kd_weight
-        self.init = choose_init(init, pretrained=pretrained)
-        self.byte_budget, self.metric, self.token_weights = byte_budget, metric, token_weights
-        self.count_power, self.calibration_batches = count_power, calibration_batches
-        self.commitment_weight = commitment_weight
+        self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
-        self.head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead
-        num_stages = cast(int | dict[int, int], default_stages(num_stages, byte_budget))
-        if head == "vq" and (num_groups > 1 or num_stages != 1 or byte_budget is not None):
-            if self.init != "weighted_kmeans" or mapping != "fixed" or codebook_update != "gradient":
-                raise ValueError(
-                    "Expected a pretrained backbone, init='weighted_kmeans', mapping='fixed' and"
-                    " codebook_update='gradient' for residual product codes (`num_groups`, `num_stages`,"
-                    f" `byte_budget`), but got init={self.init!r}, {mapping!r} and {codebook_update!r}."
-                )
-            self.head = ResidualVQLogitsHead(
-                parts.hidden_size,
-                parts.vocab_size,
-                codebook_size,
-                num_groups=num_groups,
-                token_stages=stages_by_rank(torch.ones(parts.vocab_size), num_stages),
-                bias=bias,
-            )
-            self.num_stages = num_stages
-        elif token_weights != "counts":
+        self.head: Any = make_head(head, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
+        self.vocab_size = parts.vocab_size
+        if kd_weight and not (isinstance(self.head, ImitatingHead) and self.head.can_imitate):
             raise ValueError(
-                f"Expected `num_groups`, `num_stages` or `byte_budget` of residual codes with {token_weights=}, but"
-                " they say the paper's head or a dense one, which starts from counts."
+                "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
+                " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
+                f" {type(self.head).__name__}."
             )
-        elif head == "vq":
-            self.head = VQLogitsHead(
-                parts.hidden_size,
-                parts.vocab_size,
-                codebook_size,
-                bias=bias,
-                mapping=mapping,
-                codebook_update=codebook_update,
-                decay=decay,
-                reassign_every_n_steps=reassign_every_n_steps,
-            )
-            self.head.bind_token_table(cast(nn.Embedding, parts.model.get_input_embeddings()))
-            if kd_weight and self.head.latents is not None:
-                raise ValueError("Expected mapping='fixed' or 'reassigned' with `kd_weight`, but got latents.")
-        elif head == "dense":
-            if kd_weight:
-                raise ValueError(f"Expected head='vq' with `kd_weight`, but got 'dense' and {kd_weight}.")
-            self.head = DenseLogitsHead(parts.hidden_size, parts.vocab_size, bias=bias)
-            self.head.copy_output_layer(parts.output_weight, parts.output_bias)
-        else:
-            raise ValueError(f"Expected `head` to be 'vq' or 'dense', but got {head!r}.")
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
-        self._output_layer = (parts.output_weight, parts.output_bias) if head == "vq" else (None, None)
+        self._output_layer = OutputLayer(parts.output_weight, parts.output_bias)
+        is_ready = not isinstance(self.head, StartingHead) or self.head.prepare(
+            self._output_layer, cast(nn.Embedding, parts.model.get_input_embeddings())
+        )
+        self._starts = not is_ready
+        if is_ready:
+            self._output_layer = OutputLayer(None, None)
         self._generation_config, self._tied = parts.generation_config, parts.tied
-        self.register_buffer("head_ready", torch.tensor(head == "dense" and pretrained))
+        self.register_buffer("head_ready", torch.tensor(is_ready))
         self.val_nll, self.test_nll = TokenMean(), TokenMean()
         self.val_kl, self.test_kl = TokenMean(), TokenMean()
         self.val_original_nll, self.test_original_nll = TokenMean(), TokenMean()
-        if parts.tied:
+        if parts.tied and isinstance(self.head, ExportableHead):
             rank_zero_info(describe_untying(parts, self.head))
 
         self.train()  # `from_pretrained` leaves the backbone in eval mode
@@ -253,8 +184,7 @@ class VQLogitsLM(LightningModule):
             target = original.target(hidden, input_ids=input_ids, attention_mask=mask)
         target = target._replace(hidden=target.hidden[:, :-1])
         labels = batch["labels"][:, 1:]
-        head = cast(VQLogitsHead | ResidualVQLogitsHead, self.head)
-        return head.losses(hidden[:, :-1], labels, target=target), labels
+        return self.head.losses(hidden[:, :-1], labels, target=target), labels
 
     # ------------------------------------------------------------------ training
 
@@ -263,12 +193,14 @@ class VQLogitsLM(LightningModule):
         if not self.head_ready:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.initialize_head(_fresh(self.trainer.train_dataloader if data is None else data.train_dataloader()))
-        self._output_layer = (None, None)  # a checkpoint that brought the head along needs the dense rows no more
+        self._output_layer = OutputLayer(
+            None, None
+        )  # a checkpoint that brought the head along needs the dense rows no more
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Check the labels of the first batch, on an accelerator too."""
         if batch_idx == 0:
-            check_labels(batch["labels"], self.head.vocab_size, wait=True)
+            check_labels(batch["labels"], self.vocab_size, wait=True)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy; with latents the commitment loss, with an original model the divergence from it."""
@@ -280,17 +212,20 @@ class VQLogitsLM(LightningModule):
             self.log("train/loss", loss, prog_bar=True)
             return loss
         loss, _ = self._loss(batch)
-        if isinstance(self.head, VQLogitsHead) and self.head.latents is not None:
-            commitment = self.head.commitment_loss()
-            self.log_dict({"train/loss_ce": loss, "train/loss_commitment": commitment})
-            loss = loss + self.commitment_weight * commitment
+        terms = self.head.penalties() if isinstance(self.head, LearningHead) else {}
+        if terms:
+            self.log_dict(
+                {"train/loss_ce": loss, **{f"train/loss_{name}": value for name, (_, value) in terms.items()}}
+            )
+        for weight, value in terms.values():
+            loss = loss + weight * value
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move what gradients do not: before any checkpoint of this step is written."""
         super().optimizer_step(*args, **kwargs)
-        if isinstance(self.head, VQLogitsHead):
+        if isinstance(self.head, LearningHead):
             self.head.after_step()
 
     def configure_optimizers(self) -> Any:
@@ -348,7 +283,7 @@ class VQLogitsLM(LightningModule):
         """Loss of each next token in nats (0 where ignored) and the most likely next token, both (B, T − 1)."""
         hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask")).last_hidden_state[:, :-1]
         losses = self.head.loss(hidden, batch["labels"][:, 1:], reduction="none")
-        return {"nll": losses, "greedy": self.head.greedy(hidden)}
+        return {"nll": losses, "greedy": most_likely(self.head, hidden)}
 
     @torch.no_grad()
     def generate(
@@ -398,50 +333,26 @@ class VQLogitsLM(LightningModule):
 
         `fit` does so by itself. Call it before `fit` where parameters are sharded (FSDP).
         """
-        weight, bias = self._output_layer
-        is_residual = isinstance(self.head, ResidualVQLogitsHead)
-        if is_residual and weight is None:
-            raise ValueError(
-                "Expected the rows of the pretrained output layer, but they were freed when the head was initialised."
-                " Make the module anew to start again."
+        show = self.global_rank == 0
+
+        def read(*, second_moment: bool = False, information: bool = False) -> Calibration:
+            weight, bias = self._output_layer
+            return calibrate(
+                dataloader,
+                num_batches=self.calibration_batches,
+                vocab_size=self.vocab_size,
+                device=self.device,
+                backbone=self.backbone if second_moment else None,
+                output_layer=(weight, bias) if weight is not None and information else None,
+                progress_bar=show,
             )
-        needs_moment = is_residual or (isinstance(self.head, VQLogitsHead) and self.init == "weighted_kmeans")
-        calibration = calibrate(
-            dataloader,
-            num_batches=self.calibration_batches,
-            vocab_size=self.head.vocab_size,
-            device=self.device,
-            backbone=self.backbone if needs_moment else None,
-            output_layer=(weight, bias) if weight is not None and self.token_weights == "fisher" else None,
-            progress_bar=self.global_rank == 0,
-        )
-        if isinstance(self.head, ResidualVQLogitsHead):
-            initialize_residual_head(
-                self.head,
-                calibration,
-                output_weight=cast(Tensor, weight),
-                output_bias=bias,
-                num_stages=self.num_stages,
-                byte_budget=self.byte_budget,
-                metric=self.metric,
-                count_power=self.count_power,
-                progress_bar=self.global_rank == 0,
-            )
-        elif isinstance(self.head, VQLogitsHead):
-            initialize_vq_head(
-                self.head,
-                self.init,
-                calibration,
-                output_weight=weight,
-                output_bias=bias,
-                count_power=self.count_power,
-                progress_bar=self.global_rank == 0,
-            )
-        elif not self.head_ready:  # a pretrained layer has its own start
-            initialize_dense_head(self.head, calibration)
+
+        if self._starts and isinstance(self.head, StartingHead):
+            self.head.start(read, self._output_layer, progress_bar=show)
         self.head_ready.fill_(True)
-        self._output_layer = (None, None)  # frees the dense weights
-        rank_zero_info(f"{describe_head(self.head)} {describe_model(self.backbone, self.head, tied=self._tied)}")
+        self._output_layer = OutputLayer(None, None)  # frees the dense weights
+        if isinstance(self.head, ExportableHead):
+            rank_zero_info(f"{describe_head(self.head)} {describe_model(self.backbone, self.head, tied=self._tied)}")
 
     # ------------------------------------------------------------------ export
 
@@ -460,10 +371,14 @@ class VQLogitsLM(LightningModule):
         """
         if head not in ("compact", "dense"):
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
-        if head == "dense":
+        if head == "dense" and isinstance(self.head, ExportableHead):
             return dense_model(self.backbone, self.head, self._generation_config)
-        if isinstance(self.head, DenseLogitsHead):
-            raise ValueError("Expected a compressed head for head='compact', but got the dense one. Use head='dense'.")
+        if not isinstance(self.head, VQLogitsHead | ResidualVQLogitsHead):
+            advice = " Use head='dense'." if isinstance(self.head, ExportableHead) else ""
+            raise ValueError(
+                f"Expected a `VQLogitsHead` or `ResidualVQLogitsHead` for head='compact', or for 'dense' a head with"
+                f" `dense_weight`, `token_bias` and `footprint`, but got {type(self.head).__name__}.{advice}"
+            )
         return compact_model(self.backbone, self.head, self._generation_config)
 
     def save_pretrained(
@@ -509,20 +424,6 @@ class VQLogitsLM(LightningModule):
             replace_folder(path, write)
         if trainer is not None:
             trainer.strategy.barrier()
-
-
-def _check_options(
-    calibration_batches: int, count_power: float, commitment_weight: float, kd_weight: float, token_weights: str
-) -> None:
-    if token_weights not in ("counts", "fisher"):
-        raise ValueError(f"Expected `token_weights` to be 'counts' or 'fisher', but got {token_weights!r}.")
-    if not 0 <= kd_weight <= 1:
-        raise ValueError(f"Expected `kd_weight` to be in [0, 1], but got {kd_weight}.")
-    if calibration_batches < 1:
-        raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
-    for name, value in (("count_power", count_power), ("commitment_weight", commitment_weight)):
-        if not value >= 0:
-            raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")
 
 
 def _fresh(loader: Any) -> Any:

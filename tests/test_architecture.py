@@ -1,6 +1,6 @@
 """The import rule of the house, held by walking the syntax trees.
 
-torch ← functional ← storage ← modules ← <method>.py ← cli ← train.py
+torch ← functional ← contracts, storage ← modules ← <method>.py ← cli ← train.py
 functional, storage, modules ← callbacks ← cli
 torch, lightning ← datamodules ← cli
 
@@ -28,14 +28,16 @@ class Rule(NamedTuple):
 
 
 FUNCTIONAL, STORAGE, MODULES = "lit_logits.functional", "lit_logits.storage", "lit_logits.modules"
+CONTRACTS = "lit_logits.contracts"
 CALLBACKS, DATAMODULES = "lit_logits.callbacks", "lit_logits.datamodules"
 
 RULES = {
     "functional": Rule(inside=(FUNCTIONAL,), only=("torch", "tqdm", "ot", "scipy")),  # the last two for `gw_search`
+    "contracts": Rule(inside=(FUNCTIONAL,), only=("torch",)),
     "storage": Rule(inside=(FUNCTIONAL, STORAGE), only=("torch", "safetensors", "tqdm", "filelock")),
-    "modules": Rule(inside=(FUNCTIONAL, STORAGE, MODULES), banned=("lightning", "datasets", "matplotlib")),
-    "method": Rule(inside=(FUNCTIONAL, STORAGE, MODULES), banned=("datasets",)),
-    "callbacks": Rule(inside=(FUNCTIONAL, STORAGE, MODULES, CALLBACKS), banned=("datasets",)),
+    "modules": Rule(inside=(FUNCTIONAL, CONTRACTS, STORAGE, MODULES), banned=("lightning", "datasets", "matplotlib")),
+    "method": Rule(inside=(FUNCTIONAL, CONTRACTS, STORAGE, MODULES), banned=("datasets",)),
+    "callbacks": Rule(inside=(FUNCTIONAL, CONTRACTS, STORAGE, MODULES, CALLBACKS), banned=("datasets",)),
     "datamodules": Rule(inside=(DATAMODULES,)),
     "cli": Rule(inside=("lit_logits",)),
     "package": Rule(inside=("lit_logits",)),

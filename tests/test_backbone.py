@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lit_logits.contracts import OutputLayer
 from lit_logits.functional import code_log_mass, ppl_floor
 from lit_logits.modules import Calibration, DenseLogitsHead, VQLogitsHead, calibrate, describe_head, load_backbone
-from lit_logits.modules.vq_logits.start import choose_init, describe_untying, initialize_dense_head, initialize_vq_head
+from lit_logits.modules.vq_logits.describe import describe_untying
+from lit_logits.modules.vq_logits.start import choose_init
 
 V, D, T = 61, 16, 9
 
@@ -191,9 +193,14 @@ def calibration(seed=0):
     return Calibration((500 / torch.arange(1, V + 1)).floor(), hidden.T @ hidden / 500)
 
 
+def start(head, init, data, output_weight=None, output_bias=None):
+    head.init = init
+    head.start(lambda **_: data, OutputLayer(output_weight, output_bias))
+
+
 def test_frequency_start_is_the_unigram_model():
     head, data = VQLogitsHead(D, V, 8), calibration()
-    initialize_vq_head(head, "frequency", data)
+    start(head, "frequency", data)
     with torch.no_grad():
         head.codebook.zero_()
     unigram = (data.token_counts + 0.5) / (data.token_counts + 0.5).sum()
@@ -207,7 +214,7 @@ def test_frequency_start_is_the_unigram_model():
 def test_k_means_start(init, mapping):
     torch.manual_seed(0)
     head, data, weight = VQLogitsHead(D, V, 8, mapping=mapping), calibration(), torch.randn(V, D)
-    initialize_vq_head(head, init, data, output_weight=weight)
+    start(head, init, data, output_weight=weight)
     assert head.token_to_code.unique().numel() == 8
     # The bias only splits each code among its tokens: the mass of a code is that of its size.
     sizes = head.token_to_code.bincount(minlength=8).float()
@@ -228,7 +235,7 @@ def test_as_many_codes_as_tokens_is_the_pretrained_layer_again():
     torch.manual_seed(0)
     weight, hidden = torch.randn(V, D), torch.randn(7, D)
     head = VQLogitsHead(D, V, V, bias=False)
-    initialize_vq_head(head, "weighted_kmeans", calibration(), output_weight=weight)
+    start(head, "weighted_kmeans", calibration(), output_weight=weight)
     torch.testing.assert_close(head(hidden), hidden @ weight.T, rtol=1e-3, atol=1e-3)
 
 
@@ -237,7 +244,7 @@ def test_the_seed_decides_the_start():
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         head = VQLogitsHead(D, V, 8)
-        initialize_vq_head(head, "kmeans", calibration(), output_weight=weight)
+        start(head, "kmeans", calibration(), output_weight=weight)
         books.append(head.codebook.detach().clone())
     assert torch.equal(books[0], books[1])
     assert not torch.equal(books[0], books[2])
@@ -249,7 +256,7 @@ def test_a_pretrained_bias_is_added():
     for given in (None, bias):
         torch.manual_seed(0)
         heads.append(VQLogitsHead(D, V, 8))
-        initialize_vq_head(heads[-1], "kmeans", calibration(), output_weight=weight, output_bias=given)
+        start(heads[-1], "kmeans", calibration(), output_weight=weight, output_bias=given)
     torch.testing.assert_close((heads[1].token_bias - heads[0].token_bias).detach(), bias)
 
 
@@ -258,7 +265,7 @@ def test_dense_start():
     weight = torch.randn(V, D)
     head.copy_output_layer(weight, None)
     assert torch.equal(head.weight, weight)
-    initialize_dense_head(head, calibration())
+    head.start(lambda **_: calibration(), OutputLayer(None, None))
     counts = calibration().token_counts + 0.5
     torch.testing.assert_close(head.token_bias.exp().detach(), counts / counts.sum())
     with pytest.raises(ValueError, match="pretrained output layer has a bias"):
@@ -275,11 +282,11 @@ def test_choice_of_start():
         with pytest.raises(ValueError, match=r"pretrained backbone for init='.*kmeans'"):
             choose_init(init, pretrained=False)
     head = VQLogitsHead(D, V, 8)
-    with pytest.raises(ValueError, match="`output_weight` for init='kmeans'"):
-        initialize_vq_head(head, "kmeans", calibration())
+    with pytest.raises(ValueError, match="rows of a pretrained output layer for init='kmeans'"):
+        start(head, "kmeans", calibration())
     no_moment = calibration()._replace(hidden_second_moment=None)
     with pytest.raises(ValueError, match="second moment for init='weighted_kmeans'"):
-        initialize_vq_head(head, "weighted_kmeans", no_moment, output_weight=torch.randn(V, D))
+        start(head, "weighted_kmeans", no_moment, output_weight=torch.randn(V, D))
 
 
 def test_untying_is_accounted_for(tmp_path):
@@ -302,7 +309,7 @@ def test_weighted_start_loses_less_than_plain_k_means():
     losses = {}
     for init in ("kmeans", "weighted_kmeans"):
         head = VQLogitsHead(D, V, 16)
-        initialize_vq_head(head, init, data, output_weight=weight)
+        start(head, init, data, output_weight=weight)
         losses[init] = head.eval().loss(hidden, targets).item()
     dense = F.cross_entropy(hidden @ weight.T, targets).item()
     assert dense < losses["weighted_kmeans"] < losses["kmeans"]

@@ -478,7 +478,12 @@ def test_own_module_in_the_working_directory():
 def test_the_explanation_is_the_last_thing_that_is_printed(capsys):
     """The parser wraps an error of `__init__` into a dump of all values."""
     small = "{model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}"
-    options = ["--model.codebook_size=7", "--model.vocab_size=5", f"--model.backbone={small}"]
+    options = [
+        "--model.head=VQLogitsHead",
+        "--model.head.codebook_size=7",
+        "--model.vocab_size=5",
+        f"--model.backbone={small}",
+    ]
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--model=VQLogitsLM", "--data=CountingData", *options])
     expected = "lit-logits: Expected `codebook_size` to be in [1, 5], the vocabulary size, but got 7."

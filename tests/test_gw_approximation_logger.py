@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_logits.callbacks import GWApproximationLogger, gw_approximation_logger, gw_comparison
+from lit_logits.callbacks import GWApproximationLogger, gw_approximation_logger
 from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
-from lit_logits.functional import co_activation_graph, gw_over_permutations, top_k_logits, vocabulary_graph
+from lit_logits.functional import co_activation_graph, gw_over_permutations, gw_search, top_k_logits, vocabulary_graph
 from lit_logits.functional.gw_search import GWComparison, compare_graphs, gw_upper_bound, node_values
 from lit_logits.modules.gld_fusion.criterion import GraphAlignment
 
@@ -246,7 +246,7 @@ def test_of_largest_logits_the_search_does_not_miss():
 def test_no_swap_betters_the_matching():
     for seed in range(20):
         C1, C2 = gram(7, seed), gram(7, 100 + seed)
-        order = gw_comparison._swapped(C1, C2, torch.arange(7))
+        order = gw_search._swapped(C1, C2, torch.arange(7))
         assert sorted(order.tolist()) == list(range(7))
         value = (C1 - C2[order][:, order]).square().sum()
         assert value <= (C1 - C2).square().sum()

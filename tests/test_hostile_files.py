@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import typing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import lit_logits
 from lit_logits import VQLogitsLM
 from lit_logits.cli import main
 from lit_logits.datamodules import ImageDataModule, TextDataModule
-from lit_logits.modules import LogitCache, load_causal_lm, load_weights
+from lit_logits.modules import LogitCache, VQLogitsHead, load_causal_lm, load_weights
 
 MODULES = [getattr(lit_logits, name) for name in lit_logits.__all__]
 
@@ -132,7 +133,9 @@ def test_no_argument_takes_a_program(argument, capsys):
 
 def small_model() -> VQLogitsLM:
     backbone = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    return VQLogitsLM({**backbone, "num_attention_heads": 1}, vocab_size=300, codebook_size=4)
+    return VQLogitsLM(
+        {**backbone, "num_attention_heads": 1}, vocab_size=300, head=partial(VQLogitsHead, codebook_size=4)
+    )
 
 
 def checkpoint(**more) -> dict:
@@ -150,7 +153,13 @@ def test_a_checkpoint_runs_nothing_when_it_is_loaded():
 def test_a_checkpoint_runs_nothing_from_the_command_line():
     torch.save(checkpoint(callbacks=Hostile()), "hostile.ckpt")
     backbone = json.dumps(dict(small_model().hparams)["backbone"])
-    model = ["--model", "VQLogitsLM", f"--model.backbone={backbone}", "--model.codebook_size", "4"]
+    model = [
+        "--model",
+        "VQLogitsLM",
+        f"--model.backbone={backbone}",
+        "--model.head=VQLogitsHead",
+        "--model.head.codebook_size=4",
+    ]
     data = ["--data", "TextDataModule", "--data.bpe_vocab_size", "300"]
     options = ["--trainer.logger", "false", "--ckpt_path", "hostile.ckpt"]
     with pytest.raises(SystemExit, match=r"run code of its author\. If you trust it, add `--weights_only false`"):

@@ -23,6 +23,7 @@ from lit_logits.datamodules.instructions.sources import Columns, parse_row
 from lit_logits.datamodules.instructions.splits import Example, draw_shots, group_examples, split_examples
 from lit_logits.datamodules.instructions.storage import read_instruction_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.modules import DenseLogitsHead
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAIRS = [(f"{a} plus {b}", f"{a} and {b} give {i + j}") for i, a in enumerate(NUMBERS) for j, b in enumerate(NUMBERS)]
@@ -720,7 +721,7 @@ def test_tiny_model_is_fitted_and_tested(make):
     """Two steps of a real module on padded batches; its loss is the mean over response tokens alone."""
     data = make(max_test_rows=4)
     config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    model = VQLogitsLM({**config, "num_attention_heads": 2}, vocab_size=data.vocab_size, head="dense")
+    model = VQLogitsLM({**config, "num_attention_heads": 2}, vocab_size=data.vocab_size, head=DenseLogitsHead)
     trainer = Trainer(**QUIET, max_steps=2, enable_checkpointing=False)
     trainer.fit(model, datamodule=data)
     assert trainer.global_step == 2

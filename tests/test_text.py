@@ -221,7 +221,8 @@ def run_python(code, *args, **kwargs):
 
 PREPARE = """
     import sys
-    from lit_logits.datamodules import TextDataModule, packing
+    from lit_logits.datamodules import TextDataModule
+    from lit_logits.datamodules.text import packing
     {patch}
     data = TextDataModule(sys.argv[1], cache_dir=sys.argv[2], bpe_vocab_size=300, block_size=12, val_fraction=0.1,
                           test_fraction=0.1)

@@ -4,6 +4,7 @@ Letters: B batch, T sequence, V vocabulary.
 """
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lit_logits import VQLogitsLM
 from lit_logits.callbacks import SavePretrained
 from lit_logits.cli import main
 from lit_logits.modules import (
+    DenseLogitsHead,
     OriginalOutput,
     ResidualVQLogitsHead,
     VQLogitsForCausalLM,
@@ -58,10 +60,18 @@ def folder(tmp_path):
     return str(path)
 
 
+HEAD_ARGUMENTS = inspect.signature(ResidualVQLogitsHead).parameters.keys()
+
+
 def compress(folder, seed=0, **kwargs):
     torch.manual_seed(seed)
-    settings = {**CODES, "kd_weight": 1.0, "optimizer": partial(torch.optim.Adam, lr=0.003)}
-    return VQLogitsLM(folder, **{**settings, **kwargs})
+    settings = {**CODES, "kd_weight": 1.0, "optimizer": partial(torch.optim.Adam, lr=0.003), **kwargs}
+    if "head" not in settings:
+        is_single = (settings["num_groups"], settings["num_stages"]) == (1, 1)
+        head, kept = (VQLogitsHead, {"codebook_size", "bias"}) if is_single else (ResidualVQLogitsHead, None)
+        own = {name: settings.pop(name) for name in HEAD_ARGUMENTS & settings.keys()}
+        settings["head"] = partial(head, **{name: value for name, value in own.items() if not kept or name in kept})
+    return VQLogitsLM(folder, **{name: value for name, value in settings.items() if name not in HEAD_ARGUMENTS})
 
 
 @pytest.fixture
@@ -333,15 +343,19 @@ def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_p
     ("options", "message"),
     [
         ({"kd_weight": 1.5}, r"Expected `kd_weight` to be in \[0, 1\], but got 1.5"),
-        ({"mapping": "learned"}, "residual product codes"),
-        ({"init": "random"}, "residual product codes"),
         ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
-        ({"num_groups": 1, "num_stages": 1, "mapping": "learned"}, "`kd_weight`, but got latents"),
+        ({"head": partial(VQLogitsHead, codebook_size=8, mapping="learned")}, r"without latents .*got VQLogitsHead"),
         ({"num_trainable_layers": 3}, r"Expected `num_trainable_layers` to be in \[0, 2\], the layers of LlamaModel"),
-        ({"head": "dense"}, "Expected head='vq' with `kd_weight`"),
+        (
+            {"head": partial(DenseLogitsHead, bias=False)},
+            "can imitate the original with `kd_weight`.*got DenseLogitsHead",
+        ),
         ({"token_weights": "entropy"}, "Expected `token_weights` to be 'counts' or 'fisher', but got 'entropy'"),
-        ({"token_weights": "fisher", "num_groups": 1, "num_stages": 1}, "residual codes with token_weights='fisher'"),
-        ({"head": "sparse"}, "'vq' or 'dense', but got 'sparse'"),
+        ({"head": "vq"}, "Expected `head` to be called with .* but got 'vq'. Version 0.1"),
+        (
+            {"head": lambda d, v: torch.nn.Linear(d, v)},
+            r"Expected `head` to make an `nn.Module` with `loss.*got Linear",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_at_once(folder, options, message):
@@ -349,12 +363,28 @@ def test_options_that_do_not_fit_are_refused_at_once(folder, options, message):
         compress(folder, **options)
 
 
+@pytest.mark.parametrize(
+    ("head", "argument"),
+    [
+        (DenseLogitsHead, "codebook_size"),
+        (DenseLogitsHead, "mapping"),
+        (VQLogitsHead, "num_groups"),
+        (VQLogitsHead, "byte_budget"),
+        (ResidualVQLogitsHead, "mapping"),
+        (ResidualVQLogitsHead, "init"),
+    ],
+)
+def test_an_argument_of_another_head_cannot_be_given(folder, head, argument):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+        VQLogitsLM(folder, head=partial(head, **{argument: 1}))
+
+
 def test_imitation_and_residual_codes_need_a_pretrained_model():
     config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     with pytest.raises(ValueError, match="Expected a pretrained backbone for `kd_weight`"):
-        VQLogitsLM(config, V, kd_weight=0.5, codebook_size=8)
-    with pytest.raises(ValueError, match="Expected a pretrained backbone, init='weighted_kmeans'"):
-        VQLogitsLM(config, V, codebook_size=8, num_groups=4)
+        VQLogitsLM(config, V, kd_weight=0.5, head=partial(VQLogitsHead, codebook_size=8))
+    with pytest.raises(ValueError, match="Expected a pretrained backbone for residual product codes"):
+        VQLogitsLM(config, V, head=partial(ResidualVQLogitsHead, codebook_size=8, num_groups=4))
 
 
 def test_the_original_moves_with_the_module():
@@ -566,8 +596,8 @@ def test_a_model_without_an_output_layer_and_a_dense_head_are_refused(folder):
 
     with pytest.raises(ValueError, match="output layer"):
         compress(AutoModel.from_pretrained(folder))
-    dense = VQLogitsLM(folder, head="dense", bias=False)
-    with pytest.raises(ValueError, match="Expected a compressed head for head='compact', but got the dense one"):
+    dense = VQLogitsLM(folder, head=partial(DenseLogitsHead, bias=False))
+    with pytest.raises(ValueError, match=r"for head='compact', .*but got DenseLogitsHead\. Use head='dense'"):
         dense.to_pretrained()
     ids = torch.randint(V, (2, T))
     torch.testing.assert_close(dense.to_pretrained("dense")(ids).logits, dense.eval()(ids))

@@ -17,9 +17,9 @@ from lit_logits.functional import (
     lookup_layout,
     lookup_logits,
     packed_lookup_logits,
-    vq_lookup,
-    vq_lookup_kernel,
 )
+from lit_logits.functional.lookup import kernel as vq_lookup_kernel
+from lit_logits.functional.lookup import lookup as vq_lookup
 
 V, G, WIDTH = 1003, 5, 3
 

@@ -7,7 +7,7 @@ every step, so `check_labels` looks at tensors in host memory unless it is told 
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "check_labels", "check_token_to_code"]
+__all__ = ["check_finite", "check_labels", "check_not_negative", "check_token_to_code"]
 
 
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = -100, wait: bool = False) -> None:
@@ -78,3 +78,15 @@ def check_finite(tensor: Tensor, name: str) -> None:
     wrong = int((~torch.isfinite(tensor)).sum())
     if wrong:
         raise ValueError(f"Expected `{name}` to be finite, but got {wrong} NaN or infinite values of {tensor.numel()}.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise unless every value, named as the argument that it is, is a number of at least 0.
+
+    Raises:
+        ValueError: naming the first that is not.
+
+    """
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")

@@ -60,6 +60,7 @@ from lit_logits.modules.vq_logits.calibration import (
 from lit_logits.modules.vq_logits.dense import (
     DenseLogitsHead,
 )
+from lit_logits.modules.vq_logits.describe import describe_head, describe_model
 from lit_logits.modules.vq_logits.export import (
     VQLogitsConfig,
     VQLogitsForCausalLM,
@@ -83,11 +84,7 @@ from lit_logits.modules.vq_logits.original import (
 from lit_logits.modules.vq_logits.residual import (
     ResidualVQLogitsHead,
 )
-from lit_logits.modules.vq_logits.start import (
-    HeadInit,
-    describe_head,
-    describe_model,
-)
+from lit_logits.modules.vq_logits.start import HeadInit
 from lit_logits.storage.logit_cache import (
     LogitCache,
 )

@@ -77,8 +77,8 @@ class LogitCache:
             self.num_samples, self.num_tokens = int(description["num_samples"]), int(description["num_tokens"])
             sizes = [int(size) for size in description["shards"]]
         except (KeyError, TypeError, ValueError) as error:
-            found = f"misses or misspells {error}"
-            raise _torn(self.folder, self.folder / "cache.json", found) from error
+            wrong = f"misses or misspells {error}"
+            raise _torn(self.folder, self.folder / "cache.json", wrong) from error
         self._files = [self.folder / f"shard-{index:05d}.safetensors" for index in range(len(sizes))]
         self._maps: dict[int, dict[str, Tensor]] = {}
         self._process = os.getpid()

@@ -23,7 +23,7 @@ OUTPUT_CACHE_NAME = next(
 )
 
 
-def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that the model's `forward` names, on its device; None is left out.
 
     For what a model may do without, such as position ids, which some find by themselves. A cache is not among that: see
@@ -97,5 +97,6 @@ def _length(cache: Any) -> int | None:
 
 def _parameters(model: nn.Module) -> set[str]:
     # Adapters of peft pass on whatever they do not name themselves.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    inner: Any = model if unwrap is None else unwrap()
     return set(inspect.signature(inner.forward).parameters)

@@ -5,37 +5,19 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lit_logits.contracts import Calibration
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.distributed import all_reduce_sum_
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["calibrate"]
 
 _CHUNK_ELEMENTS = 1 << 25  # probabilities a chunk: 128 MiB in float32
-
-
-class Calibration(NamedTuple):
-    """Result of `calibrate`, the same on all ranks.
-
-    Attributes:
-        token_counts: (V,) float32, how often each token is a target.
-        hidden_second_moment: (d, d) float32 E[h hᵀ] over the positions that have a target, or None.
-        token_information: (V,) float32 E[p_v (1 − p_v)] under the output layer over the same positions: the Fisher
-            information of each token's logit, which is what an error there costs in KL to second order. Or None.
-        informed_second_moment: (d, d) float32 E[h hᵀ] with each position weighted by its Σ_v p_v (1 − p_v), or None.
-
-    """
-
-    token_counts: Tensor
-    hidden_second_moment: Tensor | None
-    token_information: Tensor | None = None
-    informed_second_moment: Tensor | None = None
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.checks import check_labels
-from lit_logits.functional.codebook import Footprint
+from lit_logits.functional.codebook import Footprint, unigram_bias
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 
 __all__ = ["DenseLogitsHead"]
@@ -60,6 +61,17 @@ class DenseLogitsHead(nn.Module):
         if self.token_bias is None:
             raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
         self.token_bias.copy_(bias)
+
+    def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
+        """Take over a pretrained layer, which needs no start then. See `StartingHead`."""
+        self.copy_output_layer(*layer)
+        return layer.weight is not None
+
+    @torch.no_grad()
+    def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
+        """Start the bias from token counts, as that of a new `VQLogitsHead`; a pretrained layer has its own start."""
+        if self.token_bias is not None and layer.weight is None:
+            self.token_bias.copy_(unigram_bias(calibrate().token_counts))
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """Most likely tokens (...) of hidden states (..., d)."""

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
-from lit_logits.modules.vq_logits.dense import DenseLogitsHead
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
@@ -248,7 +248,7 @@ def compact_model(
 @torch.no_grad()
 def dense_model(
     backbone: PreTrainedModel,
-    head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead,
+    head: ExportableHead,
     generation_config: Any = None,
 ) -> PreTrainedModel:
     """The original architecture in `eval` mode, its output layer the decoded rows; backbone tensors are shared.

@@ -6,17 +6,15 @@ Letters: B batch, T sequence.
 import torch
 from torch import Tensor, nn
 
+from lit_logits.contracts import DecodingHead
 from lit_logits.modules.language_models.calls import read_with_cache
-from lit_logits.modules.vq_logits.dense import DenseLogitsHead
-from lit_logits.modules.vq_logits.head import VQLogitsHead
-from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
 __all__ = ["continue_prompts"]
 
 
 def continue_prompts(
     backbone: nn.Module,
-    head: VQLogitsHead | ResidualVQLogitsHead | DenseLogitsHead,
+    head: DecodingHead | nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -29,7 +27,7 @@ def continue_prompts(
 
     Args:
         backbone: of transformers, with a key–value cache.
-        head: its output layer.
+        head: its output layer; one without `greedy` and `sample` is called for token logits.
         input_ids: (B, T) prompts, left-padded where they differ in length.
         attention_mask: (B, T), 0 at padding; default all 1.
         max_new_tokens: how many tokens to add to each.
@@ -51,7 +49,7 @@ def continue_prompts(
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
         output, cache = read_with_cache(backbone, inputs, cache, num_read=mask.shape[1])
         hidden = output.last_hidden_state[:, -1]
-        token = head.sample(hidden, temperature, generator) if temperature else head.greedy(hidden)
+        token = _next_token(head, hidden, temperature, generator)
         if eos_token_id is not None:
             token = token.masked_fill(ended, eos_token_id)
             ended |= token == eos_token_id
@@ -60,3 +58,14 @@ def continue_prompts(
         if bool(ended.all()):
             break
     return input_ids
+
+
+def _next_token(
+    head: DecodingHead | nn.Module, hidden: Tensor, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    if isinstance(head, DecodingHead):
+        return head.sample(hidden, temperature, generator) if temperature else head.greedy(hidden)
+    logits = head(hidden)
+    if not temperature:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)

@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lit_logits.functional.checks import check_finite, check_token_to_code
+from lit_logits.contracts import Calibrate, OutputLayer
+from lit_logits.functional.checks import check_finite, check_not_negative, check_token_to_code
 from lit_logits.functional.code_assignment import code_means, random_assignment, reassign_tokens, split_heavy_codes
 from lit_logits.functional.codebook import (
     Footprint,
@@ -40,6 +41,7 @@ from lit_logits.functional.vq_logits import (
 )
 from lit_logits.modules.vq_logits.fit import fit_output_layer
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
+from lit_logits.modules.vq_logits.start import HeadInit, choose_init, start_codes
 
 __all__ = ["CodebookUpdate", "MappingStrategy", "VQLogitsHead"]
 
@@ -61,12 +63,17 @@ class VQLogitsHead(nn.Module):
         codebook_size: K, in [1, V].
         bias: learn a bias for each token, so that tokens of one code differ; without it they are always equally
             likely (the paper's head).
+        init: how `start` finds the codes: `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
+            `weighted_kmeans` of the rows of a pretrained output layer. Default: `weighted_kmeans` with a pretrained
+            layer, else `frequency`.
+        count_power: exponent of the token counts in `weighted_kmeans`.
         mapping: `fixed`; `learned`: each token owns a trained latent (V, d) and belongs to the nearest code;
             `reassigned`: one k-means step of the token table every `reassign_every_n_steps`.
         codebook_update: `gradient`, or `ema`: codes are running means of the latents of their tokens.
         decay: of the running means of `ema`, a step.
         reassign_every_n_steps: how often `after_step` renews a `learned` or `reassigned` mapping.
         usage_decay: of the running token counts, a training batch.
+        commitment_weight: weight of the commitment loss of latents.
 
     Attributes:
         codebook: (K, d) parameter.
@@ -99,14 +106,17 @@ class VQLogitsHead(nn.Module):
         self,
         hidden_size: int,
         vocab_size: int,
-        codebook_size: int,
+        codebook_size: int = 512,
         *,
         bias: bool = True,
+        init: HeadInit | None = None,
+        count_power: float = 0.75,
         mapping: MappingStrategy = "fixed",
         codebook_update: CodebookUpdate = "gradient",
         decay: float = 0.99,
         reassign_every_n_steps: int = 100,
         usage_decay: float = 0.99,
+        commitment_weight: float = 0.25,
     ) -> None:
         super().__init__()
         if not 1 <= codebook_size <= vocab_size:
@@ -114,10 +124,12 @@ class VQLogitsHead(nn.Module):
                 f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
             )
         _check_options(mapping, codebook_update, decay, reassign_every_n_steps, usage_decay)
+        check_not_negative(count_power=count_power, commitment_weight=commitment_weight)
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
         self.mapping, self.codebook_update = mapping, codebook_update
         self.decay, self.usage_decay = decay, usage_decay
         self.reassign_every_n_steps = reassign_every_n_steps
+        self.init, self.count_power, self.commitment_weight = init, count_power, commitment_weight
 
         self.codebook = nn.Parameter(torch.randn(codebook_size, hidden_size) * _INIT_STD)
         self.codebook.requires_grad_(codebook_update == "gradient")
@@ -319,6 +331,41 @@ class VQLogitsHead(nn.Module):
             bias=self.token_bias is not None,
             itemsize=self.codebook.dtype.itemsize,
         )
+
+    # ------------------------------------------------------------------ start, and what training asks for
+
+    def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
+        """Choose the start and bind the token table; data must be read. See `StartingHead`."""
+        self.init = choose_init(self.init, pretrained=layer.weight is not None)
+        self.bind_token_table(table)
+        return False
+
+    def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
+        """Put codes, mapping, bias and counts in; see `start_codes`. All ranks get those of rank 0."""
+        init = self.init or choose_init(None, pretrained=layer.weight is not None)
+        calibration = calibrate(second_moment=init == "weighted_kmeans")
+        found = start_codes(
+            init,
+            calibration,
+            layer,
+            codebook_size=self.codebook_size,
+            device=self.codebook.device,
+            count_power=self.count_power,
+            progress_bar=progress_bar,
+        )
+        counts = calibration.token_counts
+        self.set_codes(
+            found.codebook, found.token_to_code, token_bias=found.token_bias, token_counts=counts, latents=found.latents
+        )
+
+    def penalties(self) -> dict[str, tuple[float, Tensor]]:
+        """The commitment loss of latents."""
+        return {} if self.latents is None else {"commitment": (self.commitment_weight, self.commitment_loss())}
+
+    @property
+    def can_imitate(self) -> bool:
+        """Latents are fed by the cross-entropy alone."""
+        return self.latents is None
 
     # ------------------------------------------------------------------ changing the codes
 

@@ -4,16 +4,20 @@ Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.bit_packing import code_bits, pack_bits, unpack_bits
-from lit_logits.functional.checks import check_finite
+from lit_logits.functional.checks import check_finite, check_not_negative
+from lit_logits.functional.code_tiers import stages_by_rank
 from lit_logits.functional.codebook import Footprint
+from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.lookup.lookup import LookupLayout, lookup_greedy, lookup_layout, packed_lookup_logits
 from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_vq import (
     DenseTarget,
     ResidualVQLosses,
@@ -24,6 +28,7 @@ from lit_logits.functional.residual_vq import (
     residual_vq_losses,
     stage_codes,
 )
+from lit_logits.modules.vq_logits.fit import default_stages, fit_output_layer
 
 __all__ = ["ResidualVQLogitsHead"]
 
@@ -44,9 +49,16 @@ class ResidualVQLogitsHead(nn.Module):
         vocab_size: V.
         codebook_size: K, in [1, V].
         num_groups: G, a divisor of d.
-        token_stages: S_v of each token (V,), or the same for all.
-        num_stages: S; default the most that a token owns.
+        num_stages: S, which all tokens own, or tiers {frequency rank: stages}; see `stages_by_rank`. Default 1, or up
+            to 5 with a budget.
+        byte_budget: share of the bfloat16 dense layer that the head may take; `start` chooses the tiers by it.
+        token_stages: S_v of each token (V,), or the same for all, where it is known; at most S.
         bias: learn a bias for each token.
+        metric: what of E[h hᵀ] `start` uses; see `metric_matrix`.
+        token_weights: what an error in the row of a token weighs in `start`: `counts`, how often it occurs, to the
+            power `count_power`; or `fisher`, the information of its logit, E[p (1 − p)] under the original, which keeps
+            the divergence lowest and is the better start for `kd_weight: 1`. It also decides who gets more stages.
+        count_power: exponent of the token counts.
 
     Attributes:
         codebook: (S, G, K, d/G) parameter.
@@ -72,12 +84,16 @@ class ResidualVQLogitsHead(nn.Module):
         self,
         hidden_size: int,
         vocab_size: int,
-        codebook_size: int,
+        codebook_size: int = 256,
         *,
         num_groups: int = 1,
-        token_stages: Tensor | int = 1,
-        num_stages: int | None = None,
+        num_stages: int | dict[int, int] | None = None,
+        byte_budget: float | None = None,
+        token_stages: Tensor | int | None = None,
         bias: bool = False,
+        metric: MetricKind = "full",
+        token_weights: Literal["counts", "fisher"] = "counts",
+        count_power: float = 0.75,
     ) -> None:
         super().__init__()
         if not 1 <= codebook_size <= vocab_size:
@@ -86,13 +102,22 @@ class ResidualVQLogitsHead(nn.Module):
             )
         if num_groups < 1 or hidden_size % num_groups:
             raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
-        stages = (
-            token_stages if isinstance(token_stages, Tensor) else torch.full((vocab_size,), token_stages, device="cpu")
-        )
+        if token_weights not in ("counts", "fisher"):
+            raise ValueError(f"Expected `token_weights` to be 'counts' or 'fisher', but got {token_weights!r}.")
+        check_not_negative(count_power=count_power)
+        planned = default_stages(num_stages, byte_budget)
+        if token_stages is None:
+            stages = stages_by_rank(torch.ones(vocab_size, device="cpu"), planned)
+        elif isinstance(token_stages, Tensor):
+            stages = token_stages
+        else:
+            stages = torch.full((vocab_size,), token_stages, device="cpu")
         _check_stages(stages, vocab_size)
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
         self.num_groups = num_groups
-        self.num_stages = int(stages.max()) if num_stages is None else num_stages
+        self.planned_stages, self.byte_budget = planned, byte_budget
+        self.metric, self.token_weights, self.count_power = metric, token_weights, count_power
+        self.num_stages = num_stages if isinstance(num_stages, int) else int(stages.max())
         if self.num_stages < int(stages.max()):
             raise ValueError(
                 f"Expected `num_stages` to be at least {int(stages.max())}, the most of a token, but got {num_stages}."
@@ -269,6 +294,53 @@ class ResidualVQLogitsHead(nn.Module):
         if token_bias is not None and self.token_bias is not None:
             self.token_bias.copy_(token_bias)
         self._cache.clear()
+
+    # ------------------------------------------------------------------ start
+
+    def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
+        """Refuse a model of random weights: there is nothing to fit to. See `StartingHead`."""
+        if layer.weight is None:
+            raise ValueError(
+                "Expected a pretrained backbone for residual product codes, which are fitted to its output layer, but"
+                " the backbone is a config with random weights. Use `VQLogitsHead`."
+            )
+        return False
+
+    def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
+        """Fit the codes to a pretrained output layer; see `fit_output_layer`. All ranks get the codes of rank 0."""
+        if layer.weight is None:
+            raise ValueError(
+                "Expected the rows of the pretrained output layer, but they were freed when the head was initialised."
+                " Make the module anew to start again."
+            )
+        calibration = calibrate(second_moment=True, information=self.token_weights == "fisher")
+        device, count_power = self.codebook.device, self.count_power
+        weights, moment = calibration.token_counts, calibration.hidden_second_moment
+        if calibration.token_information is not None:
+            weights, moment, count_power = calibration.token_information, calibration.informed_second_moment, 1.0
+        fit = fit_output_layer(
+            layer.weight.to(device),
+            codebook_size=self.codebook_size,
+            num_groups=self.num_groups,
+            num_stages=self.planned_stages,
+            byte_budget=self.byte_budget,
+            keep_stages=True,  # the parameters of the head are there already
+            token_counts=weights,
+            hidden_second_moment=moment,
+            metric=self.metric,
+            count_power=count_power,
+            generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
+            progress_bar=progress_bar,
+        )
+        bias = None if self.token_bias is None else layer.bias
+        self.set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
+        broadcast_(*(tensor for tensor in self.state_dict().values() if tensor.numel()))
+        self.train(self.training)  # forgets what was unpacked of this rank's codes
+
+    @property
+    def can_imitate(self) -> bool:
+        """Always."""
+        return True
 
     # ------------------------------------------------------------------ what a person asks
 

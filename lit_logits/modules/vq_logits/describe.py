@@ -1,0 +1,57 @@
+"""What a head and a model with it take, in sentences for the log.
+
+Letters: d hidden size, V vocabulary.
+"""
+
+from torch import nn
+
+from lit_logits.contracts import ExportableHead
+from lit_logits.functional.codebook import Footprint
+from lit_logits.modules.language_models.loading import CausalBackbone
+from lit_logits.modules.vq_logits.head import VQLogitsHead
+
+__all__ = ["describe_head", "describe_model", "describe_untying"]
+
+
+def describe_head(head: ExportableHead) -> str:
+    """One line on the size of a head beside the dense one, and its floor if it has one."""
+    size = head.footprint()
+    text = (
+        f"Output head: {size.parameters:,} parameters ({size.parameters / size.dense_parameters:.2%} of dense),"
+        f" {size.bytes:,} bytes ({size.bytes / size.dense_bytes:.2%} of dense; the mapping packed)."
+    )
+    if isinstance(head, VQLogitsHead):
+        text += f" No backbone gets below perplexity {head.ppl_floor().item():.2f} with this mapping and bias."
+    return text
+
+
+def describe_untying(parts: CausalBackbone, head: ExportableHead) -> str:
+    """What breaking the tie of input and output embedding costs."""
+    table = parts.vocab_size * parts.hidden_size
+    backbone = sum(parameter.numel() for parameter in parts.model.parameters())
+    size: Footprint = head.footprint()
+    return (
+        f"The output layer was tied to the input embedding, so it cost nothing; the tie is broken. The input table"
+        f" stays ({table:,} parameters) and the head adds {size.parameters:,}: {backbone:,} parameters become"
+        f" {backbone + size.parameters:,} (an untied dense head would make it {backbone + table:,})."
+    )
+
+
+def describe_model(backbone: nn.Module, head: ExportableHead, *, tied: bool) -> str:
+    """What the whole model takes with this head and with its own dense layer, the input table counted in both.
+
+    Args:
+        backbone: whose parameters hold the input table.
+        head: its output layer.
+        tied: whether the dense layer was the input table, so that it cost nothing.
+
+    """
+    size = head.footprint()
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    taken = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
+    own, own_bytes = (0, 0) if tied else (size.dense_parameters, size.dense_bytes)
+    return (
+        f"Whole model, input table included: {parameters + own:,} parameters, {(taken + own_bytes) / 1e6:,.1f} MB with"
+        f" its {'tied ' if tied else ''}dense layer; {parameters + size.parameters:,} parameters,"
+        f" {(taken + size.bytes) / 1e6:,.1f} MB with this head."
+    )

@@ -1,0 +1,69 @@
+"""Heads as parts: made from what a model is given, checked, and named in checkpoints.
+
+Letters: d hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_logits.contracts import DecodingHead, ExportableHead, OutputHead
+from lit_logits.modules.vq_logits.dense import DenseLogitsHead
+from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
+
+__all__ = ["HeadFactory", "head_recipe", "make_head", "most_likely"]
+
+HeadFactory = Callable[[int, int], nn.Module]
+
+_HEADS: dict[str, Any] = {head.__name__: head for head in (VQLogitsHead, ResidualVQLogitsHead, DenseLogitsHead)}
+
+
+def make_head(head: HeadFactory | Mapping[str, Any], hidden_size: int, vocab_size: int, *, has_bias: bool) -> Any:
+    """Make a head for a model.
+
+    Args:
+        head: called with (d, V); or, as a checkpoint keeps it, `class_path` and `init_args` of one of this library's.
+        hidden_size: d.
+        vocab_size: V.
+        has_bias: whether the layer that it replaces has a bias.
+
+    Raises:
+        ValueError: for what is no head, or a head without a place for the bias.
+
+    """
+    if isinstance(head, Mapping) and str(head.get("class_path")).rpartition(".")[2] in _HEADS:
+        head = partial(_HEADS[head["class_path"].rpartition(".")[2]], **head.get("init_args", {}))
+    if not callable(head):
+        raise ValueError(
+            "Expected `head` to be called with (hidden_size, vocab_size), such as `VQLogitsHead` or"
+            f" `partial(VQLogitsHead, codebook_size=512)`, but got {head!r}. Version 0.1 took a name and the head's"
+            " arguments beside it; a recipe says `head: {class_path: VQLogitsHead, init_args: {codebook_size: 512}}` or"
+            " `head: DenseLogitsHead`."
+        )
+    made: Any = head(hidden_size, vocab_size)
+    if not (isinstance(made, nn.Module) and isinstance(made, OutputHead)):
+        raise ValueError(
+            "Expected `head` to make an `nn.Module` with `loss(hidden, labels)` that is called for token logits, see"
+            f" `lit_logits.contracts.OutputHead`, but got {type(made).__name__}."
+        )
+    if has_bias and isinstance(made, ExportableHead) and made.token_bias is None:
+        raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
+    return made
+
+
+def head_recipe(head: HeadFactory | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Class and arguments of one of this library's heads, as a recipe names them; None for what only code can make."""
+    if isinstance(head, Mapping):
+        return dict(head)
+    plain = isinstance(head, partial) and not head.args
+    made, arguments = (head.func, dict(head.keywords)) if plain else (head, {})  # type: ignore[attr-defined]
+    name = next((name for name, known in _HEADS.items() if known is made), None)
+    return None if name is None else {"class_path": f"lit_logits.modules.{name}", "init_args": arguments}
+
+
+def most_likely(head: Any, hidden: Tensor) -> Tensor:
+    """Most likely tokens (...) of hidden states (..., d), by the head's own way where it has one."""
+    return head.greedy(hidden) if isinstance(head, DecodingHead) else head(hidden).argmax(-1)
