@@ -80,6 +80,26 @@ class _RecipeFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
+_HEAD_ARGUMENTS = (
+    *("codebook_size", "num_groups", "num_stages", "byte_budget", "metric", "token_weights", "bias", "init"),
+    *("count_power", "mapping", "codebook_update", "commitment_weight", "decay", "reassign_every_n_steps"),
+)
+
+
+class _Parser(LightningArgumentParser):
+    """Tells the new form of arguments that were the module's in version 0.1 and are its head's now."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
+        old = next((name for name in _HEAD_ARGUMENTS if f"'{name}'" in message and "VQLogitsLM" in message), None)
+        if old is not None:
+            message += (
+                f"\nSince version 0.2 `{old}` is an argument of the head. Write it in a recipe as `head: {{class_path:"
+                f" VQLogitsHead, init_args: {{{old}: ...}}}}`, on the command line as `--model.head VQLogitsHead"
+                f" --model.head.{old} ...`; residual codes are a `ResidualVQLogitsHead`."
+            )
+        return super().error(message, *args, **kwargs)
+
+
 class LitLogitsCLI(LightningCLI):
     """LightningCLI with the library's classes by their short names, and runs that leave a record.
 
@@ -106,7 +126,7 @@ class LitLogitsCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose `--config` finds shipped recipes."""
-        parser = self.parser_class(dump_header=[f"lightning=={L.__version__}"], **kwargs)
+        parser = _Parser(dump_header=[f"lightning=={L.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=_RecipeFile, help="Path of a recipe, or name of a shipped one.")
         return parser
 

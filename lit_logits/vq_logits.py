@@ -98,10 +98,9 @@ class VQLogitsLM(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        ignored = ["optimizer", "lr_scheduler", "head", *([] if isinstance(backbone, (str, dict)) else ["backbone"])]
-        self.save_hyperparameters(ignore=ignored)
-        if (recipe := head_recipe(head)) is not None:
-            self.hparams.setdefault("head", recipe)  # so that a checkpoint loads on its own
+        make, head = head, cast(Any, head_recipe(head))  # Lightning saves what the variables hold now
+        plain = isinstance(backbone, (str, dict))
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["backbone"])])
         if not 0 <= kd_weight <= 1:
             raise ValueError(f"Expected `kd_weight` to be in [0, 1], but got {kd_weight}.")
         if calibration_batches < 1:
@@ -117,7 +116,7 @@ class VQLogitsLM(LightningModule):
         self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
-        self.head: Any = make_head(head, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
+        self.head: Any = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
         self.vocab_size = parts.vocab_size
         if kd_weight and not (isinstance(self.head, ImitatingHead) and self.head.can_imitate):
             raise ValueError(

@@ -21,7 +21,9 @@ HeadFactory = Callable[[int, int], nn.Module]
 _HEADS: dict[str, Any] = {head.__name__: head for head in (VQLogitsHead, ResidualVQLogitsHead, DenseLogitsHead)}
 
 
-def make_head(head: HeadFactory | Mapping[str, Any], hidden_size: int, vocab_size: int, *, has_bias: bool) -> Any:
+def make_head(
+    head: HeadFactory | Mapping[str, Any] | None, hidden_size: int, vocab_size: int, *, has_bias: bool
+) -> Any:
     """Make a head for a model.
 
     Args:
@@ -36,6 +38,11 @@ def make_head(head: HeadFactory | Mapping[str, Any], hidden_size: int, vocab_siz
     """
     if isinstance(head, Mapping) and str(head.get("class_path")).rpartition(".")[2] in _HEADS:
         head = partial(_HEADS[head["class_path"].rpartition(".")[2]], **head.get("init_args", {}))
+    if head is None:
+        raise ValueError(
+            "Expected `head`, but the checkpoint does not tell it, because it was trained with one that only code can"
+            " make. Pass the same: `load_from_checkpoint(path, head=...)`."
+        )
     if not callable(head):
         raise ValueError(
             "Expected `head` to be called with (hidden_size, vocab_size), such as `VQLogitsHead` or"
@@ -54,12 +61,12 @@ def make_head(head: HeadFactory | Mapping[str, Any], hidden_size: int, vocab_siz
     return made
 
 
-def head_recipe(head: HeadFactory | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Class and arguments of one of this library's heads, as a recipe names them; None for what only code can make."""
-    if isinstance(head, Mapping):
-        return dict(head)
+def head_recipe(head: Any) -> Any:
+    """What a checkpoint keeps of a head: class and arguments of this library's; None for what only code can make."""
+    if not callable(head):  # a recipe as it was kept, or what `make_head` refuses
+        return head
     plain = isinstance(head, partial) and not head.args
-    made, arguments = (head.func, dict(head.keywords)) if plain else (head, {})  # type: ignore[attr-defined]
+    made, arguments = (head.func, dict(head.keywords)) if plain else (head, {})
     name = next((name for name, known in _HEADS.items() if known is made), None)
     return None if name is None else {"class_path": f"lit_logits.modules.{name}", "init_args": arguments}
 
