@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.reductions import at_least_float32, chunked_sum
 from lit_logits.modules.language_models.calls import accepted_inputs
-from lit_logits.modules.language_models.loading import load_backbone, load_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.loading import check_plain_causal_lm, load_causal_lm, new_causal_lm
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
 
@@ -40,7 +40,7 @@ class CausalLM(LightningModule):
             monitored value for `ReduceLROnPlateau`.
 
     Raises:
-        ValueError: for a model that cannot be loaded or does not fit the vocabulary; see `load_backbone`.
+        ValueError: for a model that cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`.
 
     Example:
         >>> lm = CausalLM({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -68,7 +68,7 @@ class CausalLM(LightningModule):
             loaded = new_causal_lm(model, vocab_size)
         else:
             loaded = load_causal_lm(model) if isinstance(model, str) else model
-            load_backbone(loaded, vocab_size=vocab_size)  # refuses models that change their logits
+            check_plain_causal_lm(loaded, vocab_size=vocab_size)
         self.model: PreTrainedModel = loaded.train()  # `from_pretrained` leaves it in eval mode
         self.chunk_size = chunk_size
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

@@ -22,7 +22,7 @@ from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLo
 from lit_logits.modules.gld_fusion.criterion import FusionCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import accepted_inputs
-from lit_logits.modules.language_models.loading import load_backbone, load_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.loading import check_plain_causal_lm, load_causal_lm, new_causal_lm
 from lit_logits.modules.language_models.lora import add_lora, save_merged
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
@@ -341,7 +341,7 @@ def _load_pivot(
         model = new_causal_lm(pivot, vocab_size)
     else:
         model = load_causal_lm(pivot) if isinstance(pivot, str) else pivot
-        load_backbone(model, vocab_size=vocab_size)  # refuses models that change their logits
+        check_plain_causal_lm(model, vocab_size=vocab_size)
     if lora is not None:
         model = add_lora(model, lora)
     if gradient_checkpointing:

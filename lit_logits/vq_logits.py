@@ -161,17 +161,17 @@ class VQLogitsLM(LightningModule):
 
     # ------------------------------------------------------------------ forward
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Output of the backbone for (B, T) token ids; its `last_hidden_state` (B, T, d) is what the head reads."""
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, d) of the backbone for (B, T) token ids: what the head reads."""
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token logits (B, T, V) in nats."""
-        return self.head(self.hidden_states(input_ids, attention_mask).last_hidden_state)
+        return self.head(self.hidden_states(input_ids, attention_mask))
 
     def _loss(self, batch: Mapping[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the next token, and the shifted labels (B, T − 1)."""
-        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask")).last_hidden_state[:, :-1]
+        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
         labels = batch["labels"][:, 1:]
         return self.head.loss(hidden, labels, **kwargs), labels
 
@@ -179,7 +179,7 @@ class VQLogitsLM(LightningModule):
         """Losses of each next token beside those of the original model, and the shifted labels (B, T − 1)."""
         input_ids, mask = batch["input_ids"], batch.get("attention_mask")
         with original.sharing_layers(self.backbone):
-            hidden = self.hidden_states(input_ids, mask).last_hidden_state
+            hidden = self.hidden_states(input_ids, mask)
             target = original.target(hidden, input_ids=input_ids, attention_mask=mask)
         target = target._replace(hidden=target.hidden[:, :-1])
         labels = batch["labels"][:, 1:]
@@ -280,7 +280,7 @@ class VQLogitsLM(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of each next token in nats (0 where ignored) and the most likely next token, both (B, T − 1)."""
-        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask")).last_hidden_state[:, :-1]
+        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
         losses = self.head.loss(hidden, batch["labels"][:, 1:], reduction="none")
         return {"nll": losses, "greedy": most_likely(self.head, hidden)}
 

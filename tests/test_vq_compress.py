@@ -249,7 +249,7 @@ def test_the_layers_of_the_original_are_as_before_where_a_run_fails(folder):
     with model.original.sharing_layers(model.backbone):  # nothing has run, so nothing is gone on from
         hidden = model.original.target(torch.zeros(0), input_ids=ids).hidden
     assert "forward" not in vars(held.layers[0])
-    torch.testing.assert_close(hidden, model.hidden_states(ids).last_hidden_state.detach())
+    torch.testing.assert_close(hidden, model.hidden_states(ids).detach())
 
 
 def test_layers_that_read_more_than_the_one_before_are_not_shared(folder, monkeypatch):
@@ -291,10 +291,10 @@ def test_the_original_is_the_original_after_a_checkpoint_of_other_trained_layers
     model = VQLogitsLM.load_from_checkpoint(tmp_path / "all.ckpt", num_trainable_layers=layers)
     ids = torch.randint(V, (2, T))
     with model.original.sharing_layers(model.backbone):
-        target = model.original.target(model.hidden_states(ids).last_hidden_state, input_ids=ids)
+        target = model.original.target(model.hidden_states(ids), input_ids=ids)
     logits = target.hidden @ target.weight.T
     torch.testing.assert_close(logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits.detach())
-    assert not torch.allclose(model.hidden_states(ids).last_hidden_state, target.hidden)
+    assert not torch.allclose(model.hidden_states(ids), target.hidden)
 
 
 def test_a_head_is_started_once(started):

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from lit_logits.functional.vq_logits import code_log_mass, code_logits
 
-__all__ = ["GreedyTables", "SamplingTables", "greedy_tables", "sampling_tables", "vq_greedy", "vq_sample"]
+__all__ = [
+    "GreedyTables",
+    "SamplingTables",
+    "greedy_tables",
+    "sample_logits",
+    "sampling_tables",
+    "vq_greedy",
+    "vq_sample",
+]
 
 
 class GreedyTables(NamedTuple):
@@ -142,3 +150,20 @@ def vq_sample(
     # Rounding may carry a draw close to 1 past the end of its code.
     tokens = tables.tokens[torch.minimum(slots, tables.last[codes])]
     return tokens.reshape(hidden.shape[:-1])
+
+
+def sample_logits(logits: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Tokens (...) int64 drawn from softmax(logits / temperature) of logits (..., V) in nats.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
+
+    Example:
+        >>> sample_logits(torch.tensor([[0.0, 50.0], [50.0, 0.0]]))
+        tensor([1, 0])
+
+    """
+    if not temperature > 0:
+        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
+    probs = (logits.float() / temperature).softmax(dim=-1).reshape(-1, logits.shape[-1])
+    return torch.multinomial(probs, 1, generator=generator).view(logits.shape[:-1])

@@ -73,11 +73,8 @@ from lit_logits.modules.vq_logits.fit import (
 from lit_logits.modules.vq_logits.generation import (
     continue_prompts,
 )
-from lit_logits.modules.vq_logits.head import (
-    CodebookUpdate,
-    MappingStrategy,
-    VQLogitsHead,
-)
+from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy
 from lit_logits.modules.vq_logits.original import (
     OriginalOutput,
 )

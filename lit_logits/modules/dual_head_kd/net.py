@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_logits.functional.gradients import AlignedGradients, align_gradients, any_over_ranks, average_over_ranks
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, find_classifier, is_causal_lm, tap_features
-from lit_logits.modules.language_models.loading import load_backbone
+from lit_logits.modules.language_models.loading import check_plain_causal_lm
 
 __all__ = ["AuxHeadKind", "AuxiliaryHead", "DualHeadClassifier", "DualHeadOutput", "GradAlign", "GradientAligner"]
 
@@ -111,7 +111,7 @@ class DualHeadClassifier(nn.Module):
         self.classifier_name = find_classifier(student, classifier, num_classes=num_classes)
         self.is_causal_lm = is_causal_lm(student)
         if self.is_causal_lm:
-            load_backbone(student)  # type: ignore[arg-type]  # refuses models that change their logits
+            check_plain_causal_lm(student)
         main = self.main_head
         self.num_features, self.num_classes = main.in_features, main.out_features
         self.aux_head = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
-from lit_logits.modules.language_models.loading import load_backbone
+from lit_logits.modules.language_models.loading import check_plain_causal_lm
 
 __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
 
@@ -94,7 +94,7 @@ def load_teacher(
     if checkpoint is not None:
         load_weights(model, checkpoint)
     if is_causal_lm(model):
-        load_backbone(model)  # type: ignore[arg-type]  # refuses models that change their logits
+        check_plain_causal_lm(model)
     return FrozenTeacher(model)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.language_models.inspect import check_causal_lm, digest_model, num_logits
-from lit_logits.modules.language_models.loading import load_backbone, load_causal_lm
+from lit_logits.modules.language_models.loading import is_plain_causal_lm, load_causal_lm
 from lit_logits.modules.language_models.tokenizers import find_tokenizer, tokenizer_id
 from lit_logits.storage.logit_cache import LogitCache, is_logit_cache
 
@@ -59,7 +59,7 @@ class LogitSource:
         self.pinned = _input_device(model).type != "cpu" if pinned is None else pinned
         self.tokenizer_id = None if tokenizer is None else tokenizer_id(tokenizer)
         self.vocab_size = min(num_logits(model), num_logits(model) if tokenizer is None else len(tokenizer))
-        self.is_plain = _is_plain(model)
+        self.is_plain = is_plain_causal_lm(model)
         self._checked: set[str] = set()
 
     @torch.no_grad()
@@ -191,12 +191,3 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     table = cast(nn.Embedding, model.get_input_embeddings())
     device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
     return table.weight.device if device is None else torch.device(device)
-
-
-def _is_plain(model: PreTrainedModel) -> bool:
-    """Whether its logits are its output layer of its last hidden states."""
-    try:
-        load_backbone(model)
-    except ValueError:
-        return False
-    return True

@@ -126,19 +126,9 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         model = AutoModel.from_config(config)
         return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
     causal_lm = load_causal_lm(backbone) if isinstance(backbone, str) else backbone
+    check_plain_causal_lm(causal_lm, vocab_size=vocab_size)
     output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
-    if output is None:
-        raise ValueError(
-            f"Expected a causal language model with an output layer, but {type(causal_lm).__name__} has none."
-        )
-    _check_logits_are_plain(causal_lm)
-    _check_head_reads_last_hidden_state(causal_lm)
     weight = output.weight.detach()
-    if vocab_size is not None and vocab_size > weight.shape[0]:
-        raise ValueError(
-            f"Expected a backbone of at least {vocab_size} tokens, the vocabulary of the tokenizer, but its output"
-            f" layer has {weight.shape[0]} rows. Use the tokenizer that belongs to the model."
-        )
     bias = getattr(output, "bias", None)
     return CausalBackbone(
         model=cast(PreTrainedModel, causal_lm.base_model),
@@ -149,6 +139,40 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         vocab_size=weight.shape[0],
         generation_config=getattr(causal_lm, "generation_config", None),
     )
+
+
+def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> None:
+    """Raise unless a model's logits are its output layer of its last hidden states.
+
+    Args:
+        model: causal language model of transformers.
+        vocab_size: V of the tokenizer; the output layer must have at least as many rows.
+
+    Raises:
+        ValueError: for a model without an output layer, or that changes hidden states in front of it or logits after
+            it, or with too few rows.
+
+    """
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(f"Expected a causal language model with an output layer, but {type(model).__name__} has none.")
+    _check_logits_are_plain(model)
+    _check_head_reads_last_hidden_state(model)
+    rows = output.weight.shape[0]
+    if vocab_size is not None and vocab_size > rows:
+        raise ValueError(
+            f"Expected a backbone of at least {vocab_size} tokens, the vocabulary of the tokenizer, but its output"
+            f" layer has {rows} rows. Use the tokenizer that belongs to the model."
+        )
+
+
+def is_plain_causal_lm(model: Any) -> bool:
+    """Whether a model's logits are its output layer of its last hidden states."""
+    try:
+        check_plain_causal_lm(model)
+    except ValueError:
+        return False
+    return True
 
 
 def make_config(settings: Mapping[str, Any]) -> Any:

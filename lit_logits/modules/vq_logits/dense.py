@@ -13,6 +13,7 @@ from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.codebook import Footprint, unigram_bias
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.vq_decoding import sample_logits
 
 __all__ = ["DenseLogitsHead"]
 
@@ -79,10 +80,7 @@ class DenseLogitsHead(nn.Module):
 
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
-        if not temperature > 0:
-            raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
-        probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
-        return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
+        return sample_logits(self(hidden), temperature, generator)
 
     def dense_weight(self) -> Tensor:
         """The weight, as compressed heads decode theirs."""

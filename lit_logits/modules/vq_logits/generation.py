@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.contracts import DecodingHead
+from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.language_models.calls import read_with_cache
 
 __all__ = ["continue_prompts"]
@@ -65,7 +66,4 @@ def _next_token(
 ) -> Tensor:
     if isinstance(head, DecodingHead):
         return head.sample(hidden, temperature, generator) if temperature else head.greedy(hidden)
-    logits = head(hidden)
-    if not temperature:
-        return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+    return sample_logits(head(hidden), temperature, generator) if temperature else head(hidden).argmax(-1)

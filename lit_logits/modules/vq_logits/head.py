@@ -3,25 +3,22 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}).
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lit_logits.contracts import Calibrate, OutputLayer
-from lit_logits.functional.checks import check_finite, check_not_negative, check_token_to_code
-from lit_logits.functional.code_assignment import code_means, random_assignment, reassign_tokens, split_heavy_codes
+from lit_logits.functional.checks import check_not_negative, check_token_to_code
+from lit_logits.functional.code_assignment import random_assignment
 from lit_logits.functional.codebook import (
     Footprint,
-    code_usage,
     commitment_loss,
     ppl_floor,
     unigram_bias,
     vq_footprint,
 )
-from lit_logits.functional.distributed import all_reduce_sum_, broadcast_
-from lit_logits.functional.kmeans import nearest_centroids
 from lit_logits.functional.reductions import Reduction
 from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, StageCodes, residual_vq_losses
@@ -40,17 +37,17 @@ from lit_logits.functional.vq_logits import (
     vq_cross_entropy,
 )
 from lit_logits.modules.vq_logits.fit import fit_output_layer
+from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy, MovingCodes
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 from lit_logits.modules.vq_logits.start import HeadInit, choose_init, start_codes
+from lit_logits.modules.vq_logits.tables import TableCache
 
-__all__ = ["CodebookUpdate", "MappingStrategy", "VQLogitsHead"]
+__all__ = ["VQLogitsHead"]
 
-MappingStrategy = Literal["fixed", "learned", "reassigned"]
-CodebookUpdate = Literal["gradient", "ema"]
 _INIT_STD = 0.02
 
 
-class VQLogitsHead(nn.Module):
+class VQLogitsHead(MovingCodes):
     """Output layer made of a small codebook and a token → code mapping [0].
 
     `loss` never makes the (N, V) logits, nor do `greedy` and `sample`; calling the head does, as every other output
@@ -95,13 +92,6 @@ class VQLogitsHead(nn.Module):
 
     """
 
-    codebook: nn.Parameter
-    token_to_code: Tensor
-    token_counts: Tensor
-    num_updates: Tensor
-    ema_sums: Tensor
-    ema_mass: Tensor
-
     def __init__(
         self,
         hidden_size: int,
@@ -143,7 +133,7 @@ class VQLogitsHead(nn.Module):
             self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size))
             self.register_buffer("ema_mass", torch.empty(codebook_size))
         self._token_table: tuple[nn.Embedding, ...] = ()  # in a tuple, so that it is not registered here
-        self._cache: dict[str, tuple[list[Tensor], object, Any]] = {}
+        self._tables = TableCache()
         self.register_load_state_dict_pre_hook(_check_vocabulary)
         self._restart_latents()
 
@@ -270,12 +260,12 @@ class VQLogitsHead(nn.Module):
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """Most likely tokens (...) of hidden states (..., d), exactly; ties within a code go to the lowest id."""
-        tables = self._cached("greedy", lambda: greedy_tables(self.token_to_code, self.codebook_size, self.token_bias))
+        tables = self._table("greedy", lambda: greedy_tables(self.token_to_code, self.codebook_size, self.token_bias))
         return vq_greedy(hidden, self.codebook, cast(GreedyTables, tables))
 
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
-        tables = self._cached(
+        tables = self._table(
             f"sampling at {temperature}",
             lambda: sampling_tables(self.token_to_code, self.codebook_size, self.token_bias, temperature=temperature),
         )
@@ -285,37 +275,20 @@ class VQLogitsHead(nn.Module):
 
     def train(self, mode: bool = True) -> "VQLogitsHead":
         """Switch between training and evaluation, and forget the decoding tables."""
-        self._cache.clear()
+        self._tables.clear()
         return super().train(mode)
 
-    def _cached(self, name: str, make: Any) -> Any:
-        """Tables of mapping and bias, made anew when either was written to since.
-
-        Writing through `.data`, as some optimizers do, leaves no trace here: `after_step` and `eval` forget the tables.
-        """
+    def _table(self, name: str, make: Callable[[], Any]) -> Any:
+        """Of mapping and bias; kept until one of them changes."""
         sources = [self.token_to_code] if self.token_bias is None else [self.token_to_code, self.token_bias]
-        if any(source.is_inference() for source in sources):  # such tensors do not count their versions
-            return make()
-        key = [(source.data_ptr(), source._version) for source in sources]
-        kept, found, tables = self._cache.get(name, ([], None, None))
-        # The tensors themselves are kept: the address of one that is gone may be given to another.
-        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
-            if name not in self._cache and len(self._cache) > 8:
-                self._cache.clear()
-            with torch.no_grad():
-                tables = make()
-            self._cache[name] = (sources, key, tables)
-        return tables
+        with torch.no_grad():
+            return self._tables.get(name, sources, make)
 
-    # ------------------------------------------------------------------ what a person asks
+    # ------------------------------------------------------------------ inspection
 
     def dense_weight(self) -> Tensor:
         """Rows C_{M(v)} of the dense (V, d) layer that gives the same logits, bias aside."""
         return self.codebook[self.token_to_code]
-
-    def usage(self) -> Tensor:
-        """Running share (K,) of the targets that each code carries; zeros before any training."""
-        return code_usage(self.token_counts, self.token_to_code, self.codebook_size)
 
     def ppl_floor(self) -> Tensor:
         """Perplexity that no backbone gets below on the counted targets; NaN before any were counted."""
@@ -366,178 +339,6 @@ class VQLogitsHead(nn.Module):
     def can_imitate(self) -> bool:
         """Latents are fed by the cross-entropy alone."""
         return self.latents is None
-
-    # ------------------------------------------------------------------ changing the codes
-
-    def bind_token_table(self, table: nn.Embedding) -> None:
-        """Name the (V, ·) embedding that says which tokens are alike; it stays its owner's, also in checkpoints."""
-        if table.weight.shape[0] < self.vocab_size:
-            raise ValueError(
-                f"Expected `table` to have at least {self.vocab_size} rows, one a token, but got"
-                f" {tuple(table.weight.shape)}."
-            )
-        self._token_table = (table,)
-
-    def token_vectors(self) -> Tensor | None:
-        """Vectors (V, ·) that say which tokens are alike: latents, else the bound table, else None."""
-        if self.latents is not None:
-            return self.latents.detach()
-        if self._token_table:
-            return self._token_table[0].weight.detach()[: self.vocab_size]
-        return None
-
-    @torch.no_grad()
-    def set_codes(
-        self,
-        codebook: Tensor | None = None,
-        token_to_code: Tensor | None = None,
-        *,
-        token_bias: Tensor | None = None,
-        token_counts: Tensor | None = None,
-        latents: Tensor | None = None,
-    ) -> None:
-        """Put other codes in: those of rank 0 on every rank. What is None stays.
-
-        Args:
-            codebook: (K, d).
-            token_to_code: (V,) int64 in [0, K).
-            token_bias: (V,) in nats.
-            token_counts: (V,) counts to start the running counts from.
-            latents: (V, d) to start the latents from; without them they restart around their codes.
-
-        Raises:
-            ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
-
-        """
-        if token_to_code is not None:
-            check_token_to_code(token_to_code, self.vocab_size, self.codebook_size)
-        given = {
-            "codebook": codebook,
-            "token_to_code": token_to_code,
-            "token_bias": token_bias,
-            "token_counts": token_counts,
-            "latents": latents,
-        }
-        pairs = [(name, getattr(self, name), value) for name, value in given.items() if value is not None]
-        pairs = [(name, target, value) for name, target, value in pairs if target is not None]
-        for name, target, value in pairs:  # all of them before the first is written
-            if value.shape != target.shape:
-                raise ValueError(
-                    f"Expected `{name}` to have shape {tuple(target.shape)}, but got {tuple(value.shape)}."
-                )
-            if value.is_floating_point():
-                check_finite(value, name)
-        for _, target, value in pairs:
-            target.copy_(value)
-        if latents is None:
-            self._restart_latents()
-        self._restart_ema()
-        broadcast_(*(tensor for tensor in self.state_dict().values()))
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Move what gradients do not: the EMA codebook, and the mapping every `reassign_every_n_steps`."""
-        self._cache.clear()
-        self.num_updates += 1
-        if self.codebook_update == "ema":
-            self._update_ema()
-        if self.mapping != "fixed" and int(self.num_updates) % self.reassign_every_n_steps == 0:
-            self._reassign()
-
-    def dead_codes(self, min_usage: float = 0.0) -> Tensor:
-        """Codes (D,) that own no token or carry less than `min_usage` of an even share 1/K of the counted targets."""
-        dead = torch.bincount(self.token_to_code, minlength=self.codebook_size) == 0
-        if bool(self.token_counts.any()):
-            dead |= self.usage() * self.codebook_size < min_usage
-        return dead.nonzero().squeeze(1)
-
-    @torch.no_grad()
-    def revive(self, dead: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Give each dead code one half of a heavy code, and reset the codes' own running state.
-
-        A revived code starts as a copy of the code that it was split from, so the logits of that code's tokens do not
-        change. With latents both halves move to the mean of their latents instead, which is what keeps the tokens
-        there. All ranks end with the codes of rank 0. Moments of an optimizer are the caller's to reset.
-
-        Args:
-            dead: (D,) int64 codes.
-            generator: source of randomness, on the device of the head.
-
-        Returns:
-            int64 codes whose vectors changed, in rising order: the revived and, with latents, those they were split
-            from.
-
-        """
-        split = split_heavy_codes(
-            self.token_to_code,
-            self.codebook_size,
-            dead,
-            token_counts=self.token_counts,
-            vectors=self.token_vectors(),
-            generator=generator,
-        )
-        revived, sources = dead[split.sources >= 0], split.sources[split.sources >= 0]
-        changed = revived if self.latents is None else torch.cat([revived, sources]).unique()
-        self.token_to_code.copy_(split.token_to_code)
-        if self.latents is None:
-            for code, source in zip(revived, sources, strict=True):  # in order: a source may itself be revived
-                self.codebook[code] = self.codebook[source]
-        else:
-            means, _ = code_means(self.latents, self.token_to_code, self.codebook_size)
-            self.codebook[changed] = means[changed].to(self.codebook.dtype)
-        is_changed = torch.zeros(self.codebook_size, dtype=torch.uint8, device=self.codebook.device)
-        is_changed[changed] = 1
-        broadcast_(self.codebook, self.token_to_code, is_changed)
-        changed = is_changed.nonzero().squeeze(1)
-        self._restart_ema(changed)
-        return changed
-
-    # ------------------------------------------------------------------ inside
-
-    @torch.no_grad()
-    def _count(self, labels: Tensor, ignore_index: int) -> None:
-        mask = (labels != ignore_index).flatten()
-        tokens = labels.flatten().masked_fill(~mask, 0)
-        counts = torch.zeros_like(self.token_counts).index_add_(0, tokens, mask.to(self.token_counts))
-        self.token_counts.mul_(self.usage_decay).add_(all_reduce_sum_(counts))
-
-    @torch.no_grad()
-    def _restart_latents(self) -> None:
-        if self.latents is not None:
-            noise = torch.randn_like(self.latents) * 0.1 * self.codebook.std(correction=0)
-            self.latents.copy_(self.codebook[self.token_to_code] + noise)
-        self._restart_ema()
-
-    def _restart_ema(self, codes: Tensor | None = None) -> None:
-        """Let the running sums of `codes` (default all) start from their codes as they are."""
-        if self.codebook_update != "ema":
-            return
-        sizes = torch.bincount(self.token_to_code, minlength=self.codebook_size).to(self.ema_mass)
-        rows = slice(None) if codes is None else codes
-        self.ema_mass[rows] = sizes[rows]
-        self.ema_sums[rows] = self.codebook[rows].detach().to(self.ema_sums) * sizes[rows].unsqueeze(1)
-
-    def _update_ema(self) -> None:
-        latents = cast(Tensor, self.latents)
-        means, mass = code_means(latents.float(), self.token_to_code, self.codebook_size)
-        self.ema_mass.lerp_(mass, 1 - self.decay)
-        self.ema_sums.lerp_(means * mass.unsqueeze(1), 1 - self.decay)
-        alive = mass > 0
-        self.codebook[alive] = (self.ema_sums[alive] / self.ema_mass[alive].unsqueeze(1)).to(self.codebook.dtype)
-        broadcast_(self.codebook)  # DDP carries buffers and gradients, and this is neither
-
-    def _reassign(self) -> None:
-        vectors = self.token_vectors()
-        if self.mapping == "learned":
-            self.token_to_code.copy_(nearest_centroids(cast(Tensor, vectors), self.codebook))
-        elif vectors is None:
-            raise ValueError(
-                "Expected a token table for mapping='reassigned': call `bind_token_table(embedding)` with the input"
-                " embedding."
-            )
-        else:
-            self.token_to_code.copy_(reassign_tokens(vectors, self.token_to_code, self.codebook_size))
-        broadcast_(self.token_to_code)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""

@@ -3,7 +3,6 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,7 +27,9 @@ from lit_logits.functional.residual_vq import (
     residual_vq_losses,
     stage_codes,
 )
+from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.vq_logits.fit import default_stages, fit_output_layer
+from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["ResidualVQLogitsHead"]
 
@@ -128,7 +129,7 @@ class ResidualVQLogitsHead(nn.Module):
         codes = torch.randint(codebook_size, (int(stages.sum()) * num_groups,))
         self.register_buffer("packed_codes", pack_bits(codes, code_bits(codebook_size)))
         self.register_buffer("packed_stages", self._pack_stages(stages))
-        self._cache: dict[str, tuple[tuple[Tensor, ...], object, Any]] = {}
+        self._tables = TableCache()
         self.register_load_state_dict_pre_hook(_take_over_sizes)
 
     # ------------------------------------------------------------------ logits and loss
@@ -176,10 +177,7 @@ class ResidualVQLogitsHead(nn.Module):
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
-        if not temperature > 0:
-            raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")
-        probs = (self(hidden).float() / temperature).softmax(dim=-1).reshape(-1, self.vocab_size)
-        return torch.multinomial(probs, 1, generator=generator).view(hidden.shape[:-1])
+        return sample_logits(self(hidden), temperature, generator)
 
     def _is_decoding(self, hidden: Tensor) -> bool:
         few = hidden.device.type == "cpu" and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
@@ -190,7 +188,7 @@ class ResidualVQLogitsHead(nn.Module):
         """The head as the look-up takes it, made anew when any of it was written to since."""
         bias = () if self.token_bias is None else (self.token_bias,)
         sources = (self.codebook, self.packed_codes, self.packed_stages, *bias)
-        return self._kept("layout", sources, self._make_layout)
+        return self._tables.get("layout", sources, self._make_layout)
 
     def _make_layout(self) -> LookupLayout:
         stages = self.stages()
@@ -204,7 +202,7 @@ class ResidualVQLogitsHead(nn.Module):
 
         Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version.
         """
-        self._cache.clear()
+        self._tables.clear()
         return super().train(mode)
 
     # ------------------------------------------------------------------ the mapping
@@ -217,19 +215,7 @@ class ResidualVQLogitsHead(nn.Module):
 
     def stages(self) -> list[StageCodes]:
         """The mapping, unpacked; kept until it is written to."""
-        return self._kept("stages", (self.packed_codes, self.packed_stages), self._unpack)
-
-    def _kept(self, name: str, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """What `make` makes of the sources, made anew when one of them was replaced or written to since."""
-        if any(source.is_inference() for source in sources):  # such tensors do not count their versions
-            return make()
-        key = [(source.data_ptr(), source._version) for source in sources]
-        kept, found, value = self._cache.get(name, ((), None, None))
-        # The tensors themselves are kept: the address of one that is gone may be given to another.
-        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
-            value = make()
-            self._cache[name] = (sources, key, value)
-        return value
+        return self._tables.get("stages", (self.packed_codes, self.packed_stages), self._unpack)
 
     def _unpack(self) -> list[StageCodes]:
         stages = self.token_stages()
@@ -293,7 +279,7 @@ class ResidualVQLogitsHead(nn.Module):
         self.packed_stages = self._pack_stages(token_stages).to(device)
         if token_bias is not None and self.token_bias is not None:
             self.token_bias.copy_(token_bias)
-        self._cache.clear()
+        self._tables.clear()
 
     # ------------------------------------------------------------------ start
 
@@ -373,7 +359,7 @@ def _check_stages(stages: Tensor, vocab_size: int) -> None:
 
 def _take_over_sizes(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """The mapping's sizes are those of the checkpoint, as tiers may be; another vocabulary or codebook is refused."""
-    module._cache.clear()
+    module._tables.clear()
     codebook = state_dict.get(prefix + "codebook")
     if codebook is not None and codebook.shape != module.codebook.shape:
         raise ValueError(

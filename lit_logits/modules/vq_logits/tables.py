@@ -1,0 +1,51 @@
+"""Tables that decoding makes of mapping and bias, kept as long as they hold."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["TableCache"]
+
+_MAX_TABLES = 8
+
+
+class TableCache:
+    """Keeps what was made of tensors until one of them is replaced or written to.
+
+    Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version: `clear` then.
+
+    Example:
+        >>> import torch
+        >>> bias, tables = torch.zeros(2), TableCache()
+        >>> tables.get("sum", [bias], lambda: float(bias.sum()))
+        0.0
+        >>> _ = bias.add_(1)
+        >>> tables.get("sum", [bias], lambda: float(bias.sum()))
+        2.0
+
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[list[Tensor], object, Any]] = {}
+
+    def get(self, name: str, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """What `make` makes of the sources: the one that is kept under the name, where it still holds."""
+        if any(source.is_inference() for source in sources):  # such tensors do not count their versions
+            return make()
+        key = [(source.data_ptr(), source._version) for source in sources]
+        kept, found, value = self._kept.get(name, ([], None, None))
+        # The tensors themselves are kept: the address of one that is gone may be given to another.
+        if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
+            if name not in self._kept and len(self._kept) >= _MAX_TABLES:
+                self._kept.clear()
+            value = make()
+            self._kept[name] = (list(sources), key, value)
+        return value
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._kept.clear()
+
+    def __deepcopy__(self, memo: Any) -> "TableCache":
+        return TableCache()
