@@ -4,6 +4,8 @@ Letters: B batch, T sequence, N tokens that count, V vocabulary.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +19,8 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.reductions import at_least_float32, chunked_sum
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.loading import check_plain_causal_lm, load_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.lora import save_merged
+from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
 
@@ -141,3 +145,9 @@ class CausalLM(LightningModule):
         nll = metric.compute()
         self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
         metric.reset()
+
+    # ------------------------------------------------------------------ export
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
+        """Write the model for `from_pretrained`; see `save_model_folder`."""
+        save_model_folder(folder, partial(save_merged, self.model), tokenizer=tokenizer, trainer=self._trainer)

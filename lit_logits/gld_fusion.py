@@ -4,6 +4,7 @@ Letters: B samples, T positions, N of them that predict a label, S sources, V vo
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,14 +20,15 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.gld_fusion import GraphNodes
 from lit_logits.functional.reductions import at_least_float32, sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
+from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import FusionCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.loading import check_plain_causal_lm, load_causal_lm, new_causal_lm
 from lit_logits.modules.language_models.lora import add_lora, save_merged
+from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
-from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["GLDFusionModule"]
 
@@ -128,7 +130,7 @@ class GLDFusionModule(LightningModule):
         sources = sources or {}
         modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        self.weights = _check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
+        self.weights = check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
         if top_k < 1 or not temperature > 0 or chunk_size < 1:
             raise ValueError(
                 "Expected `top_k` and `chunk_size` to be at least 1 and `temperature` to be positive, but got"
@@ -143,7 +145,7 @@ class GLDFusionModule(LightningModule):
         kwargs = source_kwargs or {}
         self.sources = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
         for name, source in self.sources.items():
-            _check_source(name, source, top_k, temperature)
+            check_source(name, source, top_k, temperature)
             if self.pivot is not None and getattr(source, "model", None) is self.pivot:
                 raise ValueError(f"Expected other models as sources, but {name!r} is the pivot, which it would freeze.")
         self.val_nll, self.test_nll = TokenMean(), TokenMean()
@@ -320,9 +322,12 @@ class GLDFusionModule(LightningModule):
             )
         return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pivot as a model of its own architecture, for `from_pretrained`; adapters are merged in."""
-        save_merged(self._pivot, folder)
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
+        """Write the pivot as a model of its own architecture, for `from_pretrained`; adapters are merged in.
+
+        See `save_model_folder`.
+        """
+        save_model_folder(folder, partial(save_merged, self._pivot), tokenizer=tokenizer, trainer=self._trainer)
 
 
 def _mean_over_samples(rows: Tensor, mask: Tensor) -> Tensor:
@@ -356,47 +361,3 @@ def _num_tokens(pivot: PreTrainedModel, vocab_size: int | None, top_k: int) -> i
     if top_k > size:
         raise ValueError(f"Expected `top_k` to be in [1, {size}], the pivot's vocabulary, but got {top_k}.")
     return size
-
-
-def _check_source(name: str, source: LogitSource | LogitCache, top_k: int, temperature: float) -> None:
-    if isinstance(source, LogitCache):
-        if source.temperature != temperature:
-            raise ValueError(
-                f"Expected the logit cache of {name!r} at temperature {temperature}, but it was written at"
-                f" {source.temperature}. Pass that `temperature`, or write another cache."
-            )
-        if source.top_k < top_k:
-            raise ValueError(
-                f"Expected the logit cache of {name!r} to hold `top_k`={top_k} logits a position, but it holds"
-                f" {source.top_k}. Lower `top_k`, or write another cache."
-            )
-    elif top_k > source.vocab_size:
-        raise ValueError(
-            f"Expected `top_k` to be in [1, {source.vocab_size}], the vocabulary of source {name!r}, but got {top_k}."
-        )
-
-
-def _check_options(
-    sources: Mapping[str, Any],
-    source_weights: Mapping[str, float] | None,
-    source_kwargs: Mapping[str, Any] | None,
-    kd_weight: float,
-    gld_weight: float,
-) -> dict[str, float]:
-    """The weight of each source, once all is in range."""
-    if not isinstance(sources, dict) or (not sources and kd_weight > 0):
-        raise ValueError(f"Expected `sources` to map names to models, at least one for λ > 0, but got {sources!r}.")
-    wrong = sorted(name for name in sources if not name or not set(name).isdisjoint("./"))
-    if wrong:
-        raise ValueError(f"Expected names of sources without '.' and '/', but got {wrong}.")
-    for argument, given in (("source_weights", source_weights or {}), ("source_kwargs", source_kwargs or {})):
-        if unknown := sorted(set(given) - set(sources)):
-            raise ValueError(f"Expected `{argument}` for the sources {sorted(sources)}, but got {unknown}.")
-    if not 0 <= kd_weight <= 1 or not 0 <= gld_weight < float("inf"):
-        raise ValueError(f"Expected `kd_weight` in [0, 1] and `gld_weight` ≥ 0, but got {kd_weight} and {gld_weight}.")
-    weights = {name: 1 / len(sources) for name in sources} if source_weights is None else dict(source_weights)
-    if missing := sorted(set(sources) - set(weights)):
-        raise ValueError(f"Expected `source_weights` for every source, but got none for {missing}.")
-    if any(not 0 <= weight < float("inf") for weight in weights.values()):
-        raise ValueError(f"Expected `source_weights` to be at least 0 and finite, but got {weights}.")
-    return weights

@@ -13,7 +13,6 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lit_logits.contracts import (
@@ -29,9 +28,10 @@ from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import load_backbone
+from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
-from lit_logits.modules.vq_logits.calibration import calibrate
+from lit_logits.modules.vq_logits.calibration import calibrate, fresh_loader
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
 from lit_logits.modules.vq_logits.export import compact_model, dense_model
 from lit_logits.modules.vq_logits.generation import continue_prompts
@@ -39,7 +39,6 @@ from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
 from lit_logits.modules.vq_logits.parts import HeadFactory, head_recipe, make_head, most_likely
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
-from lit_logits.storage.folders import check_model_folder, replace_folder
 
 __all__ = ["VQLogitsLM"]
 
@@ -191,7 +190,9 @@ class VQLogitsLM(LightningModule):
         """Start the head from calibration batches, unless a checkpoint brought it along."""
         if not self.head_ready:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.initialize_head(_fresh(self.trainer.train_dataloader if data is None else data.train_dataloader()))
+            self.initialize_head(
+                fresh_loader(self.trainer.train_dataloader if data is None else data.train_dataloader())
+            )
         self._output_layer = OutputLayer(
             None, None
         )  # a checkpoint that brought the head along needs the dense rows no more
@@ -402,33 +403,10 @@ class VQLogitsLM(LightningModule):
             ValueError: as `to_pretrained`; for a folder that holds anything else.
 
         """
-        path = Path(folder).expanduser().resolve()
-        check_model_folder(path)
-        trainer = self._trainer
-        if tokenizer is None and trainer is not None:
-            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         was_training = self.training
         model = self.to_pretrained(head)
         if dtype is not None:
             model = copy.deepcopy(model)
             nn.Module.to(model, dtype)
         self.train(was_training)
-
-        def write(target: Path) -> None:
-            model.save_pretrained(target)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(target)
-
-        if self.global_rank == 0:
-            replace_folder(path, write)
-        if trainer is not None:
-            trainer.strategy.barrier()
-
-
-def _fresh(loader: Any) -> Any:
-    """A loader to read ahead of training; persistent workers are one iterator, which training must keep to itself."""
-    if not (isinstance(loader, DataLoader) and loader.persistent_workers):
-        return loader
-    loader = copy.copy(loader)
-    loader._iterator = None
-    return loader
+        save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=self._trainer)

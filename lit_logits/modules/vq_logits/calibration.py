@@ -3,19 +3,22 @@
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lit_logits.contracts import Calibration
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.distributed import all_reduce_sum_
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "fresh_loader"]
 
 _CHUNK_ELEMENTS = 1 << 25  # probabilities a chunk: 128 MiB in float32
 
@@ -103,3 +106,12 @@ class _Information:
             variances = probs.sub_(probs.square())
             self.tokens += variances.sum(0)
             self.moment.addmm_(chunk.T * variances.sum(1), chunk)
+
+
+def fresh_loader(loader: Any) -> Any:
+    """A loader to read ahead of training; persistent workers are one iterator, which training must keep to itself."""
+    if not (isinstance(loader, DataLoader) and loader.persistent_workers):
+        return loader
+    loader = copy.copy(loader)
+    loader._iterator = None
+    return loader
