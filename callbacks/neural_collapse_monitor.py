@@ -42,7 +42,8 @@ class NeuralCollapseMonitor(Callback):
     the model computes anyway; training steps cost nothing.
 
     Where gradients are not aligned (`grad_align="none"`), the steps that are measured also give `kd/grad_cosine` and
-    `kd/conflict` of the two losses over the backbone, for one more backward pass each; the update is the same.
+    `kd/conflict` of the two losses over the backbone, for one more backward pass each; the update is the same. A step
+    whose loss has no distillation term gives neither.
 
     Args:
         measure_gradients_every_n_steps: optimizer steps between measured ones, the first included; default none.
@@ -86,19 +87,12 @@ class NeuralCollapseMonitor(Callback):
     # ------------------------------------------------------------------ gradients
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure all micro-batches of the optimizer step that is due; the step counts up behind the last of them."""
+        """Ask for the angle over the optimizer step that is due, at each micro-batch of it."""
         if self.measure_gradients_every_n_steps is not None and _classifier(pl_module) is not None:
             step = trainer.global_step + 1
-            self._measure(pl_module, step == 1 or step % self.measure_gradients_every_n_steps == 0)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure no more."""
-        self._measure(pl_module, False)
-
-    def _measure(self, pl_module: LightningModule, value: bool) -> None:
-        if self.measure_gradients_every_n_steps is not None:
-            for aligner in _parts(pl_module, GradientAligner):
-                aligner.measuring = value
+            if step == 1 or step % self.measure_gradients_every_n_steps == 0:
+                for aligner in _parts(pl_module, GradientAligner):
+                    aligner.measure_next_step()
 
     # ------------------------------------------------------------------ features
 
@@ -160,7 +154,6 @@ class NeuralCollapseMonitor(Callback):
 
     def _leave(self, pl_module: LightningModule) -> None:
         self._stop()
-        self._measure(pl_module, False)
         for aligner in _parts(pl_module, GradientAligner):
             aligner.reset()
 
