@@ -3,8 +3,8 @@
 Letters: B batch, d features, C classes.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_logits.callbacks.parts import find_part, find_parts
 from lit_logits.callbacks.pictures.collapse import cosine_figure
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.neural_collapse import (
@@ -26,9 +27,6 @@ from lit_logits.functional.neural_collapse import (
 from lit_logits.modules.dual_head_kd.net import DualHeadClassifier, DualHeadOutput, GradientAligner
 
 __all__ = ["NeuralCollapseMonitor"]
-
-
-_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class NeuralCollapseMonitor(Callback):
@@ -75,7 +73,7 @@ class NeuralCollapseMonitor(Callback):
                 "Expected `measure_gradients_every_n_steps` to be None with the DDP option static_graph=True, whose"
                 " first steps must not differ from the others."
             )
-        net = next(_parts(pl_module, DualHeadClassifier), None)
+        net = find_part(pl_module, DualHeadClassifier)
         if net is None:
             rank_zero_warn("NeuralCollapseMonitor found no DualHeadClassifier in the model and will do nothing.")
         elif net.is_causal_lm:
@@ -91,7 +89,7 @@ class NeuralCollapseMonitor(Callback):
         if self.measure_gradients_every_n_steps is not None and _classifier(pl_module) is not None:
             step = trainer.global_step + 1
             if step == 1 or step % self.measure_gradients_every_n_steps == 0:
-                for aligner in _parts(pl_module, GradientAligner):
+                for aligner in find_parts(pl_module, GradientAligner):
                     aligner.measure_next_step()
 
     # ------------------------------------------------------------------ features
@@ -154,7 +152,7 @@ class NeuralCollapseMonitor(Callback):
 
     def _leave(self, pl_module: LightningModule) -> None:
         self._stop()
-        for aligner in _parts(pl_module, GradientAligner):
+        for aligner in find_parts(pl_module, GradientAligner):
             aligner.reset()
 
     def _stop(self) -> None:
@@ -206,11 +204,7 @@ class NeuralCollapseMonitor(Callback):
                 logger.experiment.add_figure(tag, figure, trainer.global_step)
 
 
-def _parts(pl_module: LightningModule, kind: type[_Part]) -> Iterator[_Part]:
-    return (module for module in pl_module.modules() if isinstance(module, kind))
-
-
 def _classifier(pl_module: LightningModule) -> DualHeadClassifier | None:
     """The part to watch, unless its classes are a vocabulary."""
-    net = next(_parts(pl_module, DualHeadClassifier), None)
+    net = find_part(pl_module, DualHeadClassifier)
     return None if net is None or net.is_causal_lm else net
