@@ -51,9 +51,10 @@ test-newest:  ## The fast tests with the newest versions of today
 	ATEN_CPU_CAPABILITY=avx2 $(VENV)-newest/bin/python $(PYTEST) -m "not slow"
 
 # mypy sees the package as it is installed: callbacks, datamodules and configs are mapped into lit_logits by setup.cfg.
-lint: $(VENV)/.dev  ## ruff and mypy
+lint: $(VENV)/.dev  ## ruff, codespell and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	@rm -rf build/types && mkdir -p build/types && cp -r lit_logits build/types
 	@cp -r callbacks datamodules configs build/types/lit_logits
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p lit_logits

@@ -53,7 +53,7 @@ def make_step(case: str, args: argparse.Namespace) -> Callable[[], None]:
         ce, kd = model.losses(batch)
         loss = ce if kd is None else ce + kd
         if model.aligner.is_active and kd is not None:
-            model.aligner.collect(loss, kd, parameters)
+            model.aligner.collect(loss, parameters)
             model.aligner.join(parameters, model.net.head_parameters())
         else:
             loss.backward()

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_logits.callbacks.parts import check_min_usage, data_tokenizer, find_part
 from lit_logits.callbacks.pictures.codebook import usage_figure
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.codebook import code_perplexity
@@ -37,6 +38,9 @@ class CodebookMonitor(Callback):
         num_codes: codes to spell out, spread evenly from the most to the least used.
         num_tokens: tokens to show of each.
 
+    Raises:
+        ValueError: for an argument out of range.
+
     Example:
         >>> CodebookMonitor(every_n_steps=20).num_codes
         16
@@ -53,6 +57,7 @@ class CodebookMonitor(Callback):
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        check_min_usage(min_usage)
         self.every_n_steps, self.min_usage, self.target_ppl = every_n_steps, min_usage, target_ppl
         self.num_codes, self.num_tokens = num_codes, num_tokens
         self.last_step, self.stride, self.looks = -1, 1, 0
@@ -62,12 +67,12 @@ class CodebookMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say so when there is nothing to watch."""
-        if _head(pl_module) is None:
+        if find_part(pl_module, VQLogitsHead) is None:
             rank_zero_warn("CodebookMonitor found no VQLogitsHead in the model and will do nothing.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log scalars and remember the usage when a multiple of `every_n_steps` has just been reached."""
-        step, head = trainer.global_step, _head(pl_module)
+        step, head = trainer.global_step, find_part(pl_module, VQLogitsHead)
         if head is None or step in (0, self.last_step) or (step % self.every_n_steps and step != 1):
             return
         self.last_step = step
@@ -87,13 +92,13 @@ class CodebookMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the heat map, spell out codes, and compare the floor with the perplexity reached."""
-        head = _head(pl_module)
+        head = find_part(pl_module, VQLogitsHead)
         if head is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         reached = trainer.callback_metrics.get("val/ppl")
         if reached is not None and float(head.ppl_floor()) > 0.8 * float(reached):
             self._warn(float(head.ppl_floor()), f"validation reached {float(reached):.2f}")
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = data_tokenizer(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 step = trainer.global_step
@@ -156,7 +161,3 @@ def _visible(text: str) -> str:
     """A token as inline code that keeps its white space visible in a Markdown table."""
     shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·").replace("|", "&#124;").replace("`", "'")
     return f"`{shown}`" if shown.isprintable() and shown else f"`{ascii(text)[1:-1] or '(empty)'}`"
-
-
-def _head(pl_module: LightningModule) -> VQLogitsHead | None:
-    return next((module for module in pl_module.modules() if isinstance(module, VQLogitsHead)), None)

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_logits.callbacks.parts import data_tokenizer, find_part
 from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
@@ -118,8 +119,7 @@ class FusionWeightLogger(Callback):
         if number % self.every_n_batches == 0:
             self._log(trainer, fused, trace, number)
         self._count(alpha.double().cpu(), *_alpha_range(fused))
-        tokenizer = getattr(pl_module, "tokenizer", None)
-        tokenizer = tokenizer or getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = getattr(pl_module, "tokenizer", None) or data_tokenizer(trainer)
         for index, kept in enumerate(trace.mask if _writers(trainer) else ()):
             if self._num_drawn < self.num_texts and bool(kept.any()):
                 text, num_tokens = _cut(trace, index, self.max_tokens), int(kept.sum())
@@ -177,7 +177,7 @@ class FusionWeightLogger(Callback):
 
 def _fused(pl_module: LightningModule) -> FusedCausalLM | None:
     """The part to watch, unless it has no experts."""
-    fused = next((module for module in pl_module.modules() if isinstance(module, FusedCausalLM)), None)
+    fused = find_part(pl_module, FusedCausalLM)
     return fused if fused is not None and fused.num_experts else None
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_logits.callbacks.parts import data_tokenizer, find_part, find_parts
 from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
@@ -109,7 +110,7 @@ class GWApproximationLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to start with nothing to watch; `configure_model` may have made the part."""
-        if next(_parts(pl_module), None) is None:
+        if find_part(pl_module, GraphAlignment) is None:
             raise ValueError(
                 "Expected a GraphAlignment among the modules of the model, whose graphs GWApproximationLogger compares,"
                 f" but {type(pl_module).__name__} has none. Leave the callback out, or use a model that has one."
@@ -129,13 +130,13 @@ class GWApproximationLogger(Callback):
             return
         self._next_step = (step // self.every_n_steps + 1) * self.every_n_steps
         self._step = trainer.global_step  # Lightning's first step is 0
-        self._hook = next(_parts(pl_module)).register_forward_hook(self._remember, with_kwargs=True)
+        self._hook = find_parts(pl_module, GraphAlignment)[0].register_forward_hook(self._remember, with_kwargs=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Compare the graphs of what was heard."""
         if self._hook is None:
             return
-        part, calls = next(_parts(pl_module)), self._calls
+        part, calls = find_parts(pl_module, GraphAlignment)[0], self._calls
         self._stop()
         with torch.no_grad():
             self._look(trainer, part, calls)
@@ -233,7 +234,7 @@ class GWApproximationLogger(Callback):
         unit, by_id = _UNITS[part.values], part.nodes == "vocabulary"
         pairs = {name: list(of_source) for name, of_source in self._pairs.items() if of_source}
         writer.add_figure("gw/scatter", scatter_figure(pairs, unit=unit, title=f"step {self._step}"), self._step)
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = data_tokenizer(trainer)
         for name, (nodes, comparison) in firsts.items():
             ranks = [str(number + 1) for number in range(len(nodes[0].node_ids))]
             # The ids of a source may be those of another tokenizer.
@@ -249,7 +250,3 @@ class GWApproximationLogger(Callback):
                 title=f"step {self._step}: sorted bound {bound:.4g}, exact {exact:.4g}, bound from edges {edges:.4g}",
             )
             writer.add_figure(self._tag("gw/graph", name), figure, self._step)
-
-
-def _parts(pl_module: LightningModule) -> Iterator[GraphAlignment]:
-    return (module for module in pl_module.modules() if isinstance(module, GraphAlignment))

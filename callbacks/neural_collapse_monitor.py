@@ -3,8 +3,8 @@
 Letters: B batch, d features, C classes.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_logits.callbacks.parts import find_part, find_parts
 from lit_logits.callbacks.pictures.collapse import cosine_figure
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.neural_collapse import (
@@ -28,9 +29,6 @@ from lit_logits.modules.dual_head_kd.net import DualHeadClassifier, DualHeadOutp
 __all__ = ["NeuralCollapseMonitor"]
 
 
-_Part = TypeVar("_Part", bound=nn.Module)
-
-
 class NeuralCollapseMonitor(Callback):
     """Log how far features and head of a `DualHeadClassifier` are from the simplex, each 0 in a healthy end.
 
@@ -42,7 +40,8 @@ class NeuralCollapseMonitor(Callback):
     the model computes anyway; training steps cost nothing.
 
     Where gradients are not aligned (`grad_align="none"`), the steps that are measured also give `kd/grad_cosine` and
-    `kd/conflict` of the two losses over the backbone, for one more backward pass each; the update is the same.
+    `kd/conflict` of the two losses over the backbone, for one more backward pass each; the update is the same. A step
+    whose loss has no distillation term gives neither.
 
     Args:
         measure_gradients_every_n_steps: optimizer steps between measured ones, the first included; default none.
@@ -74,7 +73,7 @@ class NeuralCollapseMonitor(Callback):
                 "Expected `measure_gradients_every_n_steps` to be None with the DDP option static_graph=True, whose"
                 " first steps must not differ from the others."
             )
-        net = next(_parts(pl_module, DualHeadClassifier), None)
+        net = find_part(pl_module, DualHeadClassifier)
         if net is None:
             rank_zero_warn("NeuralCollapseMonitor found no DualHeadClassifier in the model and will do nothing.")
         elif net.is_causal_lm:
@@ -86,19 +85,12 @@ class NeuralCollapseMonitor(Callback):
     # ------------------------------------------------------------------ gradients
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure all micro-batches of the optimizer step that is due; the step counts up behind the last of them."""
+        """Ask for the angle over the optimizer step that is due, at each micro-batch of it."""
         if self.measure_gradients_every_n_steps is not None and _classifier(pl_module) is not None:
             step = trainer.global_step + 1
-            self._measure(pl_module, step == 1 or step % self.measure_gradients_every_n_steps == 0)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure no more."""
-        self._measure(pl_module, False)
-
-    def _measure(self, pl_module: LightningModule, value: bool) -> None:
-        if self.measure_gradients_every_n_steps is not None:
-            for aligner in _parts(pl_module, GradientAligner):
-                aligner.measuring = value
+            if step == 1 or step % self.measure_gradients_every_n_steps == 0:
+                for aligner in find_parts(pl_module, GradientAligner):
+                    aligner.measure_next_step()
 
     # ------------------------------------------------------------------ features
 
@@ -160,8 +152,7 @@ class NeuralCollapseMonitor(Callback):
 
     def _leave(self, pl_module: LightningModule) -> None:
         self._stop()
-        self._measure(pl_module, False)
-        for aligner in _parts(pl_module, GradientAligner):
+        for aligner in find_parts(pl_module, GradientAligner):
             aligner.reset()
 
     def _stop(self) -> None:
@@ -213,11 +204,7 @@ class NeuralCollapseMonitor(Callback):
                 logger.experiment.add_figure(tag, figure, trainer.global_step)
 
 
-def _parts(pl_module: LightningModule, kind: type[_Part]) -> Iterator[_Part]:
-    return (module for module in pl_module.modules() if isinstance(module, kind))
-
-
 def _classifier(pl_module: LightningModule) -> DualHeadClassifier | None:
     """The part to watch, unless its classes are a vocabulary."""
-    net = next(_parts(pl_module, DualHeadClassifier), None)
+    net = find_part(pl_module, DualHeadClassifier)
     return None if net is None or net.is_causal_lm else net

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_logits.callbacks.parts import data_tokenizer
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
@@ -135,7 +136,7 @@ class SavePretrained(Callback):
         self.saved_in = str(self._path)
 
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
-        pl_module, tokenizer = trainer.lightning_module, getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        pl_module, tokenizer = trainer.lightning_module, data_tokenizer(trainer)
         if _exports(pl_module):
             model = self._exported(pl_module)
             model.save_pretrained(folder)

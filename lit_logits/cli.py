@@ -13,7 +13,7 @@ import traceback
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
@@ -185,29 +185,52 @@ class LitLogitsCLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """Runs the command line: the `lit-logits` command and `train.py`.
 
-    Classes of modules in the working directory can be named. An error that this library explains stands below its
-    traceback in a sentence of its own, whatever the parser wrapped it in. A run on several processes leaves its group.
+    Classes of modules in the working directory can be named. An error that this library explains is shown as its
+    sentence alone, whatever the parser wrapped it in; its traceback is shown too with `--debug`, which may stand
+    anywhere among the arguments, or with LIT_LOGITS_DEBUG=1. A run on several processes leaves its group.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    args, debug = _without_debug(args)
     try:
         LitLogitsCLI(args)
     except pickle.UnpicklingError as error:
-        traceback.print_exc()
-        raise SystemExit(
-            "\nlit-logits: Expected the checkpoint to hold tensors and plain data, but loading it would run code of its"
-            f" author. If you trust it, add `--weights_only false`. {error}"
-        ) from None
+        _stop(
+            "Expected the checkpoint to hold tensors and plain data, but loading it would run code of its"
+            f" author. If you trust it, add `--weights_only false`. {error}",
+            debug,
+        )
     except (ValueError, TypeError) as error:
         cause: BaseException | None = error
         while cause is not None and not str(cause).startswith("Expected "):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        traceback.print_exc()
-        raise SystemExit(f"\nlit-logits: {cause}") from None
+        _stop(str(cause), debug)
     if dist.is_available() and dist.is_initialized():
         # Threads of gloo may still hold tensors of the last collective; dropping them while the interpreter ends aborts
         # it. They are joined when nothing holds the group any more, so what the run left in cycles goes first.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _without_debug(args: ArgsType) -> tuple[ArgsType, bool]:
+    """Takes `--debug` from the arguments and says whether it, or the environment, asks for the traceback."""
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and "--debug" in given:
+        given = [argument for argument in given if argument != "--debug"]
+        if args is None:  # Lightning starts the processes of other ranks with `sys.argv` and this environment
+            sys.argv[1:] = given
+            os.environ["LIT_LOGITS_DEBUG"] = "1"
+        else:
+            args = given
+        return args, True
+    return args, os.environ.get("LIT_LOGITS_DEBUG") == "1"
+
+
+def _stop(explanation: str, debug: bool) -> NoReturn:
+    """Ends the process with exit code 1 and the explanation, below the traceback of the error if `debug` is set."""
+    if debug:
+        traceback.print_exc()
+    hint = "" if debug else "\nFor the traceback, add `--debug`."
+    raise SystemExit(f"\nlit-logits: {explanation}{hint}") from None

@@ -54,6 +54,12 @@ class DualHeadKD(LightningModule):
     and the optimizer's closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP are the
     Trainer's as ever.
 
+    A subclass may override `training_step`. It calls `losses(batch)` and returns a loss made of what that gives, such
+    as `ce + 0.5 * kd`, with weights and further terms of its own; `losses` names the distillation term to
+    `self.aligner`, and `backward` finds its weight in the loss. A step that computes its own distillation term passes
+    it to `self.aligner.keep_apart` before it returns the loss. A loss without a distillation term, in a warm-up
+    say, trains as it is.
+
     Args:
         student: any classifier as a module; a name of the zoo such as `resnet8x4`; a hub id or folder of transformers
             (image or sequence classifier, causal language model); or the config of a new transformers model as a
@@ -151,14 +157,21 @@ class DualHeadKD(LightningModule):
     def losses(self, batch: Mapping[str, Tensor]) -> Losses:
         """Cross-entropy of the main head and the distillation term, before weighting.
 
+        The distillation term is kept apart for `backward`, see `GradientAligner.keep_apart`.
+
         Raises:
             ValueError: for a label out of range, or without a teacher to learn from.
 
         """
         self._check_teacher()
         check_labels(batch["labels"], self.net.num_classes)
-        if self.net.is_causal_lm:
-            return self._token_losses(batch)
+        terms = self._token_losses(batch) if self.net.is_causal_lm else self._sample_losses(batch)
+        if terms.kd is not None:
+            self.aligner.keep_apart(terms.kd)
+        return terms
+
+    def _sample_losses(self, batch: Mapping[str, Tensor]) -> Losses:
+        """Both terms over samples with a label each."""
         inputs, labels = self._inputs(batch), batch["labels"].long()
         output = self.net(inputs)
         ce = reduce_tokens(F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != -100)
@@ -239,9 +252,7 @@ class DualHeadKD(LightningModule):
         loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
         if kd is not None:
-            kd_term = self.kd_weight * kd
-            loss = loss + kd_term
-            self._kd_term = kd_term
+            loss = loss + self.kd_weight * kd
             self.log("train/loss_kd", kd)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -249,8 +260,7 @@ class DualHeadKD(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """One pass, or two where the distillation gradient is kept apart from that of all the rest."""
         if self.aligner.is_active and self.teacher is not None:
-            self.aligner.collect(loss, self._kd_term, self._trained())
-            del self._kd_term
+            self.aligner.collect(loss, self._trained())
         else:
             super().backward(loss, *args, **kwargs)
 

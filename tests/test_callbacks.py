@@ -3,6 +3,7 @@
 import io
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lit_logits.callbacks import CodebookMonitor, CodebookReinit, codebook_monitor
 from lit_logits.callbacks.codebook_reinit import reset_optimizer_rows
+from lit_logits.callbacks.parts import data_tokenizer, find_part, find_parts
 from lit_logits.modules import VQLogitsHead
 
 D, V, K = 6, 41, 8
@@ -405,3 +407,28 @@ def test_monitor_only_draws_on_rank_zero(tmp_path, monkeypatch):
     assert monitor.steps == [1, 2, 3, 4, 5, 6]
     with pytest.raises(ValueError, match="`every_n_steps` to be at least 1"):
         CodebookMonitor(every_n_steps=0)
+
+
+@pytest.mark.parametrize("callback", [CodebookMonitor, CodebookReinit])
+@pytest.mark.parametrize("min_usage", [-0.1, 1.0, 5, float("nan")])
+def test_a_share_at_which_even_use_is_dead_is_refused_by_both(callback, min_usage):
+    """The monitor once took what the re-initialisation refused."""
+    with pytest.raises(ValueError, match=r"`min_usage` to be in \[0, 1\), in units of 1/K, but got"):
+        callback(min_usage=min_usage)
+
+
+def test_parts_are_found_by_type_in_their_order():
+    model = Bigram()
+    assert find_part(model, VQLogitsHead) is model.head
+    assert find_part(model, torch.nn.Embedding) is model.embedding
+    assert find_part(Bigram(head=False), VQLogitsHead) is None
+    own = [module for module in model.children() if type(module) is not torch.nn.ModuleDict]
+    assert find_parts(model, torch.nn.Module)[0] is model
+    assert [part for part in find_parts(model, torch.nn.Module) if part in own] == [model.embedding, model.dense]
+    assert find_parts(model, torch.nn.Conv1d) == []
+
+
+def test_the_tokenizer_is_that_of_the_data_module():
+    assert data_tokenizer(SimpleNamespace(datamodule=SimpleNamespace(tokenizer="words"))) == "words"
+    for without in (SimpleNamespace(datamodule=SimpleNamespace()), SimpleNamespace(datamodule=None), SimpleNamespace()):
+        assert data_tokenizer(without) is None

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -475,20 +476,90 @@ def test_own_module_in_the_working_directory():
     assert "class_path: here.Mine" in done.stdout, done.stderr[-2000:]
 
 
-def test_the_explanation_is_the_last_thing_that_is_printed(capsys):
-    """The parser wraps an error of `__init__` into a dump of all values."""
-    small = "{model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}"
-    options = [
-        "--model.head=VQLogitsHead",
-        "--model.head.codebook_size=7",
-        "--model.vocab_size=5",
-        f"--model.backbone={small}",
-    ]
+REFUSED = ["fit", "--model=DualHeadKD", "--data=ImageDataModule", "--model.student=resnet8", "--model.temperature=-1"]
+EXPLANATION = "lit-logits: Expected `temperature` to be positive, but got -1.0."
+
+
+SMALL = "{model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}"
+REFUSED_HEAD = ["--model.head=VQLogitsHead", "--model.head.codebook_size=7", "--model.vocab_size=5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "explanation"),
+    [
+        (REFUSED, EXPLANATION),
+        (
+            ["fit", "--model=VQLogitsLM", "--data=CountingData", *REFUSED_HEAD, f"--model.backbone={SMALL}"],
+            "lit-logits: Expected `codebook_size` to be in [1, 5], the vocabulary size, but got 7.",
+        ),
+    ],
+)
+def test_an_error_that_is_explained_is_shown_as_its_sentence_alone(arguments, explanation, capsys, monkeypatch):
+    """The parser wraps an error of `__init__` into a dump of all values, and the traceback once stood above it."""
+    monkeypatch.delenv("LIT_LOGITS_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--model=VQLogitsLM", "--data=CountingData", *options])
-    expected = "lit-logits: Expected `codebook_size` to be in [1, 5], the vocabulary size, but got 7."
-    assert str(stopped.value).strip() == expected
+        main(arguments)
+    assert str(stopped.value).strip() == f"{explanation}\nFor the traceback, add `--debug`."
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", [0, 1, len(REFUSED)])
+def test_debug_anywhere_shows_the_traceback_above_the_sentence(where, capsys, monkeypatch):
+    monkeypatch.delenv("LIT_LOGITS_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        main([*REFUSED[:where], "--debug", *REFUSED[where:]])
+    assert str(stopped.value).strip() == EXPLANATION
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_shows_the_traceback(value, shown, capsys, monkeypatch):
+    monkeypatch.setenv("LIT_LOGITS_DEBUG", value)
+    with pytest.raises(SystemExit, match="to be positive, but got -1"):
+        main(REFUSED)
+    assert ("Traceback" in capsys.readouterr().err) is shown
+
+
+def test_debug_on_the_command_line_reaches_the_processes_that_are_started(capsys, monkeypatch):
+    """Lightning starts those of other ranks with `sys.argv` and the environment."""
+    monkeypatch.setenv("LIT_LOGITS_DEBUG", "0")
+    monkeypatch.setattr(sys, "argv", ["lit-logits", *REFUSED, "--debug"])
+    with pytest.raises(SystemExit, match="to be positive, but got -1"):
+        main()
+    assert "Traceback" in capsys.readouterr().err
+    assert sys.argv == ["lit-logits", *REFUSED]
+    assert os.environ["LIT_LOGITS_DEBUG"] == "1"
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_checkpoint_that_would_run_code_is_explained_without_a_traceback(debug, capsys, monkeypatch):
+    def load(*_: Any) -> None:
+        raise pickle.UnpicklingError("Unsupported global.")
+
+    monkeypatch.delenv("LIT_LOGITS_DEBUG", raising=False)
+    monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", load)
+    with pytest.raises(SystemExit, match=r"`--weights_only false`\. Unsupported global\.") as stopped:
+        main(["test", *["--debug"] * debug])
+    assert str(stopped.value).endswith("add `--debug`.") is not debug
+    assert ("Traceback" in capsys.readouterr().err) is debug
+
+
+@pytest.mark.slow
+def test_an_explained_error_has_exit_code_1():
+    command = [str(Path(sys.executable).parent / "lit-logits"), *REFUSED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("For the traceback, add `--debug`.")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_that_nobody_explains_keeps_its_traceback(monkeypatch):
+    def fail(*_: Any) -> None:
+        raise ValueError("math domain error")
+
+    monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", fail)
+    with pytest.raises(ValueError, match="math domain error"):
+        main(["fit"])
 
 
 def test_misspelt_option_is_an_error_that_names_it(capsys):

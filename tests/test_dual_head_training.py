@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lit_logits.callbacks import NeuralCollapseMonitor
 from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.functional.dual_head_kd import logit_loss
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, load_classifier
@@ -43,13 +44,13 @@ def rows(count=12, seed=38):
     return [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
 
 
-def make(method="dual_head", seed=0, norm=False, optimizer=None, **kwargs):
+def make(method="dual_head", seed=0, norm=False, optimizer=None, kind=DualHeadKD, **kwargs):
     torch.manual_seed(seed)
     student, teacher = Net(norm=norm), Net(width=16, norm=norm)
     with torch.no_grad():
         teacher.fc.weight.mul_(6)
     sgd = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.5))
-    return DualHeadKD(student, teacher, method=method, optimizer=sgd, **kwargs)
+    return kind(student, teacher, method=method, optimizer=sgd, **kwargs)
 
 
 def fit(model, data, batch_size=12, sampler=None, **kwargs):
@@ -169,7 +170,7 @@ def test_a_fit_that_was_cut_off_leaves_no_gradients_to_the_next():
     expected, _ = oracle(model, batch_of(rows()), "backbone")
     model.double()
     ce, kd = model.losses(batch_of(rows(seed=1)))
-    model.aligner.collect(ce + kd, kd, list(model.net.parameters()))  # no step follows
+    model.aligner.collect(ce + kd, list(model.net.parameters()))  # no step follows
     fit(model, rows())
     check(model, expected)
 
@@ -193,6 +194,106 @@ def test_sharded_gradients_are_refused():
     model._trainer = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(ValueError, match="FSDPStrategy shards the gradients"):
         model.on_fit_start()
+
+
+# --- a step of one's own ---
+
+
+class HalfTheTeacher(DualHeadKD):
+    """`backward` once read a term that only the library's own step left behind: AttributeError `_kd_term`."""
+
+    def training_step(self, batch, batch_idx):
+        ce, kd = self.losses(batch)
+        return ce + 0.5 * kd
+
+
+class TwoBatches(DualHeadKD):
+    def training_step(self, batch, batch_idx):
+        total = 0
+        for part in (slice(None, 2), slice(2, None)):
+            some = {name: value[part] for name, value in batch.items()}
+            ce, kd = self.losses(some)
+            total = total + (ce + 0.5 * kd) * len(some["labels"]) / len(batch["labels"])
+        return total
+
+
+class OwnTerm(DualHeadKD):
+    def training_step(self, batch, batch_idx):
+        output, labels = self.net(self._inputs(batch)), batch["labels"]
+        teacher = self.teacher(self._inputs(batch))
+        kd = logit_loss(output.aux_logits, teacher, kind=self.kd_loss, temperature=self.temperature)
+        self.aligner.keep_apart(kd)
+        return F.cross_entropy(output.logits, labels) + 0.5 * kd
+
+
+class WarmUp(DualHeadKD):
+    def training_step(self, batch, batch_idx):
+        return self.losses(batch).ce
+
+
+class OwnLoss(DualHeadKD):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.student(batch["pixel_values"]), batch["labels"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mode", ["none", "backbone", "all"])
+@pytest.mark.parametrize("kind", [HalfTheTeacher, TwoBatches, OwnTerm])
+def test_a_step_of_ones_own_is_aligned(kind, mode, accumulate):
+    model = make(grad_align=mode, kd_weight=0.5, kind=kind)
+    expected, dot = oracle(model, batch_of(rows()), mode)
+    assert dot < 0 or mode == "none"
+    metrics = fit(model, rows(), batch_size=12 // accumulate, accumulate_grad_batches=accumulate).callback_metrics
+    check(model, expected)
+    if mode != "none":
+        assert metrics["kd/conflict"] == 1
+
+
+@pytest.mark.parametrize("kind", [HalfTheTeacher, TwoBatches, OwnTerm])
+def test_a_step_of_ones_own_is_measured(kind):
+    model = make(kd_weight=0.5, kind=kind)
+    expected, _ = oracle(model, batch_of(rows()), "none")
+    metrics = fit(model, rows(), callbacks=[NeuralCollapseMonitor(1)]).callback_metrics
+    check(model, expected)
+    aligned = fit(make(kd_weight=0.5, kind=kind, grad_align="backbone"), rows()).callback_metrics
+    torch.testing.assert_close(metrics["kd/grad_cosine"], aligned["kd/grad_cosine"])
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize(("kind", "mode"), [(WarmUp, "none"), (WarmUp, "backbone"), (OwnLoss, "none")])
+def test_a_loss_without_distillation_trains_as_it_is(kind, mode, measured):
+    model = make(grad_align=mode, kind=kind)
+    expected, _ = oracle(make(kd_weight=0.0), batch_of(rows()), "none")
+    metrics = fit(model, rows(), callbacks=[NeuralCollapseMonitor(1)] if measured else None).callback_metrics
+    check(model, expected)
+    assert "kd/grad_cosine" not in metrics
+
+
+def test_an_aligned_step_that_names_no_distillation_term_is_refused():
+    with pytest.raises(ValueError, match=r"to return a loss made of the terms that `losses\(batch\)` gives"):
+        fit(make(grad_align="backbone", kind=OwnLoss), rows())
+
+
+def test_terms_of_a_loss_that_never_came_are_forgotten():
+    model = make(grad_align="backbone")
+    expected, _ = oracle(model, batch_of(rows()), "backbone")
+    model.double()
+    model.losses(batch_of(rows(seed=1)))
+    fit(model, rows())
+    check(model, expected)
+
+
+def test_the_angle_is_asked_for_by_the_step():
+    """A callback once set a flag of the model, and had to take it away again."""
+    model = make().double()
+    with pytest.raises(AttributeError):
+        model.aligner.measuring = True
+    model.aligner.measure_next_step()
+    assert model.aligner.is_active
+    ce, kd = model.losses(batch_of(rows()))
+    model.aligner.collect(ce + kd, list(model.net.parameters()))
+    assert model.aligner.join(list(model.net.parameters()), model.net.head_parameters()).conflict == 1
+    assert not model.aligner.is_active
 
 
 class CountBackward(torch.autograd.Function):

@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -69,3 +70,10 @@ def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     recipes = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
     assert f"Expected a file or one of the shipped recipes {recipes}, but got 'absent.yaml'." in done.stderr
+
+
+def test_pre_commit_runs_the_tools_that_are_pinned():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    pins = {pin for hook in hooks for pin in hook["additional_dependencies"]}
+    assert {pin.split("==")[0] for pin in pins} == {"ruff", "codespell"}
+    assert pins <= set((ROOT / "constraints.txt").read_text().split())

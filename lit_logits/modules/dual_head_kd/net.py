@@ -163,14 +163,13 @@ class DualHeadClassifier(nn.Module):
 class GradientAligner(nn.Module):
     """Collects the gradients of two losses over micro-batches and joins them when the optimizer steps.
 
-    Both are means over ranks before the distillation gradient gives up what opposes the cross-entropy's.
+    A step passes its distillation term to `keep_apart` and returns any loss that is made of it and of other terms;
+    `collect` differentiates both parts of that loss. Both gradients are means over ranks before that of the
+    distillation gives up what opposes the other.
 
     Args:
         mode: parameters over which the conflict is judged and ended: of the `backbone`, `all`, or `none`, where the
             two gradients are just added.
-
-    Attributes:
-        measuring: with `none`, collect the two gradients all the same, for their angle.
 
     Raises:
         ValueError: for another mode.
@@ -181,25 +180,61 @@ class GradientAligner(nn.Module):
         super().__init__()
         if mode not in ("none", "backbone", "all"):
             raise ValueError(f"Expected `grad_align` to be 'none', 'backbone' or 'all', but got {mode!r}.")
-        self.mode, self.measuring = mode, False
+        self.mode = mode
+        self._measuring = False
+        self._terms: list[Tensor] = []
         self._collected: tuple[list[Tensor | None], list[Tensor | None]] | None = None
 
     @property
     def is_active(self) -> bool:
         """Whether backward has to keep the two gradients apart."""
-        return self.mode != "none" or self.measuring
+        return self.mode != "none" or self._measuring
 
-    def collect(self, loss: Tensor, kd: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Add the gradients of the term `kd` of `loss` and of all the rest: two backward passes in place of one.
+    @property
+    def measuring(self) -> bool:
+        """Whether the angle of the two gradients is asked for and not yet taken; ask by `measure_next_step`."""
+        return self._measuring
 
-        What was done to `loss` since, such as scaling and division by the number of micro-batches, is done to both. No
-        hook of DDP is called: gradients stay this rank's own until `join`.
+    def measure_next_step(self) -> None:
+        """Take the angle of the two gradients over the optimizer step to come, also where they are not aligned.
+
+        The next `join` ends it. It costs a backward pass a micro-batch; the update stays the same.
         """
-        (scale,) = torch.autograd.grad(loss, kd, retain_graph=True)
-        rest = loss - scale * kd  # what comes back to `kd` is exactly 0
-        passes: list[list[Tensor | None]] = []
-        for term, keep in ((rest, True), (scale * kd, False)):
-            passes.append(list(torch.autograd.grad(term, parameters, retain_graph=keep, allow_unused=True)))
+        self._measuring = True
+
+    def keep_apart(self, kd: Tensor) -> None:
+        """Name a term of the loss to come as distillation; its weight in the loss is found by `collect`.
+
+        Args:
+            kd: the scalar that goes into the loss, with its graph (one without is left out); not one that is made of
+                another term that was kept apart, whose share would count twice.
+
+        """
+        if self.is_active and kd.requires_grad:
+            self._terms.append(kd)
+
+    def collect(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the gradients of the terms of `loss` that were kept apart and of all the rest: two backward passes.
+
+        What was done to the terms since, such as weighting, loss scaling and division by the number of micro-batches,
+        is done to both. A term that is not in this loss counts for nothing; one pass is enough where none is. No hook
+        of DDP is called: gradients stay this rank's own until `join`.
+
+        Raises:
+            ValueError: where gradients are to be aligned and no term was kept apart.
+
+        """
+        terms, self._terms = self._terms, []
+        if self.mode != "none" and not terms:
+            raise ValueError(
+                f"Expected a step with grad_align={self.mode!r} to return a loss made of the terms that `losses(batch)`"
+                " gives, or of one that it passes to `aligner.keep_apart`, but it named no distillation term."
+            )
+        weights = torch.autograd.grad(loss, terms, retain_graph=True, allow_unused=True) if terms else ()
+        parts = [w * term for w, term in zip(weights, terms, strict=True) if w is not None]
+        kd = torch.stack(parts).sum() if parts else None
+        rest = loss if kd is None else loss - kd  # what comes back to the terms is exactly 0
+        passes = [_gradients(rest, parameters, keep=kd is not None), _gradients(kd, parameters)]
         if self._collected is not None:
             passes = [
                 [_add(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(self._collected, passes, strict=True)
@@ -208,20 +243,19 @@ class GradientAligner(nn.Module):
 
     def reset(self) -> None:
         """Forget what was collected: a training that stopped between two micro-batches would reach into the next."""
-        self._collected = None
+        self._collected, self._terms, self._measuring = None, [], False
 
     def join(self, parameters: Sequence[nn.Parameter], heads: set[nn.Parameter]) -> AlignedGradients | None:
         """Write the aligned sum to `.grad` of the parameters; None if nothing was collected.
 
-        A parameter that neither term reaches keeps the `.grad` it has, as after a plain backward: with zeros there, an
-        optimizer would decay its weights.
+        The cosine is NaN where no distillation term was in the loss of any rank. A parameter that neither term reaches
+        keeps the `.grad` it has, as after a plain backward: with zeros there, an optimizer would decay its weights.
         """
-        if self._collected is None:
+        collected, self._collected, self._measuring = self._collected, None, False
+        if collected is None:
             return None
-        collected, self._collected = self._collected, None
-        reached = any_over_ranks(
-            [a is not None or b is not None for a, b in zip(*collected, strict=True)], parameters[0].device
-        )
+        has_grad = [grad is not None for part in collected for grad in part]
+        by_rest, by_kd = _halves(any_over_ranks(has_grad, parameters[0].device))
         references, grads = (average_over_ranks(_filled(part, parameters)) for part in collected)
         chosen = [i for i, parameter in enumerate(parameters) if self.mode == "all" or parameter not in heads]
         result = align_gradients([grads[i] for i in chosen], [references[i] for i in chosen])
@@ -229,13 +263,24 @@ class GradientAligner(nn.Module):
             for i, aligned in zip(chosen, result.grads, strict=True):
                 grads[i] = aligned
         for i, parameter in enumerate(parameters):
-            if reached[i]:
+            if by_rest[i] or by_kd[i]:
                 parameter.grad = references[i] + grads[i]
-        return result
+        return result if any(by_kd) else result._replace(cosine=torch.full_like(result.cosine, torch.nan))
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _gradients(loss: Tensor | None, parameters: Sequence[nn.Parameter], keep: bool = False) -> list[Tensor | None]:
+    """One backward pass; `keep` the graph for another. None for each parameter that the loss does not reach."""
+    if loss is None:
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True))
+
+
+def _halves(flags: list[bool]) -> tuple[list[bool], list[bool]]:
+    return flags[: len(flags) // 2], flags[len(flags) // 2 :]
 
 
 def _filled(grads: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
