@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_logits.callbacks.parts import check_min_usage, find_parts
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.modules.vq_logits.head import VQLogitsHead
@@ -45,14 +46,13 @@ class CodebookReinit(Callback):
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
-        if not 0 <= min_usage < 1:
-            raise ValueError(f"Expected `min_usage` to be in [0, 1), in units of 1/K, but got {min_usage}.")
+        check_min_usage(min_usage)
         self.every_n_steps, self.min_usage, self.stop_step, self.seed = every_n_steps, min_usage, stop_step, seed
         self.last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say so when there is nothing to revive."""
-        if not _heads(pl_module):
+        if not find_parts(pl_module, VQLogitsHead):
             rank_zero_warn("CodebookReinit found no VQLogitsHead in the model and will do nothing.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -63,7 +63,7 @@ class CodebookReinit(Callback):
             return
         self.last_step = step
         revived = 0
-        for head in _heads(pl_module):
+        for head in find_parts(pl_module, VQLogitsHead):
             is_dead = torch.zeros(head.codebook_size, dtype=torch.uint8, device=head.codebook.device)
             is_dead[head.dead_codes(self.min_usage)] = 1
             broadcast_(is_dead)  # a count that rounds otherwise on one rank must not part the ranks
@@ -99,7 +99,3 @@ def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, ro
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value[rows] = 0
-
-
-def _heads(pl_module: LightningModule) -> list[VQLogitsHead]:
-    return [module for module in pl_module.modules() if isinstance(module, VQLogitsHead)]
