@@ -57,7 +57,9 @@ lint: $(VENV)/.dev  ## ruff, codespell and mypy
 	$(BIN)/codespell
 	@rm -rf build/types && mkdir -p build/types && cp -r lit_logits build/types
 	@cp -r callbacks datamodules configs build/types/lit_logits
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p lit_logits
+	@cp -r benchmarks tests/typed_calls.py build/types
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p lit_logits -p benchmarks
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml typed_calls.py
 
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
 	@set -e; for name in $(filter-out measure dynamic_fusion gld_fusion vq_compress,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \

@@ -28,7 +28,7 @@ from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 
 def make_data(args: argparse.Namespace, rows: int) -> dict[str, InstructionDataModule]:
     shared: dict[str, Any] = {"tokenizer": args.model, "max_test_rows": rows, "max_length": 512, "batch_size": 8}
-    columns = {"prompt_column": "question", "response_column": "answer"}
+    columns: dict[str, Any] = {"prompt_column": "question", "response_column": "answer"}
     return {
         "python": InstructionDataModule("python-questions", **shared),
         "arithmetic": InstructionDataModule(args.gsm8k, **columns, **shared),
@@ -54,7 +54,7 @@ def evaluate(models: list[Any], data: InstructionDataModule, **kwargs: Any) -> d
     decoder = DynamicFusionDecoder(*models, **kwargs)
     trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
     with contextlib.redirect_stdout(io.StringIO()):
-        return trainer.test(decoder, data, verbose=False)[0]
+        return dict(trainer.test(decoder, data, verbose=False)[0])
 
 
 def main() -> None:
@@ -71,9 +71,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     large, base = load_causal_lm(args.model), load_causal_lm(args.base)
     experts = {name: load_causal_lm(getattr(args, name)) for name in ("python", "arithmetic")}
-    tokenizer = find_tokenizer(args.model, required=True)
+    tokenizer: Any = find_tokenizer(args.model, required=True)
     for name in (args.base, args.python, args.arithmetic):
-        check_same_tokenizer(tokenizer, find_tokenizer(name, required=True), args.model, name)
+        other: Any = find_tokenizer(name, required=True)
+        check_same_tokenizer(tokenizer, other, args.model, name)
     generation = {"max_new_tokens": 160, "do_sample": False}
     for task, data in make_data(args, args.rows).items():
         rows: list[list[object]] = []

@@ -40,13 +40,13 @@ def make_llama(vocab: int, hidden: int, layers: int, heads: int) -> LlamaForCaus
 
 def make_models(path: str | None, num_experts: int, device: str) -> tuple[Any, Any, list[Any]]:
     torch.manual_seed(0)
-    large = make_llama(49_152, 576, 30, 9) if path is None else load_causal_lm(path)
-    base = make_llama(large.get_output_embeddings().weight.shape[0], 192, 4, 3)
+    large: Any = make_llama(49_152, 576, 30, 9) if path is None else load_causal_lm(path)
+    base: Any = make_llama(large.get_output_embeddings().weight.shape[0], 192, 4, 3)
     experts = [copy.deepcopy(base) for _ in range(num_experts)]
     with torch.no_grad():
         for expert in experts:
             for parameter in expert.parameters():
-                parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
+                parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
     return large.to(device), base.to(device), [expert.to(device) for expert in experts]
 
 

@@ -10,6 +10,7 @@ millionth; both evaluate the weights found once more in float64, as float32's ro
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -67,9 +68,9 @@ def main() -> None:
             for experts in args.experts:
                 data = make_logits(batch, vocab, experts, args.device)
                 cases: dict[str, Callable[[], Any]] = {
-                    "grid": lambda data=data: fusion_weights(*data, solver="grid"),
-                    "tilting": lambda data=data: fusion_weights(*data),
-                    "joint": lambda data=data: fusion_weights(*data, mode="joint"),
+                    "grid": functools.partial(fusion_weights, *data, solver="grid"),
+                    "tilting": functools.partial(fusion_weights, *data),
+                    "joint": functools.partial(fusion_weights, *data, mode="joint"),
                 }
                 seconds = take_turns(cases, args.repeats, args.device)
                 found = {name: case() for name, case in cases.items()}

@@ -76,7 +76,12 @@ def make_data(args: argparse.Namespace, sources: dict[str, str], **kwargs: Any) 
 
 
 def run(trainer_kwargs: dict[str, Any]) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     return L.Trainer(**quiet, enable_checkpointing=False, **trainer_kwargs)
 
 

@@ -71,8 +71,8 @@ def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1),
     )
-    callbacks = [CodebookReinit(every_n_steps=50, min_usage=0.01, stop_step=steps * 3 // 4)]
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks: list[L.Callback] = [CodebookReinit(every_n_steps=50, min_usage=0.01, stop_step=steps * 3 // 4)]
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
         accelerator="auto",
         max_steps=steps,

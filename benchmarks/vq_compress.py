@@ -21,6 +21,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,8 @@ def read_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
         loaders = data.train_dataloader(), data.test_dataloader()
         train, test = (torch.cat([batch["input_ids"] for batch in loader]) for loader in loaders)
     else:
-        text, tokenizer = Path(args.text).read_text(), find_tokenizer(args.model, required=True)
+        text = Path(args.text).read_text()
+        tokenizer: Any = find_tokenizer(args.model, required=True)
         cut = text.rfind("\n", 0, int(len(text) * 0.88))
         ids = [tokenizer(part, return_tensors="pt").input_ids[0] for part in (text[:cut], text[cut:])]
         train, test = (part[: len(part) // args.block * args.block].view(-1, args.block) for part in ids)
@@ -122,6 +124,7 @@ def head_losses(head: Any, hidden: Tensor, labels: Tensor, target: DenseTarget) 
 def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:
     weight = bench.model.get_output_embeddings().weight.detach()
     settings = {"codebook_size": 256, "num_groups": weight.shape[1] // 8, **options}
+    counts: Tensor | None
     counts, moment, information, informed_moment = bench.calibration
     if bench.weights == "fisher" and settings["num_groups"] > 1:
         counts, moment = information, informed_moment
@@ -150,7 +153,7 @@ def recover(bench: Bench, head: Any, lr: float) -> tuple[float, float, int]:
     model.head_ready.fill_(True)
     options: dict[str, Any] = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
     options |= {"num_sanity_val_steps": 0, "enable_progress_bar": False, "accelerator": "cpu"}
-    timer = Timer({"minutes": bench.minutes})
+    timer = Timer(timedelta(minutes=bench.minutes))
     trainer = L.Trainer(
         max_epochs=-1,
         gradient_clip_val=1.0,
@@ -259,9 +262,7 @@ def metric_rows(bench: Bench) -> list[list[object]]:
         ("fisher", "full")
     ]:
         head = fit_head(bench._replace(weights=weights), {"num_stages": 2}, metric=metric)
-        ratio, kl = ratio_and_kl(
-            bench, lambda hidden, labels, target, head=head: head.losses(hidden, labels, target=target)
-        )
+        ratio, kl = ratio_and_kl(bench, partial(head_losses, head))
         rows.append([f"`{metric}`", weights, f"{ratio:.3f}", f"{kl:.4f}"])
         print(rows[-1], flush=True)
     return rows

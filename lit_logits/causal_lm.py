@@ -18,7 +18,12 @@ from transformers import PreTrainedModel
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.reductions import at_least_float32, chunked_sum
 from lit_logits.modules.language_models.calls import accepted_inputs
-from lit_logits.modules.language_models.loading import check_plain_causal_lm, load_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.loading import (
+    ModelOrConfig,
+    check_plain_causal_lm,
+    load_causal_lm,
+    new_causal_lm,
+)
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import TokenMean
@@ -56,7 +61,7 @@ class CausalLM(LightningModule):
 
     def __init__(
         self,
-        model: str | dict[str, Any],
+        model: ModelOrConfig,
         vocab_size: int | None = None,
         *,
         chunk_size: int = 4096,

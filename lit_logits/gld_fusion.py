@@ -24,7 +24,13 @@ from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import FusionCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import accepted_inputs
-from lit_logits.modules.language_models.loading import check_plain_causal_lm, load_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.loading import (
+    ModelOrConfig,
+    Models,
+    check_plain_causal_lm,
+    load_causal_lm,
+    new_causal_lm,
+)
 from lit_logits.modules.language_models.lora import add_lora, save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import TokenMean
@@ -107,8 +113,8 @@ class GLDFusionModule(LightningModule):
 
     def __init__(
         self,
-        pivot: str | dict[str, Any] | None = None,
-        sources: dict[str, str] | None = None,
+        pivot: ModelOrConfig | None = None,
+        sources: Models | None = None,
         vocab_size: int | None = None,
         *,
         source_weights: dict[str, float] | None = None,

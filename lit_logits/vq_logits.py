@@ -27,7 +27,7 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
-from lit_logits.modules.language_models.loading import load_backbone
+from lit_logits.modules.language_models.loading import ModelOrConfig, load_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import TokenMean
 from lit_logits.modules.optimization import make_optimizers
@@ -86,7 +86,7 @@ class VQLogitsLM(LightningModule):
 
     def __init__(
         self,
-        backbone: str | dict[str, Any],
+        backbone: ModelOrConfig,
         vocab_size: int | None = None,
         *,
         head: HeadFactory = VQLogitsHead,

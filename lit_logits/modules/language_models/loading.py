@@ -6,7 +6,7 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 import os
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,25 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lit_logits.modules.language_models.inspect import is_encoder
 
-__all__ = ["CausalBackbone", "load_backbone", "load_causal_lm", "make_config", "new_causal_lm"]
+__all__ = [
+    "CausalBackbone",
+    "ModelOrConfig",
+    "Models",
+    "check_plain_causal_lm",
+    "is_plain_causal_lm",
+    "load_backbone",
+    "load_causal_lm",
+    "make_config",
+    "new_causal_lm",
+]
+
+# What a model is given as. Code may pass a loaded one too. If the types said so at run time, the parser of recipes
+# would offer to make one of any class.
+if TYPE_CHECKING:
+    ModelOrConfig: TypeAlias = str | dict[str, Any] | PreTrainedModel
+    Models: TypeAlias = Mapping[str, str] | Mapping[str, PreTrainedModel] | Mapping[str, str | PreTrainedModel]
+else:
+    ModelOrConfig, Models = str | dict[str, Any], dict[str, str]
 
 
 # Models that change the logits after the output layer, which no other head behind them would know.

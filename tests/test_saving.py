@@ -1,0 +1,63 @@
+"""One way to write a model: `save_pretrained` of the modules with a language model, whole or not at all."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_logits import CausalLM, GLDFusionModule, VQLogitsLM
+from lit_logits.modules import DenseLogitsHead, new_causal_lm
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
+LLAMA["num_attention_heads"] = 2
+MODULES = {
+    "CausalLM": lambda: CausalLM(LLAMA),
+    "GLDFusionModule": lambda: GLDFusionModule(LLAMA, {"big": new_causal_lm(LLAMA)}),
+    "VQLogitsLM": lambda: VQLogitsLM(new_causal_lm(LLAMA), head=lambda d, v: DenseLogitsHead(d, v, bias=False)),
+}
+
+
+def save(module, folder, **kwargs):
+    return module.save_pretrained(folder, **({"head": "dense"} if isinstance(module, VQLogitsLM) else {}), **kwargs)
+
+
+@pytest.fixture
+def tokenizer():
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_folder_is_written_whole_with_the_tokenizer_and_replaced(name, tmp_path, tokenizer):
+    module, folder = MODULES[name](), tmp_path / "new" / "model"
+    for _ in range(2):  # the second one replaces the first
+        save(module, folder, tokenizer=tokenizer)
+        loaded, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(6)[None]
+        torch.testing.assert_close(loaded(ids).logits, module.eval()(ids), rtol=1e-5, atol=1e-6)
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+        with torch.no_grad():
+            next(module.parameters()).add_(0.1)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_folder_of_something_else_is_refused_and_left_alone(name, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"new, empty or a saved model, but .* holds 'thesis\.txt'"):
+        save(MODULES[name](), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_fails_leaves_the_old_folder(name, tmp_path, tokenizer, monkeypatch):
+    module, folder = MODULES[name](), tmp_path / "model"
+    save(module, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(module, folder, tokenizer=tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,29 @@
+"""Calls that docstrings and README show, for mypy: `make lint` checks them against the types that the package ships."""
+
+from functools import partial
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_logits import CausalLM, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
+from lit_logits.modules import DenseLogitsHead, ResidualVQLogitsHead, VQLogitsHead
+
+
+class OwnHead(nn.Module):
+    """A head of a user's."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int = 3) -> None:
+        super().__init__()
+
+
+def make(model: PreTrainedModel) -> None:
+    """Never run."""
+    VQLogitsLM(model, head=partial(VQLogitsHead, codebook_size=8))
+    VQLogitsLM("folder", head=DenseLogitsHead)
+    VQLogitsLM({"model_type": "llama"}, 5, head=partial(ResidualVQLogitsHead, codebook_size=8, num_groups=2))
+    VQLogitsLM(model, head=OwnHead)
+    VQLogitsLM(model, head=lambda hidden_size, vocab_size: OwnHead(hidden_size, vocab_size))
+    CausalLM(model)
+    GLDFusionModule(model, {"big": model})
+    GLDFusionModule("pivot", {"big": "source", "cached": "folder"})
+    DynamicFusionDecoder(model, model, [model, "expert"])
