@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_logits.functional.checks import check_labels
+from lit_logits.functional.checks import check_labels, check_not_negative
 from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
 from lit_logits.functional.reductions import at_least_float32, chunked_sum, reduce_tokens
 from lit_logits.modules.dual_head_kd.classifiers import (
@@ -375,9 +375,7 @@ def _check_options(
         raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
-        if not value >= 0:
-            raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")
+    check_not_negative(ce_weight=ce_weight, kd_weight=kd_weight)
     if chunk_size < 1:
         raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
     if lr_interval not in ("epoch", "step"):
