@@ -97,6 +97,8 @@ class _Parser(LightningArgumentParser):
                 f" VQLogitsHead, init_args: {{{old}: ...}}}}`, on the command line as `--model.head VQLogitsHead"
                 f" --model.head.{old} ...`; residual codes are a `ResidualVQLogitsHead`."
             )
+        if "'kd_weight'" in message and "DualHeadKD" in message:
+            message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."
         return super().error(message, *args, **kwargs)
 
 

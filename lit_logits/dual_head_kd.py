@@ -74,7 +74,7 @@ class DualHeadKD(LightningModule):
             `cosine`; see `logit_loss`.
         temperature: τ; default 4 for `kl`, else 2.
         ce_weight: γ.
-        kd_weight: α.
+        kd_factor: α.
         grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
             the `backbone` or over `all`; costs one more backward pass.
         aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
@@ -109,7 +109,7 @@ class DualHeadKD(LightningModule):
         kd_loss: LogitLoss | None = None,
         temperature: float | None = None,
         ce_weight: float = 1.0,
-        kd_weight: float = 1.0,
+        kd_factor: float = 1.0,
         grad_align: GradAlign = "none",
         aux_head: AuxHeadKind = "linear",
         classifier: str | None = None,
@@ -121,8 +121,8 @@ class DualHeadKD(LightningModule):
         super().__init__()
         modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        _check_options(method, kd_loss, temperature, ce_weight, kd_weight, chunk_size, lr_interval)
-        self.method, self.ce_weight, self.kd_weight = method, ce_weight, kd_weight
+        _check_options(method, kd_loss, temperature, ce_weight, kd_factor, chunk_size, lr_interval)
+        self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
         self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
         self.chunk_size = chunk_size
@@ -252,7 +252,7 @@ class DualHeadKD(LightningModule):
         loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
         if kd is not None:
-            loss = loss + self.kd_weight * kd
+            loss = loss + self.kd_factor * kd
             self.log("train/loss_kd", kd)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -365,7 +365,7 @@ def _check_options(
     kd_loss: str | None,
     temperature: float | None,
     ce_weight: float,
-    kd_weight: float,
+    kd_factor: float,
     chunk_size: int,
     lr_interval: str,
 ) -> None:
@@ -375,7 +375,7 @@ def _check_options(
         raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    check_not_negative(ce_weight=ce_weight, kd_weight=kd_weight)
+    check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
     if chunk_size < 1:
         raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
     if lr_interval not in ("epoch", "step"):

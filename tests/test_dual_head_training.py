@@ -70,7 +70,7 @@ def oracle(model, batch, mode, *, clip=None, lr=0.5):
     features = student.student.body(x)
     z2 = z1 if student.aux_head is None else student.aux_head(features)
     ce = model.ce_weight * F.cross_entropy(z1, y)
-    kd = model.kd_weight * logit_loss(z2, teacher(x), kind=model.kd_loss, temperature=model.temperature)
+    kd = model.kd_factor * logit_loss(z2, teacher(x), kind=model.kd_loss, temperature=model.temperature)
     parameters = dict(student.named_parameters())
 
     def flat(loss):
@@ -108,7 +108,7 @@ def check(model, expected, **tolerance):
 @pytest.mark.parametrize("mode", ["none", "backbone", "all"])
 @pytest.mark.parametrize("method", ["dual_head", "single_head", "kd"])
 def test_update_is_the_formula(method, mode):
-    model = make(method, grad_align=mode, ce_weight=0.7, kd_weight=1.3)
+    model = make(method, grad_align=mode, ce_weight=0.7, kd_factor=1.3)
     expected, dot = oracle(model, batch_of(rows()), mode)
     trainer = fit(model, rows())
     check(model, expected)
@@ -240,7 +240,7 @@ class OwnLoss(DualHeadKD):
 @pytest.mark.parametrize("mode", ["none", "backbone", "all"])
 @pytest.mark.parametrize("kind", [HalfTheTeacher, TwoBatches, OwnTerm])
 def test_a_step_of_ones_own_is_aligned(kind, mode, accumulate):
-    model = make(grad_align=mode, kd_weight=0.5, kind=kind)
+    model = make(grad_align=mode, kd_factor=0.5, kind=kind)
     expected, dot = oracle(model, batch_of(rows()), mode)
     assert dot < 0 or mode == "none"
     metrics = fit(model, rows(), batch_size=12 // accumulate, accumulate_grad_batches=accumulate).callback_metrics
@@ -251,11 +251,11 @@ def test_a_step_of_ones_own_is_aligned(kind, mode, accumulate):
 
 @pytest.mark.parametrize("kind", [HalfTheTeacher, TwoBatches, OwnTerm])
 def test_a_step_of_ones_own_is_measured(kind):
-    model = make(kd_weight=0.5, kind=kind)
+    model = make(kd_factor=0.5, kind=kind)
     expected, _ = oracle(model, batch_of(rows()), "none")
     metrics = fit(model, rows(), callbacks=[NeuralCollapseMonitor(1)]).callback_metrics
     check(model, expected)
-    aligned = fit(make(kd_weight=0.5, kind=kind, grad_align="backbone"), rows()).callback_metrics
+    aligned = fit(make(kd_factor=0.5, kind=kind, grad_align="backbone"), rows()).callback_metrics
     torch.testing.assert_close(metrics["kd/grad_cosine"], aligned["kd/grad_cosine"])
 
 
@@ -263,7 +263,7 @@ def test_a_step_of_ones_own_is_measured(kind):
 @pytest.mark.parametrize(("kind", "mode"), [(WarmUp, "none"), (WarmUp, "backbone"), (OwnLoss, "none")])
 def test_a_loss_without_distillation_trains_as_it_is(kind, mode, measured):
     model = make(grad_align=mode, kind=kind)
-    expected, _ = oracle(make(kd_weight=0.0), batch_of(rows()), "none")
+    expected, _ = oracle(make(kd_factor=0.0), batch_of(rows()), "none")
     metrics = fit(model, rows(), callbacks=[NeuralCollapseMonitor(1)] if measured else None).callback_metrics
     check(model, expected)
     assert "kd/grad_cosine" not in metrics
@@ -567,8 +567,8 @@ def test_bad_arguments_say_what_to_pass():
         fit(DualHeadKD(Net(), method="kd"), rows())
     with pytest.raises(ValueError, match=r"`kd_loss` to be one of .*, but got 'kld'"):
         DualHeadKD(Net(), Net(), kd_loss="kld")
-    with pytest.raises(ValueError, match="`kd_weight` to be non-negative, but got -1"):
-        DualHeadKD(Net(), Net(), kd_weight=-1.0)
+    with pytest.raises(ValueError, match="`kd_factor` to be non-negative, but got -1"):
+        DualHeadKD(Net(), Net(), kd_factor=-1.0)
     with pytest.raises(ValueError, match="`lr_interval` to be 'epoch' or 'step', but got 'batch'"):
         DualHeadKD(Net(), Net(), lr_interval="batch")
     with pytest.raises(ValueError, match="'single_head' or 'dual_head', but got 'dual'"):

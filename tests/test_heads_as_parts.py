@@ -105,6 +105,12 @@ def test_a_recipe_of_version_0_1_is_told_the_new_form(old, capsys):
     assert "head: {class_path: VQLogitsHead, init_args: {" in error
 
 
+def test_the_old_name_of_a_factor_is_told_the_new_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model", "DualHeadKD", "--model.kd_weight", "2", "--data", "ImageDataModule"])
+    assert "Since version 0.2 it is `kd_factor`" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_version_0_1_is_told_the_new_form(tmp_path):
     model = make(HEADS["vq"])
     saved = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.6", "hyper_parameters": {}}

@@ -443,7 +443,7 @@ def test_measuring_changes_no_weight_and_costs_one_pass_a_measured_batch(accumul
 
 def test_the_measured_angle_is_that_of_the_two_gradients():
     """Of the whole step, although it comes in two micro-batches."""
-    model, data = make(ce_weight=0.7, kd_weight=1.3).double(), rows(12)
+    model, data = make(ce_weight=0.7, kd_factor=1.3).double(), rows(12)
     x, y = batch_of(data).values()
     features = model.student.body(x)
     ce = F.cross_entropy(model.student.fc(features), y)

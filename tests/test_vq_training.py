@@ -479,6 +479,7 @@ def test_sampled_generation_follows_the_generator(generator_model):
 SCRIPT = """
 import os
 import sys
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -486,6 +487,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 sys.path.insert(0, {tests!r})
 from test_vq_training import make_model, make_trainer, rows
 from lit_logits.callbacks import CodebookReinit
+from lit_logits.modules import ResidualVQLogitsHead
 
 torch.set_num_threads(1)
 devices, kwargs, folder = int(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
@@ -497,6 +499,9 @@ def batches(data, batch_size):
     return DataLoader(data, batch_size=batch_size // devices, sampler=sampler)
 
 
+residual = kwargs.pop("residual", None)
+if residual is not None:
+    kwargs["head"] = partial(ResidualVQLogitsHead, codebook_size=8, **residual)
 model = make_model(
     {backbone!r},
     calibration_batches=2,
@@ -509,7 +514,7 @@ trainer = make_trainer(
     devices=devices,
     strategy="ddp" if devices == 2 else "auto",
     max_epochs=2,
-    callbacks=[] if "num_groups" in kwargs else [CodebookReinit(every_n_steps=3, min_usage=0.5)],
+    callbacks=[] if residual is not None else [CodebookReinit(every_n_steps=3, min_usage=0.5)],
     use_distributed_sampler=False,
 )
 trainer.fit(model, batches(rows(32), 8), batches(rows(12, seed=1, ragged=True), 4))
@@ -526,8 +531,8 @@ os._exit(0)  # threads of gloo that outlive the interpreter abort it now and the
         {"mapping": "learned", "codebook_size": 20},
         {"mapping": "learned", "codebook_update": "ema", "codebook_size": 20},
         {"mapping": "reassigned", "codebook_size": 20, "init": "kmeans"},
-        {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "kd_weight": 0.7},
-        {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "kd_weight": 0.7, "token_weights": "fisher"},
+        {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": True}, "kd_weight": 0.7},
+        {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "token_weights": "fisher"}, "kd_weight": 0.7},
     ],
     ids=["learned", "ema", "reassigned", "residual", "fisher"],
 )
