@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 import pkgutil
+import re
 import sys
 import traceback
 from importlib import import_module
@@ -80,9 +81,10 @@ class _RecipeFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
+_RESIDUAL = ("num_groups", "num_stages", "byte_budget", "metric", "token_weights")
 _HEAD_ARGUMENTS = (
-    *("codebook_size", "num_groups", "num_stages", "byte_budget", "metric", "token_weights", "bias", "init"),
-    *("count_power", "mapping", "codebook_update", "commitment_weight", "decay", "reassign_every_n_steps"),
+    *(*_RESIDUAL, "codebook_size", "bias", "init", "count_power", "mapping", "codebook_update"),
+    *("commitment_weight", "decay", "reassign_every_n_steps"),
 )
 
 
@@ -92,10 +94,15 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
         old = next((name for name in _HEAD_ARGUMENTS if f"'{name}'" in message and "VQLogitsLM" in message), None)
         if old is not None:
+            head = "ResidualVQLogitsHead" if old in _RESIDUAL else "VQLogitsHead"
             message += (
                 f"\nSince version 0.2 `{old}` is an argument of the head. Write it in a recipe as `head: {{class_path:"
-                f" VQLogitsHead, init_args: {{{old}: ...}}}}`, on the command line as `--model.head VQLogitsHead"
-                f" --model.head.{old} ...`; residual codes are a `ResidualVQLogitsHead`."
+                f" {head}, init_args: {{{old}: ...}}}}`, on the command line as `--model.head {head}"
+                f" --model.head.{old} ...`."
+            )
+        if 'key "head"' in message and re.search(r"string: (dense|vq)\b", message):
+            message += (
+                "\nSince version 0.2 `head` is a class: `DenseLogitsHead`, `VQLogitsHead`, `ResidualVQLogitsHead`."
             )
         if "'kd_weight'" in message and "DualHeadKD" in message:
             message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."

@@ -102,7 +102,19 @@ def test_a_recipe_of_version_0_1_is_told_the_new_form(old, capsys):
         main(["fit", "--model", "VQLogitsLM", f"--model.{old}", "2", "--data", "TextDataModule"])
     error = capsys.readouterr().err
     assert f"`{old}`" in error
-    assert "head: {class_path: VQLogitsHead, init_args: {" in error
+    head = "VQLogitsHead" if old in ("codebook_size", "mapping") else "ResidualVQLogitsHead"
+    assert f"head: {{class_path: {head}, init_args: {{{old}: ...}}}}" in error
+
+
+@pytest.mark.parametrize("name", ["dense", "vq"])
+def test_a_head_by_its_old_name_is_told_the_new_form(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"backbone": CONFIG, "head": name}
+    recipe = {"model": {"class_path": "VQLogitsLM", "init_args": arguments}, "data": {"class_path": "TextDataModule"}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "recipe.yaml"])
+    assert "Since version 0.2 `head` is a class: `DenseLogitsHead`" in capsys.readouterr().err
 
 
 def test_the_old_name_of_a_factor_is_told_the_new_one(capsys):
