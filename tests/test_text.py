@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -199,6 +200,13 @@ def test_same_setting_reads_the_cache(make, monkeypatch):
     again = ready(make(batch_size=2, num_workers=1))
     assert again._directory == first._directory
     assert tokens_of(again.val_dataloader()) == tokens_of(first.val_dataloader())
+
+
+def test_blocks_are_read_by_other_versions_of_datasets(make):
+    """An older one refuses an Arrow file whose metadata name types that came after it."""
+    file = ready(make())._directory / "train.arrow"
+    with pa.memory_map(str(file)) as source:
+        assert not pa.ipc.open_stream(source).schema.metadata
 
 
 def test_setup_only_reads(make):

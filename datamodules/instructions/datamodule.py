@@ -50,7 +50,7 @@ from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 
 __all__ = ["InstructionDataModule"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of every cache entry's name: raise it when the same arguments are to give other token ids."""
 
 PredictSplit = Literal["test", "all"]

@@ -84,7 +84,8 @@ def write_examples(
     bar = tqdm(total=len(examples), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
     kept = tokens = truncated = 0
     numbered = iter(enumerate(examples))
-    with ArrowWriter(features=features, path=str(file)) as writer, bar:
+    # Without the names that this version of datasets gives to its types, which an older one cannot read.
+    with ArrowWriter(features=features, path=str(file), with_metadata=False) as writer, bar:
         while batch := list(islice(numbered, EXAMPLES_A_BATCH)):
             columns: dict[str, list[Any]] = {name: [] for name in features}
             for (row, example), encoded in zip(batch, encode([example for _, example in batch]), strict=True):

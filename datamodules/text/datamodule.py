@@ -28,7 +28,7 @@ from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 
 __all__ = ["TextDataModule"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every cache entry's name: raise it when the same arguments are to give other blocks."""
 
 

@@ -72,7 +72,8 @@ def write_blocks(
     bar = tqdm(total=total, desc=f"Tokenising {file.stem}", unit="doc", disable=hide_progress(), leave=False)
     num_documents = num_tokens = num_blocks = 0
     rest: list[int] = []
-    with ArrowWriter(features=features, path=str(file)) as writer, bar:
+    # Without the names that this version of datasets gives to its types, which an older one cannot read.
+    with ArrowWriter(features=features, path=str(file), with_metadata=False) as writer, bar:
         for batch in _batches(documents):
             for ids in tokenize(batch, tokenizer):
                 rest += ids
