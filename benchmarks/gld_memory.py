@@ -127,7 +127,6 @@ def units_of(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> list[Uni
 
     Raises:
         ValueError: for weights that are tied across units, which FSDP cannot shard.
-
     """
     names = [name for name, module in model.named_modules() if not name or isinstance(module, classes)]
     kinds = {name: type(model.get_submodule(name)).__name__ for name in names}

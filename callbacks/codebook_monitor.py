@@ -44,7 +44,6 @@ class CodebookMonitor(Callback):
     Example:
         >>> CodebookMonitor(every_n_steps=20).num_codes
         16
-
     """
 
     def __init__(

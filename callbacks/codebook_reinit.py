@@ -38,7 +38,6 @@ class CodebookReinit(Callback):
     Example:
         >>> CodebookReinit(every_n_steps=100, min_usage=0.01).every_n_steps
         100
-
     """
 
     def __init__(
@@ -94,7 +93,6 @@ def reset_optimizer_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, ro
         optimizer: any optimizer whose moments have the shape of the parameter.
         parameter: (K, ...).
         rows: (D,) int64.
-
     """
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -48,7 +48,6 @@ class FusionWeightLogger(Callback):
     Example:
         >>> FusionWeightLogger(num_texts=8).num_texts
         8
-
     """
 
     def __init__(self, every_n_batches: int = 1, num_texts: int = 4, max_tokens: int = 400) -> None:

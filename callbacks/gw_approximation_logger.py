@@ -74,7 +74,6 @@ class GWApproximationLogger(Callback):
     Example:
         >>> GWApproximationLogger(every_n_steps=500).max_nodes
         32
-
     """
 
     def __init__(

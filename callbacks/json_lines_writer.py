@@ -36,14 +36,13 @@ class JsonLinesWriter(BasePredictionWriter):
         folder: None is `predictions` in the run folder, which is a new one in each run: to go on, name it.
 
     Raises:
-        ValueError: if the folder holds predictions of another model, data set or checkpoint, or lines of JSON that are
+        ValueError: If the folder holds predictions of another model, data set or checkpoint, or lines of JSON that are
             not this callback's; if there are several data loaders, whose rows would be mistaken for each other; if
             `predict_step` returns anything else.
 
     Example:
         >>> JsonLinesWriter("runs/fusion/answers").interval.value
         'batch'
-
     """
 
     def __init__(self, folder: str | None = None) -> None:

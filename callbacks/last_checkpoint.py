@@ -22,7 +22,6 @@ class LastCheckpoint(ModelCheckpoint):
     Example:
         >>> LastCheckpoint().state_dict()
         {}
-
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ class LineProgress(ProgressBar):
     Example:
         >>> LineProgress().printed_step
         0
-
     """
 
     printed_step = 0

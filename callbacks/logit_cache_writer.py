@@ -42,13 +42,12 @@ class LogitCacheWriter(BasePredictionWriter):
         shard_tokens: positions of a file of the finished cache, about; 276 bytes each at k = 32.
 
     Raises:
-        ValueError: if the folder holds logits of other settings or data, or other files; if the module has no
+        ValueError: If the folder holds logits of other settings or data, or other files; if the module has no
             `cache_settings`; if `predict_step` returns anything else; if a source returns logits that are not finite.
 
     Example:
         >>> LogitCacheWriter("runs/logits").interval.value
         'batch'
-
     """
 
     def __init__(

@@ -52,7 +52,6 @@ class NeuralCollapseMonitor(Callback):
     Example:
         >>> NeuralCollapseMonitor(measure_gradients_every_n_steps=100).measure_gradients_every_n_steps
         100
-
     """
 
     def __init__(self, measure_gradients_every_n_steps: int | None = None) -> None:

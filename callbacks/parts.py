@@ -28,7 +28,6 @@ def find_part(pl_module: LightningModule, kind: type[_Part]) -> _Part | None:
         ...         self.layers = nn.Sequential(nn.Tanh(), nn.Linear(2, 3))
         >>> find_part(Mine(), nn.Linear)
         Linear(in_features=2, out_features=3, bias=True)
-
     """
     return next((module for module in pl_module.modules() if isinstance(module, kind)), None)
 
@@ -46,7 +45,6 @@ def check_min_usage(min_usage: float) -> None:
 
     Raises:
         ValueError: for a share outside [0, 1).
-
     """
     if not 0 <= min_usage < 1:
         raise ValueError(f"Expected `min_usage` to be in [0, 1), in units of 1/K, but got {min_usage}.")

@@ -22,7 +22,6 @@ class PredictionWriter(BasePredictionWriter):
     Example:
         >>> PredictionWriter().interval.value
         'batch'
-
     """
 
     def __init__(self) -> None:

@@ -41,13 +41,12 @@ class SavePretrained(Callback):
             architecture.
 
     Raises:
-        ValueError: if `mode` is neither; at the start of fit if the folder holds anything else, if there is no such
+        ValueError: If `mode` is neither; at the start of fit if the folder holds anything else, if there is no such
             model, or if the strategy keeps its weights in pieces; if no `monitor` was logged.
 
     Example:
         >>> SavePretrained(monitor="val/acc", mode="max").state_dict()
         {'best': None, 'saved_in': None}
-
     """
 
     def __init__(

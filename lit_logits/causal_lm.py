@@ -56,7 +56,6 @@ class CausalLM(LightningModule):
         ...     "num_attention_heads": 2}, vocab_size=100)
         >>> lm(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 100])
-
     """
 
     def __init__(

@@ -34,7 +34,6 @@ class Calibration(NamedTuple):
         token_information: (V,) float32 E[p_v (1 − p_v)] under the output layer over the same positions: the Fisher
             information of each token's logit, which is what an error there costs in KL to second order. Or None.
         informed_second_moment: (d, d) float32 E[h hᵀ] with each position weighted by its Σ_v p_v (1 − p_v), or None.
-
     """
 
     token_counts: Tensor
@@ -98,8 +97,7 @@ class StartingHead(Protocol):
             table: (≥ V, ·) input embedding of the backbone.
 
         Raises:
-            ValueError: if it cannot, as for a layer that it needs and that is not there.
-
+            ValueError: If it cannot, as for a layer that it needs and that is not there.
         """
         ...
 

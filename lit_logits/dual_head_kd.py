@@ -95,7 +95,6 @@ class DualHeadKD(LightningModule):
         >>> model = DualHeadKD(nn.Linear(4, 3), nn.Linear(4, 3), grad_align="backbone")
         >>> model(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
-
     """
 
     def __init__(
@@ -161,7 +160,6 @@ class DualHeadKD(LightningModule):
 
         Raises:
             ValueError: for a label out of range, or without a teacher to learn from.
-
         """
         self._check_teacher()
         check_labels(batch["labels"], self.net.num_classes)
@@ -349,7 +347,6 @@ class DualHeadKD(LightningModule):
 
         Args:
             path: the folder, or the file.
-
         """
         path = Path(path)
         if isinstance(self.student, PreTrainedModel):

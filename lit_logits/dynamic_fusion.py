@@ -79,7 +79,6 @@ class DynamicFusionDecoder(LightningModule):
         torch.Size([1, 4])
         >>> decoder.trace.alpha.shape
         torch.Size([1, 1, 2])
-
     """
 
     def __init__(
@@ -283,7 +282,6 @@ class DynamicFusionDecoder(LightningModule):
 
         Raises:
             ValueError: always.
-
         """
         raise ValueError(
             "Expected `test` or `predict`, because DynamicFusionDecoder trains nothing, but got `fit`. Experts are"

@@ -45,7 +45,6 @@ class FusionLosses(NamedTuple):
     Attributes:
         ce: cross-entropy of the next tokens of responses, in nats.
         sources: terms of each source.
-
     """
 
     ce: Tensor
@@ -108,7 +107,6 @@ class GLDFusionModule(LightningModule):
         >>> fusion = GLDFusionModule(llama, {"teacher": new_causal_lm(llama)})
         >>> fusion(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 100])
-
     """
 
     def __init__(
@@ -177,7 +175,6 @@ class GLDFusionModule(LightningModule):
 
         Raises:
             ValueError: for tokens of another tokenizer, samples that a cache does not hold, or a source that emits NaN.
-
         """
         mask, hidden, labels = self._counted_states(batch)
         if self.kd_weight == 0:
@@ -317,8 +314,7 @@ class GLDFusionModule(LightningModule):
         """What the top-k logits of each source depend on.
 
         Raises:
-            ValueError: if there is a source whose logits are in a cache already.
-
+            ValueError: If there is a source whose logits are in a cache already.
         """
         models = {name: source for name, source in self.sources.items() if isinstance(source, LogitSource)}
         if not models or len(models) < len(self.sources):

@@ -79,7 +79,6 @@ class VQLogitsLM(LightningModule):
         ...     "num_hidden_layers": 1, "num_attention_heads": 2}, 100, head=partial(VQLogitsHead, codebook_size=10))
         >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 100])
-
     """
 
     head_ready: Tensor
@@ -308,7 +307,6 @@ class VQLogitsLM(LightningModule):
 
         Returns:
             (B, at most T + max_new_tokens) token ids.
-
         """
         was_training = self.training
         self.eval()
@@ -367,7 +365,6 @@ class VQLogitsLM(LightningModule):
 
         Raises:
             ValueError: for another `head`, or a token bias that the original architecture has no place for.
-
         """
         if head not in ("compact", "dense"):
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
@@ -401,7 +398,6 @@ class VQLogitsLM(LightningModule):
 
         Raises:
             ValueError: as `to_pretrained`; for a folder that holds anything else.
-
         """
         was_training = self.training
         model = self.to_pretrained(head)

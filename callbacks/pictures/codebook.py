@@ -16,7 +16,6 @@ def usage_figure(snapshots: Tensor, steps: list[int]) -> Figure:
     Args:
         snapshots: (S, K), the share of targets that each code carried.
         steps: the optimizer step of each snapshot.
-
     """
     num_codes = snapshots.shape[1]
     relative = snapshots * num_codes

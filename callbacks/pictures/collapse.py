@@ -25,7 +25,6 @@ def cosine_figure(cosines: Tensor, epoch: int, class_names: Sequence[str] | None
         cosines: (C, C), C ≥ 2.
         epoch: for the title.
         class_names: of the C rows; shown for up to 30.
-
     """
     num_classes = len(cosines)
     figure = Figure(figsize=(10.5, 5), layout="constrained")

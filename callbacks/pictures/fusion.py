@@ -76,7 +76,6 @@ def text_figure(
         expert_names: of the S experts.
         alpha_range: ends of the colour bars.
         title: of the figure.
-
     """
     fragments = [fragment for fragment in _lay_out(pieces) if fragment[0] < _MAX_LINES]
     num_lines, num_shown = fragments[-1][0] + 1, fragments[-1][2] + 1
@@ -139,7 +138,6 @@ def curve_figure(
         expert_names: of the S experts.
         alpha_range: of the axis.
         title: of the figure.
-
     """
     figure = Figure(figsize=(10, 5.2), layout="constrained", dpi=110)
     weights, divergences = figure.subplots(2, 1, sharex=True)

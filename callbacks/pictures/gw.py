@@ -22,7 +22,6 @@ def scatter_figure(pairs: Mapping[str, Sequence[tuple[float, float]]], *, unit: 
         pairs: bound and distance by name of the source, the oldest first; those are drawn fainter.
         unit: of both axes.
         title: of the figure.
-
     """
     figure = Figure(figsize=(6.4, 6.4), layout="constrained", dpi=110)
     axes = figure.subplots()
@@ -68,7 +67,6 @@ def graph_figure(
         unit: of the edges.
         name: of the source.
         title: of the figure.
-
     """
     figure = Figure(figsize=(11.5, 5.9), layout="constrained", dpi=110)
     panels = figure.subplots(1, 2)

@@ -25,7 +25,6 @@ def token_texts(token_ids: Sequence[int], tokenizer: Any = None) -> list[str]:
     Example:
         >>> token_texts([3, 4])
         [' 3', ' 4']
-
     """
     if tokenizer is None:
         return [f" {token_id}" for token_id in token_ids]

@@ -28,7 +28,6 @@ def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
     Example:
         >>> align_positions(torch.tensor([[-1, 0, 3, 7, 9]]), torch.tensor([[0, 5, 7, 8, 9]]))
         tensor([[-1,  0, -1,  2,  4]])
-
     """
     result = torch.full_like(ends1, -1)
     stride = int(max(ends1.max(), ends2.max()).item()) + 1 if ends1.numel() and ends2.numel() else 0
@@ -60,7 +59,6 @@ def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
     Example:
         >>> common_span(torch.tensor([[0, 4, 6]]), torch.tensor([[0, 2, 5]]))
         (tensor([[ True,  True, False]]), tensor([[True, True, True]]))
-
     """
     limit = torch.minimum(ends1.amax(-1), ends2.amax(-1)).unsqueeze(-1)
     return (ends1 >= 0) & (ends1 <= limit), (ends2 >= 0) & (ends2 <= limit)

@@ -14,7 +14,6 @@ def code_bits(codebook_size: int) -> int:
     Example:
         >>> code_bits(1), code_bits(256), code_bits(257)
         (0, 8, 9)
-
     """
     return (codebook_size - 1).bit_length()
 
@@ -29,7 +28,6 @@ def pack_bits(values: Tensor, num_bits: int) -> Tensor:
     Example:
         >>> pack_bits(torch.tensor([1, 2, 3, 0]), num_bits=2)
         tensor([108], dtype=torch.uint8)
-
     """
     if num_bits == 8:
         return values.to(torch.uint8)
@@ -50,7 +48,6 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
     Example:
         >>> unpack_bits(torch.tensor([108], dtype=torch.uint8), num_bits=2, count=4)
         tensor([1, 2, 3, 0], dtype=torch.uint8)
-
     """
     if packed.numel() != -(-count * num_bits // 8):
         raise ValueError(

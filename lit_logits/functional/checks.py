@@ -28,7 +28,6 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = -100, 
         Traceback (most recent call last):
         ...
         ValueError: Expected `labels` to be in [0, 3) or -100 (ignored), but got 3.
-
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"Expected `labels` to be integer ids, but got {labels.dtype}.")
@@ -52,7 +51,6 @@ def check_token_to_code(token_to_code: Tensor, vocab_size: int, codebook_size: i
         Traceback (most recent call last):
         ...
         ValueError: Expected `token_to_code` to map tokens to codes in [0, 2), but token 1 maps to 2.
-
     """
     if token_to_code.shape != (vocab_size,) or token_to_code.is_floating_point() or token_to_code.dtype == torch.bool:
         raise ValueError(
@@ -73,7 +71,6 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
     Raises:
         ValueError: for a NaN or an infinity; the error counts them.
-
     """
     wrong = int((~torch.isfinite(tensor)).sum())
     if wrong:
@@ -85,7 +82,6 @@ def check_not_negative(**values: float) -> None:
 
     Raises:
         ValueError: naming the first that is not.
-
     """
     for name, value in values.items():
         if not value >= 0:

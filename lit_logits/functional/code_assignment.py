@@ -29,7 +29,6 @@ class CodeSplit(NamedTuple):
     Attributes:
         token_to_code: (V,) int64, the new mapping.
         sources: (D,) int64, the code that each dead code was split from; −1 where nothing was left to split.
-
     """
 
     token_to_code: Tensor
@@ -42,7 +41,6 @@ def random_assignment(vocab_size: int, codebook_size: int, *, generator: torch.G
     Example:
         >>> random_assignment(5, 2).bincount()
         tensor([3, 2])
-
     """
     return torch.randperm(vocab_size, generator=generator) % codebook_size
 
@@ -63,7 +61,6 @@ def frequency_assignment(token_counts: Tensor, codebook_size: int, *, power: flo
     Example:
         >>> frequency_assignment(torch.tensor([1.0, 99.0, 24.0, 0.0, 1.0]), 3)
         tensor([2, 0, 1, 2, 2])
-
     """
     order = token_counts.argsort(descending=True, stable=True)
     mass = (token_counts[order].double() + 1).pow(power)
@@ -107,7 +104,6 @@ def weighted_kmeans(
 
     Raises:
         ValueError: for counts or a second moment that do not fit W or are not finite.
-
     """
     vocab_size, hidden_size = weight.shape
     if token_counts.shape != (vocab_size,):
@@ -150,7 +146,6 @@ def code_means(
 
     Returns:
         Means (K, d), zero for a code without mass, and masses (K,), both at least float32.
-
     """
     vectors = at_least_float32(vectors)
     weights = torch.ones_like(vectors[:, 0]) if weights is None else weights.to(vectors.dtype)
@@ -174,7 +169,6 @@ def reassign_tokens(vectors: Tensor, token_to_code: Tensor, codebook_size: int) 
     Example:
         >>> reassign_tokens(torch.tensor([[0.0], [0.1], [1.0], [0.2]]), torch.tensor([0, 0, 1, 1]), 2)
         tensor([0, 0, 1, 0])
-
     """
     means, mass = code_means(vectors, token_to_code, codebook_size)
     living = mass.nonzero().squeeze(1)
@@ -209,8 +203,7 @@ def split_heavy_codes(
         tokens was left: that code ends without tokens.
 
     Raises:
-        ValueError: if every code is dead or the mapping does not fit.
-
+        ValueError: If every code is dead or the mapping does not fit.
     """
     check_token_to_code(token_to_code, token_counts.shape[0], codebook_size)
     if dead.numel() >= codebook_size:

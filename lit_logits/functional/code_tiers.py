@@ -27,7 +27,6 @@ def stages_by_rank(token_counts: Tensor, num_stages: int | Mapping[int, int]) ->
     Example:
         >>> stages_by_rank(torch.tensor([5.0, 9.0, 1.0]), {1: 3, 3: 1})
         tensor([1, 3, 1])
-
     """
     tiers = {token_counts.numel(): num_stages} if isinstance(num_stages, int) else dict(num_stages)
     tiers = {rank: tiers[rank] for rank in sorted(tiers)}
@@ -62,12 +61,11 @@ def stages_for_bytes(
         width: d/G.
 
     Raises:
-        ValueError: if one stage for each token is more than that.
+        ValueError: If one stage for each token is more than that.
 
     Example:
         >>> stages_for_bytes(torch.tensor([9.0, 1.0]), 4, max_stages=2, codebook_size=256, num_groups=1, width=8)
         tensor([2, 1])
-
     """
     vocab_size = token_weights.numel()
     bits = num_groups * code_bits(codebook_size)

@@ -22,7 +22,6 @@ class Footprint(NamedTuple):
         bytes: floats in their dtype plus the mapping packed to ⌈log2 K⌉ bits a token.
         dense_parameters: V·d.
         dense_bytes: V·d in the same dtype.
-
     """
 
     parameters: int
@@ -44,7 +43,6 @@ def vq_footprint(hidden_size: int, vocab_size: int, codebook_size: int, *, bias:
     Example:
         >>> vq_footprint(hidden_size=576, vocab_size=49152, codebook_size=512, bias=False, itemsize=2)
         Footprint(parameters=294912, bytes=645120, dense_parameters=28311552, dense_bytes=56623104)
-
     """
     parameters = codebook_size * hidden_size + (vocab_size if bias else 0)
     mapping_bits = vocab_size * (codebook_size - 1).bit_length()
@@ -68,7 +66,6 @@ def code_usage(token_counts: Tensor, token_to_code: Tensor, codebook_size: int) 
     Example:
         >>> code_usage(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0, 1, 1]), 2)
         tensor([0.7500, 0.2500])
-
     """
     mass = token_counts.new_zeros(codebook_size).index_add(0, token_to_code, token_counts)
     return mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)
@@ -80,7 +77,6 @@ def code_perplexity(usage: Tensor) -> Tensor:
     Example:
         >>> code_perplexity(torch.tensor([0.5, 0.5, 0.0]))
         tensor(2.)
-
     """
     return torch.special.entr(usage).sum().exp()
 
@@ -105,7 +101,6 @@ def ppl_floor(
     Example:
         >>> ppl_floor(torch.tensor([3, 1]), torch.tensor([0, 0]), codebook_size=2)
         tensor(2.)
-
     """
     log_mass = code_log_mass(token_to_code, codebook_size, token_bias)[token_to_code]
     within = log_mass if token_bias is None else log_mass - token_bias
@@ -124,7 +119,6 @@ def commitment_loss(latents: Tensor, codebook: Tensor, token_to_code: Tensor) ->
     Example:
         >>> commitment_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0]]), torch.tensor([0, 0]))
         tensor(2.)
-
     """
     return at_least_float32(codebook.detach()[token_to_code] - latents).square().sum(dim=1).mean()
 
@@ -147,7 +141,6 @@ def unigram_bias(token_counts: Tensor, token_to_code: Tensor | None = None, code
     Example:
         >>> unigram_bias(torch.tensor([1.5, 0.5, 9.5]), torch.tensor([0, 0, 1]), 2).exp()
         tensor([1.3333, 0.6667, 1.0000])
-
     """
     bias = (token_counts.float() + 0.5).log()
     if token_to_code is None or codebook_size is None:

@@ -57,7 +57,6 @@ def kd_kl_divergence(
     Example:
         >>> kd_kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 4.0]]), temperature=4.0)
         tensor(1.7751)
-
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     log_p, log_q = F.log_softmax(teacher / temperature, dim=-1), F.log_softmax(student / temperature, dim=-1)
@@ -84,7 +83,6 @@ def binary_kl(
     Example:
         >>> binary_kl(torch.zeros(1, 1), torch.tensor([[2.0]]), temperature=1.0)  # log 2 − entropy of σ(2)
         tensor(0.3278)
-
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     a, b = teacher / temperature, student / temperature
@@ -113,7 +111,6 @@ def binary_kl_norm(
     Example:
         >>> binary_kl_norm(torch.tensor([[100.0, 0.0]]), torch.zeros(1, 2), temperature=1.0)  # 50 − log 2
         tensor(49.3069)
-
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     half = (student / 2 - teacher / 2) / temperature  # the difference of huge logits could overflow
@@ -126,7 +123,6 @@ def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction:
     Example:
         >>> mse_logit_loss(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
         tensor(5.)
-
     """
     student, teacher = _prepare(student_logits, teacher_logits)
     return _reduce((student - teacher).square().sum(-1), reduction)
@@ -138,7 +134,6 @@ def l1_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: 
     Example:
         >>> l1_logit_loss(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2))
         tensor(3.)
-
     """
     student, teacher = _prepare(student_logits, teacher_logits)
     return _reduce((student - teacher).abs().sum(-1), reduction)
@@ -150,7 +145,6 @@ def cosine_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reducti
     Example:
         >>> cosine_logit_loss(torch.tensor([[0.0, 3.0]]), torch.tensor([[2.0, 0.0]]))
         tensor(1.)
-
     """
     student, teacher = _prepare(student_logits, teacher_logits)
     return _reduce(1 - F.cosine_similarity(student, teacher, dim=-1), reduction)
@@ -172,7 +166,6 @@ def logit_loss(
     Example:
         >>> logit_loss(torch.tensor([[1.0]]), torch.zeros(1, 1), kind="mse", temperature=2.0)
         tensor(1.)
-
     """
     functions: dict[str, Callable[..., Tensor]] = {
         "kl": partial(kd_kl_divergence, temperature=temperature),

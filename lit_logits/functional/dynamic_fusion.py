@@ -53,7 +53,6 @@ class FusionWeights(NamedTuple):
         kl_reverse: (B,) KL(P ‖ P~) in nats.
         num_evals: fused distributions that were evaluated for a sequence and, with `single`, an expert: as many as the
             slowest of them took, for those that are done drop out.
-
     """
 
     alpha: Tensor
@@ -84,7 +83,6 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
     Example:
         >>> fuse_logits(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[[0.0, 4.0]]]), torch.tensor([[0.5]]))
         tensor([[0., 2.]])
-
     """
     _check_shapes(large_logits, base_logits, expert_logits)
     if alpha.shape != expert_logits.shape[:2]:
@@ -112,7 +110,6 @@ def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tens
         >>> forward, reverse = expert_divergences(torch.zeros(1, 2), torch.tensor([[[0.0, 1.0986]]]))
         >>> forward, reverse
         (tensor([[0.1308]]), tensor([[0.1438]]))
-
     """
     base, experts = _promoted(base_logits, expert_logits)
     log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
@@ -167,7 +164,6 @@ def fusion_weights(
         tensor([[1.]])
         >>> fusion_weights(base, base, base.unsqueeze(0)).alpha  # expert = base: the large model itself
         tensor([[0.]])
-
     """
     low, high = _check_bounds(bounds, step)
     if solver not in ("tilting", "grid"):

@@ -47,7 +47,6 @@ class VocabularyGraph(NamedTuple):
     Attributes:
         graph: (n, n) co-activation of the ids that some position kept.
         node_ids: (n,) those ids, ascending.
-
     """
 
     graph: Tensor
@@ -60,7 +59,6 @@ class NodeStrengths(NamedTuple):
     Attributes:
         strengths: (..., n_max), descending; behind the nodes that a graph has there are zeros.
         num_nodes: (...) nodes n of each graph.
-
     """
 
     strengths: Tensor
@@ -84,7 +82,6 @@ def co_activation_graph(values: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> co_activation_graph(torch.tensor([[2.0, 1.0], [4.0, 0.0]]))
         tensor([[10.0000,  1.0000],
                 [ 1.0000,  0.5000]])
-
     """
     values, count = _counted(values, mask)
     return (values.unsqueeze(-1) * values.unsqueeze(-2)).sum(-3) / count.unsqueeze(-1).unsqueeze(-1)
@@ -104,7 +101,6 @@ def vocabulary_graph(values: Tensor, token_ids: Tensor, mask: Tensor | None = No
         tensor([[5.0000, 1.0000, 1.5000],
                 [1.0000, 2.0000, 0.0000],
                 [1.5000, 0.0000, 0.5000]])
-
     """
     if mask is not None:
         values, token_ids = values[mask], token_ids[mask]
@@ -131,7 +127,6 @@ def node_strengths(values: Tensor, mask: Tensor | None = None) -> Tensor:
     Example:
         >>> node_strengths(torch.tensor([[2.0, 1.0], [4.0, 0.0]]))
         tensor([5.5000, 0.7500])
-
     """
     values, count = _counted(values, mask)
     return (values * values.sum(-1, keepdim=True)).sum(-2) / (count.unsqueeze(-1) * values.shape[-1])
@@ -151,7 +146,6 @@ def vocabulary_strengths(values: Tensor, token_ids: Tensor, mask: Tensor | None 
         >>> values, ids = torch.tensor([[2.0, 1.0], [3.0, 1.0]]), torch.tensor([[7, 5], [5, 9]])
         >>> vocabulary_strengths(values, ids)
         NodeStrengths(strengths=tensor([2.5000, 1.0000, 0.6667, 0.0000]), num_nodes=tensor(3))
-
     """
     values, count = _counted(values, mask)
     shares = (values * values.sum(-1, keepdim=True) / count.unsqueeze(-1).unsqueeze(-1)).flatten(-2)
@@ -188,7 +182,6 @@ def graph_strengths(
     Example:
         >>> graph_strengths(torch.tensor([[2.0, 1.0], [4.0, 0.0]])).strengths
         tensor([5.5000, 0.7500])
-
     """
     if nodes == "rank":
         strengths = node_strengths(values, mask).sort(-1, descending=True).values
@@ -221,7 +214,6 @@ def sorted_gw_bound(strengths1: Tensor, strengths2: Tensor, num_nodes: Tensor | 
     Example:
         >>> sorted_gw_bound(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 1.5]))
         tensor(1.5000)
-
     """
     size = min(strengths1.shape[-1], strengths2.shape[-1])
     if num_nodes is None:
@@ -245,7 +237,6 @@ def top_k_uld(student: TopKLogits, teacher: TopKLogits, *, values: LogitValues =
 
     Returns:
         (...), for `softmax` in [0, 2].
-
     """
     f_s, f_t = top_k_values(student, values), top_k_values(teacher, values)
     size = min(f_s.shape[-1], f_t.shape[-1])
@@ -289,7 +280,6 @@ def uld_loss(
         tensor(1.)
         >>> uld_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]]))
         tensor(0.)
-
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(

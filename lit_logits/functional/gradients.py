@@ -34,7 +34,6 @@ class AlignedGradients(NamedTuple):
         grads: the projected gradient, one tensor for each that came.
         cosine: scalar, of the angle before the projection; 0 if either gradient is.
         conflict: scalar, 1 if the gradients opposed each other, else 0.
-
     """
 
     grads: list[Tensor]
@@ -55,7 +54,6 @@ def project_conflicting_gradient(grad: Tensor, reference: Tensor) -> Tensor:
     Example:
         >>> project_conflicting_gradient(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 0.0]))
         tensor([0., 1.])
-
     """
     return align_gradients([grad], [reference]).grads[0]
 
@@ -73,7 +71,6 @@ def align_gradients(grads: Sequence[Tensor], references: Sequence[Tensor]) -> Al
     Example:
         >>> align_gradients([torch.tensor([-1.0]), torch.tensor([1.0])], [torch.tensor([1.0]), torch.tensor([0.0])])
         AlignedGradients(grads=[tensor([0.]), tensor([1.])], cosine=tensor(-0.7071), conflict=tensor(1.))
-
     """
     if [grad.shape for grad in grads] != [reference.shape for reference in references]:
         raise ValueError(

@@ -39,7 +39,6 @@ def gw_objective(C1: Tensor, C2: Tensor, plan: Tensor) -> Tensor:
         >>> C = torch.tensor([[2.0, 1.0], [1.0, 0.0]])
         >>> gw_objective(C, C, torch.eye(2) / 2), gw_objective(C, C, torch.eye(2).flip(0) / 2)
         (tensor(0.), tensor(2.))
-
     """
     p, q = plan.sum(1), plan.sum(0)
     first = p @ C1.square() @ p + q @ C2.square() @ q
@@ -60,7 +59,6 @@ def gw_over_permutations(C1: Tensor, C2: Tensor) -> Tensor:
         >>> C = torch.tensor([[2.0, 1.0], [1.0, 0.0]])
         >>> gw_over_permutations(C, C.flip(0, 1))
         tensor(0.)
-
     """
     if C1.shape != C2.shape or C1.ndim != 2 or len(C1) > _MAX_NODES:
         raise ValueError(
@@ -90,7 +88,6 @@ def edge_gw_bound(C1: Tensor, C2: Tensor) -> Tensor:
     Example:
         >>> edge_gw_bound(torch.eye(2), torch.eye(2).flip(0)), edge_gw_bound(torch.eye(2), torch.zeros(2, 2))
         (tensor(0.), tensor(0.7071))
-
     """
     edges1, edges2 = C1.flatten(-2).sort(-1).values, C2.flatten(-2).sort(-1).values
     return (edges1 - edges2).square().mean(-1).sqrt()

@@ -22,7 +22,6 @@ class GWComparison(NamedTuple):
         sorted_bound: GW~/n = mean |f↓ − g↓| of the node strengths.
         exact: root of the squared-loss objective at the best matching that was found.
         edge_bound: of all edges, see `edge_gw_bound`.
-
     """
 
     sorted_bound: float
@@ -41,7 +40,6 @@ class NodeValues(NamedTuple):
     Attributes:
         values: (T, n) of the positions that count; their `co_activation_graph` is the graph.
         node_ids: (n,) ranks from 0, or ids of the vocabulary.
-
     """
 
     values: Tensor
@@ -61,7 +59,6 @@ def node_values(values: Tensor, token_ids: Tensor | None = None, *, max_nodes: i
         >>> node_values(values, ids, max_nodes=2)  # of the ids 5, 7 and 9
         NodeValues(values=tensor([[1., 2.],
                 [3., 0.]]), node_ids=tensor([5, 7]))
-
     """
     if token_ids is None:
         return NodeValues(values[:, :max_nodes], torch.arange(values.shape[1])[:max_nodes])
@@ -85,7 +82,6 @@ def compare_graphs(
         C2: (n, n) float64.
         num_starts: see `gw_upper_bound`.
         generator: see `gw_upper_bound`.
-
     """
     sorted_bound = float(sorted_gw_bound(C1.mean(1), C2.mean(1))) / len(C1)
     exact = float(gw_upper_bound(C1, C2, num_starts=num_starts, generator=generator))
@@ -111,7 +107,6 @@ def gw_upper_bound(C1: Tensor, C2: Tensor, *, num_starts: int = 5, generator: to
 
     Returns:
         A scalar, in units of the graphs.
-
     """
     from scipy.optimize import linear_sum_assignment  # POT needs SciPy
 
@@ -167,8 +162,7 @@ def load_pot() -> Any:
     """POT, an optional package.
 
     Raises:
-        ValueError: if it cannot be imported.
-
+        ValueError: If it cannot be imported.
     """
     try:
         import ot

@@ -25,7 +25,6 @@ class KMeansResult(NamedTuple):
         centroids: (K, d), the weighted mean of the points of each cluster.
         assignments: (P,) int64, the nearest centroid of each point (the lowest index among equals).
         inertia: scalar, Σ_p w_p ‖x_p − c_{a(p)}‖².
-
     """
 
     centroids: Tensor
@@ -46,7 +45,6 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
     Example:
         >>> nearest_centroids(torch.tensor([[0.0], [0.9]]), torch.tensor([[0.0], [1.0]]))
         tensor([0, 1])
-
     """
     origin = centroids.mean(dim=0)  # distances far from 0 would drown in the norms
     centred = centroids - origin
@@ -94,7 +92,6 @@ def kmeans(
         >>> points = torch.tensor([[0.0], [0.2], [5.0]])
         >>> kmeans(points, 2, generator=torch.Generator().manual_seed(0)).inertia
         tensor(0.0200)
-
     """
     weights = _check_points(points, num_clusters, weights)
     points = at_least_float32(points)

@@ -36,7 +36,6 @@ class ClassMoments(NamedTuple):
         counts: (C,) samples of each class.
         sums: (C, d) sums of features.
         second_moment: (d, d) sum of h hᵀ over all samples.
-
     """
 
     counts: Tensor
@@ -54,7 +53,6 @@ class NeuralCollapse(NamedTuple):
         nc2_angle_means: mean |cos + 1/(C−1)| over pairs of centred class means.
         nc2_angle_rows: the same over pairs of the classifier's rows.
         nc3: ‖W/‖W‖ − Ḣ/‖Ḣ‖‖² in Frobenius norm, Ḣ the centred class means; 2 when they have nothing in common.
-
     """
 
     nc1: Tensor
@@ -79,7 +77,6 @@ def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMo
     Example:
         >>> class_moments(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), 2).sums.tolist()
         [[4.0], [0.0]]
-
     """
     known = (labels >= 0) & (labels < num_classes)
     features, labels = features[known].double(), labels[known]
@@ -106,7 +103,6 @@ def neural_collapse(moments: ClassMoments, weight: Tensor) -> NeuralCollapse:
         >>> values = neural_collapse(class_moments(simplex, torch.arange(3), 3), 5 * simplex)
         >>> [round(value.item(), 6) + 0.0 for value in values]
         [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-
     """
     if weight.shape != moments.sums.shape:
         raise ValueError(
@@ -138,7 +134,6 @@ def cosine_matrix(rows: Tensor) -> Tensor:
         >>> cosine_matrix(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
         tensor([[1.0000, 0.7071],
                 [0.7071, 1.0000]])
-
     """
     unit = F.normalize(rows, dim=1)
     return unit @ unit.T
@@ -150,7 +145,6 @@ def relative_spread(rows: Tensor) -> Tensor:
     Example:
         >>> relative_spread(torch.tensor([[3.0, 4.0], [0.0, 15.0]]))
         tensor(0.5000)
-
     """
     lengths = rows.norm(dim=1)
     return lengths.std(correction=0) / lengths.mean().clamp(min=torch.finfo(lengths.dtype).tiny)
@@ -162,7 +156,6 @@ def simplex_gap(cosines: Tensor) -> Tensor:
     Example:
         >>> simplex_gap(torch.eye(3))
         tensor(0.5000)
-
     """
     num_classes = cosines.shape[0]
     off_diagonal = ~torch.eye(num_classes, dtype=torch.bool, device=cosines.device)

@@ -21,7 +21,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     Example:
         >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
         torch.float32
-
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -43,7 +42,6 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
     Example:
         >>> reduce_tokens(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
         tensor(1.5000)
-
     """
     values = values * mask
     if reduction == "none":
@@ -70,7 +68,6 @@ def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
         >>> values, mask = torch.tensor([[1.0, 3.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]])
         >>> sample_mean(values, mask)  # of 2 and 6
         tensor(4.)
-
     """
     return (reduce_tokens(values, mask, "none").sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
@@ -88,7 +85,6 @@ def chunked_sum(function: Callable[..., Tensor], *tensors: Tensor, chunk_size: i
     Example:
         >>> chunked_sum(lambda x: x.exp().sum(), torch.zeros(5), chunk_size=2)
         tensor(5.)
-
     """
     if chunk_size < 1:
         raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")

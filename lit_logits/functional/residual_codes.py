@@ -36,7 +36,6 @@ class ResidualCodes(NamedTuple):
         codes: (Σ_v S_v · G,) int64 in [0, K): stage after stage, in each the tokens that own it in rising order.
         token_stages: (V,) int64, S_v.
         error: scalar, Σ_v w_v δ_v H δ_vᵀ / Σ_v w_v.
-
     """
 
     codebooks: Tensor
@@ -60,7 +59,6 @@ def metric_matrix(hidden_second_moment: Tensor, kind: MetricKind, num_groups: in
         >>> metric_matrix(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), "diagonal", num_groups=2).round(decimals=3)
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
-
     """
     size = hidden_second_moment.shape[0]
     if hidden_second_moment.shape != (size, size):
@@ -124,7 +122,6 @@ def fit_residual_codes(
         >>> fit = fit_residual_codes(weight, 2, num_groups=2, token_stages=torch.ones(4, dtype=torch.long))
         >>> fit.codebooks.shape, fit.codes.shape, fit.error
         (torch.Size([1, 2, 2, 1]), torch.Size([8]), tensor(0.))
-
     """
     weight = at_least_float32(weight)
     vocab_size, hidden_size = weight.shape

@@ -38,7 +38,6 @@ class StageCodes(NamedTuple):
     Attributes:
         members: (n,) int64 tokens that own the stage, rising; None where all of them do.
         codes: (n, G) of any integer dtype, in [0, K).
-
     """
 
     members: Tensor | None
@@ -52,7 +51,6 @@ class DenseTarget(NamedTuple):
         hidden: (..., d) hidden states of the original model.
         weight: (V, d).
         bias: (V,) in nats, or None.
-
     """
 
     hidden: Tensor
@@ -67,7 +65,6 @@ class ResidualVQLosses(NamedTuple):
         cross_entropy: (...) of the labels.
         divergence: (...) KL(target ‖ ours) over the vocabulary; 0 without a target.
         target_cross_entropy: (...) of the labels under the target, without a graph; 0 without a target.
-
     """
 
     cross_entropy: Tensor
@@ -87,7 +84,6 @@ def stage_codes(token_stages: Tensor, codes: Tensor, num_groups: int) -> list[St
         >>> first, second = stage_codes(torch.tensor([1, 2, 1]), torch.arange(8), num_groups=2)
         >>> second
         StageCodes(members=tensor([1]), codes=tensor([[6, 7]]))
-
     """
     stages, start = [], 0
     for stage in range(int(token_stages.max())):
@@ -120,7 +116,6 @@ def decode_rows(
         >>> decode_rows(codebooks, stages, vocab_size=2)
         tensor([[1.0000],
                 [2.5000]])
-
     """
     end = vocab_size if end is None else end
     rows: Tensor | None = None
@@ -144,7 +139,6 @@ def residual_vq_logits(
         stages: S of them.
         vocab_size: V.
         token_bias: (V,) in nats; default 0.
-
     """
     walk = _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias)
     return torch.cat([logits for _, logits in walk], dim=-1)
@@ -156,7 +150,6 @@ def residual_vq_greedy(
     """Most likely tokens (...) of hidden states (..., d), a chunk of the vocabulary at a time; ties: the lowest id.
 
     Arguments as in `residual_vq_logits`.
-
     """
     best = torch.full(hidden.shape[:-1], -torch.inf, device=hidden.device)
     tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -199,7 +192,6 @@ def residual_vq_losses(
         >>> target = DenseTarget(torch.ones(1, 3), torch.zeros(4, 3))
         >>> residual_vq_losses(torch.ones(1, 3), codebooks, [codes], torch.tensor([3]), target=target)
         ResidualVQLosses(cross_entropy=tensor([1.3863]), divergence=tensor([0.]), target_cross_entropy=tensor([1.3863]))
-
     """
     vocab_size = stages[0].codes.shape[0]
     if labels.shape != hidden.shape[:-1]:

@@ -34,7 +34,6 @@ def add_task_vectors(
         >>> zero, one = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
         >>> add_task_vectors(zero, [one, one], weight=0.25)
         {'w': tensor([0.5000])}
-
     """
     shapes = {name: tensor.shape for name, tensor in base.items()}
     for number, expert in enumerate(experts):

@@ -36,7 +36,6 @@ class TopKLogits(NamedTuple):
         mean: (...) of u over the vocabulary.
         std: (...) population standard deviation of u over the vocabulary; like `mean` of no use where tokens are ruled
             out by logits of −inf or of huge size.
-
     """
 
     log_probs: Tensor
@@ -65,7 +64,6 @@ def top_k_logits(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> Top
         >>> top = top_k_logits(torch.tensor([0.0, 1.3863, 0.6931]), 2)  # probabilities 1/7, 4/7, 2/7
         >>> top.log_probs.exp(), top.token_ids, top.tail
         (tensor([0.5714, 0.2857]), tensor([1, 2]), tensor(0.1429))
-
     """
     size = logits.shape[-1]
     if not 1 <= top_k <= size:
@@ -92,7 +90,6 @@ def top_k_values(top: TopKLogits, values: LogitValues) -> Tensor:
     Example:
         >>> top_k_values(top_k_logits(torch.tensor([0.0, 1.0, 2.0]), 2), "standardize")
         tensor([1.2247, 0.0000])
-
     """
     if values == "softmax":
         return top.log_probs.exp()
@@ -118,7 +115,6 @@ def place_rows(rows: TopKLogits, mask: Tensor) -> TopKLogits:
         >>> rows = top_k_logits(torch.tensor([[0.0, 0.0]]), 1)
         >>> place_rows(rows, torch.tensor([[False, True]])).log_probs.squeeze(-1)
         tensor([[ 0.0000, -0.6931]])
-
     """
     places = mask.flatten().nonzero().squeeze(1)
 
@@ -143,7 +139,6 @@ def gather_positions(top: TopKLogits, index: Tensor) -> TopKLogits:
         >>> top = top_k_logits(torch.tensor([[[0.0, 0.0], [0.0, 9.0]]]), 1)
         >>> gather_positions(top, torch.tensor([[1, 1, 0]])).token_ids.squeeze(-1).shape
         torch.Size([1, 3])
-
     """
     wide = index.unsqueeze(-1)
     return TopKLogits(
@@ -207,7 +202,6 @@ class SourceLogits(NamedTuple):
         top_k: of each position; `log_probs` and `token_ids` are (B, T, k), the others (B, T).
         mask: (B, T) bool; positions that count.
         ends: (B, T) int64; characters of the response that are read at the position, −1 where it does not count.
-
     """
 
     top_k: TopKLogits

@@ -29,7 +29,6 @@ class GreedyTables(NamedTuple):
     Attributes:
         best_bias: (K,), max_{v∈k} b_v in nats; −inf for an empty code.
         best_token: (K,) int64, the token that reaches it, the lowest id among equals; 0 for an empty code.
-
     """
 
     best_bias: Tensor
@@ -44,7 +43,6 @@ class SamplingTables(NamedTuple):
         tokens: (V,) int64, the tokens sorted by code.
         cumulative: (V,) float64, code + cumulative probability within the code, in the order of `tokens`.
         last: (K,) int64, where the last token of each code stands in `tokens`.
-
     """
 
     log_mass: Tensor
@@ -64,7 +62,6 @@ def greedy_tables(token_to_code: Tensor, codebook_size: int, token_bias: Tensor 
     Example:
         >>> greedy_tables(torch.tensor([0, 0, 1]), 2, torch.tensor([0.5, 0.7, 0.1])).best_token
         tensor([1, 2])
-
     """
     bias = torch.zeros_like(token_to_code, dtype=torch.float32) if token_bias is None else token_bias
     best_bias = bias.new_full((codebook_size,), -torch.inf).scatter_reduce(0, token_to_code, bias, "amax")
@@ -89,7 +86,6 @@ def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables) -> Tensor:
 
     Returns:
         (...) int64 token ids.
-
     """
     return tables.best_token.take(code_logits(hidden, codebook, tables.best_bias).argmax(dim=-1))
 
@@ -107,7 +103,6 @@ def sampling_tables(
 
     Raises:
         ValueError: for a temperature that is not positive.
-
     """
     if not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use greedy decoding for 0.")
@@ -141,7 +136,6 @@ def vq_sample(
 
     Returns:
         (...) int64 token ids.
-
     """
     logits = code_logits(hidden / temperature, codebook, tables.log_mass).reshape(-1, codebook.shape[0])
     codes = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
@@ -161,7 +155,6 @@ def sample_logits(logits: Tensor, temperature: float = 1.0, generator: torch.Gen
     Example:
         >>> sample_logits(torch.tensor([[0.0, 50.0], [50.0, 0.0]]))
         tensor([1, 0])
-
     """
     if not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use `greedy` for 0.")

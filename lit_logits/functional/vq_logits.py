@@ -55,7 +55,6 @@ def code_log_mass(
     Example:
         >>> code_log_mass(torch.tensor([0, 0, 2]), codebook_size=3).exp()
         tensor([2., 0., 1.])
-
     """
     if token_to_code.device.type == "cpu":
         check_token_to_code(token_to_code, token_to_code.shape[0], codebook_size)
@@ -83,7 +82,6 @@ def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: 
     Example:
         >>> scatter_code_logits(torch.tensor([1.0, 2.0]), torch.tensor([1, 0, 1]))
         tensor([2., 1., 2.])
-
     """
     if token_to_code.device.type == "cpu":
         check_token_to_code(token_to_code, token_to_code.shape[0], code_logits.shape[-1])
@@ -101,7 +99,6 @@ def code_logits(hidden: Tensor, codebook: Tensor, log_mass: Tensor | None = None
 
     Returns:
         (..., K) in nats.
-
     """
     device = hidden.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -146,7 +143,6 @@ def vq_cross_entropy(
         >>> hidden, codebook = torch.zeros(1, 2), torch.zeros(2, 2)
         >>> vq_cross_entropy(hidden, codebook, torch.tensor([0, 0, 1, 1]), torch.tensor([3])).exp()
         tensor(4.)
-
     """
     _check_one_label_each(hidden, labels)
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
@@ -193,7 +189,6 @@ def straight_through_vq_cross_entropy(
 
     Raises:
         ValueError: for a label out of range (checked in host memory only).
-
     """
     _check_one_label_each(hidden, labels)
     check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)

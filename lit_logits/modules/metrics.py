@@ -22,7 +22,6 @@ class TokenMean(Metric):
         ...     mean.update(torch.tensor([1.0, 2.0]), weight=torch.tensor([3.0, 1.0]))
         >>> mean.compute()
         tensor(1.2500)
-
     """
 
     full_state_update = False

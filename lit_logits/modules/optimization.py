@@ -27,7 +27,6 @@ def make_optimizers(
         >>> from torch.optim import SGD
         >>> type(make_optimizers([nn.Parameter()], SGD)).__name__
         'SGD'
-
     """
     made = optimizer([parameter for parameter in parameters if parameter.requires_grad])
     if lr_scheduler is None:

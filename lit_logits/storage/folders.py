@@ -12,7 +12,6 @@ def check_model_folder(path: Path) -> None:
 
     Raises:
         ValueError: for a file, or a folder that is neither empty nor has a config.json.
-
     """
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if (names and "config.json" not in names) or path.is_file():

@@ -37,8 +37,7 @@ def join_cache(folder: Path, shard_tokens: int = 1 << 20) -> dict[str, Any]:
     only what one has left behind goes.
 
     Raises:
-        ValueError: if there are no parts.
-
+        ValueError: If there are no parts.
     """
     description = describe_cache(folder) or {}
     if not description.get("complete"):

@@ -60,8 +60,7 @@ class LogitCache:
         num_tokens: positions of all samples.
 
     Raises:
-        ValueError: if the folder is no cache, of another version, incomplete, or if a shard is not whole.
-
+        ValueError: If the folder is no cache, of another version, incomplete, or if a shard is not whole.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -118,8 +117,7 @@ class LogitCache:
             With T that of the longest sample, at least 1; a sample without positions is a row of padding.
 
         Raises:
-            ValueError: if a sample is not there, or `top_k` is not in [1, k].
-
+            ValueError: If a sample is not there, or `top_k` is not in [1, k].
         """
         k = self.top_k if top_k is None else top_k
         if not 1 <= k <= self.top_k:

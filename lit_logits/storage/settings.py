@@ -12,7 +12,6 @@ def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     Example:
         >>> differing_settings({"top_k": 8, "dtype": "float32"}, {"top_k": 3})
         ['`top_k` was 8 there and is 3 now', "`dtype` was 'float32' there and is absent now"]
-
     """
     pairs = {name: (_said(there, name), _said(here, name)) for name in {**there, **here}}
     return [f"`{name}` was {one} there and is {other} now" for name, (one, other) in pairs.items() if one != other]

@@ -46,8 +46,7 @@ def complete_settings(source: str, settings: Mapping[str, Any], data: Any) -> di
     """Settings as `cache.json` keeps them: plain JSON, with a `dtype`, and the fingerprint of the data as `data`.
 
     Raises:
-        ValueError: if one that reading needs is missing, or a value is not what it can be.
-
+        ValueError: If one that reading needs is missing, or a value is not what it can be.
     """
     needed = ("temperature", "tokenizer_id", "top_k", "vocab_size")
     if missing := [name for name in needed if name not in settings]:
@@ -120,7 +119,6 @@ def pack_logits(
 
     Raises:
         ValueError: for shapes or tokens that are not those of the settings, and for logits that are not finite.
-
     """
     size, top_k = settings["vocab_size"], settings["top_k"]
     shape, wide = logits.mask.shape, logits.top_k.log_probs.shape

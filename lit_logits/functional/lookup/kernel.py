@@ -33,7 +33,6 @@ class PackedHead(NamedTuple):
         places: (Σ_s n_s,) int16, where a tile's tokens stand in their block.
         starts: (S, blocks + 1) int64, where the tiles start, in tokens.
         token_bias: (V,) float32.
-
     """
 
     codebooks: Tensor

@@ -38,7 +38,6 @@ class LookupLayout(NamedTuple):
         members: S of (n_s,), or None.
         token_bias: (V,) in nats, or None.
         packed: a copy for vq_lookup.cpp; None where that cannot serve: not on a CPU, float64, or K > 32,767.
-
     """
 
     codebooks: Tensor
@@ -75,7 +74,6 @@ def lookup_logits(
         >>> codes, members = [torch.tensor([[0], [1], [1]]), torch.tensor([[0]])], [None, torch.tensor([1])]
         >>> lookup_logits(torch.tensor([2.0]), codebooks, codes, members)
         tensor([2., 5., 4.])
-
     """
     _check_shapes(codebooks, codes, members, token_bias)
     _check_hidden(hidden, codebooks)
@@ -111,7 +109,6 @@ def lookup_layout(
     Raises:
         ValueError: for shapes that do not fit, codes or tokens out of range, tokens that do not rise, and for codebooks
             that are not finite or a bias that is NaN or ∞.
-
     """
     _check_shapes(codebooks, codes, members, token_bias)
     check_finite(codebooks, "codebooks")
@@ -167,7 +164,6 @@ def packed_lookup_logits(hidden: Tensor, layout: LookupLayout) -> Tensor:
         >>> codebooks, codes = torch.tensor([[[[1.0], [2.0]]]]), [torch.tensor([[0], [1], [1]])]
         >>> packed_lookup_logits(torch.tensor([2.0]), lookup_layout(codebooks, codes, [None]))
         tensor([2., 4., 4.])
-
     """
     _check_hidden(hidden, layout.codebooks)
     packed, kernel = layout.packed, _kernel_for(hidden, layout)
@@ -205,7 +201,6 @@ def lookup_greedy(hidden: Tensor, layout: LookupLayout) -> Tensor:
         >>> codebooks, codes = torch.tensor([[[[1.0], [2.0]]]]), [torch.tensor([[0], [1], [1]])]
         >>> lookup_greedy(torch.tensor([[2.0], [-1.0]]), lookup_layout(codebooks, codes, [None]))
         tensor([1, 0])
-
     """
     _check_hidden(hidden, layout.codebooks)
     packed, kernel = layout.packed, _kernel_for(hidden, layout)

@@ -48,7 +48,6 @@ def load_classifier(
     Example:
         >>> load_classifier("resnet8", num_classes=10).fc
         Linear(in_features=64, out_features=10, bias=True)
-
     """
     if isinstance(model, nn.Module):
         return model
@@ -89,8 +88,7 @@ def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits of any classifier: inputs go by keyword to transformers models, a single one by position to others.
 
     Raises:
-        TypeError: if what comes back is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
-
+        TypeError: If what comes back is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
     """
     by_keyword = isinstance(model, PreTrainedModel) or len(inputs) > 1
     output = model(**inputs) if by_keyword else model(*inputs.values())
@@ -109,12 +107,11 @@ def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: i
     only linear layer of `num_classes` outputs (default: those of the last layer).
 
     Raises:
-        ValueError: if `name` is no linear layer, there is none, or there are several that could be it.
+        ValueError: If `name` is no linear layer, there is none, or there are several that could be it.
 
     Example:
         >>> find_classifier(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
         '2'
-
     """
     linears = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     owner = type(model).__name__
@@ -156,7 +153,6 @@ def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
         ...     _ = layer(torch.zeros(1, 2))
         >>> calls[0][0].shape
         torch.Size([1, 2])
-
     """
     calls: list[tuple[Tensor, Tensor]] = []
     handle = linear.register_forward_hook(

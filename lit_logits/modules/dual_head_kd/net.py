@@ -37,7 +37,6 @@ class AuxiliaryHead(nn.Module):
     Example:
         >>> AuxiliaryHead(64, 10, "nonlinear")(torch.zeros(2, 64)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, num_features: int, num_classes: int, kind: AuxHeadKind = "linear") -> None:
@@ -71,7 +70,6 @@ class DualHeadOutput(NamedTuple):
         logits: (B, C) of the main head.
         aux_logits: (B, C) of the auxiliary head, or None without one.
         features: (B, d), the input of the main head.
-
     """
 
     logits: Tensor
@@ -89,13 +87,12 @@ class DualHeadClassifier(nn.Module):
         aux_head: kind of the auxiliary head, or None.
 
     Raises:
-        ValueError: if the layer is not found, or is not the last.
+        ValueError: If the layer is not found, or is not the last.
 
     Example:
         >>> net = DualHeadClassifier(nn.Linear(4, 3), aux_head="linear")
         >>> net({"pixel_values": torch.zeros(2, 4)}).aux_logits.shape
         torch.Size([2, 3])
-
     """
 
     def __init__(
@@ -173,7 +170,6 @@ class GradientAligner(nn.Module):
 
     Raises:
         ValueError: for another mode.
-
     """
 
     def __init__(self, mode: GradAlign = "none") -> None:
@@ -208,7 +204,6 @@ class GradientAligner(nn.Module):
         Args:
             kd: the scalar that goes into the loss, with its graph (one without is left out); not one that is made of
                 another term that was kept apart, whose share would count twice.
-
         """
         if self.is_active and kd.requires_grad:
             self._terms.append(kd)
@@ -222,7 +217,6 @@ class GradientAligner(nn.Module):
 
         Raises:
             ValueError: where gradients are to be aligned and no term was kept apart.
-
         """
         terms, self._terms = self._terms, []
         if self.mode != "none" and not terms:

@@ -34,7 +34,6 @@ class FrozenTeacher(nn.Module):
         >>> teacher = FrozenTeacher(nn.Linear(4, 3)).train()
         >>> len(list(teacher.parameters())), teacher.model.training, teacher({"x": torch.zeros(2, 4)}).shape
         (0, False, torch.Size([2, 3]))
-
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,7 +81,6 @@ def load_teacher(
 
     Raises:
         ValueError: for a model that would keep random weights, or a file that does not fit.
-
     """
     new = isinstance(teacher, dict) or (isinstance(teacher, str) and teacher in MODEL_ZOO)
     if new and checkpoint is None:
@@ -106,7 +104,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: for a file of another architecture or class count; the message names the first differences.
-
     """
     weights = read_weights(path)
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
@@ -146,8 +143,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file by name: of `.safetensors`, or of `torch.save` where nothing but data is unpickled.
 
     Raises:
-        ValueError: if there is no such file, or it holds no tensors or more than data.
-
+        ValueError: If there is no such file, or it holds no tensors or more than data.
     """
     file = Path(os.path.expanduser(path))
     if not file.is_file():

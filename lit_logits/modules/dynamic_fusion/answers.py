@@ -24,7 +24,6 @@ def extract_answer(text: str, pattern: str = GSM8K_PATTERN) -> str | None:
     Example:
         >>> extract_answer("So 48 + 24 = 72.\n#### 72"), extract_answer("That makes $1,200.50."), extract_answer("no")
         ('72', '1200.5', None)
-
     """
     found = re.search(pattern, text)
     if found is None or found.group(1) is None:

@@ -35,7 +35,6 @@ class FusionTrace(NamedTuple):
         alpha: (S, B, N) weight of each expert.
         kl_forward: (B, N) KL(P~ ‖ P) of the fused and the large model's distribution, in nats.
         kl_reverse: (B, N) KL(P ‖ P~) in nats.
-
     """
 
     token_ids: Tensor
@@ -62,7 +61,6 @@ class SmallModels:
         fuse: takes logits (B, V) of the large model and those of `models`, on its device.
         vocab_size: V, the first ids of each model; fused logits of others are −inf.
         prompt_length: P.
-
     """
 
     def __init__(
@@ -140,7 +138,6 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
 
     Raises:
         ValueError: for beams, assistants, caches or inputs that they cannot follow.
-
     """
     config = deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
@@ -187,7 +184,6 @@ def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor
         (tensor([[1, 2],
                 [0, 4]]), tensor([[1, 1],
                 [0, 1]]))
-
     """
     input_ids = batch["input_ids"]
     kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()

@@ -66,7 +66,6 @@ class FusedCausalLM(nn.Module):
 
     Raises:
         ValueError: for an argument that is out of range.
-
     """
 
     anchor: Tensor
@@ -156,7 +155,6 @@ class FusedCausalLM(nn.Module):
 
         Raises:
             ValueError: naming the model that emits NaN or +inf.
-
         """
         large = at_least_float32(large_logits)
         if not small_logits or len(large) == 0:
@@ -206,7 +204,6 @@ class FusedCausalLM(nn.Module):
         Raises:
             ValueError: for a label outside of the models' vocabulary, sequences longer than a model's context, or a
                 model that emits NaN.
-
         """
         if labels.shape != input_ids.shape:
             raise ValueError(
@@ -270,7 +267,6 @@ class FusedCausalLM(nn.Module):
         Raises:
             ValueError: for an empty prompt, one that is longer than a model's context, a way to decode that is neither
                 greedy nor sampling, or a model that emits NaN.
-
         """
         config = check_decoding(self.large, kwargs)
         mask = self._check_ids(input_ids, attention_mask)

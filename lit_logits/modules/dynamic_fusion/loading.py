@@ -32,7 +32,6 @@ class FusionModels(NamedTuple):
         vocab_size: V, the ids that all have.
         tokenizer: theirs, where one was given or found.
         notes: what a user should know about them.
-
     """
 
     large: PreTrainedModel
@@ -71,7 +70,6 @@ def load_fusion_models(
     Raises:
         ValueError: for models that cannot be loaded, vocabularies, tokenizers or end tokens that disagree, or experts
             without a base.
-
     """
     if isinstance(experts, str | nn.Module) and not isinstance(experts, nn.ModuleList):
         raise ValueError(f"Expected `experts` to be a list of models, but got {model_label(experts)}.")

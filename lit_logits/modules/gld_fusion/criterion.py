@@ -32,7 +32,6 @@ class GraphAlignment(nn.Module):
         >>> mask = torch.ones(2, 5, dtype=torch.bool)
         >>> GraphAlignment()(top, top, mask, mask)
         tensor([0., 0.])
-
     """
 
     def __init__(self, *, values: LogitValues = "standardize", nodes: GraphNodes = "rank") -> None:
@@ -64,7 +63,6 @@ class GraphAlignment(nn.Module):
 
         Returns:
             (B,), in units of the graphs; 0 where either side has no position that counts.
-
         """
         size = min(student.log_probs.shape[-1], source.log_probs.shape[-1])
         values = top_k_values(student, self.values), top_k_values(source, self.values).detach()
@@ -84,7 +82,6 @@ class SourceTerms(NamedTuple):
         uld: token-wise loss, mean over samples of the mean over aligned positions.
         gld: sorted Gromov–Wasserstein bound, mean over samples.
         aligned: share of the student's positions in responses at which the source has read the same text.
-
     """
 
     uld: Tensor
@@ -105,7 +102,6 @@ class FusionCriterion(nn.Module):
 
     References:
         [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
-
     """
 
     def __init__(
@@ -141,8 +137,7 @@ class FusionCriterion(nn.Module):
             name: of the source, for messages and for callbacks that watch.
 
         Raises:
-            ValueError: if logits are to be standardised whose moments tokens that are ruled out have made useless.
-
+            ValueError: If logits are to be standardised whose moments tokens that are ruled out have made useless.
         """
         self._check_moments(source, name)
         if ends is None:

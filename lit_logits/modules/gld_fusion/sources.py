@@ -40,7 +40,6 @@ class LogitSource:
 
     Raises:
         ValueError: for a model that is no causal language model.
-
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class LogitSource:
 
         Raises:
             ValueError: for tokens of another tokenizer, a k above the vocabulary, or logits that are not finite.
-
         """
         view = view_of(batch, self.name)
         self._check(view)
@@ -160,8 +158,7 @@ def load_source(
         chunk_size: positions whose logits are in memory at a time.
 
     Raises:
-        ValueError: if it is none of these, or a cache that is not complete.
-
+        ValueError: If it is none of these, or a cache that is not complete.
     """
     if not isinstance(source, str):
         return LogitSource(cast(PreTrainedModel, source), name=name, chunk_size=chunk_size)

@@ -39,7 +39,6 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: for a model that takes none.
-
     """
     known = _parameters(model)
     for name in CACHE_NAMES:
@@ -67,7 +66,6 @@ def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, 
     Raises:
         ValueError: for a model that takes or gives no cache, or whose cache does not hold what was read: its next token
             would come from a part of the text alone.
-
     """
     given = cache
     output = model(**accepted_inputs(model, {**inputs, "use_cache": True}), **cache_argument(model, given))

@@ -47,8 +47,7 @@ def check_causal_lm(model: Any, label: str) -> None:
     """Raise unless `model`, called `label` in the error, is a decoder of transformers with its output layer.
 
     Raises:
-        ValueError: if it is not.
-
+        ValueError: If it is not.
     """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
@@ -80,7 +79,6 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         >>> parent, layers = find_layers(model)
         >>> parent is model, len(layers)
         (True, 2)
-
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     name, layers = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
@@ -99,7 +97,6 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]
 
     Raises:
         ValueError: for more layers than there are, or a model without such a list.
-
     """
     parent, layers = find_layers(model)
     if not 0 <= num_trainable <= len(layers):

@@ -52,7 +52,6 @@ class CausalBackbone(NamedTuple):
         hidden_size: d of the output layer.
         vocab_size: V of the output layer, padding included.
         generation_config: of the pretrained model, or None.
-
     """
 
     model: PreTrainedModel
@@ -72,8 +71,7 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: if there is no such model; the message says what was tried.
-
+        ValueError: If there is no such model; the message says what was tried.
     """
     kwargs["dtype"] = (
         kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
@@ -119,7 +117,6 @@ def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> Pr
 
     Raises:
         ValueError: for settings that the type does not have, or a type that is no causal language model.
-
     """
     return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
 
@@ -136,7 +133,6 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
     Raises:
         ValueError: for a model that cannot be loaded, has no output layer or changes the logits behind it, a mapping
             without `model_type`, or a vocabulary that does not fit.
-
     """
     if isinstance(backbone, dict):
         config = _make_causal_config(backbone, vocab_size)
@@ -169,7 +165,6 @@ def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> None:
     Raises:
         ValueError: for a model without an output layer, or that changes hidden states in front of it or logits after
             it, or with too few rows.
-
     """
     output = model.get_output_embeddings()
     if output is None:
@@ -207,7 +202,6 @@ def make_config(settings: Mapping[str, Any]) -> Any:
         Traceback (most recent call last):
         ...
         ValueError: Expected settings of 'llama', but got 'hiden_size'. Did you mean 'hidden_size'?
-
     """
     own = dict(settings)
     model_type = own.pop("model_type", None)

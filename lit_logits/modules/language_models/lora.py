@@ -69,7 +69,6 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
         Traceback (most recent call last):
         ...
         ValueError: Expected `lora` to have the settings ['r', ...], but got 'lora_aplha'. Did you mean 'lora_alpha'?
-
     """
     for name in settings:
         if name not in _SETTINGS:
@@ -97,7 +96,6 @@ def has_lora(model: nn.Module) -> bool:
     Example:
         >>> has_lora(nn.Linear(2, 2))
         False
-
     """
     return bool(_adapted_layers(model))
 
@@ -114,7 +112,6 @@ def merged_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
 
     Raises:
         ValueError: for adapters that `add_lora` does not make.
-
     """
     _check_layers(model)
     layers = _adapted_layers(model)
@@ -143,7 +140,6 @@ def save_merged(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[
 
     Raises:
         ValueError: for adapters that `add_lora` does not make.
-
     """
     saved: Any = model
     if has_lora(model):

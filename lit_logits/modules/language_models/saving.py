@@ -25,7 +25,6 @@ def save_model_folder(
 
     Raises:
         ValueError: for a folder that holds anything else; nothing is written then.
-
     """
     path = Path(folder).expanduser().resolve()
     check_model_folder(path)

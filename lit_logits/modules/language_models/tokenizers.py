@@ -12,8 +12,7 @@ def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerB
     """The tokenizer that lies beside a model: of a hub id, a local folder or a `.gguf` file; None if there is none.
 
     Raises:
-        ValueError: if there is none and it is `required`.
-
+        ValueError: If there is none and it is `required`.
     """
     path = Path(name).expanduser()
     try:
@@ -35,7 +34,6 @@ def check_same_tokenizer(
 
     Raises:
         ValueError: with the first token, special ones first, that has two ids or that one of them lacks.
-
     """
     first, second = one.get_vocab(), other.get_vocab()
     if first == second:

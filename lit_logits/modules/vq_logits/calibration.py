@@ -53,7 +53,6 @@ def calibrate(
 
     Raises:
         ValueError: for a label outside the vocabulary, or if no batch has a target.
-
     """
     counts = torch.zeros(vocab_size, device=device)
     moment: Tensor | None = None

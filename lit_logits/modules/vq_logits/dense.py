@@ -29,7 +29,6 @@ class DenseLogitsHead(nn.Module):
     Attributes:
         weight: (V, d) parameter.
         token_bias: (V,) parameter in nats, or None.
-
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, *, bias: bool = True) -> None:

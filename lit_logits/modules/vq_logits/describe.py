@@ -44,7 +44,6 @@ def describe_model(backbone: nn.Module, head: ExportableHead, *, tied: bool) -> 
         backbone: whose parameters hold the input table.
         head: its output layer.
         tied: whether the dense layer was the input table, so that it cost nothing.
-
     """
     size = head.footprint()
     parameters = sum(parameter.numel() for parameter in backbone.parameters())

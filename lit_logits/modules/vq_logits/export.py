@@ -39,7 +39,6 @@ class VQLogitsConfig(PreTrainedConfig):
         num_groups: G.
         stage_sizes: how many tokens own each of the S stages, V first.
         head_bias: whether there is a token bias.
-
     """
 
     model_type = "vq_logits"
@@ -80,7 +79,6 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config: see `VQLogitsConfig`.
-
     """
 
     config_class = VQLogitsConfig
@@ -116,7 +114,6 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for weights that are cut off, or codes of another head.
-
         """
         with_info = kwargs.pop("output_loading_info", False)
         try:
@@ -160,7 +157,6 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for another size than it has.
-
         """
         if new_num_tokens in (None, self.head.vocab_size):
             return self.get_input_embeddings()
@@ -218,7 +214,6 @@ def compact_model(
 
     Raises:
         ValueError: for a recurrent backbone, whose cache `generate` could not be given.
-
     """
     if getattr(backbone, "_is_stateful", False):
         raise ValueError(
@@ -255,7 +250,6 @@ def dense_model(
 
     Raises:
         ValueError: for a token bias that the architecture has no place for.
-
     """
     config = copy.deepcopy(backbone.config)
     config.tie_word_embeddings = False

@@ -60,7 +60,6 @@ def fit_output_layer(
         >>> fit = fit_output_layer(torch.randn(100, 8), codebook_size=32, num_groups=4, num_stages={20: 3, 100: 1})
         >>> fit.codebooks.shape, fit.codes.shape
         (torch.Size([3, 4, 32, 2]), torch.Size([560]))
-
     """
     if weight.ndim != 2:
         raise ValueError(f"Expected `weight` to be (V, d) rows, but got shape {tuple(weight.shape)}.")

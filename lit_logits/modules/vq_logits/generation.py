@@ -38,7 +38,6 @@ def continue_prompts(
 
     Returns:
         (B, at most T + max_new_tokens) token ids.
-
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padded = not bool(mask.all())

@@ -89,7 +89,6 @@ class VQLogitsHead(MovingCodes):
         >>> head = VQLogitsHead(hidden_size=8, vocab_size=100, codebook_size=10)
         >>> head(torch.randn(2, 8)).shape, head.greedy(torch.randn(2, 8)).shape
         (torch.Size([2, 100]), torch.Size([2]))
-
     """
 
     def __init__(
@@ -168,7 +167,6 @@ class VQLogitsHead(MovingCodes):
             >>> head = VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=4, num_stages=2)
             >>> head(torch.randn(2, 8)).shape
             torch.Size([2, 100])
-
         """
         fit = fit_output_layer(
             weight,
@@ -217,7 +215,6 @@ class VQLogitsHead(MovingCodes):
 
         Raises:
             ValueError: for a label out of range (checked in host memory only).
-
         """
         args = (hidden, self.codebook, self.token_to_code, labels)
         if not self.training:

@@ -82,7 +82,6 @@ class MovingCodes(nn.Module):
 
         Raises:
             ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
-
         """
         if token_to_code is not None:
             check_token_to_code(token_to_code, self.vocab_size, self.codebook_size)
@@ -145,7 +144,6 @@ class MovingCodes(nn.Module):
         Returns:
             int64 codes whose vectors changed, in rising order: the revived and, with latents, those they were split
             from.
-
         """
         split = split_heavy_codes(
             self.token_to_code,

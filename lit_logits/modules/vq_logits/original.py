@@ -32,7 +32,6 @@ class OriginalOutput(nn.Module):
         >>> original = OriginalOutput(torch.zeros(5, 3))
         >>> len(original.state_dict()), original.target(torch.ones(2, 3)).weight.shape
         (0, torch.Size([5, 3]))
-
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class OriginalOutput(nn.Module):
         Args:
             hidden: (B, T, d) of the compressed model, taken over where there is no backbone.
             **inputs: of the backbone.
-
         """
         for backbone in self._held:
             hidden = backbone(**inputs, use_cache=False).last_hidden_state
@@ -67,7 +65,6 @@ class OriginalOutput(nn.Module):
 
         Args:
             backbone: of the compressed model.
-
         """
         outputs: list[Any] = []
         theirs = [layer for held in self._held for layer in find_layers(held)[1][: self.num_shared_layers]]
@@ -94,7 +91,6 @@ class OriginalOutput(nn.Module):
 
         Args:
             backbone: as it still is; it serves where this holds none.
-
         """
         own = copy.deepcopy(self._held[0] if self._held else backbone)
         return OriginalOutput(self._weight.clone(), None if self._bias is None else self._bias.clone(), own)
@@ -116,7 +112,6 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
 
     Raises:
         ValueError: for a model of random weights, which says nothing.
-
     """
     if parts.output_weight is None:
         raise ValueError(

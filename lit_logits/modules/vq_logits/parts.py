@@ -34,7 +34,6 @@ def make_head(
 
     Raises:
         ValueError: for what is no head, or a head without a place for the bias.
-
     """
     if isinstance(head, Mapping) and str(head.get("class_path")).rpartition(".")[2] in _HEADS:
         head = partial(_HEADS[head["class_path"].rpartition(".")[2]], **head.get("init_args", {}))

@@ -74,7 +74,6 @@ class ResidualVQLogitsHead(nn.Module):
         >>> head = ResidualVQLogitsHead(hidden_size=8, vocab_size=100, codebook_size=16, num_groups=4, token_stages=2)
         >>> head(torch.randn(2, 8)).shape, tuple(head.codebook.shape)
         (torch.Size([2, 100]), (2, 4, 16, 2))
-
     """
 
     codebook: nn.Parameter
@@ -252,7 +251,6 @@ class ResidualVQLogitsHead(nn.Module):
 
         Raises:
             ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
-
         """
         _check_stages(token_stages, self.vocab_size)
         count = int(token_stages.sum()) * self.num_groups

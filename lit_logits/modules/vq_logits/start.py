@@ -23,7 +23,6 @@ def choose_init(init: HeadInit | None, *, pretrained: bool) -> HeadInit:
 
     Raises:
         ValueError: for another name, or k-means without pretrained rows to cluster.
-
     """
     if init is None:
         return "weighted_kmeans" if pretrained else "frequency"
@@ -74,7 +73,6 @@ def start_codes(
 
     Raises:
         ValueError: for k-means without rows, or `weighted_kmeans` without a second moment.
-
     """
     counts = calibration.token_counts
     generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))

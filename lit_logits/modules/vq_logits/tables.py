@@ -23,7 +23,6 @@ class TableCache:
         >>> _ = bias.add_(1)
         >>> tables.get("sum", [bias], lambda: float(bias.sum()))
         2.0
-
     """
 
     def __init__(self) -> None:

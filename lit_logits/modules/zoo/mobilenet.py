@@ -28,7 +28,6 @@ class MobileNetV2(nn.Module):
         >>> import torch
         >>> MobileNetV2(num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, num_classes: int = 100, width_mult: float = 0.5) -> None:

@@ -33,7 +33,6 @@ class CifarResNet(nn.Module):
         >>> import torch
         >>> CifarResNet(8, (16, 16, 32, 64), num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, depth: int, widths: Sequence[int] = (16, 16, 32, 64), num_classes: int = 100) -> None:

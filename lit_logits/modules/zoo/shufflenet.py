@@ -28,7 +28,6 @@ class ShuffleNetV1(nn.Module):
     Example:
         >>> ShuffleNetV1(num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, num_classes: int = 100, groups: int = 3) -> None:
@@ -60,7 +59,6 @@ class ShuffleNetV2(nn.Module):
     Example:
         >>> ShuffleNetV2(num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, num_classes: int = 100) -> None:

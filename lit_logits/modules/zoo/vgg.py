@@ -26,7 +26,6 @@ class CifarVGG(nn.Module):
         >>> import torch
         >>> CifarVGG([[8], [8], [8], [8], [8]], num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, widths: Sequence[Sequence[int]], num_classes: int = 100) -> None:

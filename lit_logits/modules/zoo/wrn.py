@@ -28,7 +28,6 @@ class WideResNet(nn.Module):
         >>> import torch
         >>> WideResNet(10, 1, num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-
     """
 
     def __init__(self, depth: int, widen_factor: int = 1, num_classes: int = 100) -> None:
