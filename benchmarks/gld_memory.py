@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measure import markdown_table
+from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.modules.language_models.loading import new_causal_lm
 from lit_logits.modules.language_models.lora import add_lora
 
@@ -189,7 +190,7 @@ def plan(
 ) -> list[Row]:
     """Bytes of each part on a GPU, those of the sources left out."""
     trainer, init, data = config["trainer"], config["model"]["init_args"], config["data"]["init_args"]
-    b, t, chunk = data.get("batch_size", 8), data.get("max_length", 512), init.get("chunk_size", 4096)
+    b, t = data.get("batch_size", 8), data.get("max_length", 512)
     precision, shape = precision_of(trainer), model.config.get_text_config()
     d, layers, inner = shape.hidden_size, shape.num_hidden_layers, shape.intermediate_size
     heads = shape.num_attention_heads
@@ -234,7 +235,7 @@ def plan(
         Row(
             "logits of a chunk",
             f"chunk·V·({precision.computed} + 3·4)",
-            min(chunk, b * t) * vocabulary * (precision.computed + 3 * 4),
+            min(rows_a_chunk(vocabulary), b * t) * vocabulary * (precision.computed + 3 * 4),
         ),
     ]
 

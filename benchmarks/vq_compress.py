@@ -118,7 +118,7 @@ def dense_losses(rows: Tensor, hidden: Tensor, labels: Tensor, target: DenseTarg
 
 
 def head_losses(head: Any, hidden: Tensor, labels: Tensor, target: DenseTarget) -> Any:
-    return head.losses(hidden, labels, target=target)
+    return head.imitation_losses(hidden, labels, target=target)
 
 
 def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:

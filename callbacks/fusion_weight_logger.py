@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lit_logits.callbacks.parts import data_tokenizer, find_part
 from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
@@ -34,8 +35,8 @@ class FusionWeightLogger(Callback):
     there: `fusion/text`, the tokens on the colour of their α, and `fusion/alpha_curve`, α and divergences over the
     position; and at the end `fusion/alpha_hist/EXPERT`, α at all tokens.
 
-    It reads the trace of the last `generate` or `score` of each batch: a test shows what it scored, wrong choices
-    included; with `exact_match` what it generated. All of it is of rank zero's share of the data.
+    Of each batch it shows the last `generate` or `score`: a test shows what it scored, wrong choices included; with
+    `exact_match` what it generated. All of it is of rank zero's share of the data.
 
     Args:
         every_n_batches: batches between scalars, the first included.
@@ -61,6 +62,7 @@ class FusionWeightLogger(Callback):
                 raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
         self.every_n_batches, self.num_texts, self.max_tokens = every_n_batches, num_texts, max_tokens
         self._warned = False
+        self._handle: RemovableHandle | None = None
         self._start(None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,24 +72,28 @@ class FusionWeightLogger(Callback):
             rank_zero_warn("FusionWeightLogger found no FusedCausalLM with experts in the model and will do nothing.")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Watch the part from here on."""
         self._start(_fused(pl_module))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Watch the part from here on."""
         self._start(_fused(pl_module))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Read the batch's trace before the next one overwrites it."""
+        """Log what was done to the batch."""
         self._read(trainer, pl_module, batch)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Read the batch's trace before the next one overwrites it."""
+        """Log what was done to the batch."""
         self._read(trainer, pl_module, batch)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop watching."""
+        self._stop()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the histograms."""
@@ -100,18 +106,28 @@ class FusionWeightLogger(Callback):
     # ------------------------------------------------------------------ reading
 
     def _start(self, fused: FusedCausalLM | None) -> None:
-        self._last = None if fused is None else fused.trace  # of an earlier run
+        self._stop()
+        self._trace: FusionTrace | None = None  # the last one of the batch
+        if fused is not None:
+            self._handle = fused.register_trace_hook(self._keep)
         self._num_batches = self._num_drawn = 0
         self._counts = torch.zeros(0 if fused is None else fused.num_experts, _NUM_BINS, dtype=torch.float64)
         self._sums = torch.zeros(2, len(self._counts), dtype=torch.float64)  # of α and of α²
 
+    def _keep(self, trace: FusionTrace) -> None:
+        self._trace = trace
+
+    def _stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
     def _read(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         fused, number = _fused(pl_module), self._num_batches
         self._num_batches += 1
-        trace = None if fused is None else fused.trace
-        if fused is None or trace is None or trace is self._last or not trainer.is_global_zero:
+        trace, self._trace = self._trace, None
+        if fused is None or trace is None or not trainer.is_global_zero:
             return
-        self._last = trace
         alpha = trace.alpha[:, trace.mask]
         if alpha.shape[1] == 0:
             return
@@ -153,6 +169,7 @@ class FusionWeightLogger(Callback):
         self._num_drawn += 1
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
         fused = _fused(pl_module)
         if fused is None or not trainer.is_global_zero or not self._counts.any():
             return

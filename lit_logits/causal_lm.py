@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.functional.checks import check_labels
-from lit_logits.functional.reductions import at_least_float32, chunked_sum
+from lit_logits.functional.chunks import chunked_sum, rows_a_chunk
+from lit_logits.functional.labels import next_token_labels
+from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import (
     ModelOrConfig,
     check_plain_causal_lm,
@@ -26,7 +29,7 @@ from lit_logits.modules.language_models.loading import (
 )
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 
 __all__ = ["CausalLM"]
@@ -43,7 +46,7 @@ class CausalLM(LightningModule):
             Python also a loaded model.
         vocab_size: V of the tokenizer; the CLI links it from the data. A pretrained model keeps its own (padded)
             vocabulary, which must not be smaller.
-        chunk_size: tokens whose logits are in memory at a time.
+        chunk_size: tokens whose logits are in memory at a time; None goes by the memory that they take.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
             monitored value for `ReduceLROnPlateau`.
@@ -63,24 +66,22 @@ class CausalLM(LightningModule):
         model: ModelOrConfig,
         vocab_size: int | None = None,
         *,
-        chunk_size: int = 4096,
+        chunk_size: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         plain = isinstance(model, (str, dict))
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["model"])])
-        if chunk_size < 1:
-            raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
         if isinstance(model, dict):
             loaded = new_causal_lm(model, vocab_size)
         else:
             loaded = load_causal_lm(model) if isinstance(model, str) else model
             check_plain_causal_lm(loaded, vocab_size=vocab_size)
         self.model: PreTrainedModel = loaded.train()  # `from_pretrained` leaves it in eval mode
-        self.chunk_size = chunk_size
+        self.chunk_size = rows_a_chunk(num_logits(loaded), chunk_size)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.val_nll, self.test_nll = TokenMean(), TokenMean()
+        self.means = StageMeans("nll")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token logits (B, T, V) in nats."""
@@ -91,18 +92,15 @@ class CausalLM(LightningModule):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
         backbone = cast(PreTrainedModel, self.model.base_model)
         output = backbone(**accepted_inputs(backbone, inputs))
-        mask = batch["labels"][:, 1:] != -100
-        if "correct" in batch:  # of several choices those that are wrong are not to be learned
-            mask = mask & batch["correct"].bool().unsqueeze(1)
-        hidden, labels = output.last_hidden_state[:, :-1][mask], batch["labels"][:, 1:][mask].long()
+        # Of several choices those that are wrong are not to be learned.
+        labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
         head = cast(nn.Linear, self.model.get_output_embeddings())
 
         def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(at_least_float32(head(rows)), targets, reduction="sum")
 
-        if len(hidden) <= self.chunk_size:  # what fits is not made twice
-            return cross_entropy(hidden, labels), mask.sum()
-        return chunked_sum(cross_entropy, hidden, labels, chunk_size=self.chunk_size), mask.sum()
+        rows, targets = output.last_hidden_state[mask], labels[mask].long()
+        return chunked_sum(cross_entropy, rows, targets, chunk_size=self.chunk_size), mask.sum()
 
     # ------------------------------------------------------------------ training
 
@@ -127,28 +125,26 @@ class CausalLM(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum the loss over tokens."""
-        self._evaluate(batch, self.val_nll)
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum the loss over tokens."""
-        self._evaluate(batch, self.test_nll)
+        self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("val", self.val_nll)
+        self._log_means("val")
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("test", self.test_nll)
+        self._log_means("test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], metric: TokenMean) -> None:
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         total, count = self._loss_sum(batch)
-        metric.update(total / count.clamp(min=1), count)
+        self.means.update(stage, nll=(total / count.clamp(min=1), count))
 
-    def _log_perplexity(self, stage: str, metric: TokenMean) -> None:
-        nll = metric.compute()
-        self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
-        metric.reset()
+    def _log_means(self, stage: str) -> None:
+        self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
 
     # ------------------------------------------------------------------ export
 

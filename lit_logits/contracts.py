@@ -128,7 +128,7 @@ class ImitatingHead(Protocol):
         """Whether this one can, with its settings."""
         ...
 
-    def losses(
+    def imitation_losses(
         self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
     ) -> ResidualVQLosses:
         """Return cross-entropy and divergence from the imitated layer (...), in nats a token."""

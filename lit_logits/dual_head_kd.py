@@ -4,6 +4,7 @@ Letters: B batch, T sequence, N tokens that count, C classes (of a language mode
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.functional.checks import check_labels, check_not_negative
+from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
 from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
-from lit_logits.functional.reductions import at_least_float32, chunked_sum, reduce_tokens
+from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
+from lit_logits.functional.reductions import at_least_float32, reduce_tokens
 from lit_logits.modules.dual_head_kd.classifiers import (
     classifier_logits,
     find_classifier,
@@ -25,7 +28,8 @@ from lit_logits.modules.dual_head_kd.classifiers import (
 )
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
-from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.language_models.saving import save_model_file, save_model_folder
+from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 
 __all__ = ["DualHeadKD"]
@@ -79,7 +83,8 @@ class DualHeadKD(LightningModule):
             the `backbone` or over `all`; costs one more backward pass.
         aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
         classifier: dotted name of the student's last linear layer, where it is not found.
-        chunk_size: tokens of a language model whose logits are in memory at a time.
+        chunk_size: tokens of a language model whose logits are in memory at a time; None goes by the memory that they
+            take.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; `ReduceLROnPlateau` is stepped on its monitored value.
         lr_interval: step the scheduler every `epoch` or every optimizer `step`.
@@ -112,7 +117,7 @@ class DualHeadKD(LightningModule):
         grad_align: GradAlign = "none",
         aux_head: AuxHeadKind = "linear",
         classifier: str | None = None,
-        chunk_size: int = 1024,
+        chunk_size: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -120,11 +125,10 @@ class DualHeadKD(LightningModule):
         super().__init__()
         modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        _check_options(method, kd_loss, temperature, ce_weight, kd_factor, chunk_size, lr_interval)
+        _check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
         self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
-        self.chunk_size = chunk_size
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
 
         self.net = DualHeadClassifier(
@@ -133,14 +137,15 @@ class DualHeadKD(LightningModule):
             classifier=classifier,
             aux_head=aux_head if method == "dual_head" else None,
         )
+        self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)
         aligner = GradientAligner(grad_align)
         self.aligner = GradientAligner() if method == "ce" else aligner  # one loss has nothing to align
         self.teacher: FrozenTeacher | None = None
         if method != "ce" and teacher is not None:
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
             _check_pair(self.net, self.teacher.model)
-        self.val_nll, self.test_nll = TokenMean(), TokenMean()
-        self.val_acc, self.val_aux_acc, self.test_acc, self.test_aux_acc = (TokenMean() for _ in range(4))
+        has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
+        self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
 
     @property
     def student(self) -> nn.Module:
@@ -172,7 +177,9 @@ class DualHeadKD(LightningModule):
         """Both terms over samples with a label each."""
         inputs, labels = self._inputs(batch), batch["labels"].long()
         output = self.net(inputs)
-        ce = reduce_tokens(F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != -100)
+        ce = reduce_tokens(
+            F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != IGNORE_INDEX
+        )
         if self.teacher is None:
             return Losses(ce, None)
         logits = output.logits if output.aux_logits is None else output.aux_logits
@@ -186,14 +193,15 @@ class DualHeadKD(LightningModule):
 
     def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
         """The same over next tokens, in chunks of tokens: (N, C) logits of neither head nor teacher are held."""
-        inputs, mask = self._inputs(batch), batch["labels"][:, 1:] != -100
-        hidden, labels = self.net.hidden_states(inputs)[:, :-1][mask], batch["labels"][:, 1:][mask].long()
+        inputs = self._inputs(batch)
+        labels, mask = next_token_labels(batch["labels"])
+        hidden, targets = self.net.hidden_states(inputs)[mask], labels[mask].long()
         count = mask.sum().clamp(min=1)
 
         def ce(rows: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(at_least_float32(self.net.main_head(rows)), targets, reduction="sum")
 
-        ce_term = chunked_sum(ce, hidden, labels, chunk_size=self.chunk_size) / count
+        ce_term = chunked_sum(ce, hidden, targets, chunk_size=self.chunk_size) / count
         if self.teacher is None:
             return Losses(ce_term, None)
         aux, teacher_head = self.net.aux_head, self.teacher.output_layer
@@ -203,7 +211,7 @@ class DualHeadKD(LightningModule):
             return self._kd(head(rows), teacher_head(teacher_rows), reduction="sum")
 
         rows = hidden if aux is None else aux.hidden(hidden)
-        teacher_rows = self.teacher.hidden_states(inputs)[:, :-1][mask]
+        teacher_rows = self.teacher.hidden_states(inputs)[mask]
         return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, chunk_size=self.chunk_size) / count)
 
     def _kd(self, logits: Tensor, teacher_logits: Tensor, **kwargs: Any) -> Tensor:
@@ -265,7 +273,7 @@ class DualHeadKD(LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Join the two gradients behind the last micro-batch: before the loss is unscaled and gradients are clipped."""
+        """Join the two gradients after the last micro-batch: before the loss is unscaled and gradients are clipped."""
 
         def closure() -> Any:
             result = optimizer_closure() if optimizer_closure is not None else None
@@ -304,33 +312,28 @@ class DualHeadKD(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         check_labels(batch["labels"], self.net.num_classes)
-        nll, acc, aux_acc = (getattr(self, f"{stage}_{name}") for name in ("nll", "acc", "aux_acc"))
         if self.net.is_causal_lm:
-            mask = batch["labels"][:, 1:] != -100
-            rows = self.net.hidden_states(self._inputs(batch))[:, :-1][mask].split(self.chunk_size)
-            parts = [(self.net.main_head(part), None) for part in rows]
-            labels = batch["labels"][:, 1:][mask].long().split(self.chunk_size)
+            labels, mask = next_token_labels(batch["labels"])
+            hidden, targets = self.net.hidden_states(self._inputs(batch))[mask], labels[mask].long()
+
+            def judge(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+                return _judge(self.net.main_head(rows), targets)
+
+            nll, acc = chunked_rows(judge, hidden, targets, chunk_size=self.chunk_size)
         else:
-            output = self.net(self._inputs(batch))
-            known = batch["labels"] != -100
-            parts = [(output.logits[known], None if output.aux_logits is None else output.aux_logits[known])]
-            labels = (batch["labels"][known].long(),)
-        for (logits, aux_logits), targets in zip(parts, labels, strict=True):
-            nll.update(F.cross_entropy(at_least_float32(logits), targets, reduction="none"))
-            acc.update((logits.argmax(-1) == targets).float())
-            if aux_logits is not None:
-                aux_acc.update((aux_logits.argmax(-1) == targets).float())
+            output, known = self.net(self._inputs(batch)), batch["labels"] != IGNORE_INDEX
+            targets = batch["labels"][known].long()
+            nll, acc = _judge(output.logits[known], targets)
+            if output.aux_logits is not None:
+                self.means.update(stage, aux_acc=_judge(output.aux_logits[known], targets)[1])
+        self.means.update(stage, nll=nll, acc=acc)
 
     def _log_means(self, stage: str) -> None:
-        nll, acc, aux_acc = (getattr(self, f"{stage}_{name}") for name in ("nll", "acc", "aux_acc"))
-        values = {f"{stage}/loss": nll.compute(), f"{stage}/acc": acc.compute()}
-        if self.net.is_causal_lm:
-            values[f"{stage}/ppl"] = values[f"{stage}/loss"].exp()
-        elif self.net.aux_head is not None:
-            values[f"{stage}/aux_acc"] = aux_acc.compute()
-        self.log_dict(values, prog_bar=True)
-        for metric in (nll, acc, aux_acc):
-            metric.reset()
+        means = self.means.compute(stage)
+        values = loss_and_perplexity(stage, means.pop("nll"))
+        if not self.net.is_causal_lm:
+            del values[f"{stage}/ppl"]
+        self.log_dict(values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Logits of the main head, (B, C) or (B, T, C), and the class that is most likely."""
@@ -339,22 +342,30 @@ class DualHeadKD(LightningModule):
 
     # ------------------------------------------------------------------ export
 
-    def export(self, path: str | Path) -> Path:
-        """Write the student with its main head alone, as what it was before it came here.
+    def export(self, path: str | Path, *, tokenizer: Any = None) -> Path:
+        """Write the student with its main head alone, as what it was before it came here; whole or not at all.
 
-        A transformers student becomes a folder for `from_pretrained`, any other a file for `load_state_dict` of its
-        own class.
+        A transformers student becomes a folder for `from_pretrained`, see `save_model_folder`; any other a file for
+        `load_state_dict` of its own class. Rank zero writes.
 
         Args:
             path: the folder, or the file.
+            tokenizer: saved with a language model; default the data module's, where a trainer is attached.
+
+        Raises:
+            ValueError: If the folder holds anything but a saved model.
         """
-        path = Path(path)
         if isinstance(self.student, PreTrainedModel):
-            self.student.save_pretrained(path)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}, path)
-        return path
+            student: Any = self.student
+            return save_model_folder(path, student.save_pretrained, tokenizer=tokenizer, trainer=self._trainer)
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}
+        return save_model_file(path, partial(torch.save, tensors), trainer=self._trainer)
+
+
+def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy (N,) of each sample, and whether its most likely class is right."""
+    nll = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+    return nll, (logits.argmax(-1) == targets).float()
 
 
 def _check_options(
@@ -363,7 +374,6 @@ def _check_options(
     temperature: float | None,
     ce_weight: float,
     kd_factor: float,
-    chunk_size: int,
     lr_interval: str,
 ) -> None:
     if method not in get_args(Method):
@@ -373,8 +383,6 @@ def _check_options(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
     check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
-    if chunk_size < 1:
-        raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
     if lr_interval not in ("epoch", "step"):
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lit_logits.functional.dynamic_fusion import FusionMode, FusionSolver
@@ -21,7 +20,7 @@ from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScore
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
 from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
-from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.metrics import StageMeans, TokenMean, loss_and_perplexity
 
 __all__ = ["DynamicFusionDecoder"]
 
@@ -58,7 +57,6 @@ class DynamicFusionDecoder(LightningModule):
             `do_sample`, `temperature`.
         exact_match: in `test`, also generate and compare the final answers, which takes a while.
         answer_pattern: regular expression whose group is the final answer; see `modules.answers.extract_answer`.
-        chunk_size: positions whose logits are fused at a time when scoring.
         model_kwargs: for `from_pretrained` of the large model, such as `dtype: bfloat16` and `device_map: auto`.
         small_kwargs: the same for base and experts.
 
@@ -75,10 +73,10 @@ class DynamicFusionDecoder(LightningModule):
         ...     num_attention_heads=2, num_key_value_heads=2)
         >>> large, base, expert = (LlamaForCausalLM(config) for _ in range(3))
         >>> decoder = DynamicFusionDecoder(large, base, [expert])
-        >>> decoder.generate(torch.tensor([[3, 4]]), max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape
-        torch.Size([1, 4])
-        >>> decoder.trace.alpha.shape
-        torch.Size([1, 1, 2])
+        >>> output = decoder.generate(torch.tensor([[3, 4]]), max_new_tokens=2, min_new_tokens=2, pad_token_id=0,
+        ...     return_dict_in_generate=True)
+        >>> output.sequences.shape, output.trace.alpha.shape
+        (torch.Size([1, 4]), torch.Size([1, 1, 2]))
     """
 
     def __init__(
@@ -98,7 +96,6 @@ class DynamicFusionDecoder(LightningModule):
         generation: dict[str, Any] | None = None,
         exact_match: bool = False,
         answer_pattern: str = GSM8K_PATTERN,
-        chunk_size: int = 256,
         model_kwargs: dict[str, Any] | None = None,
         small_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -127,7 +124,6 @@ class DynamicFusionDecoder(LightningModule):
             bounds=bounds,
             step=step,
             static_alpha=static_alpha,
-            chunk_size=chunk_size,
         )
         self.tokenizer = parts.tokenizer
         self.eos_token_id = eos_token_id
@@ -135,14 +131,8 @@ class DynamicFusionDecoder(LightningModule):
         self.exact_match, self.answer_pattern = exact_match, answer_pattern
         _check_generation(check_decoding(parts.large, self.generation), self.generation)
         _check_pattern(answer_pattern)
-        names = ("nll", "alpha", "kl_forward", "kl_reverse")
-        self.means = MetricCollection({name: TokenMean() for name in names}, compute_groups=False)
+        self.means = StageMeans("nll", "alpha", "kl_forward", "kl_reverse")
         self.matches, self.choice_acc = TokenMean(), TokenMean()
-
-    @property
-    def trace(self) -> FusionTrace | None:
-        """Weights and divergences of the last `generate` or `score`."""
-        return self.fused.trace
 
     # ------------------------------------------------------------------ from Python
 
@@ -192,8 +182,7 @@ class DynamicFusionDecoder(LightningModule):
             "kl_forward": scores.trace.kl_forward,
             "kl_reverse": scores.trace.kl_reverse,
         }
-        for name, value in values.items():
-            self.means[name].update(value[mask])
+        self.means.update("test", **{name: value[mask] for name, value in values.items()})
         if self.exact_match:
             for record in self._continue(_of_right_answers(batch)):
                 right = extract_answer(record["reference"], self.answer_pattern)
@@ -210,16 +199,14 @@ class DynamicFusionDecoder(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log means over all tokens and examples of all ranks."""
-        means = self.means.compute()
-        nll = means.pop("nll")
-        self.log_dict({"test/loss": nll, "test/ppl": nll.exp()})
+        means = self.means.compute("test")
+        self.log_dict(loss_and_perplexity("test", means.pop("nll")))
         if self.fused.num_experts:
             self.log_dict({f"fusion/{name}": value for name, value in means.items()})
         for name, metric in (("test/exact_match", self.matches), ("test/acc", self.choice_acc)):
             if metric.update_called:  # on all ranks or none, as each gets a batch
                 self.log(name, metric.compute())
             metric.reset()
-        self.means.reset()
 
     # ------------------------------------------------------------------ predict
 
@@ -229,7 +216,7 @@ class DynamicFusionDecoder(LightningModule):
         roles = ["model", "base", *(f"experts[{number}]" for number in range(self.fused.num_experts))]
         search: dict[str, Any] = {"static_alpha": self.fused.static_alpha}
         return {
-            **{role: digest_model(model) for role, model in zip(roles, self.fused._held, strict=False)},
+            **{role: digest_model(model) for role, model in zip(roles, self.fused.models, strict=False)},
             **(self.fused.search if self.fused.static_alpha is None else search),
             "eos_token_id": self.eos_token_id,
             "generation": self.generation,
@@ -243,9 +230,8 @@ class DynamicFusionDecoder(LightningModule):
         if self.tokenizer is None:
             raise ValueError("Expected a `tokenizer` to write text with, but got none. Pass `tokenizer`.")
         prompts, mask = split_prompts(batch, pad=self._pad_token_id())
-        kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": False}
-        self.generate(prompts, mask, **kwargs)
-        trace = cast(FusionTrace, self.trace)
+        kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": True}
+        trace: FusionTrace = self.generate(prompts, mask, **kwargs).trace
         copies = len(trace.token_ids) // len(prompts)
         records = []
         for index, prompt in enumerate(prompts):

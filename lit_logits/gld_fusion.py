@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_logits.functional.checks import check_labels
+from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.gld_fusion import GraphNodes
+from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32, sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.checks import check_options, check_source
@@ -33,7 +34,7 @@ from lit_logits.modules.language_models.loading import (
 )
 from lit_logits.modules.language_models.lora import add_lora, save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 
 __all__ = ["GLDFusionModule"]
@@ -88,7 +89,6 @@ class GLDFusionModule(LightningModule):
         nodes: nodes of the graphs: `rank`, or `vocabulary` ids.
         lora: settings of peft's `LoraConfig` (extra `peft`): trains adapters of the pivot alone.
         gradient_checkpointing: recompute the pivot's activations in backward.
-        chunk_size: positions whose logits are in memory at a time.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
             monitored value for `ReduceLROnPlateau`.
@@ -126,7 +126,6 @@ class GLDFusionModule(LightningModule):
         nodes: GraphNodes = "rank",
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        chunk_size: int = 1024,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -135,13 +134,13 @@ class GLDFusionModule(LightningModule):
         modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
         self.weights = check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
-        if top_k < 1 or not temperature > 0 or chunk_size < 1:
+        if top_k < 1 or not temperature > 0:
             raise ValueError(
-                "Expected `top_k` and `chunk_size` to be at least 1 and `temperature` to be positive, but got"
-                f" {top_k}, {chunk_size} and {temperature}."
+                "Expected `top_k` to be at least 1 and `temperature` to be positive, but got"
+                f" {top_k} and {temperature}."
             )
         self.kd_weight, self.gld_weight, self.top_k, self.temperature = kd_weight, gld_weight, top_k, temperature
-        self.chunk_size, self.optimizer, self.lr_scheduler = chunk_size, optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
         self.pivot = None if pivot is None else _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
         self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
@@ -152,7 +151,8 @@ class GLDFusionModule(LightningModule):
             check_source(name, source, top_k, temperature)
             if self.pivot is not None and getattr(source, "model", None) is self.pivot:
                 raise ValueError(f"Expected other models as sources, but {name!r} is the pivot, which it would freeze.")
-        self.val_nll, self.test_nll = TokenMean(), TokenMean()
+        self.chunk_size = rows_a_chunk(self.vocab_size or 1)
+        self.means = StageMeans("nll")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token logits (B, T, V) of the pivot in nats."""
@@ -178,9 +178,9 @@ class GLDFusionModule(LightningModule):
         """
         mask, hidden, labels = self._counted_states(batch)
         if self.kd_weight == 0:
-            (ce,) = self._rows(self._cross_entropy, hidden, labels)
+            (ce,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
             return FusionLosses(_mean_over_samples(ce, mask), {})
-        ce, *top = self._rows(self._cross_entropy_and_top_k, hidden, labels)
+        ce, *top = chunked_rows(self._cross_entropy_and_top_k, hidden, labels, chunk_size=self.chunk_size)
         pivot, ends = place_rows(TopKLogits(*top), mask), batch.get("response_ends")
         terms = {}
         for name in self.sources:
@@ -218,10 +218,8 @@ class GLDFusionModule(LightningModule):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
         backbone = cast(PreTrainedModel, self._pivot.base_model)
         output = backbone(**accepted_inputs(backbone, inputs))
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        if "correct" in batch:  # of several choices those that are wrong are not to be learned
-            labels = labels.masked_fill(~batch["correct"].bool().unsqueeze(1), -100)
-        mask = labels != -100
+        # Of several choices those that are wrong are not to be learned.
+        labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
         return mask, output.last_hidden_state[mask], labels[mask].long()
 
     def _head(self, rows: Tensor) -> Tensor:
@@ -234,14 +232,6 @@ class GLDFusionModule(LightningModule):
         logits = self._head(rows)
         ce = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
         return (ce, *top_k_logits(logits[:, : self.vocab_size], self.top_k, temperature=self.temperature))
-
-    def _rows(self, function: Any, hidden: Tensor, labels: Tensor) -> list[Tensor]:
-        """`function` of all rows, in chunks whose logits are made again in backward; what fits is not made twice."""
-        if len(hidden) <= self.chunk_size:
-            return list(function(hidden, labels))
-        chunks = zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
-        parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     # ------------------------------------------------------------------ training
 
@@ -272,29 +262,27 @@ class GLDFusionModule(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
-        self._evaluate(batch, self.val_nll)
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
-        self._evaluate(batch, self.test_nll)
+        self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("val", self.val_nll)
+        self._log_means("val")
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("test", self.test_nll)
+        self._log_means("test")
 
-    def _evaluate(self, batch: Mapping[str, Any], metric: TokenMean) -> None:
+    def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
         _, hidden, labels = self._counted_states(batch)
-        parts = zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
-        metric.update(torch.cat([self._cross_entropy(*part)[0] for part in parts]))
+        (nll,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
+        self.means.update(stage, nll=nll)
 
-    def _log_perplexity(self, stage: str, metric: TokenMean) -> None:
-        nll = metric.compute()
-        self.log_dict({f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}, prog_bar=True)
-        metric.reset()
+    def _log_means(self, stage: str) -> None:
+        self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
 
     # ------------------------------------------------------------------ the sources, for a cache, and the pivot, saved
 

@@ -24,12 +24,13 @@ from lit_logits.contracts import (
     StartingHead,
 )
 from lit_logits.functional.checks import check_labels
+from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.metrics import TokenMean
+from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.vq_logits.calibration import calibrate, fresh_loader
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
@@ -38,9 +39,10 @@ from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
 from lit_logits.modules.vq_logits.parts import HeadFactory, head_recipe, make_head, most_likely
-from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
 __all__ = ["VQLogitsLM"]
+
+_EXPORTS = {"compact": compact_model, "dense": dense_model}
 
 
 class VQLogitsLM(LightningModule):
@@ -132,9 +134,7 @@ class VQLogitsLM(LightningModule):
             self._output_layer = OutputLayer(None, None)
         self._generation_config, self._tied = parts.generation_config, parts.tied
         self.register_buffer("head_ready", torch.tensor(is_ready))
-        self.val_nll, self.test_nll = TokenMean(), TokenMean()
-        self.val_kl, self.test_kl = TokenMean(), TokenMean()
-        self.val_original_nll, self.test_original_nll = TokenMean(), TokenMean()
+        self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
         if parts.tied and isinstance(self.head, ExportableHead):
             rank_zero_info(describe_untying(parts, self.head))
 
@@ -168,20 +168,19 @@ class VQLogitsLM(LightningModule):
         return self.head(self.hidden_states(input_ids, attention_mask))
 
     def _loss(self, batch: Mapping[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the next token, and the shifted labels (B, T − 1)."""
-        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
-        labels = batch["labels"][:, 1:]
-        return self.head.loss(hidden, labels, **kwargs), labels
+        """Cross-entropy of the next token, and the (B, T) positions that count."""
+        labels, mask = next_token_labels(batch["labels"])
+        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))
+        return self.head.loss(hidden, labels, **kwargs), mask
 
     def _losses(self, batch: Mapping[str, Tensor], original: OriginalOutput) -> tuple[ResidualVQLosses, Tensor]:
-        """Losses of each next token beside those of the original model, and the shifted labels (B, T − 1)."""
-        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+        """Losses (B, T) of each next token beside those of the original model, and the positions that count."""
+        input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
         with original.sharing_layers(self.backbone):
-            hidden = self.hidden_states(input_ids, mask)
-            target = original.target(hidden, input_ids=input_ids, attention_mask=mask)
-        target = target._replace(hidden=target.hidden[:, :-1])
-        labels = batch["labels"][:, 1:]
-        return self.head.losses(hidden[:, :-1], labels, target=target), labels
+            hidden = self.hidden_states(input_ids, attention_mask)
+            target = original.target(hidden, input_ids=input_ids, attention_mask=attention_mask)
+        labels, mask = next_token_labels(batch["labels"])
+        return self.head.imitation_losses(hidden, labels, target=target), mask
 
     # ------------------------------------------------------------------ training
 
@@ -192,9 +191,7 @@ class VQLogitsLM(LightningModule):
             self.initialize_head(
                 fresh_loader(self.trainer.train_dataloader if data is None else data.train_dataloader())
             )
-        self._output_layer = OutputLayer(
-            None, None
-        )  # a checkpoint that brought the head along needs the dense rows no more
+        self._output_layer = OutputLayer(None, None)  # no longer needed where a checkpoint brought the head along
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Check the labels of the first batch, on an accelerator too."""
@@ -204,8 +201,8 @@ class VQLogitsLM(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy; with latents the commitment loss, with an original model the divergence from it."""
         if self.original is not None:
-            losses, labels = self._losses(batch, self.original)
-            ce, kd = (reduce_tokens(values, labels != -100, "mean") for values in losses[:2])
+            losses, mask = self._losses(batch, self.original)
+            ce, kd = (reduce_tokens(values, mask) for values in losses[:2])
             self.log_dict({"train/loss_ce": ce, "train/loss_kd": kd})
             loss = self.kd_weight * kd + (1 - self.kd_weight) * ce
             self.log("train/loss", loss, prog_bar=True)
@@ -213,9 +210,8 @@ class VQLogitsLM(LightningModule):
         loss, _ = self._loss(batch)
         terms = self.head.penalties() if isinstance(self.head, LearningHead) else {}
         if terms:
-            self.log_dict(
-                {"train/loss_ce": loss, **{f"train/loss_{name}": value for name, (_, value) in terms.items()}}
-            )
+            penalties = {f"train/loss_{name}": value for name, (_, value) in terms.items()}
+            self.log_dict({"train/loss_ce": loss, **penalties})
         for weight, value in terms.values():
             loss = loss + weight * value
         self.log("train/loss", loss, prog_bar=True)
@@ -253,30 +249,28 @@ class VQLogitsLM(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("val")
+        self._log_means("val")
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
-        self._log_perplexity("test")
+        self._log_means("test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         if self.original is None:
-            values, labels = self._loss(batch, reduction="none")
-            getattr(self, f"{stage}_nll").update(values[labels != -100])
+            values, mask = self._loss(batch, reduction="none")
+            self.means.update(stage, nll=values[mask])
             return
-        losses, labels = self._losses(batch, self.original)
-        for name, values in zip(("nll", "kl", "original_nll"), losses, strict=True):
-            getattr(self, f"{stage}_{name}").update(values[labels != -100])
+        losses, mask = self._losses(batch, self.original)
+        nll, kl, original_nll = (values[mask] for values in losses)
+        self.means.update(stage, nll=nll, kl=kl, original_nll=original_nll)
 
-    def _log_perplexity(self, stage: str) -> None:
-        nll, kl, original_nll = (getattr(self, f"{stage}_{name}") for name in ("nll", "kl", "original_nll"))
-        loss = nll.compute()
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/ppl": loss.exp()}, prog_bar=True)
-        if self.original is not None:
-            ratio = (loss - original_nll.compute()).exp()
-            self.log_dict({f"{stage}/kl": kl.compute(), f"{stage}/ppl_ratio": ratio}, prog_bar=True)
-        for metric in (nll, kl, original_nll):
-            metric.reset()
+    def _log_means(self, stage: str) -> None:
+        means = self.means.compute(stage)
+        values = loss_and_perplexity(stage, means["nll"])
+        if "kl" in means:
+            ratio = (means["nll"] - means["original_nll"]).exp()
+            values |= {f"{stage}/kl": means["kl"], f"{stage}/ppl_ratio": ratio}
+        self.log_dict(values, prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of each next token in nats (0 where ignored) and the most likely next token, both (B, T − 1)."""
@@ -364,19 +358,12 @@ class VQLogitsLM(LightningModule):
                 whose output rows are the decoded codes, so that other programs read it.
 
         Raises:
-            ValueError: for another `head`, or a token bias that the original architecture has no place for.
+            ValueError: If `head` is neither, the model's head cannot be written so, or the original architecture has no
+                place for its token bias.
         """
-        if head not in ("compact", "dense"):
+        if head not in _EXPORTS:
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
-        if head == "dense" and isinstance(self.head, ExportableHead):
-            return dense_model(self.backbone, self.head, self._generation_config)
-        if not isinstance(self.head, VQLogitsHead | ResidualVQLogitsHead):
-            advice = " Use head='dense'." if isinstance(self.head, ExportableHead) else ""
-            raise ValueError(
-                f"Expected a `VQLogitsHead` or `ResidualVQLogitsHead` for head='compact', or for 'dense' a head with"
-                f" `dense_weight`, `token_bias` and `footprint`, but got {type(self.head).__name__}.{advice}"
-            )
-        return compact_model(self.backbone, self.head, self._generation_config)
+        return _EXPORTS[head](self.backbone, self.head, self._generation_config)
 
     def save_pretrained(
         self,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lit_logits.functional.chunks import chunked_sum
 from lit_logits.functional.dual_head_kd import (
     binary_kl,
     binary_kl_norm,
@@ -18,7 +19,6 @@ from lit_logits.functional.dual_head_kd import (
     mse_logit_loss,
 )
 from lit_logits.functional.gradients import align_gradients, average_over_ranks, project_conflicting_gradient
-from lit_logits.functional.reductions import chunked_sum
 
 KINDS = ["kl", "binary_kl", "binary_kl_norm", "mse", "l1", "cosine"]
 

@@ -103,13 +103,14 @@ def test_predict_writes_a_line_for_each_prompt(files, tmp_path):
     for record, (prompt, response) in zip(records, rows, strict=True):
         assert record["prompt"] == tokenizer.decode(prompt)
         assert record["reference"] == tokenizer.decode(response, skip_special_tokens=True)
-        alone = decoder.generate(prompt.unsqueeze(0), max_new_tokens=10)[0, len(prompt) :]
+        output = decoder.generate(prompt.unsqueeze(0), max_new_tokens=10, return_dict_in_generate=True)
+        alone = output.sequences[0, len(prompt) :]
         assert record["text"] == tokenizer.decode(alone, skip_special_tokens=True)
         assert list(record["alpha"]) == ["one", "two"]
         lengths = {len(record["tokens"]), *map(len, record["alpha"].values()), len(record["kl_forward"])}
         assert lengths == {len(alone)}
         torch.testing.assert_close(
-            torch.tensor(list(record["alpha"].values())), decoder.trace.alpha[:, 0].cpu(), atol=2e-3, rtol=0
+            torch.tensor(list(record["alpha"].values())), output.trace.alpha[:, 0].cpu(), atol=2e-3, rtol=0
         )
 
 
@@ -156,7 +157,7 @@ def test_predictions_of_other_weights_are_refused(files, tmp_path):
         changed.fused.experts[1].lm_head.weight.mul_(1.1)
     with pytest.raises(ValueError, match=r"`model.experts\[1\]` was '[0-9a-f]{16}' there and is"):
         trainer(tmp_path, callbacks=[JsonLinesWriter(folder)]).predict(changed, data(files))
-    same = make(files, generation=generation, chunk_size=7)  # changes no text
+    same = make(files, generation=generation, exact_match=True)  # changes no text
     trainer(tmp_path, callbacks=[JsonLinesWriter(folder)]).predict(same, data(files))
 
 
@@ -164,7 +165,7 @@ def test_perplexity_is_of_the_responses_under_the_fused_distribution(files, tmp_
     module, decoder = data(files), make(files)
     logged = trainer(tmp_path).test(decoder, module, verbose=False)[0]
     total, count, alphas = 0.0, 0, []
-    large, base, *experts = decoder.fused._held
+    large, base, *experts = decoder.fused.models
     for prompt, response in rows_of_test_split(module):
         text = torch.cat([prompt, response]).unsqueeze(0)
         at = slice(len(prompt) - 1, text.shape[1] - 1)

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from lit_logits import DynamicFusionDecoder
 from lit_logits.functional import add_task_vectors, fuse_logits, fusion_weights
 from lit_logits.modules.dynamic_fusion.decoding import SmallModels
+from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 
 VOCAB, PAD, EOS = 48, 0, 2
 
@@ -131,7 +132,8 @@ def test_weight_zero_is_the_large_model_and_runs_no_other(parts, static_alpha):
     assert torch.equal(
         decoder.generate(ids, mask, max_new_tokens=8), large.generate(ids, attention_mask=mask, max_new_tokens=8)
     )
-    assert decoder.trace.alpha.shape == (2, 2, decoder.trace.token_ids.shape[1])
+    trace = decoder.generate(ids, mask, max_new_tokens=8, return_dict_in_generate=True).trace
+    assert trace.alpha.shape == (2, 2, trace.token_ids.shape[1])
     for handle in handles:
         handle.remove()
     assert calls == []
@@ -171,7 +173,7 @@ def test_with_cache_equals_without(decoder):
     with_cache = decoder.generate(ids, mask, max_new_tokens=20, return_dict_in_generate=True)
     without = decoder.generate(ids, mask, max_new_tokens=20, return_dict_in_generate=True, use_cache=False)
     assert torch.equal(with_cache.sequences, without.sequences)
-    kept = decoder.trace.mask
+    kept = with_cache.trace.mask
     torch.testing.assert_close(with_cache.alpha[:, kept], without.alpha[:, kept], atol=1e-3, rtol=0)
 
 
@@ -195,7 +197,7 @@ def test_batched_equals_one_by_one(decoder):
     lengths = [5, 9, 2]
     ids, mask = prompts(lengths)
     batch = decoder.generate(ids, mask, max_new_tokens=16, return_dict_in_generate=True)
-    trace = decoder.trace
+    trace = batch.trace
     for row, length in enumerate(lengths):
         alone = decoder.generate(ids[row : row + 1, -length:], max_new_tokens=16, return_dict_in_generate=True)
         tokens = alone.sequences[0, length:]
@@ -207,8 +209,9 @@ def test_batched_equals_one_by_one(decoder):
 def test_a_prompt_read_in_chunks_gives_the_same_text(decoder):
     ids, mask = prompts([9, 7])
     whole = decoder.generate(ids, mask, max_new_tokens=8)
-    assert torch.equal(decoder.generate(ids, mask, max_new_tokens=8, prefill_chunk_size=4), whole)
-    assert decoder.trace.alpha.shape[-1] == whole.shape[1] - 9
+    chunked = decoder.generate(ids, mask, max_new_tokens=8, prefill_chunk_size=4, return_dict_in_generate=True)
+    assert torch.equal(chunked.sequences, whole)
+    assert chunked.trace.alpha.shape[-1] == whole.shape[1] - 9
 
 
 def test_gpt2_as_a_small_model(parts):
@@ -267,10 +270,11 @@ def test_what_generate_of_transformers_takes(decoder):
     penalised = decoder.generate(ids, mask, max_new_tokens=10, min_new_tokens=10, no_repeat_ngram_size=1)
     assert len(set(penalised[0].tolist())) == penalised.shape[1]
     torch.manual_seed(0)
-    several = decoder.generate(ids, mask, max_new_tokens=6, do_sample=True, top_p=0.9, num_return_sequences=3)
-    assert several.shape[0] == 3
-    assert decoder.trace.alpha.shape[:2] == (2, 3)
-    assert len({tuple(row.tolist()) for row in several}) > 1
+    sampling = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3, "return_dict_in_generate": True}
+    several = decoder.generate(ids, mask, max_new_tokens=6, **sampling)
+    assert several.sequences.shape[0] == 3
+    assert several.trace.alpha.shape[:2] == (2, 3)
+    assert len({tuple(row.tolist()) for row in several.sequences}) > 1
 
 
 def test_scores_and_penalties_are_of_the_fused_logits(parts, decoder):
@@ -305,7 +309,7 @@ def test_the_trace_ends_with_the_text(decoder):
     for row in range(4):
         own = output.sequences[row, 5:].tolist()
         length = own.index(end) + 1 if end in own else len(own)
-        assert decoder.trace.mask[row].tolist() == [True] * length + [False] * (len(own) - length)
+        assert output.trace.mask[row].tolist() == [True] * length + [False] * (len(own) - length)
 
 
 def test_the_large_model_is_left_as_it_was(parts, decoder):
@@ -317,7 +321,7 @@ def test_the_large_model_is_left_as_it_was(parts, decoder):
     assert torch.equal(large.generate(ids, attention_mask=mask, max_new_tokens=5), before)
     assert list(decoder.parameters()) == []
     assert decoder.state_dict() == {}
-    assert not any(model.training for model in decoder.train().fused._held)
+    assert not any(model.training for model in decoder.train().fused.models)
 
 
 # --- scoring ---
@@ -327,7 +331,8 @@ def test_the_large_model_is_left_as_it_was(parts, decoder):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_scores_are_the_fused_log_probabilities_one_token_at_a_time(parts, search, side):
     large, base, experts = parts
-    decoder = DynamicFusionDecoder(large, base, experts, chunk_size=5, **search)
+    decoder = DynamicFusionDecoder(large, base, experts, **search)
+    decoder.fused.chunk_size = 5
     lengths = [7, 4, 10]
     ids, mask = prompts(lengths, seed=5)
     if side == "right":
@@ -530,7 +535,7 @@ def test_bad_arguments(parts):
     with pytest.raises(ValueError, match=r"one for each of 2 expert\(s\), but got \[1.0\]"):
         DynamicFusionDecoder(large, base, experts, static_alpha=[1.0])
     with pytest.raises(ValueError, match="`chunk_size` to be at least 1, but got 0"):
-        DynamicFusionDecoder(large, base, experts, chunk_size=0)
+        FusedCausalLM(large, base, experts, chunk_size=0)
     with pytest.raises(ValueError, match=r"Expected `base` to be a causal language model of transformers.*got Linear"):
         DynamicFusionDecoder(large, torch.nn.Linear(2, 2), experts)
     with pytest.raises(ValueError, match="'no/such/model', which could not be loaded"):
@@ -576,8 +581,13 @@ def test_texts_that_a_criterion_ended_have_no_padding_in_the_trace(decoder):
 
     ids, mask = prompts([5, 5])
     kwargs = {"max_new_tokens": 9, "bad_words_ids": [[PAD], [EOS]]}
+    traces = []
+    handle = decoder.fused.register_trace_hook(traces.append)
     decoder.generate(ids, mask, stopping_criteria=StoppingCriteriaList([StopRow()]), **kwargs)
-    assert decoder.trace.mask.sum(1).tolist() == [3, 6]
+    assert traces.pop().mask.sum(1).tolist() == [3, 6]
+    handle.remove()
+    decoder.generate(ids, mask, **kwargs)
+    assert traces == []
 
 
 def test_the_end_of_a_config_of_ones_own_counts(parts):

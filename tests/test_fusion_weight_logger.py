@@ -76,13 +76,17 @@ def loader(data):
 
 
 class Watch(Callback):
-    """The traces as they were after each batch."""
+    """The last trace of each batch."""
 
     def __init__(self):
-        self.traces = []
+        self.traces, self.batch = [], []
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.fused.register_trace_hook(self.batch.append)
 
     def on_test_batch_end(self, trainer, pl_module, *_):
-        self.traces.append(pl_module.trace)
+        self.traces += self.batch[-1:]
+        self.batch.clear()
 
     on_predict_batch_end = on_test_batch_end
 

@@ -5,20 +5,29 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_logits import CausalLM, GLDFusionModule, VQLogitsLM
+from lit_logits import CausalLM, DualHeadKD, GLDFusionModule, VQLogitsLM
 from lit_logits.modules import DenseLogitsHead, new_causal_lm
+from lit_logits.storage.folders import replace_file
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
 LLAMA["num_attention_heads"] = 2
 MODULES = {
     "CausalLM": lambda: CausalLM(LLAMA),
+    "DualHeadKD": lambda: DualHeadKD(new_causal_lm(LLAMA), method="ce"),
     "GLDFusionModule": lambda: GLDFusionModule(LLAMA, {"big": new_causal_lm(LLAMA)}),
     "VQLogitsLM": lambda: VQLogitsLM(new_causal_lm(LLAMA), head=lambda d, v: DenseLogitsHead(d, v, bias=False)),
 }
 
 
 def save(module, folder, **kwargs):
+    if isinstance(module, DualHeadKD):
+        return module.export(folder, **kwargs)
     return module.save_pretrained(folder, **({"head": "dense"} if isinstance(module, VQLogitsLM) else {}), **kwargs)
+
+
+def logits_of(module, ids):
+    output = module.eval()(ids)
+    return output.logits if isinstance(module, DualHeadKD) else output
 
 
 @pytest.fixture
@@ -32,7 +41,7 @@ def test_a_folder_is_written_whole_with_the_tokenizer_and_replaced(name, tmp_pat
     for _ in range(2):  # the second one replaces the first
         save(module, folder, tokenizer=tokenizer)
         loaded, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(6)[None]
-        torch.testing.assert_close(loaded(ids).logits, module.eval()(ids), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loaded(ids).logits, logits_of(module, ids), rtol=1e-5, atol=1e-6)
         assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
         with torch.no_grad():
             next(module.parameters()).add_(0.1)
@@ -61,3 +70,21 @@ def test_what_fails_leaves_the_old_folder(name, tmp_path, tokenizer, monkeypatch
         save(module, folder, tokenizer=tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "weights.pt"
+    student = DualHeadKD(torch.nn.Linear(3, 2), method="ce")
+    assert student.export(target) == target.resolve()
+    before = target.read_bytes()
+
+    def fail(path):
+        path.write_bytes(before[:10])
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(target, fail)
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+    student.export(tmp_path / "new" / "weights.pt")  # with the folder it needs
+    assert torch.load(tmp_path / "new" / "weights.pt", weights_only=True).keys() == {"weight", "bias"}

@@ -14,6 +14,11 @@ from lit_logits.functional.checks import (
     check_labels,
     check_token_to_code,
 )
+from lit_logits.functional.chunks import (
+    chunked_rows,
+    chunked_sum,
+    rows_a_chunk,
+)
 from lit_logits.functional.code_assignment import (
     CodeSplit,
     code_means,
@@ -88,6 +93,11 @@ from lit_logits.functional.kmeans import (
     kmeans,
     nearest_centroids,
 )
+from lit_logits.functional.labels import (
+    IGNORE_INDEX,
+    NextTokenLabels,
+    next_token_labels,
+)
 from lit_logits.functional.lookup.kernel import (
     PackedHead,
     head_struct,
@@ -112,7 +122,6 @@ from lit_logits.functional.neural_collapse import (
 from lit_logits.functional.reductions import (
     Reduction,
     at_least_float32,
-    chunked_sum,
     reduce_tokens,
     sample_mean,
 )
@@ -162,6 +171,7 @@ from lit_logits.functional.vq_logits import (
 )
 
 __all__ = [
+    "IGNORE_INDEX",
     "AlignedGradients",
     "ClassMoments",
     "CodeSplit",
@@ -178,6 +188,7 @@ __all__ = [
     "LookupLayout",
     "MetricKind",
     "NeuralCollapse",
+    "NextTokenLabels",
     "NodeStrengths",
     "PackedHead",
     "Reduction",
@@ -201,6 +212,7 @@ __all__ = [
     "check_finite",
     "check_labels",
     "check_token_to_code",
+    "chunked_rows",
     "chunked_sum",
     "class_moments",
     "co_activation_graph",
@@ -239,6 +251,7 @@ __all__ = [
     "mse_logit_loss",
     "nearest_centroids",
     "neural_collapse",
+    "next_token_labels",
     "node_strengths",
     "pack_bits",
     "packed_lookup_logits",
@@ -252,6 +265,7 @@ __all__ = [
     "residual_vq_greedy",
     "residual_vq_logits",
     "residual_vq_losses",
+    "rows_a_chunk",
     "sample_logits",
     "sample_mean",
     "sampling_tables",

@@ -3,14 +3,12 @@
 Letters: N tokens of which some are ignored; B samples of T positions.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Reduction", "at_least_float32", "chunked_sum", "reduce_tokens", "sample_mean"]
+__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -70,24 +68,3 @@ def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
         tensor(4.)
     """
     return (reduce_tokens(values, mask, "none").sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-
-
-def chunked_sum(function: Callable[..., Tensor], *tensors: Tensor, chunk_size: int) -> Tensor:
-    """Σ over chunks of `function(*chunk)`; what a chunk makes is freed, and made again in backward.
-
-    Peak memory is that of one chunk, for one more evaluation of `function`: a token loss never holds (N, V) logits.
-
-    Args:
-        function: takes a slice of every tensor and returns a scalar sum; without randomness.
-        *tensors: (N, ...), cut along the first dimension; N may be 0.
-        chunk_size: rows a chunk.
-
-    Example:
-        >>> chunked_sum(lambda x: x.exp().sum(), torch.zeros(5), chunk_size=2)
-        tensor(5.)
-    """
-    if chunk_size < 1:
-        raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
-    chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
-    sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum()

@@ -1,13 +1,15 @@
-"""Means over all tokens of all ranks."""
+"""Means over all tokens of all ranks, and what is logged of them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["TokenMean"]
+__all__ = ["StageMeans", "TokenMean", "loss_and_perplexity"]
+
+STAGES = ("val", "test")
 
 
 class TokenMean(Metric):
@@ -41,9 +43,49 @@ class TokenMean(Metric):
         """Take in `values` (any shape, on any device), each of `weight` (broadcast)."""
         values = torch.as_tensor(values).to(self.total)
         weight = torch.as_tensor(weight).to(self.total).expand_as(values)
-        self.total += (values * weight).sum()
-        self.weight += weight.sum()
+        # Not in place: what was reset under `inference_mode` cannot be changed in place outside of it.
+        self.total = self.total + (values * weight).sum()
+        self.weight = self.weight + weight.sum()
 
     def compute(self) -> Tensor:
         """The mean."""
         return self.total / self.weight
+
+
+class StageMeans(nn.Module):
+    """Means over all tokens of all ranks, by name, for validation and for test.
+
+    Example:
+        >>> means = StageMeans("nll", "acc")
+        >>> means.update("val", nll=torch.tensor([1.0, 3.0]), acc=torch.tensor([1.0, 0.0]))
+        >>> means.compute("val")
+        {'nll': tensor(2.), 'acc': tensor(0.5000)}
+    """
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict({n: TokenMean() for n in names}) for stage in STAGES})
+
+    def update(self, stage: str, **values: Tensor | tuple[Tensor, Tensor]) -> None:
+        """Take in values by name, or pairs of a mean and the number that it was taken over."""
+        for name, value in values.items():
+            metric: Any = self._of(stage)[name]
+            metric.update(*(value if isinstance(value, tuple) else (value,)))
+
+    def compute(self, stage: str) -> dict[str, Tensor]:
+        """Return the means, NaN where nothing was taken in, and begin the next ones.
+
+        All ranks must call it, because the sums are joined here.
+        """
+        means = {name: metric.compute() for name, metric in self._of(stage).items()}
+        for metric in self._of(stage).values():
+            metric.reset()
+        return means
+
+    def _of(self, stage: str) -> Any:
+        return self.metrics[stage]
+
+
+def loss_and_perplexity(stage: str, nll: Tensor) -> dict[str, Tensor]:
+    """Return what every language model logs of its mean negative log-likelihood, in nats a token."""
+    return {f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}

@@ -1,10 +1,11 @@
-"""Folders of saved models that are replaced as a whole or not at all."""
+"""Files, and folders of saved models, that are replaced as a whole or not at all."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["check_model_folder", "replace_folder", "restore_replaced"]
+__all__ = ["check_model_folder", "replace_file", "replace_folder", "restore_replaced"]
 
 
 def check_model_folder(path: Path) -> None:
@@ -17,6 +18,25 @@ def check_model_folder(path: Path) -> None:
     if (names and "config.json" not in names) or path.is_file():
         holds = f"holds {names[0]!r}" if names else "is a file"
         raise ValueError(f"Expected `folder` to be new, empty or a saved model, but {path} {holds}.")
+
+
+def replace_file(target: Path, write: Callable[[Path], object], *, partial: Path | None = None) -> None:
+    """Let `write` make a file beside `target` and move it into place once it is on disk; if it fails, nothing changes.
+
+    Args:
+        target: the file; its folder must be there.
+        write: writes the file that it is given.
+        partial: that file, on the same file system; default `target` with `.partial` after its name.
+    """
+    partial = partial or _beside(target, "partial")
+    try:
+        write(partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(partial)
+    os.replace(partial, target)
+    _sync(target.parent)  # the move, too, is on disk
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -45,3 +65,12 @@ def restore_replaced(path: Path) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.name}.{suffix}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

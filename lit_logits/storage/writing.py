@@ -8,7 +8,6 @@ Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_logits.functional.top_k_logits import SourceLogits
+from lit_logits.storage.folders import replace_file
 from lit_logits.storage.logit_cache import CACHE_FIELDS, CACHE_FORMAT, CACHE_VERSION, LogitCache, describe_cache
 from lit_logits.storage.settings import differing_settings
 
@@ -170,29 +170,23 @@ def write_description(folder: Path, settings: Mapping[str, Any], **state: Any) -
     """Replace `cache.json`; what it says."""
     description = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "settings": dict(settings), **state}
     (folder / "partial").mkdir(parents=True, exist_ok=True)
-    partial = folder / "partial" / "cache.json"
-    partial.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _publish(partial, folder / "cache.json")
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    replace_file(
+        folder / "cache.json",
+        lambda partial: partial.write_text(text, encoding="utf-8"),
+        partial=folder / "partial" / "cache.json",
+    )
     return description
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:
-    """See a file of `folder` on disk as `target`."""
+    """Write a file of `folder` as `target`."""
     for path in (folder / "partial", target.parent):
         path.mkdir(exist_ok=True)
-    partial = folder / "partial" / f"{secrets.token_hex(8)}.safetensors"
-    save_file(tensors, partial)
-    partial.chmod((folder / "cache.json").stat().st_mode)  # safetensors' 0600 would lock a shared cache to one user
-    _publish(partial, target)
+    mode = (folder / "cache.json").stat().st_mode
 
+    def write(partial: Path) -> None:
+        save_file(tensors, partial)
+        partial.chmod(mode)  # safetensors' 0600 would lock a shared cache to one user
 
-def _publish(partial: Path, target: Path) -> None:
-    """Move a file into place once it is on disk, and see the move on disk as well."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_file(target, write, partial=folder / "partial" / f"{secrets.token_hex(8)}.safetensors")

@@ -6,7 +6,7 @@ Letters: B batch, T sequence, C classes, d features.
 import argparse
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
+from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.loading import check_plain_causal_lm
 
 __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
@@ -22,13 +23,11 @@ __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "student", "weights")
 
 
-class FrozenTeacher(nn.Module):
-    """Holds a model out of `parameters()`, `state_dict()` and `train()`; it only follows to devices and dtypes.
-
-    Its parameters need no gradient and it stays in `eval` mode, so it is in neither checkpoint nor optimizer.
+class FrozenTeacher(FrozenModels):
+    """A classifier or causal language model, held out of training, that gives its logits.
 
     Args:
-        model: classifier or causal language model; frozen in place.
+        model: frozen in place.
 
     Example:
         >>> teacher = FrozenTeacher(nn.Linear(4, 3)).train()
@@ -37,17 +36,12 @@ class FrozenTeacher(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._held = (model.eval().requires_grad_(False),)  # in a tuple, so that it is not registered here
-
-    def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stay in `eval` mode."""
-        return super().train(False)
+        super().__init__(model)
 
     @property
     def model(self) -> nn.Module:
         """The model itself."""
-        return self._held[0]
+        return self.models[0]
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -63,10 +57,6 @@ class FrozenTeacher(nn.Module):
     def output_layer(self) -> nn.Linear:
         """Of a causal language model."""
         return self.model.get_output_embeddings()  # type: ignore[operator]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenTeacher":
-        self.model._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
 
 def load_teacher(

@@ -3,15 +3,17 @@
 Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions that count), V vocabulary, S experts.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_logits.functional.checks import check_labels
+from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.dynamic_fusion import (
     FusionMode,
     FusionSolver,
@@ -19,6 +21,7 @@ from lit_logits.functional.dynamic_fusion import (
     fuse_logits,
     fusion_weights,
 )
+from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.dynamic_fusion.decoding import (
     FusedStep,
@@ -28,6 +31,7 @@ from lit_logits.modules.dynamic_fusion.decoding import (
     position_ids_of,
 )
 from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import eos_token_ids, num_logits
 
 __all__ = ["FusedCausalLM", "FusedScores"]
@@ -40,12 +44,10 @@ class FusedScores(NamedTuple):
     trace: FusionTrace
 
 
-class FusedCausalLM(nn.Module):
-    """Softmax of M^L + Σ_t α_t (M_t − M^S), with weights found anew for every token; see `fusion_weights`.
+class FusedCausalLM(FrozenModels):
+    """Softmax of M^L + Σ_t α_t (M_t − M^S), with new weights for every token; see `fusion_weights`.
 
-    The models are frozen, stay in `eval` mode and are in neither `parameters()` nor `state_dict()`. Those that are on
-    this module's device follow it to another one; one that is elsewhere, or was loaded with a `device_map`, stays
-    where it is. None changes its dtype.
+    The models are held as `FrozenModels` holds them, and keep their dtype.
 
     Args:
         large: the model to specialise.
@@ -59,16 +61,11 @@ class FusedCausalLM(nn.Module):
         step: of `fusion_weights`.
         static_alpha: fixed weights instead of a search: one for all experts, or one each. 1 is proxy tuning, 0 the
             large model.
-        chunk_size: positions of `score` whose logits are fused at a time.
-
-    Attributes:
-        trace: `FusionTrace` of the last `generate` or `score`, or None.
+        chunk_size: positions of `score` whose logits are fused at a time; None goes by the memory that they take.
 
     Raises:
         ValueError: for an argument that is out of range.
     """
-
-    anchor: Tensor
 
     def __init__(
         self,
@@ -83,43 +80,38 @@ class FusedCausalLM(nn.Module):
         bounds: tuple[float, float] = (0.0, 2.0),
         step: float = 0.1,
         static_alpha: float | Sequence[float] | None = None,
-        chunk_size: int = 256,
+        chunk_size: int | None = None,
     ) -> None:
-        super().__init__()
         if experts and base is None:
             raise ValueError(f"Expected a `base` for {len(experts)} expert(s), but got None.")
         small = [base, *experts] if base is not None else []
-        for model in (large, *small):
-            model.eval().requires_grad_(False)
-        self._held = (large, *small)  # in a tuple, so that they are not registered here
+        super().__init__(large, *small, keep_dtype=True)
         self.num_experts = len(experts)
         self.expert_names = list(expert_names or [f"expert_{number}" for number in range(len(experts))])
-        self.vocab_size = vocab_size or min(num_logits(model) for model in self._held)
+        self.vocab_size = vocab_size or min(num_logits(model) for model in self.models)
         self.search: dict[str, Any] = {"solver": solver, "mode": mode, "bounds": bounds, "step": step}
-        if chunk_size < 1:
-            raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
-        self.chunk_size = chunk_size
+        # Beside the models' logits there are the fused ones and what the search keeps for each position.
+        self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
         self.static_alpha = _check_static_alpha(static_alpha, len(experts))
+        self._trace_hooks: OrderedDict[int, Callable[[FusionTrace], Any]] = OrderedDict()
         if experts:  # a wrong argument is to be seen before the first token
             zeros = torch.zeros(1, 2)
             fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
-        self.trace: FusionTrace | None = None
-        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
 
     @property
     def large(self) -> PreTrainedModel:
         """The model that is specialised."""
-        return self._held[0]
+        return self.models[0]
 
     @property
     def base(self) -> PreTrainedModel | None:
         """The small base."""
-        return self._held[1] if len(self._held) > 1 else None
+        return self.models[1] if len(self.models) > 1 else None
 
     @property
     def experts(self) -> tuple[PreTrainedModel, ...]:
         """The small experts."""
-        return self._held[2:]
+        return self.models[2:]
 
     @property
     def is_active(self) -> bool:
@@ -130,19 +122,20 @@ class FusedCausalLM(nn.Module):
     def _labels(self) -> list[str]:
         return ["large model", "base", *(f"expert {name!r}" for name in self.expert_names)]
 
-    def train(self, mode: bool = True) -> "FusedCausalLM":
-        """Stay in `eval` mode."""
-        return super().train(False)
+    def register_trace_hook(self, hook: Callable[[FusionTrace], Any]) -> RemovableHandle:
+        """Call `hook` with the trace of every `generate` and `score` from now on.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedCausalLM":
-        """Take along, to another device but to no other dtype, the models that are where this module is."""
-        before = self.anchor.device
-        super()._apply(fn, recurse)
-        if self.anchor.device != before:
-            for model in self._held:
-                if model.device == before and not hasattr(model, "hf_device_map"):
-                    cast(nn.Module, model).to(self.anchor.device)
-        return self
+        Returns:
+            The handle whose `remove()` ends that.
+        """
+        handle = RemovableHandle(self._trace_hooks)
+        self._trace_hooks[handle.id] = hook
+        return handle
+
+    def _hand_out(self, trace: FusionTrace) -> FusionTrace:
+        for hook in self._trace_hooks.values():
+            hook(trace)
+        return trace
 
     # ------------------------------------------------------------------ fusing
 
@@ -212,12 +205,10 @@ class FusedCausalLM(nn.Module):
             )
         check_labels(labels, self.vocab_size, wait=True)
         device = self.large.device
-        targets = labels[:, 1:].to(device)
-        mask = targets != -100
-        if attention_mask is not None:  # the first token behind padding on the left has nothing to be predicted from
-            mask = mask & attention_mask[:, :-1].to(device).bool()
-        keep = F.pad(mask, (0, 1))  # a position predicts the next token
-        parts, start, chosen = [], 0, targets[mask]
+        # The first token after padding on the left has nothing to be predicted from.
+        targets, keep = next_token_labels(labels.to(device), keep=attention_mask)
+        mask = keep[:, :-1]
+        parts, start, chosen = [], 0, targets[keep]
         for step in self._fuse_positions(input_ids, attention_mask, keep):
             wanted = chosen[start : start + len(step.logits)].unsqueeze(1)
             log_probs = step.logits.log_softmax(-1).gather(1, wanted).squeeze(1)
@@ -225,10 +216,10 @@ class FusedCausalLM(nn.Module):
             start += len(step.logits)
         rows = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
         log_probs, alpha, forward, reverse = rows
-        self.trace = FusionTrace(
-            targets.clamp(min=0), mask, _scatter(alpha, mask), _scatter(forward, mask), _scatter(reverse, mask)
+        trace = FusionTrace(
+            targets[:, :-1].clamp(min=0), mask, _scatter(alpha, mask), _scatter(forward, mask), _scatter(reverse, mask)
         )
-        return FusedScores(_scatter(log_probs, mask), self.trace)
+        return FusedScores(_scatter(log_probs, mask), self._hand_out(trace))
 
     def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[FusedStep]:
         """Fused logits at the positions (B, T) where `keep` is true, in chunks and row by row."""
@@ -236,7 +227,7 @@ class FusedCausalLM(nn.Module):
         self._check_context(mask, 0)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
         keep = keep.to(self.large.device)
-        models = self._held if self.is_active else self._held[:1]
+        models = self.models if self.is_active else self.models[:1]
         rows = [self._rows(model, inputs, keep) for model in models]
         for chunk in zip(*(logits.split(self.chunk_size) for logits in rows), strict=True):
             yield self.fuse(chunk[0], chunk[1:])
@@ -262,7 +253,7 @@ class FusedCausalLM(nn.Module):
 
         Returns:
             What `generate` returns: (B, at most P + N) ids, or with `return_dict_in_generate` its output, which also
-            has `alpha` (S, B, N), `kl_forward` and `kl_reverse` (B, N). `trace` holds them in either case.
+            has `trace`, a `FusionTrace` of the N tokens, and the `alpha`, `kl_forward` and `kl_reverse` in it.
 
         Raises:
             ValueError: for an empty prompt, one that is longer than a model's context, a way to decode that is neither
@@ -273,7 +264,7 @@ class FusedCausalLM(nn.Module):
         new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
         self._check_context(mask, max(0, new_tokens))
         prompt_length = input_ids.shape[1]
-        followers = self._held[1:] if self.is_active else ()
+        followers = self.models[1:] if self.is_active else ()
         small = SmallModels(followers, self.fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
         inputs = {"input_ids": input_ids.to(self.large.device)}
         if attention_mask is not None:
@@ -282,10 +273,11 @@ class FusedCausalLM(nn.Module):
             output = self.large.generate(**inputs, **kwargs)  # type: ignore[operator]
         sequences = output if isinstance(output, Tensor) else output.sequences
         ends = eos_token_ids(self.large) if config.eos_token_id is None else config.eos_token_id
-        self.trace = small.trace(sequences[:, prompt_length:], ends, config.pad_token_id)
+        trace = self._hand_out(small.trace(sequences[:, prompt_length:], ends, config.pad_token_id))
         if not isinstance(output, Tensor):
+            output["trace"] = trace
             for name in ("alpha", "kl_forward", "kl_reverse"):
-                output[name] = getattr(self.trace, name)
+                output[name] = getattr(trace, name)
         return output
 
     def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -309,7 +301,7 @@ class FusedCausalLM(nn.Module):
 
     def _check_context(self, mask: Tensor, new_tokens: int) -> None:
         needed = int(mask.sum(1).max()) + new_tokens
-        for label, model in zip(self._labels, self._held, strict=False):
+        for label, model in zip(self._labels, self.models, strict=False):
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if isinstance(context, int) and 0 < context < needed:
                 raise ValueError(

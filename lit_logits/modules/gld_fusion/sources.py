@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
+from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
+from lit_logits.modules.language_models.frozen import FrozenModels, input_device
 from lit_logits.modules.language_models.inspect import check_causal_lm, digest_model, num_logits
 from lit_logits.modules.language_models.loading import is_plain_causal_lm, load_causal_lm
 from lit_logits.modules.language_models.tokenizers import find_tokenizer, tokenizer_id
@@ -23,11 +25,10 @@ __all__ = ["LogitSource", "counted_positions", "load_source", "view_of"]
 Model = nn.Module | str
 
 
-class LogitSource:
+class LogitSource(FrozenModels):
     """A frozen causal language model that gives the top-k logits of responses, chunk by chunk.
 
-    No module, so that it is in neither `parameters()` nor `state_dict()` of one that holds it. The model stays in
-    `eval` mode and keeps its dtype, whatever the autocast; it follows its batches to their device, unless pinned.
+    It keeps its dtype, whatever the autocast, and follows its batches to their device, unless it is pinned.
 
     Args:
         model: causal language model of transformers; frozen in place.
@@ -36,7 +37,7 @@ class LogitSource:
         tokenizer: its own, where it is known: batches of another one are refused then, and logits beyond its tokens
             (padding of the vocabulary) are left out.
         pinned: leave it where it is; default for a model that is not on the CPU.
-        chunk_size: positions whose logits are in memory at a time.
+        chunk_size: positions whose logits are in memory at a time; None goes by the memory that they take.
 
     Raises:
         ValueError: for a model that is no causal language model.
@@ -50,19 +51,26 @@ class LogitSource:
         origin: str = "",
         tokenizer: PreTrainedTokenizerBase | None = None,
         pinned: bool | None = None,
-        chunk_size: int = 1024,
+        chunk_size: int | None = None,
     ) -> None:
         check_causal_lm(model, f"the source {name!r}")
-        self.model = model.eval().requires_grad_(False)
-        self.name, self.origin, self.chunk_size = name, origin or type(model).__name__, chunk_size
-        self.pinned = _input_device(model).type != "cpu" if pinned is None else pinned
+        if pinned is None:
+            pinned = cast(torch.device, input_device(model)).type != "cpu"
+        super().__init__(model, keep_dtype=True, pinned=pinned)
+        self.name, self.origin = name, origin or type(model).__name__
         self.tokenizer_id = None if tokenizer is None else tokenizer_id(tokenizer)
         self.vocab_size = min(num_logits(model), num_logits(model) if tokenizer is None else len(tokenizer))
+        self.chunk_size = rows_a_chunk(self.vocab_size, chunk_size)
         self.is_plain = is_plain_causal_lm(model)
         self._checked: set[str] = set()
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.models[0]
+
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
+    def forward(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
         """Top-k logits of the positions that predict a response.
 
         Args:
@@ -79,18 +87,19 @@ class LogitSource:
         view = view_of(batch, self.name)
         self._check(view)
         mask, home = counted_positions(view), view["input_ids"].device
-        if not self.pinned and _input_device(self.model) != home:
-            cast(nn.Module, self.model).to(home)
-        device = _input_device(self.model)
+        if self.anchor.device != home:
+            self.to(home)
+        device = cast(torch.device, input_device(self.model))
         inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
         with torch.autocast(device.type, enabled=False):
             hidden = self._hidden(inputs)
             hidden = hidden[mask.to(hidden.device)]  # of a model on several devices the last one
-            parts = [
-                top_k_logits(self._logits(rows), top_k, temperature=temperature)
-                for rows in hidden.split(self.chunk_size)
-            ]
-        rows = TopKLogits(*(torch.cat(part).to(home) for part in zip(*parts, strict=True)))
+            top = chunked_rows(
+                lambda rows: top_k_logits(self._logits(rows), top_k, temperature=temperature),
+                hidden,
+                chunk_size=self.chunk_size,
+            )
+        rows = TopKLogits(*(values.to(home) for values in top))
         if not bool(rows.log_normalizer.isfinite().all()):
             raise ValueError(
                 f"Expected the logits of source {self.name!r} to be finite, but got NaN or infinities at"
@@ -147,7 +156,7 @@ class LogitSource:
 
 
 def load_source(
-    source: Model, name: str, kwargs: Mapping[str, Any] | None = None, *, chunk_size: int = 1024
+    source: Model, name: str, kwargs: Mapping[str, Any] | None = None, *, chunk_size: int | None = None
 ) -> LogitSource | LogitCache:
     """Load a source.
 
@@ -155,7 +164,7 @@ def load_source(
         source: hub id, local folder, `.gguf` path, a loaded causal language model, or the folder of a logit cache.
         name: what to call it.
         kwargs: for `from_pretrained`, such as `dtype` and `device_map`.
-        chunk_size: positions whose logits are in memory at a time.
+        chunk_size: positions whose logits are in memory at a time; None goes by the memory that they take.
 
     Raises:
         ValueError: If it is none of these, or a cache that is not complete.
@@ -178,13 +187,9 @@ def view_of(batch: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
 
 
 def counted_positions(view: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) positions that predict a label and, where `response_ends` tells, have read nothing behind the response."""
-    mask = F.pad(view["labels"][:, 1:] != -100, (0, 1))
+    """Return the (B, T) positions that predict a label and have read no more than the response.
+
+    `response_ends` tells the latter, where it is there.
+    """
+    mask = next_token_labels(view["labels"]).mask
     return mask & (view["response_ends"] >= 0) if "response_ends" in view else mask
-
-
-def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: of a model that accelerate has spread, where its embedding is computed."""
-    table = cast(nn.Embedding, model.get_input_embeddings())
-    device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
-    return table.weight.device if device is None else torch.device(device)

@@ -1,12 +1,13 @@
-"""Writing a model's folder."""
+"""Writing a model: its folder, or the file of its weights."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_logits.storage.folders import check_model_folder, replace_folder
+from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
 
-__all__ = ["save_model_folder"]
+__all__ = ["save_model_file", "save_model_folder"]
 
 
 def save_model_folder(
@@ -24,7 +25,7 @@ def save_model_folder(
         The folder's full path.
 
     Raises:
-        ValueError: for a folder that holds anything else; nothing is written then.
+        ValueError: If the folder holds anything else; nothing is written then.
     """
     path = Path(folder).expanduser().resolve()
     check_model_folder(path)
@@ -36,9 +37,29 @@ def save_model_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
 
+    _on_rank_zero(trainer, path, partial(replace_folder, path, write))
+    return path
+
+
+def save_model_file(path: str | Path, save: Callable[[Path], object], *, trainer: Any = None) -> Path:
+    """Write a file, as a whole or not at all; rank zero writes and the others wait.
+
+    Args:
+        path: the file, which is replaced if it is there.
+        save: writes the file that it is given.
+        trainer: of Lightning, or None.
+
+    Returns:
+        The file's full path.
+    """
+    path = Path(path).expanduser().resolve()
+    _on_rank_zero(trainer, path, partial(replace_file, path, save))
+    return path
+
+
+def _on_rank_zero(trainer: Any, path: Path, write: Callable[[], None]) -> None:
     if trainer is None or trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(path, write)
-    if trainer is not None:
+        write()
+    if trainer is not None:  # nobody reads what is not there yet
         trainer.strategy.barrier()
-    return path

@@ -205,16 +205,20 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
 
-def compact_model(
-    backbone: PreTrainedModel, head: VQLogitsHead | ResidualVQLogitsHead, generation_config: Any = None
-) -> VQLogitsForCausalLM:
-    """A backbone and a compressed head as one model of transformers, in `eval` mode.
+def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> VQLogitsForCausalLM:
+    """Join a backbone and a `VQLogitsHead` or `ResidualVQLogitsHead` to a model of transformers, in `eval` mode.
 
     Tensors are shared, not copied, but for those of a `VQLogitsHead`.
 
     Raises:
-        ValueError: for a recurrent backbone, whose cache `generate` could not be given.
+        ValueError: If the head is another one, or the backbone is recurrent: `generate` could not be given its cache.
     """
+    if not isinstance(head, VQLogitsHead | ResidualVQLogitsHead):
+        advice = " Use head='dense'." if isinstance(head, ExportableHead) else ""
+        raise ValueError(
+            f"Expected a `VQLogitsHead` or `ResidualVQLogitsHead` for head='compact', but got {type(head).__name__}."
+            f"{advice}"
+        )
     if getattr(backbone, "_is_stateful", False):
         raise ValueError(
             f"Expected a backbone whose cache is one of attention, but {type(backbone).__name__} is recurrent. Save it"
@@ -241,16 +245,17 @@ def compact_model(
 
 
 @torch.no_grad()
-def dense_model(
-    backbone: PreTrainedModel,
-    head: ExportableHead,
-    generation_config: Any = None,
-) -> PreTrainedModel:
-    """The original architecture in `eval` mode, its output layer the decoded rows; backbone tensors are shared.
+def dense_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> PreTrainedModel:
+    """Put the decoded rows of a head into the original architecture, in `eval` mode; backbone tensors are shared.
 
     Raises:
-        ValueError: for a token bias that the architecture has no place for.
+        ValueError: If the head is not an `ExportableHead`, or has a token bias that the architecture has no place for.
     """
+    if not isinstance(head, ExportableHead):
+        raise ValueError(
+            "Expected a head with `dense_weight`, `token_bias` and `footprint` for head='dense', but got"
+            f" {type(head).__name__}."
+        )
     config = copy.deepcopy(backbone.config)
     config.tie_word_embeddings = False
     with torch.device("meta"):

@@ -228,7 +228,7 @@ class VQLogitsHead(MovingCodes):
         self._count(labels, ignore_index)
         return loss
 
-    def losses(
+    def imitation_losses(
         self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
     ) -> ResidualVQLosses:
         """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.

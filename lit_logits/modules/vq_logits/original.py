@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.functional.residual_vq import DenseTarget
+from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import find_layers
 from lit_logits.modules.language_models.loading import CausalBackbone
 
 __all__ = ["OriginalOutput", "keep_original"]
 
 
-class OriginalOutput(nn.Module):
-    """Holds a dense output layer, and the backbone it belongs to, out of `parameters()` and `state_dict()`.
+class OriginalOutput(FrozenModels):
+    """A dense output layer, and the backbone it belongs to, held out of training.
 
     Args:
         weight: (V, d) rows; not copied.
         bias: (V,) in nats, or None.
-        backbone: what the layer reads, in place frozen and in `eval` mode; None where the backbone of the compressed
-            model is not trained, so that its hidden states serve both.
-        num_shared_layers: how many of the first layers are those of the compressed model, frozen; see `sharing_layers`.
+        backbone: what the layer reads, frozen in place; None where the backbone of the compressed model is not trained,
+            so that its hidden states serve both.
+        num_shared_layers: how many of the first layers of `backbone` are those of the compressed model, frozen; see
+            `sharing_layers`.
 
     Example:
         >>> original = OriginalOutput(torch.zeros(5, 3))
@@ -42,65 +44,65 @@ class OriginalOutput(nn.Module):
         *,
         num_shared_layers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(*([] if backbone is None else [backbone]))
+        self._rows = _Rows(weight, bias)
+        self._shared: list[Any] = []  # the last output of the shared layers
+        if backbone is not None and num_shared_layers:
+            for layer in find_layers(backbone)[1][:num_shared_layers]:
+                layer.forward = _Replay(self._shared, layer.forward)
         self.num_shared_layers = num_shared_layers
-        self._weight, self._bias = weight, bias
-        self._held = () if backbone is None else (backbone.eval().requires_grad_(False),)  # so not registered here
 
     @torch.no_grad()
     def target(self, hidden: Tensor, **inputs: Any) -> DenseTarget:
-        """What to imitate.
+        """Return what to imitate.
 
         Args:
             hidden: (B, T, d) of the compressed model, taken over where there is no backbone.
             **inputs: of the backbone.
         """
-        for backbone in self._held:
+        for backbone in self.models:
             hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        return DenseTarget(hidden.detach(), self._weight, self._bias)
+        return DenseTarget(hidden.detach(), self._rows.weight, self._rows.bias)
 
     @contextlib.contextmanager
     def sharing_layers(self, backbone: nn.Module) -> Iterator[None]:
-        """Within, the shared layers run once: a run of the original goes on from where the last one of `backbone` was.
+        """Within, the shared layers run once: the original goes on from where the last run of `backbone` left them.
 
         Args:
             backbone: of the compressed model.
         """
-        outputs: list[Any] = []
-        theirs = [layer for held in self._held for layer in find_layers(held)[1][: self.num_shared_layers]]
-        before = [vars(layer).get("forward") for layer in theirs]  # hooks of others may live there
-        handles = []
-        if theirs:
-            last = find_layers(backbone)[1][len(theirs) - 1]
-            handles.append(last.register_forward_hook(lambda *given: outputs.append(given[-1])))
-        for layer in theirs:
-            layer.forward = _Replay(outputs, layer.forward)
+        if not self.num_shared_layers:
+            yield
+            return
+        last = find_layers(backbone)[1][self.num_shared_layers - 1]
+        handle = last.register_forward_hook(lambda *given: self._shared.append(given[-1]))
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            for layer, forward in zip(theirs, before, strict=True):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
+            handle.remove()
+            self._shared.clear()
 
     def separate(self, backbone: nn.Module) -> "OriginalOutput":
-        """The same with tensors of its own, where `backbone`, of the compressed model, is about to change.
+        """Return the same with tensors of its own, where `backbone`, of the compressed model, is about to change.
 
         Args:
             backbone: as it still is; it serves where this holds none.
         """
-        own = copy.deepcopy(self._held[0] if self._held else backbone)
-        return OriginalOutput(self._weight.clone(), None if self._bias is None else self._bias.clone(), own)
+        own = copy.deepcopy(self.models[0] if self.models else backbone)
+        weight, bias = self._rows.weight, self._rows.bias
+        return OriginalOutput(weight.clone(), None if bias is None else bias.clone(), own)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OriginalOutput":
-        for backbone in self._held:
-            backbone._apply(fn, recurse)
-        self._weight = fn(self._weight)
-        self._bias = None if self._bias is None else fn(self._bias)
-        return super()._apply(fn, recurse)
+
+class _Rows(nn.Module):
+    """Rows of an output layer that follow to devices and dtypes, and are in no checkpoint."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
 
 def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> OriginalOutput:
@@ -121,17 +123,19 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
     frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
     if len(frozen) == len(list(parts.model.parameters())):
         return OriginalOutput(parts.output_weight, parts.output_bias)
+    weight = parts.output_weight.clone()
     bias = None if parts.output_bias is None else parts.output_bias.clone()
-    backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
-    original = OriginalOutput(parts.output_weight.clone(), bias, backbone, num_shared_layers=num_frozen_layers)
-    if num_frozen_layers and not _goes_on(original, parts.model):
-        original.num_shared_layers = 0
+    for num_shared_layers in (num_frozen_layers, 0):
+        backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
+        original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers)
+        if num_shared_layers == 0 or _goes_on(original, parts.model):
+            break
     return original
 
 
 @torch.no_grad()
 def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
-    """Whether the original can start behind the shared layers: some read more than the layer in front of them."""
+    """Whether the original can start after the shared layers: in some models a layer reads more than the one before."""
     weight = next(backbone.parameters())
     if weight.is_meta:
         return False

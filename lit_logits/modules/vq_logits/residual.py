@@ -147,10 +147,10 @@ class ResidualVQLogitsHead(nn.Module):
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> Tensor:
         """Cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
-        losses = self.losses(hidden, labels, ignore_index=ignore_index).cross_entropy
+        losses = self.imitation_losses(hidden, labels, ignore_index=ignore_index).cross_entropy
         return reduce_tokens(losses, labels != ignore_index, reduction)
 
-    def losses(
+    def imitation_losses(
         self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
     ) -> ResidualVQLosses:
         """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token."""

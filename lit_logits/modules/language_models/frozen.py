@@ -1,0 +1,73 @@
+"""Models that are held and not trained: teachers, sources, originals, and what decodes together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenModels", "input_device"]
+
+
+class FrozenModels(nn.Module):
+    """Hold models out of `parameters()`, `state_dict()` and `train()`; they are in neither checkpoint nor optimizer.
+
+    They stay in `eval` mode without gradients, and follow this module to other devices and dtypes. A model that
+    accelerate has spread (`device_map`) or that was put elsewhere stays where it is.
+
+    Args:
+        *models: frozen in place.
+        keep_dtype: follow to devices only. It is for models that read token ids: what reads images, or hidden states
+            of a model that is trained, must have the dtype of those.
+        pinned: follow nowhere.
+
+    Example:
+        >>> held = FrozenModels(nn.Linear(4, 3)).train()
+        >>> len(list(held.parameters())), held.models[0].training, held.half().models[0].weight.dtype
+        (0, False, torch.float16)
+    """
+
+    anchor: Tensor
+
+    def __init__(self, *models: nn.Module, keep_dtype: bool = False, pinned: bool = False) -> None:
+        super().__init__()
+        for model in models:
+            model.eval().requires_grad_(False)
+        self._held = models  # in a tuple, so that they are not registered here
+        self._keep_dtype, self.pinned = keep_dtype, pinned
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The models, as they were given."""
+        return self._held
+
+    def train(self, mode: bool = True) -> "FrozenModels":
+        """Stay in `eval` mode."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenModels":
+        """Take along the models that are where this module is."""
+        before = self.anchor.device
+        super()._apply(fn, recurse)
+        for model in self._held:
+            if self.pinned or hasattr(model, "hf_device_map") or input_device(model) not in (before, None):
+                continue
+            if not self._keep_dtype:
+                model._apply(fn, recurse)
+            elif self.anchor.device != before:
+                model.to(self.anchor.device)
+        return self
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Return where a model takes its input: of one that accelerate has spread, where its embedding is computed.
+
+    None is a model without tensors.
+    """
+    first: nn.Module = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model  # type: ignore[operator]
+    device = getattr(getattr(first, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    tensors = (tensor for group in (first.parameters(), first.buffers()) for tensor in group)
+    return next((tensor.device for tensor in tensors), None)

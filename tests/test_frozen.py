@@ -1,0 +1,98 @@
+"""Models that are held out of training."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
+from lit_logits.modules import VQLogitsHead
+from lit_logits.modules.language_models.frozen import FrozenModels, input_device
+from lit_logits.modules.language_models.loading import new_causal_lm
+from lit_logits.modules.metrics import StageMeans
+
+LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 20}
+LLAMA |= {"num_attention_heads": 2}
+
+
+class Spread(nn.Linear):
+    """As accelerate leaves a model that it has spread over devices."""
+
+    hf_device_map = {"": "cpu"}  # noqa: RUF012
+
+
+def test_held_models_are_in_nothing_that_is_trained_or_saved():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    holder = nn.ModuleDict({"held": FrozenModels(model), "own": nn.Linear(2, 2)})
+    assert [name for name, _ in holder.named_parameters()] == ["own.weight", "own.bias"]
+    assert list(holder.state_dict()) == ["own.weight", "own.bias"]
+    holder.train()
+    assert not model.training
+    assert not model[1].training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("keep_dtype", [True, False])
+def test_held_models_follow_to_devices_and_unless_told_otherwise_to_dtypes(keep_dtype):
+    holder = FrozenModels(nn.Linear(2, 2), nn.Linear(2, 2), keep_dtype=keep_dtype).half()
+    expected = torch.float32 if keep_dtype else torch.float16
+    assert [model.weight.dtype for model in holder.models] == [expected] * 2
+    holder.to("meta")
+    assert [model.weight.device.type for model in holder.models] == ["meta"] * 2
+
+
+@pytest.mark.parametrize("keep_dtype", [True, False])
+def test_what_stands_elsewhere_stays_there(keep_dtype):
+    spread, elsewhere, here = Spread(2, 2), nn.Linear(2, 2, device="meta"), nn.Linear(2, 2)
+    holder = FrozenModels(spread, elsewhere, here, keep_dtype=keep_dtype)
+    holder.to("meta")
+    assert [input_device(model).type for model in holder.models] == ["cpu", "meta", "meta"]
+    pinned = FrozenModels(nn.Linear(2, 2), keep_dtype=keep_dtype, pinned=True).to("meta")
+    assert input_device(pinned.models[0]).type == "cpu"
+
+
+def test_a_copy_holds_copies():
+    holder = FrozenModels(nn.Linear(2, 2))
+    assert copy.deepcopy(holder).models[0] is not holder.models[0]
+
+
+def test_a_model_without_tensors_is_nowhere():
+    assert input_device(nn.ReLU()) is None
+    FrozenModels(nn.ReLU()).to("meta")
+
+
+def test_every_method_holds_its_frozen_models_in_the_same_way():
+    model = new_causal_lm(LLAMA)
+    student = DualHeadKD(nn.Linear(4, 3), nn.Linear(4, 3))
+    fused = DynamicFusionDecoder(model, copy.deepcopy(model), [copy.deepcopy(model)])
+    fusion = GLDFusionModule(copy.deepcopy(model), {"source": copy.deepcopy(model)})
+    held = [student.teacher, fused.fused, fusion.sources["source"]]
+    assert all(isinstance(part, FrozenModels) for part in held)
+
+
+def test_means_that_were_reset_without_gradients_take_in_values_with_them():
+    """`validate` and then `fit`: what inference mode has made cannot be changed in place outside of it."""
+    means = StageMeans("nll")
+    with torch.inference_mode():
+        means.update("val", nll=torch.ones(2))
+        assert means.compute("val")["nll"] == 1
+    means.update("val", nll=torch.tensor([2.0, 4.0]))
+    assert means.compute("val")["nll"] == 3
+
+
+@pytest.mark.parametrize("method", [CausalLM, partial(VQLogitsLM, head=partial(VQLogitsHead, codebook_size=4))])
+def test_validate_before_fit(method, tmp_path):
+    ids = torch.arange(12).repeat(4, 1)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(**settings, enable_progress_bar=False, default_root_dir=tmp_path)
+    model, loader = method({**LLAMA}, 20), DataLoader(rows, batch_size=2)
+    trainer.validate(model, loader, verbose=False)
+    trainer.fit(model, loader, loader)
+    assert trainer.callback_metrics["val/loss"].isfinite()
+    trainer.validate(model, loader, verbose=False)
+    trainer.fit(model, loader, loader)
