@@ -1,4 +1,4 @@
-"""What the losses of all methods rest on: reductions over the tokens that count, and the checks of tensors.
+"""What the losses of all methods rest on: shifted labels, reductions over the tokens that count, checks of tensors.
 
 Letters: N tokens, B samples, T positions.
 """
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_logits.functional.checks import check_finite, check_labels, check_not_negative, check_token_to_code
+from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.reductions import at_least_float32, chunked_sum, reduce_tokens, sample_mean
 
 
@@ -106,6 +107,47 @@ def test_a_chunked_sum_never_sees_more_than_a_chunk_and_takes_no_rows_too():
     assert chunked_sum(total, torch.ones(0, 2), chunk_size=3).item() == 0
     with pytest.raises(ValueError, match="`chunk_size` to be at least 1, but got 0"):
         chunked_sum(total, torch.ones(7), chunk_size=0)
+
+
+# ---------------------------------------------------------------------- labels
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), samples=st.integers(0, 3), length=st.integers(0, 5), kind=st.integers(0, 2))
+def test_next_token_labels_are_a_loop_over_positions(seed, samples, length, kind):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 9, (samples, length), generator=g)
+    labels = labels.masked_fill(torch.rand(labels.shape, generator=g) < 0.2, IGNORE_INDEX)
+    keep = [None, torch.rand(samples, generator=g) < 0.6, torch.rand(labels.shape, generator=g) < 0.6][kind]
+    expected = torch.full(labels.shape, IGNORE_INDEX)
+    for b in range(samples):
+        for t in range(length - 1):
+            if keep is None or (keep[b] if kind == 1 else keep[b, t]):
+                expected[b, t] = labels[b, t + 1]
+    given_labels = labels.clone()
+    shifted, mask = next_token_labels(labels, keep=keep)
+    assert torch.equal(shifted, expected)
+    assert torch.equal(mask, expected != IGNORE_INDEX)
+    assert torch.equal(labels, given_labels)
+
+
+def test_next_token_labels_select_what_slices_select():
+    """The long form that callers wrote: states without the last position, labels without the first."""
+    hidden, labels = torch.randn(2, 4, 3), torch.tensor([[-100, 1, -100, 2], [3, 4, 5, -100]])
+    mask = labels[:, 1:] != -100
+    shifted, kept = next_token_labels(labels)
+    assert torch.equal(hidden[kept], hidden[:, :-1][mask])
+    assert torch.equal(shifted[kept], labels[:, 1:][mask])
+
+
+def test_next_token_labels_keep_dtype_and_take_another_ignored_label_and_masks_of_numbers():
+    labels = torch.tensor([[0, 0, 3], [1, 2, 3]], dtype=torch.int32)
+    shifted, mask = next_token_labels(labels, keep=torch.tensor([[1, 1, 1], [0, 1, 1]]), ignore_index=0)
+    assert shifted.dtype == torch.int32
+    assert shifted.tolist() == [[0, 3, 0], [0, 3, 0]]
+    assert mask.tolist() == [[False, True, False], [False, True, False]]
+    with pytest.raises(ValueError, match=r"`keep` of shape \(2,\) or \(2, 3\), as `labels` has, but got \(3,\)"):
+        next_token_labels(labels, keep=torch.ones(3))
 
 
 # ---------------------------------------------------------------------- checks

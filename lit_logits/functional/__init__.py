@@ -88,6 +88,11 @@ from lit_logits.functional.kmeans import (
     kmeans,
     nearest_centroids,
 )
+from lit_logits.functional.labels import (
+    IGNORE_INDEX,
+    NextTokenLabels,
+    next_token_labels,
+)
 from lit_logits.functional.lookup.kernel import (
     PackedHead,
     head_struct,
@@ -162,6 +167,7 @@ from lit_logits.functional.vq_logits import (
 )
 
 __all__ = [
+    "IGNORE_INDEX",
     "AlignedGradients",
     "ClassMoments",
     "CodeSplit",
@@ -178,6 +184,7 @@ __all__ = [
     "LookupLayout",
     "MetricKind",
     "NeuralCollapse",
+    "NextTokenLabels",
     "NodeStrengths",
     "PackedHead",
     "Reduction",
@@ -239,6 +246,7 @@ __all__ = [
     "mse_logit_loss",
     "nearest_centroids",
     "neural_collapse",
+    "next_token_labels",
     "node_strengths",
     "pack_bits",
     "packed_lookup_logits",

@@ -7,10 +7,12 @@ every step, so `check_labels` looks at tensors in host memory unless it is told 
 import torch
 from torch import Tensor
 
+from lit_logits.functional.labels import IGNORE_INDEX
+
 __all__ = ["check_finite", "check_labels", "check_not_negative", "check_token_to_code"]
 
 
-def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = -100, wait: bool = False) -> None:
+def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX, wait: bool = False) -> None:
     """Raise unless every label is `ignore_index` or in [0, num_classes).
 
     Args:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_logits.functional.checks import check_labels
+from lit_logits.functional.labels import IGNORE_INDEX
 
 __all__ = [
     "DenseTarget",
@@ -168,7 +169,7 @@ def residual_vq_losses(
     *,
     token_bias: Tensor | None = None,
     target: DenseTarget | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> ResidualVQLosses:
     """Cross-entropy and divergence from a dense output layer, exact, in memory that grows with neither N·V nor V·d.
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_logits.functional.checks import check_labels, check_token_to_code
+from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
 
 __all__ = [
@@ -115,7 +116,7 @@ def vq_cross_entropy(
     labels: Tensor,
     *,
     token_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Next-token cross-entropy of vector-quantised logits, exact, in O(N·K) time and memory.
@@ -161,7 +162,7 @@ def straight_through_vq_cross_entropy(
     *,
     latents: Tensor,
     token_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """`vq_cross_entropy` whose gradient also reaches a latent table behind the codes, straight through.
