@@ -16,7 +16,9 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 if it has fewer bits, else as it is: sums in half precision would lose their small terms.
+    """Return `tensor` in float32 if its dtype is narrower, else unchanged.
+
+    Sums in half precision would lose their small terms.
 
     Example:
         >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
@@ -37,7 +39,7 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
         reduction: `mean` over the tokens that count, their `sum`, or `none` (masked-out tokens become 0).
 
     Raises:
-        ValueError: for another `reduction`.
+        ValueError: If `reduction` is another word.
 
     Example:
         >>> reduce_tokens(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
@@ -54,11 +56,11 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
 
 
 def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over samples of the mean over what counts in each; a sample where nothing does gives 0, and counts.
+    """Compute the mean over samples of the mean over the positions that count in each.
 
-    Each sample weighs the same. A mean over all tokens could not be the same for a batch and for its parts, which have
-    other numbers of tokens; this one is, for parts of equally many samples, without a word between ranks or
-    micro-batches.
+    Each sample weighs the same, and one where no position counts enters as 0. A mean over all tokens of a batch is not
+    the mean of its parts, which differ in their number of tokens. This one is, for parts of equally many samples,
+    without communication between ranks or micro-batches.
 
     Args:
         values: (B, T); values at masked-out positions must be finite.
@@ -73,14 +75,18 @@ def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def chunked_sum(function: Callable[..., Tensor], *tensors: Tensor, chunk_size: int) -> Tensor:
-    """Σ over chunks of `function(*chunk)`; what a chunk makes is freed, and made again in backward.
+    """Sum `function(*chunk)` over chunks, holding the intermediates of one chunk at a time.
 
-    Peak memory is that of one chunk, for one more evaluation of `function`: a token loss never holds (N, V) logits.
+    They are freed after each chunk and computed again in backward. So peak memory is that of one chunk, at the price of
+    one more evaluation of `function`: a token loss never holds (N, V) logits.
 
     Args:
         function: takes a slice of every tensor and returns a scalar sum; without randomness.
         *tensors: (N, ...), cut along the first dimension; N may be 0.
         chunk_size: rows a chunk.
+
+    Raises:
+        ValueError: If `chunk_size` is below 1.
 
     Example:
         >>> chunked_sum(lambda x: x.exp().sum(), torch.zeros(5), chunk_size=2)
@@ -89,5 +95,7 @@ def chunked_sum(function: Callable[..., Tensor], *tensors: Tensor, chunk_size: i
     if chunk_size < 1:
         raise ValueError(f"Expected `chunk_size` to be at least 1, but got {chunk_size}.")
     chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
+    # The non-reentrant kind works without inputs that require gradients, as where only the head inside `function` is
+    # trained. Random states are not kept, as `function` draws nothing.
     sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(sums).sum()
