@@ -295,7 +295,7 @@ def test_the_figure_shows_the_usage_it_was_given():
     snapshots = torch.tensor([[0.25, 0.25, 0.5], [0.1, 0.6, 0.3]])
     figure = codebook_monitor.usage_figure(snapshots, [10, 20])
     heat, curve = figure.axes[:2]
-    shown = torch.tensor(heat.images[0].get_array().filled().tolist())
+    shown = torch.tensor(heat.images[0].get_array().filled().tolist())  # type: ignore[attr-defined]
     torch.testing.assert_close(10**shown, 3 * snapshots[:, [1, 2, 0]].T, rtol=1e-4, atol=1e-4)
     assert [tick.get_text() for tick in heat.get_xticklabels()] == ["10", "20"]
     torch.testing.assert_close(torch.tensor(curve.lines[0].get_xdata().tolist()), torch.tensor([1.8, 0.9, 0.3]))

@@ -191,10 +191,10 @@ def test_predictions_are_written():
     assert [file.name for file in files] == [f"00000{i}-0.pt" for i in range(4)]
     written = [torch.load(file) for file in files]
     assert [row for part in written for row in part["rows"]] == list(range(8))
-    batches = run.datamodule.predict_dataloader()
+    batches = run.datamodule.predict_dataloader()  # type: ignore[attr-defined]
     for part, batch in zip(written, batches, strict=True):
         assert torch.equal(part["predictions"], run.lightning_module.predict_step(batch, 0))
-    kinds = [type(c) for c in fit().trainer.callbacks]
+    kinds = [type(c) for c in fit().trainer.callbacks]  # type: ignore[attr-defined]
     assert PredictionWriter not in kinds
 
 
@@ -358,13 +358,13 @@ class BoringText(CountingData):
 
 def test_default_callbacks_join_those_of_the_user():
     trainer = fit("--trainer.callbacks=[DeviceStatsMonitor]", "--trainer.fast_dev_run=1").trainer
-    kinds = [type(c) for c in trainer.callbacks]
+    kinds = [type(c) for c in trainer.callbacks]  # type: ignore[attr-defined]
     assert {LastCheckpoint, LearningRateMonitor, LineProgress} <= set(kinds)
 
 
 def test_default_callbacks_yield_to_those_of_the_user():
     own = "[{class_path: ModelCheckpoint, init_args: {save_last: true}}, LearningRateMonitor, TQDMProgressBar]"
-    callbacks = fit(f"--trainer.callbacks={own}").trainer.callbacks
+    callbacks = fit(f"--trainer.callbacks={own}").trainer.callbacks  # type: ignore[attr-defined]
     counts = {kind: sum(isinstance(c, kind) for c in callbacks) for kind in (ModelCheckpoint, LearningRateMonitor)}
     assert counts == {ModelCheckpoint: 1, LearningRateMonitor: 1}
     assert any(isinstance(c, TQDMProgressBar) for c in callbacks)
@@ -374,7 +374,7 @@ def test_default_callbacks_yield_to_those_of_the_user():
 
 def test_default_callbacks_obey_the_switches():
     off = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
-    kept = [c for c in fit(*off).trainer.callbacks if type(c).__module__.startswith("lit_logits.")]
+    kept = [c for c in fit(*off).trainer.callbacks if type(c).__module__.startswith("lit_logits.")]  # type: ignore[attr-defined]
     assert kept == []
 
 

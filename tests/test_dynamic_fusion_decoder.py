@@ -331,5 +331,5 @@ def test_from_the_command_line_with_event_files(files, tmp_path, monkeypatch):
     assert file.read_text() == first
     assert list((tmp_path / "runs" / "mine").glob("version_*/events.out.tfevents.*"))
     cli = LitLogitsCLI(["test", "--config", "mine.yaml", "--model.init_args.solver", "grid"])
-    assert any(isinstance(callback, FusionWeightLogger) for callback in cli.trainer.callbacks)
+    assert any(isinstance(callback, FusionWeightLogger) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
     assert cli.trainer.callback_metrics["test/ppl"] > 1

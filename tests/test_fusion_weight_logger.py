@@ -453,8 +453,8 @@ def test_curves_show_what_they_were_given():
     weights, divergences = figure.axes
     for index, row in enumerate(alpha):
         for patch in weights.patches[2 * index : 2 * index + 2]:  # the area and its edge
-            torch.testing.assert_close(torch.tensor(patch.get_data().values), row)
-            assert patch.get_data().edges.tolist() == [n - 0.5 for n in range(31)]
+            torch.testing.assert_close(torch.tensor(patch.get_data().values), row)  # type: ignore[attr-defined]
+            assert patch.get_data().edges.tolist() == [n - 0.5 for n in range(31)]  # type: ignore[attr-defined]
     for line, row in zip(divergences.lines, (forward, reverse), strict=True):
         assert line.get_xdata().tolist() == list(range(30))
         torch.testing.assert_close(torch.tensor(line.get_ydata()), row)

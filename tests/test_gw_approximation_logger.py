@@ -630,10 +630,10 @@ def test_scatter_shows_every_pair_the_newest_boldest():
     points = [found for found in axes.collections if len(found.get_offsets())]
     for found, expected in zip(points, pairs.values(), strict=True):
         assert found.get_offsets().tolist() == [list(pair) for pair in expected]
-        alpha = found.get_facecolors()[:, 3].tolist()
+        alpha = found.get_facecolor()[:, 3].tolist()
         assert alpha == sorted(alpha)
         assert alpha[-1] == pytest.approx(0.9)
-    assert points[0].get_facecolors()[0, :3].tolist() != points[1].get_facecolors()[0, :3].tolist()
+    assert points[0].get_facecolor()[0, :3].tolist() != points[1].get_facecolor()[0, :3].tolist()
     assert axes.get_xlim() == axes.get_ylim() == (pytest.approx(0.5 - 0.175), pytest.approx(4 + 0.175))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "y = x",

@@ -218,7 +218,7 @@ def test_a_model_can_name_the_settings_that_count(tmp_path):
     class Named(Teller):
         @property
         def prediction_settings(self):
-            return {"solver": self.hparams.solver}
+            return {"solver": self.hparams.solver}  # type: ignore[attr-defined]
 
     predict(tmp_path, Named(steps=3), Data(4))
     assert predict(tmp_path, Named(steps=4)).asked == [4, 5, 6]

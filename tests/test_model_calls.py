@@ -78,7 +78,7 @@ class _Remote(nn.Module):
         self.inner, self.forgets, self.gives = make("llama"), forgets, gives
         parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("input_ids", *names)]
         self.forward = self._read
-        self._read.__func__.__signature__ = inspect.Signature([inspect.Parameter("self", 0), *parameters])
+        self._read.__func__.__signature__ = inspect.Signature([inspect.Parameter("self", 0), *parameters])  # type: ignore[attr-defined]
 
     def _read(self, input_ids=None, **given):
         cache = next((given[name] for name in CACHE_NAMES if name in given), None)

@@ -371,7 +371,7 @@ def test_the_figure_shows_the_cosines_it_was_given():
     assert heat.images[0].get_clim() == (-1, 1)
     assert "epoch 7: nc2 = 0.700" in heat.get_title()  # (0.3 + 1.2 + 0.6) / 3
     assert [tick.get_text() for tick in heat.get_yticklabels()] == ["cat", "dog", "a name that is much "]
-    edges = [bar.get_x() for bar in counts.patches if bar.get_height()]
+    edges = [bar.get_x() for bar in counts.patches if bar.get_height()]  # type: ignore[attr-defined]
     assert len(edges) == 3  # each pair once, without the diagonal
     assert all(min(abs(edge - value) for edge in edges) < 0.026 for value in (-0.2, 0.1, 0.7))
     assert [line.get_xdata()[0] for line in counts.lines] == pytest.approx([-0.5, 0.2])

@@ -227,7 +227,7 @@ def test_gradients_are_those_of_the_dense_layer():
         return torch.autograd.grad((weight * function(*leaves)).sum(), leaves)
 
     def dense(hidden, codebooks, bias):
-        rows = 0
+        rows = torch.zeros(V, G * WIDTH).double()
         for stage, owners in enumerate(members):
             parts = [codebooks[stage, g][codes[stage][:, g].long()] for g in range(G)]
             part = torch.cat(parts, dim=1)

@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the mathematics of the four methods, without state."""
 
+# For users. Modules of the package import from the files below, so that their lists of names look alike.
 from lit_logits.functional.alignment import (
     align_positions,
     common_span,

@@ -1,8 +1,8 @@
-"""Which positions of two tokenisations of one text have read the same characters.
+"""Alignment of two tokenisations of one text, by the characters that a position has read.
 
-A position's end is the number of characters of the response that a model has read there: 0 behind the prompt, the
-length of the response behind its last token. Two models that have read the same text each predict what comes next, in
-tokens of their own; only there can their predictions be compared.
+A position's end is the number of characters of the response that a model has read there: 0 after the prompt, the length
+of the response after its last token. Two models that have read the same text each predict what comes next, in tokens of
+their own; only there can their predictions be compared.
 
 Letters: B samples, T and U positions.
 """
@@ -14,16 +14,16 @@ __all__ = ["align_positions", "common_span"]
 
 
 def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
-    """For each position of the first tokenisation the position of the second that has read the same, or −1.
+    """Find for each position of the first tokenisation the position of the second that has read the same text.
 
-    Of several tokens with one end (white space in front of the response) the last one counts.
+    Of several tokens with one end (white space before the response) the last one counts.
 
     Args:
         ends1: (B, T) characters of the response read, not decreasing along T; −1 where a position does not count.
         ends2: (B, U) of the second.
 
     Returns:
-        (B, T) indices along U.
+        (B, T) indices along U; −1 where no position of the second has read the same.
 
     Example:
         >>> align_positions(torch.tensor([[-1, 0, 3, 7, 9]]), torch.tensor([[0, 5, 7, 8, 9]]))
@@ -33,6 +33,7 @@ def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
     stride = int(max(ends1.max(), ends2.max()).item()) + 1 if ends1.numel() and ends2.numel() else 0
     if stride <= 0:
         return result
+    # Sample and end as one number: then one sorted search serves the whole batch, however ragged.
     keys1, keys2 = (_keys(ends, stride) for ends in (ends1, ends2))
     place1, place2 = (ends.flatten().ge(0).nonzero().squeeze(1) for ends in (ends1, ends2))
     if not len(keys1) or not len(keys2):
@@ -47,7 +48,9 @@ def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
 
 
 def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of the positions that count and lie where both tokenisations reach: a response may have been cut in either.
+    """Return masks of the positions that count and lie in the span that both tokenisations reach.
+
+    Either may have been truncated, the response with it.
 
     Args:
         ends1: (B, T) as in `align_positions`.
@@ -65,6 +68,6 @@ def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _keys(ends: Tensor, stride: int) -> Tensor:
-    """Sample and end as one number, of the positions that count, ascending."""
+    """Encode sample and end of each position that counts as one number, sample · stride + end, ascending."""
     row = torch.arange(len(ends), device=ends.device).unsqueeze(1) * stride
     return (row + ends)[ends >= 0]

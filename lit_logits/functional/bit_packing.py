@@ -5,11 +5,11 @@ from torch import Tensor
 
 __all__ = ["code_bits", "pack_bits", "unpack_bits"]
 
-_PACK_CHUNK = 1 << 20  # values
+_PACK_CHUNK = 1 << 20  # values; bounds what is spread out to a number a bit
 
 
 def code_bits(codebook_size: int) -> int:
-    """Bits ⌈log2 K⌉ of a code.
+    """Return the bits of a code, ⌈log2 K⌉.
 
     Example:
         >>> code_bits(1), code_bits(256), code_bits(257)
@@ -19,17 +19,20 @@ def code_bits(codebook_size: int) -> int:
 
 
 def pack_bits(values: Tensor, num_bits: int) -> Tensor:
-    """Integers in [0, 2^bits) as a stream of bits, the highest of each first: (⌈n · bits / 8⌉,) uint8.
+    """Pack integers in [0, 2^bits) into a stream of bits, the highest bit of each first.
 
     Args:
         values: (n,) of any integer dtype.
         num_bits: in [0, 32].
 
+    Returns:
+        (⌈n · bits / 8⌉,) uint8; zeros fill up the last byte.
+
     Example:
         >>> pack_bits(torch.tensor([1, 2, 3, 0]), num_bits=2)
         tensor([108], dtype=torch.uint8)
     """
-    if num_bits == 8:
+    if num_bits == 8:  # bytes already, and the commonest case
         return values.to(torch.uint8)
     parts = []
     for chunk in values.split(_PACK_CHUNK):  # a multiple of 8 values, so that each chunk ends with a byte
@@ -40,10 +43,13 @@ def pack_bits(values: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
-    """The `count` integers that `pack_bits` packed: (count,), uint8 for up to 8 bits, else int32.
+    """Unpack the `count` integers that `pack_bits` packed.
+
+    Returns:
+        (count,), uint8 for up to 8 bits, else int32.
 
     Raises:
-        ValueError: for a stream of another length.
+        ValueError: If the stream has another length.
 
     Example:
         >>> unpack_bits(torch.tensor([108], dtype=torch.uint8), num_bits=2, count=4)
@@ -58,7 +64,7 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
     if num_bits == 8:
         return packed
     parts = []
-    for start in range(0, count, _PACK_CHUNK):
+    for start in range(0, count, _PACK_CHUNK):  # the chunks of `pack_bits`, which start at whole bytes
         size = min(_PACK_CHUNK, count - start)
         stream = packed[start * num_bits // 8 : -(-(start + size) * num_bits // 8)].int()
         bits = ((stream.unsqueeze(1) >> _shifts(8, stream.device)) & 1).flatten()[: size * num_bits]

@@ -22,8 +22,8 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE
         wait: look at labels on an accelerator too; the host then waits for the device.
 
     Raises:
-        ValueError: for a label out of range.
-        TypeError: for labels that are not integers.
+        ValueError: If a label is out of range.
+        TypeError: If labels are not integers.
 
     Example:
         >>> check_labels(torch.tensor([3, -100]), num_classes=3)
@@ -46,7 +46,7 @@ def check_token_to_code(token_to_code: Tensor, vocab_size: int, codebook_size: i
     """Raise unless `token_to_code` maps each of `vocab_size` tokens to a code in [0, codebook_size).
 
     Raises:
-        ValueError: for another shape, a dtype that is not integer, or a code out of range.
+        ValueError: If shape or dtype do not fit, or a code is out of range.
 
     Example:
         >>> check_token_to_code(torch.tensor([0, 2]), vocab_size=2, codebook_size=2)
@@ -72,7 +72,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raise unless every element of the floating-point `tensor`, called `name` in the error, is finite.
 
     Raises:
-        ValueError: for a NaN or an infinity; the error counts them.
+        ValueError: If there is a NaN or an infinity; the error counts them.
     """
     wrong = int((~torch.isfinite(tensor)).sum())
     if wrong:
@@ -80,11 +80,11 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def check_not_negative(**values: float) -> None:
-    """Raise unless every value, named as the argument that it is, is a number of at least 0.
+    """Raise unless every value is at least 0; the keywords are the names of the arguments.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: If a value is negative or NaN; the error names the first.
     """
     for name, value in values.items():
-        if not value >= 0:
+        if not value >= 0:  # unlike `value < 0`, this catches NaN
             raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")

@@ -83,4 +83,6 @@ def _map_chunks(function: Callable[..., Any], tensors: tuple[Tensor, ...], chunk
     if len(tensors[0]) <= chunk_size:  # what fits is not made twice
         return [function(*tensors)]
     chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
+    # The non-reentrant kind works without inputs that require gradients, as where only the head inside `function` is
+    # trained. Random states are not kept, as `function` draws nothing.
     return [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Which token belongs to which code: first assignments, re-assignment, and the revival of dead codes.
+"""Assignment of tokens to codes: the first one, re-assignment, and the revival of dead codes.
 
 Letters: d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}), D dead codes.
 """
@@ -36,7 +36,10 @@ class CodeSplit(NamedTuple):
 
 
 def random_assignment(vocab_size: int, codebook_size: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Mapping (V,) that deals the tokens in random order to the codes in turn, so that no two sizes differ by over 1.
+    """Deal the tokens in random order to the codes in turn, so that the sizes of two codes differ by 1 at most.
+
+    Returns:
+        Mapping (V,) int64.
 
     Example:
         >>> random_assignment(5, 2).bincount()
@@ -46,9 +49,9 @@ def random_assignment(vocab_size: int, codebook_size: int, *, generator: torch.G
 
 
 def frequency_assignment(token_counts: Tensor, codebook_size: int, *, power: float = 0.5) -> Tensor:
-    """Mapping by frequency rank: frequent tokens share a code with few others, rare ones with many.
+    """Assign tokens by frequency rank: frequent tokens share a code with few others, rare ones with many.
 
-    The tokens in order of falling count are cut into K runs of about equal Σ (count + 1)^power, none empty.
+    The tokens in order of falling count are cut into K non-empty runs of about equal Σ (count + 1)^power.
 
     Args:
         token_counts: (V,), non-negative.
@@ -63,6 +66,7 @@ def frequency_assignment(token_counts: Tensor, codebook_size: int, *, power: flo
         tensor([2, 0, 1, 2, 2])
     """
     order = token_counts.argsort(descending=True, stable=True)
+    # In float64, as V numbers are added up. A token belongs to the run that holds the middle of its own mass.
     mass = (token_counts[order].double() + 1).pow(power)
     target = ((mass.cumsum(0) - 0.5 * mass) / mass.sum() * codebook_size).long().clamp(max=codebook_size - 1)
     target[0] = 0
@@ -83,7 +87,7 @@ def weighted_kmeans(
     generator: torch.Generator | None = None,
     progress_bar: bool = False,
 ) -> KMeansResult:
-    """Codebook and mapping that minimise the error of the logits that occur, not that of the weights.
+    """Fit codebook and mapping that minimise the error of the logits that occur, not that of the weights.
 
     Minimises Σ_v w_v E_h[(h·W_v − h·C_{M(v)})²] = Σ_v w_v ‖(W_v − C_{M(v)}) L‖² with w_v = count_v^power and
     E[h hᵀ] = L Lᵀ: k-means on the rows of W L, then C = C̃ L⁻¹. Frequent tokens become codes of their own. A token
@@ -103,7 +107,7 @@ def weighted_kmeans(
         Centroids (K, d) in the space of W, assignments (V,), and the inertia, which is the objective.
 
     Raises:
-        ValueError: for counts or a second moment that do not fit W or are not finite.
+        ValueError: If counts or second moment do not fit W or are not finite.
     """
     vocab_size, hidden_size = weight.shape
     if token_counts.shape != (vocab_size,):
@@ -117,6 +121,7 @@ def weighted_kmeans(
             f" {tuple(hidden_second_moment.shape)}."
         )
     check_finite(hidden_second_moment, "hidden_second_moment")
+    # Factorised in float64: hidden states vary by orders of magnitude more along some directions than along others.
     moment = hidden_second_moment.double()
     ridge = 1e-6 * moment.diagonal().mean().clamp(min=1e-12)
     root = torch.linalg.cholesky(moment + ridge * torch.eye(hidden_size, dtype=moment.dtype, device=moment.device))
@@ -129,6 +134,7 @@ def weighted_kmeans(
         generator=generator,
         progress_bar=progress_bar,
     )
+    # C = C̃ L⁻¹ by substitution, which is more exact than a product with the inverse.
     centroids = torch.linalg.solve_triangular(root, result.centroids, upper=False, left=False)
     return result._replace(centroids=centroids)
 
@@ -136,7 +142,7 @@ def weighted_kmeans(
 def code_means(
     vectors: Tensor, token_to_code: Tensor, codebook_size: int, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean vector and mass of each code.
+    """Compute the weighted mean vector and the mass of each code.
 
     Args:
         vectors: (V, d).
@@ -156,7 +162,7 @@ def code_means(
 
 
 def reassign_tokens(vectors: Tensor, token_to_code: Tensor, codebook_size: int) -> Tensor:
-    """One k-means step of a token table: each token moves to the code whose tokens' mean is nearest.
+    """Move each token to the code whose tokens' mean is nearest: one k-means step of a token table.
 
     Args:
         vectors: (V, d) table that says which tokens are alike, such as the input embedding.
@@ -164,14 +170,14 @@ def reassign_tokens(vectors: Tensor, token_to_code: Tensor, codebook_size: int) 
         codebook_size: K.
 
     Returns:
-        (V,) int64. A code that had no tokens gets none.
+        (V,) int64. A code without tokens stays without.
 
     Example:
         >>> reassign_tokens(torch.tensor([[0.0], [0.1], [1.0], [0.2]]), torch.tensor([0, 0, 1, 1]), 2)
         tensor([0, 0, 1, 0])
     """
     means, mass = code_means(vectors, token_to_code, codebook_size)
-    living = mass.nonzero().squeeze(1)
+    living = mass.nonzero().squeeze(1)  # the mean of an empty code is only 0, and would attract tokens near 0
     return living[nearest_centroids(vectors, means[living])]
 
 
@@ -210,10 +216,11 @@ def split_heavy_codes(
         raise ValueError(f"Expected at least one living code of {codebook_size}, but all of them are dead.")
     weights = token_counts if bool((token_counts > 0).any()) else torch.ones_like(token_counts)
     mapping = _evacuate(token_to_code, codebook_size, dead, weights, vectors)
+    # Tokens grouped by code with one sort and one transfer to the host, not one for each code.
     members = list(mapping.argsort(stable=True).split(mapping.bincount(minlength=codebook_size).tolist()))
     costs = torch.tensor([_cost(tokens, weights, vectors) for tokens in members])
     sources = torch.full_like(dead, -1)
-    for i, code in enumerate(dead.tolist()):
+    for i, code in enumerate(dead.tolist()):  # both halves compete again, so a very heavy code may be split repeatedly
         heavy = int(costs.argmax())
         if costs[heavy] <= 0:
             break
@@ -229,7 +236,7 @@ def split_heavy_codes(
 def _evacuate(
     token_to_code: Tensor, codebook_size: int, dead: Tensor, weights: Tensor, vectors: Tensor | None
 ) -> Tensor:
-    """Move the tokens of dead codes to the nearest living code, or to the lightest where nothing says what is near."""
+    """Move the tokens of dead codes to the nearest living code; without vectors, all to the lightest one."""
     mapping = token_to_code.clone()
     stranded = torch.isin(mapping, dead)
     if not bool(stranded.any()):
@@ -250,6 +257,7 @@ def _evacuate(
 
 
 def _cost(tokens: Tensor, weights: Tensor, vectors: Tensor | None) -> float:
+    """Compute the cost of a code as in `split_heavy_codes`; 0 where there is nothing to split."""
     counts = weights[tokens].double()
     mass = counts.sum()
     if tokens.numel() < 2 or mass == 0:
@@ -268,7 +276,7 @@ def _halve(
     if vectors is not None:
         side = kmeans(vectors[tokens], 2, weights=weights[tokens], generator=generator).assignments.bool()
         halves = tokens[~side], tokens[side]
-    if vectors is None or min(half.numel() for half in halves) == 0:
+    if vectors is None or min(half.numel() for half in halves) == 0:  # 2-means of equal vectors leaves one side empty
         ranked = tokens[weights[tokens].argsort(descending=True, stable=True)]
         halves = ranked[::2], ranked[1::2]
     first, second = halves

@@ -1,4 +1,4 @@
-"""What a codebook and its mapping are worth: usage, floor, size, and the loss that ties latents to codes.
+"""Measures of a codebook and its mapping: usage, floor, size, and the loss that ties latents to codes.
 
 Letters: d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}), b token bias.
 """
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_logits.functional.bit_packing import code_bits
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.vq_logits import code_log_mass
 
@@ -31,7 +32,7 @@ class Footprint(NamedTuple):
 
 
 def vq_footprint(hidden_size: int, vocab_size: int, codebook_size: int, *, bias: bool, itemsize: int) -> Footprint:
-    """Parameters and bytes of a codebook with mapping and optional bias; the mapping counts as bytes only.
+    """Count parameters and bytes of a codebook with mapping and optional bias; the mapping counts as bytes only.
 
     Args:
         hidden_size: d.
@@ -45,7 +46,7 @@ def vq_footprint(hidden_size: int, vocab_size: int, codebook_size: int, *, bias:
         Footprint(parameters=294912, bytes=645120, dense_parameters=28311552, dense_bytes=56623104)
     """
     parameters = codebook_size * hidden_size + (vocab_size if bias else 0)
-    mapping_bits = vocab_size * (codebook_size - 1).bit_length()
+    mapping_bits = vocab_size * code_bits(codebook_size)
     dense_parameters = vocab_size * hidden_size
     return Footprint(
         parameters, parameters * itemsize + -(-mapping_bits // 8), dense_parameters, dense_parameters * itemsize
@@ -53,7 +54,7 @@ def vq_footprint(hidden_size: int, vocab_size: int, codebook_size: int, *, bias:
 
 
 def code_usage(token_counts: Tensor, token_to_code: Tensor, codebook_size: int) -> Tensor:
-    """Share of the counted tokens that each code carries; zeros when nothing was counted.
+    """Compute the share of the counted tokens that each code carries; zeros when nothing was counted.
 
     Args:
         token_counts: (V,), non-negative.
@@ -72,7 +73,7 @@ def code_usage(token_counts: Tensor, token_to_code: Tensor, codebook_size: int) 
 
 
 def code_perplexity(usage: Tensor) -> Tensor:
-    """Exponential of the entropy of `usage` (K,): K for even use, 1 when one code takes all.
+    """Compute the exponential of the entropy of `usage` (K,): K for even use, 1 when one code takes all.
 
     Example:
         >>> code_perplexity(torch.tensor([0.5, 0.5, 0.0]))
@@ -84,7 +85,7 @@ def code_perplexity(usage: Tensor) -> Tensor:
 def ppl_floor(
     token_counts: Tensor, token_to_code: Tensor, codebook_size: int, token_bias: Tensor | None = None
 ) -> Tensor:
-    """Perplexity that no backbone can go below with this mapping and bias, exp E_y[β_{M(y)} − b_y].
+    """Compute the perplexity that no backbone can go below with this mapping and bias, exp E_y[β_{M(y)} − b_y].
 
     It is the perplexity of a token once its code is known. Without a bias it is exp E_y[log n_{M(y)}], known before
     any training. A mapping with a code for every token has floor 1.
@@ -109,7 +110,9 @@ def ppl_floor(
 
 
 def commitment_loss(latents: Tensor, codebook: Tensor, token_to_code: Tensor) -> Tensor:
-    """Mean over tokens of ‖sg[c_{M(v)}] − a_v‖²: keeps latents near their codes; no gradient reaches the codebook.
+    """Compute the mean over tokens of ‖sg[c_{M(v)}] − a_v‖², which keeps latents near their codes.
+
+    No gradient reaches the codebook.
 
     Args:
         latents: (V, d).
@@ -124,9 +127,9 @@ def commitment_loss(latents: Tensor, codebook: Tensor, token_to_code: Tensor) ->
 
 
 def unigram_bias(token_counts: Tensor, token_to_code: Tensor | None = None, codebook_size: int | None = None) -> Tensor:
-    """Token bias that starts from how often tokens occur, b_v = log(count_v + ½) up to a constant.
+    """Compute a token bias from token counts, b_v = log(count_v + ½) up to a constant.
 
-    With logits of 0 the model then is the unigram model. With `token_to_code` the constant is one for each code, such
+    With logits of 0 the model then is the unigram model. With `token_to_code` each code has a constant of its own, such
     that β_k = log n_k as without a bias: the bias splits a code among its tokens and leaves the code's mass to the
     codebook, as a codebook made from pretrained weights needs.
 

@@ -12,7 +12,6 @@ Letters: B rows (images, sequences or tokens), C classes, τ temperature.
 References:
     [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
     [1]: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531, Sec. 2.
-
 """
 
 import math
@@ -43,7 +42,7 @@ LogitLoss = Literal["kl", "binary_kl", "binary_kl_norm", "mse", "l1", "cosine"]
 def kd_kl_divergence(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Knowledge distillation [1], τ² KL(softmax(z_T/τ) ‖ softmax(z_S/τ)).
+    """Compute the loss of knowledge distillation [1], τ² KL(softmax(z_T/τ) ‖ softmax(z_S/τ)).
 
     Args:
         student_logits: (..., C).
@@ -66,19 +65,10 @@ def kd_kl_divergence(
 def binary_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """BinaryKL [0], τ² Σ_k KL(σ(z_T/τ) ‖ σ(z_S/τ)): every class is a question of yes or no of its own.
+    """Compute BinaryKL [0], τ² Σ_k KL(σ(z_T/τ) ‖ σ(z_S/τ)), in which every class is a yes-or-no question of its own.
 
-    On one head it fights with cross-entropy, whose logits it does not leave free up to a constant; that is the
-    collapse that the paper reports.
-
-    Args:
-        student_logits: (..., C).
-        teacher_logits: (..., C).
-        temperature: τ > 0.
-        reduction: over rows; classes are summed.
-
-    Returns:
-        Nats, at least float32; a scalar, or (...) for `none`.
+    On one head it conflicts with cross-entropy: it fixes the constant in the logits that cross-entropy leaves free. The
+    paper reports the collapse that follows. Arguments and result as in `kd_kl_divergence`.
 
     Example:
         >>> binary_kl(torch.zeros(1, 1), torch.tensor([[2.0]]), temperature=1.0)  # log 2 − entropy of σ(2)
@@ -86,6 +76,7 @@ def binary_kl(
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     a, b = teacher / temperature, student / temperature
+    # Differences of log σ stay finite for any logits, where logarithms of σ would be −inf.
     yes = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
     no = torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))  # 1 − σ(a) would lose its digits
     return _reduce(temperature**2 * (yes + no).sum(-1), reduction)
@@ -94,19 +85,11 @@ def binary_kl(
 def binary_kl_norm(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """BinaryKL-Norm [0], τ² Σ_k KL(½ ‖ σ((z_S − z_T)/τ)), in closed form.
+    """Compute BinaryKL-Norm [0], τ² Σ_k KL(½ ‖ σ((z_S − z_T)/τ)), in closed form.
 
     It is τ² Σ_k log cosh x, x = (z_S − z_T)/(2τ), whose gradient (τ/2) tanh x is bounded by τ/2 a class: quadratic
-    where the logits are close and linear where they are far apart, whatever their size.
-
-    Args:
-        student_logits: (..., C).
-        teacher_logits: (..., C).
-        temperature: τ > 0.
-        reduction: over rows; classes are summed.
-
-    Returns:
-        Nats, at least float32; a scalar, or (...) for `none`.
+    where the logits are close and linear where they are far apart, whatever their size. Arguments and result as in
+    `kd_kl_divergence`.
 
     Example:
         >>> binary_kl_norm(torch.tensor([[100.0, 0.0]]), torch.zeros(1, 2), temperature=1.0)  # 50 − log 2
@@ -118,7 +101,7 @@ def binary_kl_norm(
 
 
 def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """Squared error of the logits, Σ_k (z_S − z_T)².
+    """Compute the squared error of the logits, Σ_k (z_S − z_T)².
 
     Example:
         >>> mse_logit_loss(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
@@ -129,7 +112,7 @@ def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction:
 
 
 def l1_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """Absolute error of the logits, Σ_k |z_S − z_T|.
+    """Compute the absolute error of the logits, Σ_k |z_S − z_T|.
 
     Example:
         >>> l1_logit_loss(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2))
@@ -140,7 +123,7 @@ def l1_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: 
 
 
 def cosine_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """One minus the cosine of the angle between the logits, in [0, 2]; blind to their length.
+    """Compute one minus the cosine of the angle between the logits, in [0, 2]; blind to their length.
 
     Example:
         >>> cosine_logit_loss(torch.tensor([[0.0, 3.0]]), torch.tensor([[2.0, 0.0]]))
@@ -158,10 +141,10 @@ def logit_loss(
     temperature: float,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The loss that `kind` names; `temperature` matters to `kl`, `binary_kl` and `binary_kl_norm` only.
+    """Compute the loss that `kind` names; `temperature` matters to `kl`, `binary_kl` and `binary_kl_norm` only.
 
     Raises:
-        ValueError: for another kind, a temperature that is not positive, or logits of different shapes.
+        ValueError: If `kind` is unknown, `temperature` is not positive, or the shapes of the logits differ.
 
     Example:
         >>> logit_loss(torch.tensor([[1.0]]), torch.zeros(1, 1), kind="mse", temperature=2.0)
@@ -181,7 +164,7 @@ def logit_loss(
 
 
 def _prepare(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Both logits in at least float32, once shapes and temperature are right."""
+    """Check shapes and temperature, and return both logits in at least float32."""
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"Expected `student_logits` and `teacher_logits` of one shape, but got {tuple(student_logits.shape)} and"
@@ -194,13 +177,17 @@ def _prepare(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
 
 
 class _LogCosh(torch.autograd.Function):
-    """Log cosh x without overflow or cancellation, and its derivative tanh x; only x is kept for backward."""
+    """Log cosh x without overflow or cancellation, and its derivative tanh x; only x is kept for backward.
+
+    Two identities: log cosh x = |x| + log(1 + e^(−2|x|)) − log 2, and cosh x = 1 + 2 sinh²(x/2) near 0.
+    """
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         size = x.abs()
         far = size + F.softplus(-2 * size) - math.log(2)
-        near = torch.log1p(2 * torch.sinh(size.clamp(max=1) / 2).square())  # where `far` cancels
+        # Near 0 the loss is x²/2, which `far` leaves over from terms of size 1. The clamp keeps sinh finite elsewhere.
+        near = torch.log1p(2 * torch.sinh(size.clamp(max=1) / 2).square())
         return torch.where(size < 1, near, far)
 
     @staticmethod
@@ -214,10 +201,14 @@ class _LogCosh(torch.autograd.Function):
 
 
 class _Saturate(torch.autograd.Function):
-    """Rows whose sum is no number any more become as large as a finite sum allows; gradients are as before."""
+    """Clamp rows so that their sum stays finite; pass gradients through.
+
+    The gradient of the loss is bounded, and right also where its value overflows; that of `torch.clamp` would be 0.
+    """
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
+        # The largest float divided by the number of rows: even if all rows are clamped, `sum` and `mean` are finite.
         return rows.clamp(max=torch.finfo(rows.dtype).max / max(1, rows.numel()))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Dynamic logit fusion: how far a large model moves along what small experts learned, found anew for every step.
+"""Dynamic logit fusion: how far a large model moves along what small experts learned, found again at every step.
 
 With P of the large model, Q of the small base and Q_t of its experts, all softmax of their logits M^L, M^S and M_t, the
 fused distribution tilts P exponentially along Δ_t = M_t − M^S,
@@ -15,7 +15,6 @@ Letters: B sequences, V vocabulary, S experts. Logits are in nats.
 References:
     [0]: On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion, 2024, arXiv 2406.15480. The tilting
         solver is ours.
-
 """
 
 import itertools
@@ -51,8 +50,8 @@ class FusionWeights(NamedTuple):
         objective: (B,) the sum of squares that is minimised, in nats².
         kl_forward: (B,) KL(P~ ‖ P) in nats.
         kl_reverse: (B,) KL(P ‖ P~) in nats.
-        num_evals: fused distributions that were evaluated for a sequence and, with `single`, an expert: as many as the
-            slowest of them took, for those that are done drop out.
+        num_evals: fused distributions that were evaluated for a sequence and, with `single`, an expert: the number of
+            the slowest one, as those that are done drop out.
     """
 
     alpha: Tensor
@@ -63,10 +62,10 @@ class FusionWeights(NamedTuple):
 
 
 def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor, alpha: Tensor) -> Tensor:
-    """Fused logits M^L + Σ_t α_t (M_t − M^S); α = 1 for one expert is proxy tuning.
+    """Compute fused logits M^L + Σ_t α_t (M_t − M^S); α = 1 for one expert is proxy tuning.
 
-    A token that the base rules out (−inf) moves nobody; one that an expert alone rules out is ruled out where that
-    expert acts (α ≠ 0).
+    A token that the base rules out (−inf) keeps the large model's logit. A token that only an expert rules out is ruled
+    out where that expert acts (α ≠ 0).
 
     Args:
         large_logits: (B, V) of the large model.
@@ -78,7 +77,7 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
         (B, V), at least float32.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: If shapes do not fit.
 
     Example:
         >>> fuse_logits(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[[0.0, 4.0]]]), torch.tensor([[0.5]]))
@@ -91,13 +90,14 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
     fused = large
     for expert, weight in zip(experts, alpha.to(large.dtype).unsqueeze(-1), strict=True):
         moved = weight * (expert - base)
+        # Filled in rather than computed: −inf times a weight of 0, and −inf minus −inf, would be NaN.
         moved = moved.masked_fill(expert == -torch.inf, -torch.inf)
         fused = fused + moved.masked_fill((base == -torch.inf) | (weight == 0), 0.0)
     return fused
 
 
 def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(Q_t ‖ Q) and KL(Q ‖ Q_t) in nats, over the tokens that both can emit.
+    """Compute KL(Q_t ‖ Q) and KL(Q ‖ Q_t) in nats, over the tokens that both can emit.
 
     Args:
         base_logits: (B, V).
@@ -114,7 +114,7 @@ def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tens
     base, experts = _promoted(base_logits, expert_logits)
     log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
     difference = log_p - log_q
-    if not bool(difference.isfinite().all()):
+    if not bool(difference.isfinite().all()):  # rare, so the masks are made only then
         support = (base > -torch.inf) & (experts > -torch.inf)
         log_q, log_p = (logits.masked_fill(~support, -torch.inf).log_softmax(-1) for logits in (base, experts))
         difference = (log_p - log_q).masked_fill(~support, 0.0)
@@ -135,7 +135,7 @@ def fusion_weights(
     bounds: tuple[float, float] = (0.0, 2.0),
     step: float = 0.1,
 ) -> FusionWeights:
-    """Weights α of the experts, for each sequence on its own; nothing is carried over from another step.
+    """Find the weights α of the experts, for each sequence on its own; nothing is carried over from another step.
 
     Divergences are taken over the tokens that all models can emit. As Σ_t (f − a_t)² = S (f − ā)² + const, every search
     aims at the means ā and b̄, also that along one expert.
@@ -145,9 +145,9 @@ def fusion_weights(
         base_logits: (B, V) of the small base.
         expert_logits: (S, B, V) of the experts.
         solver: `tilting`: A and its derivatives give f, g and their slopes in one pass over V. As f and g grow with α
-            and A is convex, a few points of the grid prove that no other can win, and a secant search beside the best
-            of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid, though where a few tokens
-            are all that counts there may be two minima, and a lower one between other points. Three to six passes for
+            and A is convex, a few points of the grid prove that no other can win, and a secant search next to the best
+            of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid. Where a few tokens hold
+            nearly all the mass there may be two minima, and a lower one between other points. Three to six passes for
             most sequences. `grid`: the paper's search.
         mode: `single`: one expert acts at a step, the best of S searches along a line; the lowest number among equals.
             `joint`: all may act, never worse than `single`.
@@ -155,8 +155,8 @@ def fusion_weights(
         step: distance of the points of the grid, which starts at the smallest α; `tilting` looks at these points too.
 
     Raises:
-        ValueError: for shapes that do not fit, logits that are NaN or +inf, sequences for which no token is possible,
-            bounds that cross or are infinite, or a joint grid that is too fine.
+        ValueError: If shapes do not fit, logits are NaN or +inf, no token is possible for a sequence, bounds cross or
+            are infinite, or a joint grid is too fine.
 
     Example:
         >>> base, expert = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[[1.0, 0.0, 4.0]]])
@@ -177,6 +177,7 @@ def fusion_weights(
             _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
         )
     forward, reverse = problem.forward, problem.reverse
+    # The part of the objective that α does not move: Σ_t (f − a_t)² = S (f − ā)² + Σ_t (a_t − ā)².
     spread = (forward - forward.mean(0)).square().sum(0) + (reverse - reverse.mean(0)).square().sum(0)
     objective = len(forward) * best.objective + spread
     return FusionWeights(best.alpha, objective, best.kl_forward, best.kl_reverse, num_evals)
@@ -186,7 +187,7 @@ def fusion_weights(
 
 
 def _promoted(*all_logits: Tensor) -> list[Tensor]:
-    """The logits in one dtype, at least float32."""
+    """Return the logits in one dtype, at least float32."""
     dtype = reduce(torch.promote_types, (logits.dtype for logits in all_logits), torch.float32)
     return [logits.to(dtype) for logits in all_logits]
 
@@ -212,6 +213,7 @@ def _check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, floa
 
 
 def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:
+    """Check the logits, cut them to the tokens that all models can emit, and centre Δ."""
     _check_shapes(large_logits, base_logits, expert_logits)
     large, base, experts = _promoted(large_logits, base_logits, expert_logits)
     all_finite = True
@@ -230,7 +232,8 @@ def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> F
         shifts = (experts - base).masked_fill(~support, 0.0)
         large, base, experts = (logits.masked_fill(~support, -torch.inf) for logits in (large, base, experts))
     log_probs = large.log_softmax(-1)
-    # A constant in Δ changes nothing but the digits that are left.
+    # A constant in Δ cancels in the softmax, so it is chosen such that E_P[Δ] = 0: then g is A itself, and f and g are
+    # not small differences of large numbers, for which float32 would leave few digits.
     shifts.sub_(torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1))
     if not all_finite:
         shifts = shifts.masked_fill(~support, 0.0)
@@ -239,7 +242,7 @@ def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> F
 
 def _tilt(problem: FusionProblem, points: list[float], high: float, mode: FusionMode) -> tuple[FusionPoint, int]:
     """Exponential tilting along each expert, then over all weights if they may act jointly."""
-    points = sorted({*points, high})
+    points = sorted({*points, high})  # the grid may stop short of the upper bound
     lines, num_evals = search_lines(problem, problem.shifts, points)
     best = pick_expert(lines)
     if mode == "joint" and len(problem.shifts) > 1:
@@ -252,7 +255,7 @@ def _tilt(problem: FusionProblem, points: list[float], high: float, mode: Fusion
 
 
 def _search_grid(problem: FusionProblem, points: list[float], mode: FusionMode) -> tuple[FusionPoint, int]:
-    """Every α of the grid, with fused distributions made and compared as the formulas say; the first of the best."""
+    """Try every α of the grid, each fused distribution made and compared as the formulas say; ties: the first."""
     num_experts = len(problem.shifts)
     if mode == "joint" and len(points) ** num_experts > _MAX_GRID:
         raise ValueError(

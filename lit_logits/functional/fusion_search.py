@@ -13,13 +13,20 @@ from torch import Tensor
 
 __all__ = ["FusionPoint", "FusionProblem", "better", "distance", "pick_expert", "search_jointly", "search_lines"]
 
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-4  # of α
 _MAX_STEPS = 12
-_TINY = 1e-12
+_TINY = 1e-12  # keeps quotients finite at α = 0, where f, g and their slopes are 0
 
 
 class FusionProblem(NamedTuple):
-    """What both solvers need: log P (B, V), Δ (S, B, V) with E_P[Δ] = 0, a and b (S, B); −inf and 0 off the support."""
+    """Input of both solvers.
+
+    Attributes:
+        log_probs: (B, V) log P of the large model; −inf off the common support.
+        shifts: (S, B, V) Δ, centred so that E_P[Δ] = 0; 0 off the common support.
+        forward: (S, B) a, KL(Q_t ‖ Q) in nats.
+        reverse: (S, B) b, KL(Q ‖ Q_t) in nats.
+    """
 
     log_probs: Tensor
     shifts: Tensor
@@ -28,7 +35,14 @@ class FusionProblem(NamedTuple):
 
 
 class FusionPoint(NamedTuple):
-    """Weights (R,) or (S, B) and what they come to."""
+    """Weights with their objective and divergences.
+
+    Attributes:
+        alpha: (S, B).
+        objective: see `distance`; (S, B) of searches along lines, else (B,), as are the next two.
+        kl_forward: f in nats.
+        kl_reverse: g in nats.
+    """
 
     alpha: Tensor
     objective: Tensor
@@ -37,18 +51,30 @@ class FusionPoint(NamedTuple):
 
 
 def distance(problem: FusionProblem, forward: Tensor, reverse: Tensor) -> Tensor:
-    """(f − ā)² + (g − b̄)², the part of the objective that α moves, over S."""
+    """Compute (f − ā)² + (g − b̄)², the part of the objective that depends on α, divided by S."""
     return (forward - problem.forward.mean(0)).square() + (reverse - problem.reverse.mean(0)).square()
 
 
 def better(new: FusionPoint, old: FusionPoint) -> FusionPoint:
-    """The one of smaller objective, sequence by sequence; the old one among equals."""
+    """Return the point of smaller objective, sequence by sequence; the old one among equals."""
     wins = new.objective < old.objective
     return FusionPoint(*(torch.where(wins, a, b) for a, b in zip(new, old, strict=True)))
 
 
-class _Seen(NamedTuple):
-    """One evaluation on a line; `slope` is half the objective's over α, `guess` is where the minimum seems to be."""
+class _Evaluation(NamedTuple):
+    """One evaluation on a line, in Python floats.
+
+    Attributes:
+        alpha: α.
+        objective: (f − ā)² + (g − b̄)².
+        forward: f.
+        reverse: g.
+        over_f: f − ā.
+        over_g: g − b̄.
+        first: A′, which is also the slope of g.
+        slope: half the objective's derivative, divided by α.
+        guess: next guess at the minimum.
+    """
 
     alpha: float
     objective: float
@@ -61,37 +87,45 @@ class _Seen(NamedTuple):
     guess: float
 
 
-_Search = Generator[float, Sequence[float], _Seen]
+_Search = Generator[float, Sequence[float], _Evaluation]
 
 
-def _see(alpha: float, moments: Sequence[float], target_f: float, target_g: float) -> _Seen:
-    """What A, A′ and A″ at α come to."""
+def _evaluate(alpha: float, moments: Sequence[float], target_f: float, target_g: float) -> _Evaluation:
+    """Compute objective, slope and next guess at α from A, A′ and A″."""
     log_norm, first, second = moments
+    # As E_P[Δ] = 0: f = α A′ − A with slope α A″, and g = A with slope A′. Rounding may leave f a little below 0.
     forward, reverse = max(alpha * first - log_norm, 0.0), log_norm
     over_f, over_g, rise_f = forward - target_f, reverse - target_g, alpha * second
     slope = (over_f * rise_f + over_g * first) / max(alpha, _TINY)
     # A Gauss–Newton step in √f and √g, which are nearly straight lines through 0: f − ā is about 2 √ā (√f − √ā).
+    # In f and g themselves, which start like α², a step from a small α would go far beyond the minimum.
     root_f, root_g = max(sqrt(forward), _TINY), max(sqrt(reverse), _TINY)
     steep_f, steep_g = rise_f / root_f, first / root_g
     pull_f, pull_g = target_f * steep_f, target_g * steep_g
     excess = pull_f * (root_f - sqrt(target_f)) + pull_g * (root_g - sqrt(target_g))
     guess = alpha - 2 * excess / ((pull_f * steep_f + pull_g * steep_g) or 1.0)
-    return _Seen(alpha, over_f * over_f + over_g * over_g, forward, reverse, over_f, over_g, first, slope, guess)
+    objective = over_f * over_f + over_g * over_g
+    return _Evaluation(alpha, objective, forward, reverse, over_f, over_g, first, slope, guess)
 
 
-def _still_open(points: dict[float, tuple[float, float]], seen: _Seen, best: float) -> dict[float, tuple[float, float]]:
-    """The points that may be better than `best`, with the least by which f and g are known to miss their targets there.
+def _still_open(
+    points: dict[float, tuple[float, float]], latest: _Evaluation, best: float
+) -> dict[float, tuple[float, float]]:
+    """Return the points that may be better than `best`.
 
-    Both grow with α. g is convex, so that its tangent bounds it from below ahead, its chord from 0 from above behind.
+    Each point is held with lower bounds on |f − ā| and |g − b̄| there, which the latest evaluation tightens. f and g
+    grow with α. g is convex: at larger α it lies above its tangent, at smaller α below its chord from 0.
     """
     left = {}
     for point, (miss_f, miss_g) in points.items():
-        ahead = point - seen.alpha
+        ahead = point - latest.alpha
         if ahead > 0:
-            miss_f, miss_g = max(miss_f, seen.over_f), max(miss_g, seen.over_g + seen.first * ahead)
+            # f and g only rise from here: where they are above their targets already, they miss by more.
+            miss_f, miss_g = max(miss_f, latest.over_f), max(miss_g, latest.over_g + latest.first * ahead)
         elif ahead < 0:
-            chord = seen.reverse / seen.alpha
-            miss_f, miss_g = max(miss_f, -seen.over_f), max(miss_g, -seen.over_g - chord * ahead)
+            # The mirror image: where they are below their targets here, they are further below there.
+            chord = latest.reverse / latest.alpha
+            miss_f, miss_g = max(miss_f, -latest.over_f), max(miss_g, -latest.over_g - chord * ahead)
         if ahead and miss_f * miss_f + miss_g * miss_g < best:
             left[point] = miss_f, miss_g
     return left
@@ -100,56 +134,59 @@ def _still_open(points: dict[float, tuple[float, float]], seen: _Seen, best: flo
 def _search_line(grid: list[float], target_f: float, target_g: float, negligible: float) -> _Search:
     """Ask for weights one by one, be sent A, A′ and A″ at them, and return the best.
 
-    First the grid's points, but for those that are proven no better than the best so far. Then the cell beside the best
-    of them, on the side to which the objective falls, by a bracketed secant search for a root of its slope over α,
-    (f − ā) A″ + (g − b̄) A′/α. It runs on α², in which this is nearly a straight line.
+    First come the grid's points, except those that are proven no better than the best so far. Then comes the cell next
+    to the best of them, on the side to which the objective falls: a bracketed secant search for a root of the slope
+    divided by α, (f − ā) A″ + (g − b̄) A′/α. The secant runs on α², in which this is nearly a straight line.
     """
+    # A generator, so that many lines can share each pass over V while each keeps its own state; see `search_lines`.
     points, slopes, best = {point: (0.0, 0.0) for point in grid}, {}, None
     alpha = grid[len(grid) // 2]
     while points:
-        seen = _see(alpha, (yield alpha), target_f, target_g)
-        slopes[alpha] = seen.slope
-        if seen.first <= 0 < alpha:  # Δ is constant
-            return seen._replace(alpha=grid[0])
-        best = seen if best is None or seen.objective < best.objective else best
+        latest = _evaluate(alpha, (yield alpha), target_f, target_g)
+        slopes[alpha] = latest.slope
+        if latest.first <= 0 < alpha:  # Δ is constant, so all α give the same distribution
+            return latest._replace(alpha=grid[0])
+        best = latest if best is None or latest.objective < best.objective else best
         if best.objective <= negligible:  # often so where one token has nearly all the mass
             return best
-        points = _still_open(points, seen, best.objective)
-        alpha = min(points, key=lambda point: abs(point - seen.guess), default=alpha)
+        points = _still_open(points, latest, best.objective)
+        # Near the guess a good point is most likely, and a good point closes many others.
+        alpha = min(points, key=lambda point: abs(point - latest.guess), default=alpha)
     assert best is not None
     beside = grid.index(best.alpha) + (1 if best.slope < 0 else -1)
     if not 0 <= beside < len(grid):  # a bound is the minimum
         return best
-    seen, last, last_slope = best, grid[beside], slopes.get(grid[beside])
-    below, above = sorted((seen.alpha, last))
+    # The neighbour has no slope if the bounds ruled it out unseen; then the first step is the Gauss–Newton guess.
+    latest, last, last_slope = best, grid[beside], slopes.get(grid[beside])
+    below, above = sorted((latest.alpha, last))
     for _ in range(_MAX_STEPS):
-        below, above = (seen.alpha, above) if seen.slope < 0 else (below, seen.alpha)
-        guess = seen.guess if last_slope is None else _secant(seen.alpha, seen.slope, last, last_slope)
-        if not below <= guess <= above:  # NaN is not
+        below, above = (latest.alpha, above) if latest.slope < 0 else (below, latest.alpha)
+        guess = latest.guess if last_slope is None else _secant(latest.alpha, latest.slope, last, last_slope)
+        if not below <= guess <= above:  # also for NaN: bisect
             guess = (below + above) / 2
-        if abs(guess - seen.alpha) <= _TOLERANCE or best.objective <= negligible:
+        if abs(guess - latest.alpha) <= _TOLERANCE or best.objective <= negligible:
             break
-        last, last_slope = seen.alpha, seen.slope
-        seen = _see(guess, (yield guess), target_f, target_g)
-        best = seen if seen.objective < best.objective else best
+        last, last_slope = latest.alpha, latest.slope
+        latest = _evaluate(guess, (yield guess), target_f, target_g)
+        best = latest if latest.objective < best.objective else best
     return best
 
 
 def _secant(alpha: float, slope: float, last: float, last_slope: float) -> float:
-    """Root of the straight line through two slopes over α²; NaN if there is none."""
+    """Return the root of the straight line through two slopes over α²; NaN if it has no real root."""
     square = alpha**2 - slope * (alpha**2 - last**2) / (slope - last_slope) if slope != last_slope else nan
     return sqrt(square) if square >= 0 else nan
 
 
 def search_lines(problem: FusionProblem, shifts: Tensor, grid: list[float]) -> tuple[FusionPoint, int]:
-    """Minimum along each Δ (S, B): never above a point of `grid`, which ends at the bounds, refined to 1e-4.
+    """Find the minimum along each Δ (S, B), never above a point of `grid`, which ends at the bounds, within 1e-4 of α.
 
     All lines take their passes over V together, each decides on its own, and those that are done drop out.
     """
     targets = [target.mean(0).tolist() * len(shifts) for target in (problem.forward, problem.reverse)]
     negligible = (2 * torch.finfo(shifts.dtype).eps) ** 2  # the rounding of two numbers
     searches = [_search_line(grid, target_f, target_g, negligible) for target_f, target_g in zip(*targets, strict=True)]
-    alpha, found = [next(search) for search in searches], dict[int, _Seen]()
+    alpha, found = [next(search) for search in searches], dict[int, _Evaluation]()
     may_overflow = bool(grid[-1] * shifts.max() > 80)  # of P e^{αΔ}; its sum is at least 1, as E_P[Δ] = 0
     log_probs, left, buffer = problem.log_probs, shifts, torch.empty_like(shifts).flatten(0, 1)
     lines = unfinished = list(range(len(searches)))
@@ -164,9 +201,13 @@ def search_lines(problem: FusionProblem, shifts: Tensor, grid: list[float]) -> t
                 except StopIteration as end:
                     found[line] = end.value
         unfinished = [line for line in lines if line not in found]
-        if 0 < 2 * len(unfinished) <= len(lines):  # the copy pays
+        # Lines that are done are still evaluated until half are: a copy of those left costs about as much as a pass.
+        if 0 < 2 * len(unfinished) <= len(lines):
             lines, index = unfinished, torch.tensor(unfinished, device=shifts.device)
-            log_probs, left = problem.log_probs[index % shifts.shape[1]], shifts.flatten(0, 1)[index]
+            log_probs, left = (
+                problem.log_probs[index % shifts.shape[1]],
+                shifts.flatten(0, 1)[index],
+            )  # line s·B + b is sequence b
     best = shifts.new_tensor([found[line][:4] for line in range(len(searches))])
     return FusionPoint(*best.T.unflatten(1, shifts.shape[:2])), num_evals
 
@@ -174,7 +215,9 @@ def search_lines(problem: FusionProblem, shifts: Tensor, grid: list[float]) -> t
 def _tilt(
     log_probs: Tensor, shifts: Tensor, alpha: list[float], buffer: Tensor, may_overflow: bool
 ) -> list[list[float]]:
-    """A, A′ and A″ of each line, for Δ of shape (S, B, V) or (R, V): one pass over V."""
+    """Compute A, A′ and A″ of each line, for Δ of shape (S, B, V) or (R, V), in one pass over V."""
+    # A is a log-sum-exp of log P + αΔ, A′ and A″ are mean and variance of Δ under its softmax. `buffer` holds the only
+    # (R, V) intermediate, which every step overwrites.
     weights = shifts.new_tensor(alpha).view(*shifts.shape[:-1], 1)
     tilted = torch.addcmul(log_probs.expand_as(shifts), weights, shifts, out=buffer.view_as(shifts))
     top: Tensor | float = 0.0
@@ -189,15 +232,19 @@ def _tilt(
 
 
 def pick_expert(lines: FusionPoint) -> FusionPoint:
-    """The best of S searches along a line; the others do not act."""
+    """Return the best of S searches along a line; the other experts get weight 0."""
     chosen = lines.objective.argmin(0)
     alpha = lines.alpha * F.one_hot(chosen, len(lines.alpha)).T
     return FusionPoint(alpha, *(value.gather(0, chosen.unsqueeze(0)).squeeze(0) for value in lines[1:]))
 
 
 def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float]) -> tuple[FusionPoint, int]:
-    """Damped Gauss–Newton steps on the two residuals over the whole α, from the better of one expert and all alike."""
-    log_probs, shifts = problem.log_probs, problem.shifts
+    """Minimise over the whole α by damped Gauss–Newton steps, from the better of one expert and all alike.
+
+    A step that is no better is taken back half way, with more damping (Levenberg–Marquardt), so that the result is
+    never worse than either start. Sequences share the passes over V, and each keeps a damping of its own.
+    """
+    shifts = problem.shifts
     alike, num_evals = search_lines(problem, shifts.sum(0, keepdim=True), grid)
     alike = FusionPoint(alike.alpha.expand(len(shifts), -1), *(value.squeeze(0) for value in alike[1:]))
     best = better(alike, single)
@@ -206,31 +253,49 @@ def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float
     alpha, done = best.alpha, torch.zeros_like(best.objective, dtype=torch.bool)
     for count in range(_MAX_STEPS):
         num_evals += 1
-        tilted = log_probs + torch.einsum("sb,sbv->bv", alpha, shifts)
-        log_norm, weight = tilted.logsumexp(-1), tilted.softmax(-1)
-        first = torch.einsum("bv,sbv->bs", weight, shifts)
-        covariance = torch.einsum("bv,sbv,rbv->bsr", weight, shifts, shifts) - first.unsqueeze(-1) * first.unsqueeze(-2)
-        weights = alpha.T
-        forward, reverse = ((weights * first).sum(-1) - log_norm).clamp(min=0), log_norm.clamp(min=0)
-        point = FusionPoint(alpha, distance(problem, forward, reverse), forward, reverse)
+        point, jacobian = _evaluate_jointly(problem, alpha)
         wins = (point.objective <= best.objective) | (count == 0)  # the start itself, which may round otherwise here
         best = better(point, best)
         damping = torch.where(wins, damping / 4, damping * 8).clamp(1e-7, 1e7)
-        jacobian = torch.stack([(covariance @ weights.unsqueeze(-1)).squeeze(-1), first], -2)  # (B, 2, S)
-        residual = torch.stack([forward, reverse], -1) - target
+        weights, residual = alpha.T, torch.stack([point.kl_forward, point.kl_reverse], -1) - target
+        # A weight at a bound that the gradient pushes outwards is held there; otherwise clamping would spoil the step
+        # of all others, which counts on its move.
         gradient = (jacobian.mT @ residual.unsqueeze(-1)).squeeze(-1)
         stuck = ((weights <= grid[0]) & (gradient > 0)) | ((weights >= grid[-1]) & (gradient < 0))
-        jacobian = jacobian.masked_fill(stuck.unsqueeze(-2), 0.0)
-        normal = jacobian @ jacobian.mT
-        scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)
-        normal = normal + (damping * scale)[:, None, None] * torch.eye(2, dtype=normal.dtype, device=normal.device)
-        # Where float32 leaves nothing to solve there is no move.
-        move = -(jacobian.mT @ torch.linalg.solve_ex(normal, residual.unsqueeze(-1)).result).squeeze(-1)
-        new = torch.where(
-            wins, (weights + move.nan_to_num(0.0, 0.0, 0.0)).clamp(grid[0], grid[-1]).T, (best.alpha + alpha) / 2
-        )
+        move = _gauss_newton_move(jacobian.masked_fill(stuck.unsqueeze(-2), 0.0), residual, damping)
+        new = torch.where(wins, (weights + move).clamp(grid[0], grid[-1]).T, (best.alpha + alpha) / 2)
         done = done | ((new - alpha).abs().amax(0) <= _TOLERANCE)
         if bool(done.all()):
             break
         alpha = torch.where(done, alpha, new)
     return best, num_evals
+
+
+def _evaluate_jointly(problem: FusionProblem, alpha: Tensor) -> tuple[FusionPoint, Tensor]:
+    """Evaluate f and g at α (S, B), with their gradients over α as rows of a Jacobian (B, 2, S)."""
+    log_probs, shifts = problem.log_probs, problem.shifts
+    tilted = log_probs + torch.einsum("sb,sbv->bv", alpha, shifts)
+    # A is the log-sum-exp; ∇A and ∇²A are mean and covariance of Δ under the fused distribution.
+    log_norm, weight = tilted.logsumexp(-1), tilted.softmax(-1)
+    first = torch.einsum("bv,sbv->bs", weight, shifts)
+    covariance = torch.einsum("bv,sbv,rbv->bsr", weight, shifts, shifts) - first.unsqueeze(-1) * first.unsqueeze(-2)
+    weights = alpha.T
+    # f = α·∇A − A and g = A, as E_P[Δ] = 0, hence ∇f = ∇²A α and ∇g = ∇A. Divergences round to below 0 at worst.
+    forward, reverse = ((weights * first).sum(-1) - log_norm).clamp(min=0), log_norm.clamp(min=0)
+    jacobian = torch.stack([(covariance @ weights.unsqueeze(-1)).squeeze(-1), first], -2)
+    return FusionPoint(alpha, distance(problem, forward, reverse), forward, reverse), jacobian
+
+
+def _gauss_newton_move(jacobian: Tensor, residual: Tensor, damping: Tensor) -> Tensor:
+    """Solve for the damped step (B, S) −Jᵀ(J Jᵀ + λI)⁻¹ r.
+
+    It equals the usual −(JᵀJ + λI)⁻¹ Jᵀ r, but solves a 2 × 2 system instead of S × S. For more than two experts JᵀJ
+    is singular, and the smaller system is the better conditioned one.
+    """
+    normal = jacobian @ jacobian.mT
+    # λ is relative to the size of J Jᵀ, so that one damping suits sequences of any divergence.
+    scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)
+    normal = normal + (damping * scale)[:, None, None] * torch.eye(2, dtype=normal.dtype, device=normal.device)
+    # `solve_ex` does not raise and does not wait for the device; where float32 leaves nothing to solve, nothing moves.
+    move = -(jacobian.mT @ torch.linalg.solve_ex(normal, residual.unsqueeze(-1)).result).squeeze(-1)
+    return move.nan_to_num(0.0, 0.0, 0.0)

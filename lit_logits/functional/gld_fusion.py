@@ -1,4 +1,4 @@
-"""Graph-on-logits distillation: graphs of which logits are large together, and what compares them without matching.
+"""Graph-on-logits distillation: graphs of which logits are large together, and losses that compare them unmatched.
 
 The k largest logits ẑ_t ∈ R^k of the T positions of a response make its co-activation graph C [0],
 
@@ -12,7 +12,6 @@ an id of the vocabulary (n ≤ T·k, those that some position kept).
 References:
     [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
     [1]: Universal logit distillation, 2024, arXiv 2402.12030.
-
 """
 
 from typing import Literal, NamedTuple
@@ -57,7 +56,7 @@ class NodeStrengths(NamedTuple):
     """Strengths of graphs that may differ in size.
 
     Attributes:
-        strengths: (..., n_max), descending; behind the nodes that a graph has there are zeros.
+        strengths: (..., n_max), descending; zeros after the nodes of a smaller graph.
         num_nodes: (...) nodes n of each graph.
     """
 
@@ -69,7 +68,7 @@ class NodeStrengths(NamedTuple):
 
 
 def co_activation_graph(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Co-activation graph over ranks, C = (1/T) Σ_t ẑ_t ẑ_tᵀ.
+    """Compute the co-activation graph over ranks, C = (1/T) Σ_t ẑ_t ẑ_tᵀ.
 
     Args:
         values: (..., T, k), descending along k; see `top_k_values`.
@@ -88,7 +87,7 @@ def co_activation_graph(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def vocabulary_graph(values: Tensor, token_ids: Tensor, mask: Tensor | None = None) -> VocabularyGraph:
-    """Co-activation graph over token ids of one sample: ẑ_t[i] ẑ_t[j] is added where the ids of i and j meet.
+    """Compute the co-activation graph over token ids of one sample: ẑ_t[i] ẑ_t[j] is added at the ids of i and j.
 
     Args:
         values: (T, k).
@@ -115,7 +114,7 @@ def vocabulary_graph(values: Tensor, token_ids: Tensor, mask: Tensor | None = No
 
 
 def node_strengths(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Row means f = Ẑᵀ(Ẑ1)/(kT) of `co_activation_graph`, in O(T·k) and without the graph.
+    """Compute the row means f = Ẑᵀ(Ẑ1)/(kT) of `co_activation_graph`, in O(T·k) and without the graph.
 
     Args:
         values: (..., T, k).
@@ -133,7 +132,7 @@ def node_strengths(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def vocabulary_strengths(values: Tensor, token_ids: Tensor, mask: Tensor | None = None) -> NodeStrengths:
-    """Row means of `vocabulary_graph` of each sample, sorted, by one scatter-add over ids that were sorted.
+    """Compute the row means of `vocabulary_graph` of each sample, sorted, by one scatter-add over sorted ids.
 
     Nothing of the size of the vocabulary is made, nor does the host wait for the device: O(T·k log(T·k)).
 
@@ -151,6 +150,8 @@ def vocabulary_strengths(values: Tensor, token_ids: Tensor, mask: Tensor | None 
     shares = (values * values.sum(-1, keepdim=True) / count.unsqueeze(-1).unsqueeze(-1)).flatten(-2)
     if mask is not None:
         token_ids = token_ids.masked_fill(~mask.unsqueeze(-1), torch.iinfo(token_ids.dtype).max)  # sorted to the end
+    # Sorted ids are numbered by counting the places where they change. `unique` would make the host wait for the number
+    # of nodes, and give each sample another shape; here all samples have room for T·k nodes.
     ids, order = token_ids.flatten(-2).sort(-1)
     is_new = torch.ones_like(ids, dtype=torch.bool)
     is_new[..., 1:] = ids[..., 1:] != ids[..., :-1]
@@ -160,6 +161,7 @@ def vocabulary_strengths(values: Tensor, token_ids: Tensor, mask: Tensor | None 
     node = (is_new.cumsum(-1) - 1).clamp(min=0)  # what does not count is 0, and may be added anywhere
     sums = torch.zeros_like(shares).scatter_add(-1, node, shares.gather(-1, order))
     exists = torch.arange(sums.shape[-1], device=sums.device) < num_nodes.unsqueeze(-1)
+    # Nodes that do not exist are −inf while sorting, as strengths of standardised logits may be negative.
     strengths = (sums / num_nodes.clamp(min=1).unsqueeze(-1)).masked_fill(~exists, -torch.inf)
     strengths = strengths.sort(-1, descending=True).values
     return NodeStrengths(strengths.masked_fill(~exists, 0.0), num_nodes)
@@ -168,7 +170,7 @@ def vocabulary_strengths(values: Tensor, token_ids: Tensor, mask: Tensor | None 
 def graph_strengths(
     values: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None, *, nodes: GraphNodes = "rank"
 ) -> NodeStrengths:
-    """Sorted node strengths over either set of nodes.
+    """Compute sorted node strengths over either set of nodes.
 
     Args:
         values: (..., T, k).
@@ -177,7 +179,7 @@ def graph_strengths(
         nodes: `rank` or `vocabulary`.
 
     Raises:
-        ValueError: for other `nodes`, or `vocabulary` without ids.
+        ValueError: If `nodes` is unknown, or is `vocabulary` without ids.
 
     Example:
         >>> graph_strengths(torch.tensor([[2.0, 1.0], [4.0, 0.0]])).strengths
@@ -195,11 +197,11 @@ def graph_strengths(
 
 
 def sorted_gw_bound(strengths1: Tensor, strengths2: Tensor, num_nodes: Tensor | None = None) -> Tensor:
-    """Sorted Gromov–Wasserstein bound GW~ = Σ_i |f↓(i) − g↓(i)| of node strengths, O(n log n).
+    """Compute the sorted Gromov–Wasserstein bound GW~ = Σ_i |f↓(i) − g↓(i)| of node strengths, O(n log n).
 
     For graphs of n nodes each with uniform weights, GW~/n ≤ GW, the root of the squared-loss Gromov–Wasserstein value
     GW² (Jensen and transport on a line: Mémoli's first lower bound in its mean-strength form). GW~ is 0 for isomorphic
-    graphs, and not only for those: different graphs of equal node strengths are beyond what it sees.
+    graphs, and not only for those: it cannot tell apart different graphs of equal node strengths.
 
     Args:
         strengths1: (..., n) row means of a graph, in any order.
@@ -225,10 +227,10 @@ def sorted_gw_bound(strengths1: Tensor, strengths2: Tensor, num_nodes: Tensor | 
 
 
 def top_k_uld(student: TopKLogits, teacher: TopKLogits, *, values: LogitValues = "softmax") -> Tensor:
-    """Token-wise loss Σ_i |f_t↓(i) − f_s↓(i)| of positions that are aligned already.
+    """Compute the token-wise loss Σ_i |f_t↓(i) − f_s↓(i)| of positions that are aligned already.
 
-    Of probabilities, the tails are compared as one value more: |tail_t − tail_s| ≤ Σ_{i>k} |p_t↓(i) − p_s↓(i)|, so that
-    the sum stays a lower bound of that over the whole vocabulary, and is equal to it if k is V.
+    For probabilities, the tails are compared as one more value. As |tail_t − tail_s| ≤ Σ_{i>k} |p_t↓(i) − p_s↓(i)|, the
+    sum stays a lower bound of that over the whole vocabulary, and is equal to it if k is V.
 
     Args:
         student: (..., k).
@@ -243,6 +245,7 @@ def top_k_uld(student: TopKLogits, teacher: TopKLogits, *, values: LogitValues =
     loss = (f_t[..., :size].detach() - f_s[..., :size]).abs().sum(-1)
     if values != "softmax":
         return loss
+    # What either model kept beyond the shorter k belongs to its tail.
     left_out = [top.tail + probs[..., size:].sum(-1) for top, probs in ((teacher, f_t.detach()), (student, f_s))]
     return loss + (left_out[0] - left_out[1]).abs()
 
@@ -257,7 +260,9 @@ def uld_loss(
     temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Universal logit distillation [1] of aligned positions: the ℓ1 distance of sorted values, of any vocabularies.
+    """Compute universal logit distillation [1] of aligned positions: the ℓ1 distance of sorted values.
+
+    The vocabularies may differ.
 
     Args:
         student_logits: (..., V_s) in nats.
@@ -273,7 +278,7 @@ def uld_loss(
         At least float32; a scalar, or (...) for `none`.
 
     Raises:
-        ValueError: for positions that do not agree, or a `top_k` above a vocabulary.
+        ValueError: If positions do not agree, or `top_k` is above a vocabulary.
 
     Example:
         >>> uld_loss(torch.zeros(1, 2), torch.zeros(1, 4))  # |1/2 − 1/4| twice, then |0 − 1/4| twice
@@ -297,13 +302,13 @@ def uld_loss(
 
 
 def _filled_up(top: TopKLogits, size: int) -> TopKLogits:
-    """With tokens that the vocabulary does not have, of probability 0."""
+    """Fill up with tokens that the vocabulary does not have, of probability 0."""
     missing = (0, size - top.log_probs.shape[-1])
     return top._replace(log_probs=F.pad(top.log_probs, missing, value=-torch.inf))
 
 
 def _counted(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values in at least float32, 0 where they do not count, and (...) how many positions count, at least 1."""
+    """Return values in at least float32, 0 where they do not count, and (...) how many positions count, at least 1."""
     values = at_least_float32(values)
     if mask is None:
         return values, torch.full(values.shape[:-2], max(1, values.shape[-2]), device=values.device)

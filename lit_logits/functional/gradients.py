@@ -5,7 +5,6 @@ A gradient is a tensor, or the list of the tensors of all parameters read as one
 References:
     [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
     [1]: Gradient Surgery for Multi-Task Learning, 2020, arXiv 2001.06782, Alg. 1.
-
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_logits.functional.distributed import all_reduce_sum_
+from lit_logits.functional.distributed import all_reduce_sum_, is_distributed
 from lit_logits.functional.reductions import at_least_float32
 
 __all__ = [
@@ -32,7 +31,7 @@ class AlignedGradients(NamedTuple):
 
     Attributes:
         grads: the projected gradient, one tensor for each that came.
-        cosine: scalar, of the angle before the projection; 0 if either gradient is.
+        cosine: scalar, of the angle before the projection; 0 if either gradient is 0.
         conflict: scalar, 1 if the gradients opposed each other, else 0.
     """
 
@@ -59,14 +58,14 @@ def project_conflicting_gradient(grad: Tensor, reference: Tensor) -> Tensor:
 
 
 def align_gradients(grads: Sequence[Tensor], references: Sequence[Tensor]) -> AlignedGradients:
-    """`project_conflicting_gradient` over a list of tensors that make up one vector, without waiting for the device.
+    """Apply `project_conflicting_gradient` to tensors that make up one vector, without waiting for the device.
 
     Args:
         grads: g, one tensor a parameter.
         references: r, of the same shapes.
 
     Raises:
-        ValueError: for lists of different shapes.
+        ValueError: If the shapes of the two lists differ.
 
     Example:
         >>> align_gradients([torch.tensor([-1.0]), torch.tensor([1.0])], [torch.tensor([1.0]), torch.tensor([0.0])])
@@ -77,7 +76,8 @@ def align_gradients(grads: Sequence[Tensor], references: Sequence[Tensor]) -> Al
             f"Expected `grads` and `references` of the same shapes, but got {[tuple(g.shape) for g in grads]} and"
             f" {[tuple(r.shape) for r in references]}."
         )
-    # Of unit size at most, so that squares neither vanish nor overflow; an infinity becomes NaN and stays to be seen.
+    # Divided by their largest entry, so that squares neither vanish nor overflow. An infinite entry becomes NaN, which
+    # reaches the result, so that a step that went wrong shows. `where` instead of `if`, as the host would have to wait.
     units, directions = _scaled(grads), _scaled(references)
     inner, squared_norm, own = (
         _inner_product(*pair) for pair in ((units, directions), (directions, directions), (units, units))
@@ -92,8 +92,8 @@ def align_gradients(grads: Sequence[Tensor], references: Sequence[Tensor]) -> Al
 
 
 def average_over_ranks(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Mean of each tensor over all ranks, by one collective; every rank must call it with the same shapes."""
-    if not grads or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """Average each tensor over all ranks, by one collective; every rank must call it with the same shapes."""
+    if not grads or not is_distributed():
         return list(grads)
     flat = all_reduce_sum_(torch.cat([grad.flatten() for grad in grads])) / dist.get_world_size()
     parts = flat.split([grad.numel() for grad in grads])
@@ -101,14 +101,14 @@ def average_over_ranks(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def any_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Whether each flag is set on any rank; every rank must call it with as many flags."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """Return for each flag whether it is set on any rank; every rank must call it with as many flags."""
+    if not is_distributed():  # flags need no trip to the device
         return list(flags)
     return [count > 0 for count in all_reduce_sum_(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()]
 
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """Largest absolute entry, in at least float32; 1 where all are 0 or there are none."""
+    """Return the largest absolute entry, in at least float32; 1 if all are 0 or the list is empty."""
     entries = [at_least_float32(tensor.abs().max()) for tensor in tensors if tensor.numel()]
     largest = torch.stack(entries).max() if entries else torch.ones(())
     return torch.where(largest == 0, 1.0, largest)
@@ -120,7 +120,7 @@ def _scaled(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner product of two lists read as vectors, in at least float32."""
+    """Compute the inner product of two lists read as vectors, in at least float32."""
     terms = []
     for a, b in zip(left, right, strict=True):
         dtype = torch.promote_types(a.dtype, torch.float32)

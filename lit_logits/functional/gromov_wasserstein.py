@@ -1,4 +1,4 @@
-"""The squared-loss Gromov–Wasserstein distance of small graphs: the exact objective, and what bounds it from below.
+"""Squared-loss Gromov–Wasserstein distance of small graphs: the exact objective, and a bound from below.
 
 With uniform weights on the n nodes of both graphs,
 
@@ -11,7 +11,6 @@ Letters: n, m nodes.
 
 References:
     [0]: Gromov–Wasserstein distances and the metric approach to object matching, 2011, Mémoli, Sec. 6.
-
 """
 
 from itertools import permutations
@@ -25,7 +24,7 @@ _MAX_NODES = 9  # 362,880 permutations
 
 
 def gw_objective(C1: Tensor, C2: Tensor, plan: Tensor) -> Tensor:
-    """Squared-loss objective Σ_ijkl (C1_ij − C2_kl)² P_ik P_jl of a coupling, in O(n²m + nm²).
+    """Compute the squared-loss objective Σ_ijkl (C1_ij − C2_kl)² P_ik P_jl of a coupling, in O(n²m + nm²).
 
     Args:
         C1: (n, n), symmetric.
@@ -40,20 +39,21 @@ def gw_objective(C1: Tensor, C2: Tensor, plan: Tensor) -> Tensor:
         >>> gw_objective(C, C, torch.eye(2) / 2), gw_objective(C, C, torch.eye(2).flip(0) / 2)
         (tensor(0.), tensor(2.))
     """
+    # The square expanded: its pure terms see P only through its marginals, its mixed term is two matrix products.
     p, q = plan.sum(1), plan.sum(0)
     first = p @ C1.square() @ p + q @ C2.square() @ q
     return first - 2 * (C1 @ plan @ C2 * plan).sum()
 
 
 def gw_over_permutations(C1: Tensor, C2: Tensor) -> Tensor:
-    """GW² of two graphs of n nodes by trying all n! matchings: exact for Gram matrices, else an upper bound.
+    """Compute GW² of two graphs of n nodes by trying all n! matchings: exact for Gram matrices, else an upper bound.
 
     Args:
         C1: (n, n), symmetric, n at most 9.
         C2: (n, n), symmetric.
 
     Raises:
-        ValueError: for graphs that are too large, or of different size.
+        ValueError: If graphs are too large, or differ in size.
 
     Example:
         >>> C = torch.tensor([[2.0, 1.0], [1.0, 0.0]])
@@ -67,14 +67,14 @@ def gw_over_permutations(C1: Tensor, C2: Tensor) -> Tensor:
         )
     orders = torch.tensor(list(permutations(range(len(C1)))), device=C1.device)
     best = C1.new_tensor(torch.inf)
-    for part in orders.split(4096):
+    for part in orders.split(4096):  # a part permutes C2 into (4096, n, n)
         permuted = C2[part.unsqueeze(2), part.unsqueeze(1)]
         best = torch.minimum(best, (C1 - permuted).square().mean((1, 2)).min())
     return best
 
 
 def edge_gw_bound(C1: Tensor, C2: Tensor) -> Tensor:
-    """Lower bound of GW from all edges: √(1/n² Σ (sorted C1 − sorted C2)²), Mémoli's second lower bound [0].
+    """Bound GW from below by all edges: √(1/n² Σ (sorted C1 − sorted C2)²), Mémoli's second lower bound [0].
 
     It compares the distributions of edge weights, and so tells apart graphs whose node strengths agree. O(n² log n).
 

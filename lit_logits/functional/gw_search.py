@@ -1,4 +1,4 @@
-"""Two co-activation graphs compared: the sorted bound beside the Gromov–Wasserstein distance, as far as that is found.
+"""Comparison of two co-activation graphs: bounds of the Gromov–Wasserstein distance, from below and from above.
 
 Letters: T positions, k `top_k`, n nodes.
 """
@@ -21,7 +21,7 @@ class GWComparison(NamedTuple):
     Attributes:
         sorted_bound: GW~/n = mean |f↓ − g↓| of the node strengths.
         exact: root of the squared-loss objective at the best matching that was found.
-        edge_bound: of all edges, see `edge_gw_bound`.
+        edge_bound: see `edge_gw_bound`.
     """
 
     sorted_bound: float
@@ -47,7 +47,7 @@ class NodeValues(NamedTuple):
 
 
 def node_values(values: Tensor, token_ids: Tensor | None = None, *, max_nodes: int) -> NodeValues:
-    """What each position gives to the largest nodes; nothing of the size (n, n) of the whole graph is made.
+    """Return what each position contributes to the largest nodes, without the whole (n, n) graph.
 
     Args:
         values: (T, k), descending along k.
@@ -63,6 +63,7 @@ def node_values(values: Tensor, token_ids: Tensor | None = None, *, max_nodes: i
     if token_ids is None:
         return NodeValues(values[:, :max_nodes], torch.arange(values.shape[1])[:max_nodes])
     node_ids, nodes = token_ids.unique(return_inverse=True)
+    # Strengths as in `vocabulary_strengths`, up to a factor; they choose the nodes before anything dense is made.
     shares = values * values.sum(-1, keepdim=True)
     strengths = values.new_zeros(len(node_ids)).scatter_add(0, nodes.flatten(), shares.flatten())
     largest = strengths.argsort(descending=True, stable=True)[:max_nodes]
@@ -75,7 +76,7 @@ def node_values(values: Tensor, token_ids: Tensor | None = None, *, max_nodes: i
 def compare_graphs(
     C1: Tensor, C2: Tensor, *, num_starts: int = 5, generator: torch.Generator | None = None
 ) -> GWComparison:
-    """The sorted bound of two Gram matrices beside the distance, as far as it can be found, and another bound.
+    """Compute the sorted and the edge bound of two Gram matrices, and the best upper bound that is found.
 
     Args:
         C1: (n, n) float64.
@@ -86,18 +87,18 @@ def compare_graphs(
     sorted_bound = float(sorted_gw_bound(C1.mean(1), C2.mean(1))) / len(C1)
     exact = float(gw_upper_bound(C1, C2, num_starts=num_starts, generator=generator))
     if exact <= 1e-12 * float(C1.abs().max()):
-        return GWComparison(0.0, 0.0, 0.0)  # one graph, but for the order in which it is summed
+        return GWComparison(0.0, 0.0, 0.0)  # one graph, up to the rounding of sums in another order
     return GWComparison(sorted_bound, exact, float(edge_gw_bound(C1, C2)))
 
 
 def gw_upper_bound(C1: Tensor, C2: Tensor, *, num_starts: int = 5, generator: torch.Generator | None = None) -> Tensor:
-    """Gromov–Wasserstein distance of two Gram matrices at the best matching that was found: GW ≤ this.
+    """Bound the Gromov–Wasserstein distance of two Gram matrices from above, by the best matching that is found.
 
-    Of Gram matrices GW² is concave in the coupling, so that a permutation attains it; finding that one is a quadratic
-    assignment problem. From each start POT's conditional gradient goes to a stationary coupling, one linear assignment
-    more to a permutation no worse, and swaps of two nodes, the best first, to one that no swap betters. Without swaps
-    it stays where it starts more often than not: most permutations are stationary for a concave objective. The value is
-    exact at its permutation, so never below GW; how far above is not known.
+    For Gram matrices GW² is concave in the coupling, so that a permutation attains it; finding that one is a quadratic
+    assignment problem. From each start POT's conditional gradient leads to a stationary coupling, one more linear
+    assignment to a permutation that is no worse, and swaps of two nodes, the best first, to one that no swap improves.
+    Without swaps the search mostly stays where it starts: most permutations are stationary for a concave objective. The
+    value is exact at its permutation, so never below GW; how far above is not known.
 
     Args:
         C1: (n, n) float64, symmetric and positive semi-definite, on the CPU.
@@ -110,7 +111,7 @@ def gw_upper_bound(C1: Tensor, C2: Tensor, *, num_starts: int = 5, generator: to
     """
     from scipy.optimize import linear_sum_assignment  # POT needs SciPy
 
-    # POT stops at absolute differences too; of probabilities the edges are tiny.
+    # Scaled, as POT also stops at an absolute difference, and graphs of probabilities have tiny edges.
     scale = torch.maximum(C1.abs().max(), C2.abs().max())
     if scale == 0:
         return scale
@@ -127,7 +128,7 @@ def gw_upper_bound(C1: Tensor, C2: Tensor, *, num_starts: int = 5, generator: to
 
 
 def _starts(C1: Tensor, C2: Tensor, count: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Couplings (n, n)."""
+    """Yield couplings (n, n) to start from."""
     size = len(C1)
     identity = torch.eye(size, dtype=C1.dtype) / size
     by_strength = torch.zeros_like(identity)
@@ -139,12 +140,13 @@ def _starts(C1: Tensor, C2: Tensor, count: int, generator: torch.Generator | Non
 
 
 def _swapped(C1: Tensor, C2: Tensor, order: Tensor) -> Tensor:
-    """A matching i → order[i] that no exchange of two nodes betters, by exchanging the best two as long as it helps."""
+    """Exchange the best two nodes of a matching i → order[i] as long as it helps."""
     order = order.clone()
     for _ in range(len(order) ** 2):  # far more than are ever needed
         permuted = C2[order][:, order]
         products = C1 @ permuted
-        # By how much Σ_ij C1_ij C2_ij grows if i and j change places; the objective is a constant less 2/n² of it.
+        # By how much Σ_kl C1_kl C2_kl grows if i and j change places, for all pairs at once; GW² falls by 2/n² of it.
+        # With v = e_i − e_j it is (vᵀC1 v)(vᵀC2 v) − 2 vᵀC1 C2 v.
         gain = _lengths(C1) * _lengths(permuted) - _lengths(products) - _lengths(products.T)
         i, j = divmod(int(gain.argmax()), len(order))
         if gain[i, j] <= 1e-12:
@@ -154,12 +156,12 @@ def _swapped(C1: Tensor, C2: Tensor, order: Tensor) -> Tensor:
 
 
 def _lengths(C: Tensor) -> Tensor:
-    """C_ii + C_jj − 2 C_ij: of a Gram matrix the squared distances."""
+    """Compute C_ii + C_jj − 2 C_ij, the squared distances of the vectors of a Gram matrix."""
     return C.diagonal().unsqueeze(1) + C.diagonal() - 2 * C
 
 
 def load_pot() -> Any:
-    """POT, an optional package.
+    """Import POT, an optional package.
 
     Raises:
         ValueError: If it cannot be imported.

@@ -14,7 +14,7 @@ from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["KMeansResult", "kmeans", "nearest_centroids"]
 
-_CHUNK_ELEMENTS = 1 << 23
+_CHUNK_ELEMENTS = 1 << 23  # distances a chunk: 32 MiB in float32
 _SEEDING_ROUNDS = 32
 
 
@@ -33,20 +33,22 @@ class KMeansResult(NamedTuple):
 
 
 def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the centroid nearest to each point in Euclidean distance, in chunks of points.
+    """Find the centroid nearest to each point in Euclidean distance, in chunks of points.
 
     Args:
         points: (P, d).
         centroids: (K, d).
 
     Returns:
-        (P,) int64.
+        (P,) int64 indices in [0, K).
 
     Example:
         >>> nearest_centroids(torch.tensor([[0.0], [0.9]]), torch.tensor([[0.0], [1.0]]))
         tensor([0, 1])
     """
-    origin = centroids.mean(dim=0)  # distances far from 0 would drown in the norms
+    # ½‖x − c‖² less ½‖x‖², which is the same for all centroids, is ½‖c‖² − x·c: one matrix product, nothing of the size
+    # (P, K, d). Centred first, as for points far from 0 the differences of distances would drown in the norms.
+    origin = centroids.mean(dim=0)
     centred = centroids - origin
     half_norms = 0.5 * centred.square().sum(dim=1)
     chunk_size = max(1, _CHUNK_ELEMENTS // max(centroids.shape))
@@ -83,7 +85,7 @@ def kmeans(
         progress_bar: show one line of progress on a terminal.
 
     Raises:
-        ValueError: for K outside [1, P], points or weights that are not finite, or weights that do not fit.
+        ValueError: If K is outside [1, P], points or weights are not finite, or weights do not fit.
 
     References:
         [0]: Scalable K-Means++, 2012, arXiv 1203.6402.
@@ -101,6 +103,7 @@ def kmeans(
     for _ in tqdm(
         range(num_iters), desc=f"k-means, {num_clusters} clusters", disable=None if progress_bar else True, leave=False
     ):
+        # The order leaves assignments and centroids consistent: the former are the nearest of the latter.
         previous = assignments
         centroids = _update(points, weights, assignments, centroids)
         assignments = nearest_centroids(points, centroids)
@@ -142,11 +145,13 @@ def _draw_seeds(points: Tensor, num_clusters: int, weights: Tensor, generator: t
     seeds = torch.multinomial(weights, 1, generator=generator)
     distances = torch.full_like(weights, torch.inf)
     fresh = seeds
+    # Seeds of one round do not see each other, so some lie close together; Lloyd's iterations mend that.
     round_size = -(-num_clusters // _SEEDING_ROUNDS)
     while seeds.numel() < num_clusters:
+        # Distances to earlier seeds are known, so each round looks at the new ones only: O(P·K·d) for all rounds.
         nearest = nearest_centroids(points, points[fresh])
         distances = torch.minimum(distances, _squared_distances(points, points[fresh], nearest))
-        distances[seeds] = 0.0
+        distances[seeds] = 0.0  # exactly, so that no seed is drawn twice
         size = min(round_size, num_clusters - seeds.numel())
         odds = weights * distances
         if int((odds > 0).sum()) < size:  # fewer distinct points than clusters: any point that is no seed yet will do
@@ -158,6 +163,7 @@ def _draw_seeds(points: Tensor, num_clusters: int, weights: Tensor, generator: t
 
 def _draw_distinct(odds: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     """Draw `size` distinct indices with the given odds (Gumbel top-k: `torch.multinomial` stops at 2²⁴ categories)."""
+    # −log of an exponential variate is a Gumbel variate; log 0 is −inf, so odds of 0 come last.
     noise = torch.empty_like(odds).exponential_(generator=generator)
     return (odds.log() - noise.log()).topk(size).indices
 
@@ -176,9 +182,10 @@ def _update(points: Tensor, weights: Tensor, assignments: Tensor, centroids: Ten
     """Weighted means of the clusters; a cluster without weight restarts at a point that costs much."""
     mass = torch.zeros_like(centroids[:, 0]).index_add_(0, assignments, weights)
     sums = torch.zeros_like(centroids).index_add_(0, assignments, points * weights.unsqueeze(1))
+    # A cluster of points of weight 0 keeps its centroid here, and restarts below with the empty ones.
     updated = torch.where((mass > 0).unsqueeze(1), sums / mass.clamp(min=1e-30).unsqueeze(1), centroids)
     empty = (mass == 0).nonzero().squeeze(1)
-    if empty.numel():
+    if empty.numel():  # each at another point, those of the largest share in the objective first
         costs = weights * _squared_distances(points, centroids, assignments)
         worst = costs.topk(min(empty.numel(), points.shape[0])).indices
         updated[empty[: worst.numel()]] = points[worst]

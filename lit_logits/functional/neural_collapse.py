@@ -9,7 +9,6 @@ Letters: B samples, d features, C classes.
 References:
     [0]: Prevalence of Neural Collapse, 2020, arXiv 2008.08186.
     [1]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
-
 """
 
 from typing import NamedTuple
@@ -64,7 +63,7 @@ class NeuralCollapse(NamedTuple):
 
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
-    """Count, sum and second moment of features; samples with a label outside [0, C) are left out.
+    """Compute count, sum and second moment of features; samples with a label outside [0, C) are left out.
 
     Args:
         features: (B, d).
@@ -86,7 +85,7 @@ def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> ClassMo
 
 
 def neural_collapse(moments: ClassMoments, weight: Tensor) -> NeuralCollapse:
-    """NC1, NC2 and NC3 [0] of the classes that occur; NaN where fewer than two do or a feature is not finite.
+    """Compute NC1, NC2 and NC3 [0] of the classes that occur; NaN if fewer than two do or a feature is not finite.
 
     Departure from [0] for unequal class sizes: means are centred at the mean of class means, so that every class
     weighs the same in Σ_B = Σ_c (μ_c − μ)(μ_c − μ)ᵀ / C; Σ_W is over all samples.
@@ -96,7 +95,7 @@ def neural_collapse(moments: ClassMoments, weight: Tensor) -> NeuralCollapse:
         weight: (C, d) rows of the classifier.
 
     Raises:
-        ValueError: for moments and weight of different shapes.
+        ValueError: If the shapes of moments and weight differ.
 
     Example:
         >>> simplex = torch.eye(3) - 1 / 3
@@ -116,6 +115,7 @@ def neural_collapse(moments: ClassMoments, weight: Tensor) -> NeuralCollapse:
         return NeuralCollapse(*(rows.new_full((), torch.nan) for _ in NeuralCollapse._fields))
     means = moments.sums[seen] / counts.unsqueeze(1)
     centred = means - means.mean(0)
+    # Σ_W from sums alone, Σ h hᵀ − Σ_c n_c μ_c μ_cᵀ, so that one pass over the samples suffices and ranks can be added.
     within = (moments.second_moment - (means.T * counts) @ means) / counts.sum()
     return NeuralCollapse(
         nc1=_spread_within(within, centred, size=means.abs().max()),
@@ -128,7 +128,7 @@ def neural_collapse(moments: ClassMoments, weight: Tensor) -> NeuralCollapse:
 
 
 def cosine_matrix(rows: Tensor) -> Tensor:
-    """Cosines (C, C) between the rows (C, d); 0 with a row of zeros.
+    """Compute cosines (C, C) between the rows (C, d); 0 with a row of zeros.
 
     Example:
         >>> cosine_matrix(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
@@ -140,7 +140,7 @@ def cosine_matrix(rows: Tensor) -> Tensor:
 
 
 def relative_spread(rows: Tensor) -> Tensor:
-    """Standard deviation over mean of the lengths of the rows (C, d); 0 where they are all as long.
+    """Compute standard deviation over mean of the lengths of the rows (C, d); 0 if all are of one length.
 
     Example:
         >>> relative_spread(torch.tensor([[3.0, 4.0], [0.0, 15.0]]))
@@ -151,7 +151,7 @@ def relative_spread(rows: Tensor) -> Tensor:
 
 
 def simplex_gap(cosines: Tensor) -> Tensor:
-    """Mean |cos + 1/(C−1)| off the diagonal of cosines (C, C), C ≥ 2; 0 at the simplex.
+    """Compute the mean |cos + 1/(C−1)| off the diagonal of cosines (C, C), C ≥ 2; 0 at the simplex.
 
     Example:
         >>> simplex_gap(torch.eye(3))
@@ -163,12 +163,12 @@ def simplex_gap(cosines: Tensor) -> Tensor:
 
 
 def _spread_within(within: Tensor, centred: Tensor, size: Tensor) -> Tensor:
-    """NC1 of Σ_W (d, d) and centred class means (C, d), which are differences of numbers of the given size."""
+    """Compute NC1 of Σ_W (d, d) and centred class means (C, d), which are differences of numbers of the given size."""
     num_classes = centred.shape[0]
     # Σ_B has rank C − 1 at most: its pseudo-inverse comes from as many right singular vectors of the centred means.
     _, scales, axes = torch.linalg.svd(centred, full_matrices=False)
     noise = max(centred.shape) * torch.finfo(centred.dtype).eps
-    if bool(scales.max() <= noise * size):
+    if bool(scales.max() <= noise * size):  # what is left of the means is rounding: they agree
         return scales.new_full((), torch.inf)
     scales, axes = scales[: num_classes - 1], axes[: num_classes - 1]
     keep = scales > noise * scales.max()

@@ -14,7 +14,9 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 if it has fewer bits, else as it is: sums in half precision would lose their small terms.
+    """Return `tensor` in float32 if its dtype is narrower, else unchanged.
+
+    Sums in half precision would lose their small terms.
 
     Example:
         >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
@@ -35,7 +37,7 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
         reduction: `mean` over the tokens that count, their `sum`, or `none` (masked-out tokens become 0).
 
     Raises:
-        ValueError: for another `reduction`.
+        ValueError: If `reduction` is another word.
 
     Example:
         >>> reduce_tokens(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
@@ -52,11 +54,11 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction = "mean") -
 
 
 def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over samples of the mean over what counts in each; a sample where nothing does gives 0, and counts.
+    """Compute the mean over samples of the mean over the positions that count in each.
 
-    Each sample weighs the same. A mean over all tokens could not be the same for a batch and for its parts, which have
-    other numbers of tokens; this one is, for parts of equally many samples, without a word between ranks or
-    micro-batches.
+    Each sample weighs the same, and one where no position counts enters as 0. A mean over all tokens of a batch is not
+    the mean of its parts, which differ in their number of tokens. This one is, for parts of equally many samples,
+    without communication between ranks or micro-batches.
 
     Args:
         values: (B, T); values at masked-out positions must be finite.

@@ -1,8 +1,8 @@
-"""How residual product codes are found: stages fitted to a dense output layer in the metric of its hidden states.
+"""Fit of residual product codes: stages fitted to a dense output layer in the metric of its hidden states.
 
 The error of the logits that occur is Σ_v w_v δ_v H δ_vᵀ with δ = W − Ŵ and H = E[h hᵀ]. Groups are coupled through H.
-A code is chosen knowing the errors of all other groups, which it makes up for where it can, so the full metric needs
-no projection of h when the head runs.
+A code is chosen knowing the errors of all other groups and compensates them where it can, so the full metric needs no
+projection of h when the head runs.
 
 Letters: d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
@@ -45,7 +45,7 @@ class ResidualCodes(NamedTuple):
 
 
 def metric_matrix(hidden_second_moment: Tensor, kind: MetricKind, num_groups: int) -> Tensor:
-    """The part of E[h hᵀ] that a metric keeps: (d, d) float64, made regular by a small ridge.
+    """Return the part of E[h hᵀ] that a metric keeps: (d, d) float64, made regular by a small ridge.
 
     Args:
         hidden_second_moment: (d, d).
@@ -53,7 +53,7 @@ def metric_matrix(hidden_second_moment: Tensor, kind: MetricKind, num_groups: in
         num_groups: G.
 
     Raises:
-        ValueError: for another kind, or a moment that is not square, finite and divisible into G groups.
+        ValueError: If `kind` is unknown, or the moment is not square, finite and divisible into G groups.
 
     Example:
         >>> metric_matrix(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), "diagonal", num_groups=2).round(decimals=3)
@@ -91,12 +91,12 @@ def fit_residual_codes(
     generator: torch.Generator | None = None,
     progress_bar: bool = False,
 ) -> ResidualCodes:
-    """Codebooks and mapping that minimise Σ_v w_v δ_v H δ_vᵀ, δ = W − Ŵ.
+    """Fit codebooks and mapping that minimise Σ_v w_v δ_v H δ_vᵀ, δ = W − Ŵ.
 
-    Groups are fitted one after another, each by weighted k-means of its stages in turn, to what makes up best for the
-    errors of the groups before it, while those behind it are still free: with H = U Uᵀ, U upper triangular, the points
-    of group g are W_g U_gg + Σ_{i<g} δ_i U_ig (the feedback of GPTQ [0], for vectors). Then `num_sweeps` times over
-    all groups: given the errors of the others, codes and centroids of each stage are renewed in the metric H_gg.
+    Groups are fitted one after another, each by weighted k-means of its stages in turn, to what compensates the errors
+    of the groups before it best, while those after it are still free: with H = U Uᵀ, U upper triangular, the points of
+    group g are W_g U_gg + Σ_{i<g} δ_i U_ig (the feedback of GPTQ [0], for vectors). Then follow `num_sweeps` passes
+    over all groups: given the errors of the others, codes and centroids of each stage are renewed in the metric H_gg.
 
     Args:
         weight: (V, d) rows W of the output (or tied input) embedding.
@@ -111,7 +111,7 @@ def fit_residual_codes(
         progress_bar: show one line of progress on a terminal.
 
     Raises:
-        ValueError: for a number of groups that does not divide d, weights or stages of another size, a metric that is
+        ValueError: If the number of groups does not divide d, weights or stages are of another size, or the metric is
             not positive definite.
 
     References:
@@ -170,6 +170,8 @@ class _Fit:
     ) -> None:
         self.weight, self.weights, self.members = weight, weights, members
         self.width, self.metric = weight.shape[1] // num_groups, metric
+        # `cholesky` gives H = L Lᵀ with L lower triangular; with rows and columns in reverse order it gives U. In
+        # float64, as H is badly conditioned where hidden states vary along few directions.
         try:
             self.upper = torch.linalg.cholesky(metric.flip(0, 1)).flip(0, 1)
         except torch.linalg.LinAlgError as error:
@@ -185,6 +187,8 @@ class _Fit:
     def start(self, group: int, num_iters: int, generator: torch.Generator | None) -> None:
         """Fit the stages of a group to what the groups before it left."""
         here, before = self._columns(group), slice(0, group * self.width)
+        # δ H δᵀ = ‖δ U‖², and columns g of δ U are δ_g U_gg + Σ_{i<g} δ_i U_ig, as U is upper triangular. So this group
+        # answers for these columns alone, and k-means of the points below minimises them.
         root = self.upper[here, here]
         points = self.weight[:, here] @ root.to(self.weight)
         points += self.errors[:, before] @ self.upper[before, here].to(self.weight)
@@ -209,12 +213,16 @@ class _Fit:
         block = self.metric[here, here]
         root = torch.linalg.cholesky(block)
         pull = self.errors @ self.metric[:, here].to(self.weight) - self.errors[:, here] @ block.to(self.weight)
+        # As a function of δ_g alone, δ H δᵀ is ‖(δ_g + pull · H_gg⁻¹) L‖² plus a constant, with H_gg = L Lᵀ and pull =
+        # Σ_{i≠g} δ_i H_ig. Hence these points, again with Euclidean distances.
         points = (self.weight[:, here] + pull @ torch.linalg.inv(block).to(self.weight)) @ root.to(self.weight)
         vectors = self.codebooks[:, group] @ root.to(self.weight)
         coded = torch.zeros_like(points)
         for stage, tokens in enumerate(self.members):
             coded[tokens] += vectors[stage][self.codes[stage][:, group]]
         for stage, tokens in enumerate(self.members):
+            # The stage's target is what all other stages leave, so its own vectors come back first. Means of the new
+            # codes are optimal for these; a code that lost its tokens stays where it is.
             targets = points[tokens] - coded[tokens] + vectors[stage][self.codes[stage][:, group]]
             codes = nearest_centroids(targets, vectors[stage])
             means, mass = code_means(targets, codes, len(vectors[stage]), self.weights[tokens])
@@ -224,11 +232,12 @@ class _Fit:
         self._write(group, vectors, coded, root)
 
     def error(self) -> Tensor:
-        """Σ_v w_v δ_v H δ_vᵀ / Σ_v w_v."""
+        """Compute Σ_v w_v δ_v H δ_vᵀ / Σ_v w_v."""
         costs = ((self.errors @ self.metric.to(self.errors)) * self.errors).sum(1)
         return (self.weights @ costs) / self.weights.sum()
 
     def _write(self, group: int, vectors: Tensor, coded: Tensor, root: Tensor) -> None:
+        """Take the vectors of a group back from the space of `root`, and renew its errors."""
         here, inverse = self._columns(group), torch.linalg.inv(root).to(self.weight)
         self.codebooks[:, group] = vectors @ inverse
         self.errors[:, here] = self.weight[:, here] - coded @ inverse

@@ -3,7 +3,7 @@
     W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
 
 One stage and one group is the paper's head. Nothing of the size (N, V) or (V, d) is made by the loss or kept for its
-backward: both walk over the vocabulary in chunks whose rows are decoded anew.
+backward: both walk over the vocabulary in chunks, and each decodes the rows of a chunk itself.
 
 Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
@@ -34,7 +34,7 @@ _CHUNK_ELEMENTS = 1 << 22  # logits a chunk: 16 MiB in float32
 
 
 class StageCodes(NamedTuple):
-    """The mapping of one stage.
+    """Mapping of one stage.
 
     Attributes:
         members: (n,) int64 tokens that own the stage, rising; None where all of them do.
@@ -46,7 +46,7 @@ class StageCodes(NamedTuple):
 
 
 class DenseTarget(NamedTuple):
-    """The output layer that is imitated, and what it reads.
+    """Output layer that is imitated, with the hidden states that it reads.
 
     Attributes:
         hidden: (..., d) hidden states of the original model.
@@ -74,7 +74,7 @@ class ResidualVQLosses(NamedTuple):
 
 
 def stage_codes(token_stages: Tensor, codes: Tensor, num_groups: int) -> list[StageCodes]:
-    """Cut the codes of all stages, one behind the other, into stages.
+    """Cut the codes of all stages, stored one after the other, into stages.
 
     Args:
         token_stages: (V,) integer number of stages that each token owns, at least 1.
@@ -99,14 +99,14 @@ def stage_codes(token_stages: Tensor, codes: Tensor, num_groups: int) -> list[St
 def decode_rows(
     codebooks: Tensor, stages: list[StageCodes], vocab_size: int, start: int = 0, end: int | None = None
 ) -> Tensor:
-    """Rows [start, end) of the dense (V, d) layer that gives the same logits.
+    """Decode rows [start, end) of the dense (V, d) layer that gives the same logits.
 
     Args:
         codebooks: (S, G, K, d/G).
         stages: S of them, the first of all tokens.
         vocab_size: V.
         start: first token.
-        end: behind the last token; default V.
+        end: one past the last token; default V.
 
     Returns:
         (end − start, d), differentiable in the codebooks.
@@ -132,7 +132,7 @@ def decode_rows(
 def residual_vq_logits(
     hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None = None
 ) -> Tensor:
-    """Token logits (..., V) in nats of hidden states (..., d), a chunk of the vocabulary at a time.
+    """Compute token logits (..., V) in nats of hidden states (..., d), a chunk of the vocabulary at a time.
 
     Args:
         hidden: (..., d).
@@ -148,14 +148,15 @@ def residual_vq_logits(
 def residual_vq_greedy(
     hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None = None
 ) -> Tensor:
-    """Most likely tokens (...) of hidden states (..., d), a chunk of the vocabulary at a time; ties: the lowest id.
+    """Find the most likely tokens (...) of hidden states (..., d), a chunk of the vocabulary at a time.
 
-    Arguments as in `residual_vq_logits`.
+    Ties go to the lowest id. Arguments as in `residual_vq_logits`.
     """
     best = torch.full(hidden.shape[:-1], -torch.inf, device=hidden.device)
     tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     for start, logits in _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias):
         highest, index = logits.max(dim=-1)
+        # Strictly greater, so that an equal logit of a later chunk does not win.
         tokens = torch.where(highest > best, index + start, tokens)
         best = torch.maximum(best, highest)
     return tokens
@@ -171,10 +172,11 @@ def residual_vq_losses(
     target: DenseTarget | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> ResidualVQLosses:
-    """Cross-entropy and divergence from a dense output layer, exact, in memory that grows with neither N·V nor V·d.
+    """Compute cross-entropy and divergence from a dense output layer, in memory that grows with neither N·V nor V·d.
 
-    Three walks over the vocabulary: forward for the normalisers and the expectations, backward for the gradients,
-    which go from the logits of a chunk straight into hidden states and codebooks. The target gets none.
+    Both are exact. Forward walks over the vocabulary once, for normalisers and expectations, and backward once, for the
+    gradients, which go from the logits of a chunk straight into hidden states and codebooks. The target gets no
+    gradient.
 
     Args:
         hidden: (..., d) hidden states.
@@ -186,7 +188,7 @@ def residual_vq_losses(
         ignore_index: label of tokens that do not count.
 
     Raises:
-        ValueError: for labels or a target of another shape, or a label out of range (checked in host memory only).
+        ValueError: If labels or target have another shape, or a label is out of range (checked in host memory only).
 
     Example:
         >>> codebooks, codes = torch.zeros(1, 1, 2, 3), StageCodes(None, torch.tensor([[0], [1], [1], [0]]))
@@ -206,6 +208,7 @@ def residual_vq_losses(
             f"Expected a target of hidden states {tuple(labels.shape)} and {vocab_size} rows, but got"
             f" {tuple(target.hidden.shape[:-1])} and {target.weight.shape[0]}."
         )
+    # Ignored tokens are dropped before the products, and put back as zeros.
     mask = (labels != ignore_index).flatten()
     tokens = labels.flatten()[mask]
     flat = hidden.reshape(-1, hidden.shape[-1])[mask]
@@ -221,14 +224,18 @@ def residual_vq_losses(
 def _chunk_logits(
     hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """The first token of each chunk of the vocabulary, and its logits."""
+    """Yield the first token of each chunk of the vocabulary, and its logits."""
     for start, end in _chunks(vocab_size, hidden.shape[-1]):
         logits = F.linear(hidden, decode_rows(codebooks, stages, vocab_size, start, end).to(hidden.dtype))
         yield start, logits if token_bias is None else logits + token_bias[start:end].to(logits.dtype)
 
 
 class _Losses(torch.autograd.Function):
-    """Cross-entropy and divergence (N,) of tokens that all count."""
+    """Cross-entropy and divergence (N,) of tokens that all count.
+
+    A Function of its own, as autograd would keep the logits and rows of every chunk until backward. With z our logits,
+    u the target's and Z, Z_u their normalisers, CE = log Z − z_y and KL = E_u[u − z] + log Z − log Z_u.
+    """
 
     @staticmethod
     def forward(
@@ -279,6 +286,7 @@ class _Losses(torch.autograd.Function):
         grad_codebooks = torch.zeros_like(codebooks, dtype=walk.sum_dtype)
         grad_bias = None if token_bias is None else torch.zeros_like(token_bias, dtype=walk.sum_dtype)
         wants_rows = ctx.needs_input_grad[1]
+        # dCE/dz = softmax(z) − onehot(y) and dKL/dz = softmax(z) − softmax(u): the softmax of both is made once.
         level = (grad_ce + grad_kl).unsqueeze(1)
         for start, end, rows, logits, target_logits in walk:
             grad = (logits - normalizer.unsqueeze(1)).exp_().mul_(level)
@@ -288,6 +296,7 @@ class _Losses(torch.autograd.Function):
             grad[here, tokens[here] - start] -= grad_ce[here]
             if grad_bias is not None:
                 grad_bias[start:end] = grad.sum(0)
+            # Products in the dtype of forward's; sums over chunks in at least float32.
             narrow = grad.to(ctx.dtype)
             if ctx.needs_input_grad[0]:
                 grad_hidden += narrow @ rows
@@ -341,13 +350,13 @@ class _Walk:
 
 
 class _LogSumExp:
-    """Running log-sum-exp of (N, ·) chunks."""
+    """Running log-sum-exp of (N, ·) chunks; the sum is relative to the highest logit so far and cannot overflow."""
 
     def __init__(self, zeros: Tensor) -> None:
         self.highest, self.total = torch.full_like(zeros, -torch.inf), zeros.clone()
 
     def add(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a chunk in; the factor (N,) of what was summed before, and exp(logits − highest)."""
+        """Take a chunk in; return the factor (N,) that rescales earlier sums, and exp(logits − highest)."""
         highest = torch.maximum(self.highest, logits.amax(1))
         scale = (self.highest - highest).exp()
         weights = (logits - highest.unsqueeze(1)).exp_()
@@ -360,7 +369,7 @@ class _LogSumExp:
 
 
 def _chunks(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
-    """Bounds of chunks of the vocabulary with about `_CHUNK_ELEMENTS` numbers in (width, chunk)."""
+    """Yield bounds of chunks of the vocabulary with about `_CHUNK_ELEMENTS` numbers in (width, chunk)."""
     size = max(1, _CHUNK_ELEMENTS // max(1, width))
     for start in range(0, vocab_size, size):
         yield start, min(start + size, vocab_size)
@@ -369,7 +378,7 @@ def _chunks(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
 def _chunk_codes(
     codebooks: Tensor, stages: list[StageCodes], start: int, end: int
 ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-    """For each stage that tokens of [start, end) own: its number, which of them, their rows (n, G) of (G·K, d/G)."""
+    """Yield for each stage that tokens of [start, end) own its number, which of them, and rows (n, G) of (G·K, d/G)."""
     num_groups, codebook_size = codebooks.shape[1:3]
     offsets = torch.arange(num_groups, device=codebooks.device) * codebook_size
     for stage, (members, codes) in enumerate(stages):
@@ -382,7 +391,7 @@ def _chunk_codes(
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the matrix products: that of autocast, else of the hidden states."""
+    """Return the dtype of the matrix products: that of autocast, else of the hidden states."""
     device = hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -1,8 +1,7 @@
-"""Task arithmetic: models of one architecture added up by what they learned since their common start.
+"""Task arithmetic: what models of one architecture learned since their common start, added up.
 
 References:
     [0]: Editing Models with Task Arithmetic, 2022, arXiv 2212.04089.
-
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ __all__ = ["add_task_vectors"]
 def add_task_vectors(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], weight: float = 1.0
 ) -> dict[str, Tensor]:
-    """θ + λ Σ_t (θ_t − θ) for each tensor [0], summed in float32.
+    """Compute θ + λ Σ_t (θ_t − θ) for each tensor [0], summed in float32.
 
     Args:
         base: state dict θ of what the experts were fine-tuned from.
@@ -25,10 +24,10 @@ def add_task_vectors(
         weight: λ.
 
     Returns:
-        A state dict in the dtypes of `base`; tensors that are no floating-point numbers are those of `base`.
+        A state dict in the dtypes of `base`; tensors of other than floating-point dtypes are copied from `base`.
 
     Raises:
-        ValueError: for tensors that differ in name or shape.
+        ValueError: If tensors differ in name or shape.
 
     Example:
         >>> zero, one = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
@@ -49,7 +48,7 @@ def add_task_vectors(
         if not start.is_floating_point():
             merged[name] = start.clone()
             continue
-        total = start.float()
+        total = start.float()  # task vectors are small beside θ: bfloat16 would round much of them away
         for expert in experts:
             total = total + weight * (expert[name].to(start.device).float() - start.float())
         merged[name] = total.to(start.dtype)

@@ -1,4 +1,4 @@
-"""The k largest logits of each position, taken after the softmax over the whole vocabulary, with what was left out.
+"""The k largest logits of each position, taken after the softmax over the whole vocabulary, with the mass of the rest.
 
 Letters: N positions, V vocabulary, k `top_k`, τ temperature, u = z/τ the tempered logits.
 """
@@ -34,8 +34,8 @@ class TopKLogits(NamedTuple):
         tail: (...) probability of all other tokens, in [0, 1].
         log_normalizer: (...) log Σ_v exp u_v; `log_probs + log_normalizer` are the logits u.
         mean: (...) of u over the vocabulary.
-        std: (...) population standard deviation of u over the vocabulary; like `mean` of no use where tokens are ruled
-            out by logits of −inf or of huge size.
+        std: (...) population standard deviation of u over the vocabulary; like `mean` without meaning where tokens are
+            ruled out by logits of −inf or of huge size.
     """
 
     log_probs: Tensor
@@ -47,10 +47,10 @@ class TopKLogits(NamedTuple):
 
 
 def top_k_logits(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> TopKLogits:
-    """The k largest log-probabilities of each position, with the mass of the tail and two moments of its logits.
+    """Find the k largest log-probabilities of each position, the mass of the tail and two moments of the logits.
 
-    Works through the positions in chunks, forward and backward: beyond the logits and their gradient nothing of the
-    size (N, V) is made, whatever their dtype.
+    Positions are worked through in chunks, forward and backward: except for the logits and their gradient nothing of
+    the size (N, V) is made, whatever their dtype.
 
     Args:
         logits: (..., V) in nats.
@@ -58,7 +58,7 @@ def top_k_logits(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> Top
         temperature: τ > 0.
 
     Raises:
-        ValueError: for k or τ out of range.
+        ValueError: If k or τ is out of range.
 
     Example:
         >>> top = top_k_logits(torch.tensor([0.0, 1.3863, 0.6931]), 2)  # probabilities 1/7, 4/7, 2/7
@@ -77,7 +77,7 @@ def top_k_logits(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> Top
 
 
 def top_k_values(top: TopKLogits, values: LogitValues) -> Tensor:
-    """What a loss compares: (..., k), descending.
+    """Return the values that a loss compares: (..., k), descending.
 
     Args:
         top: of one model.
@@ -85,7 +85,7 @@ def top_k_values(top: TopKLogits, values: LogitValues) -> Tensor:
             neither a constant nor a factor in the logits changes; `logits`: u itself, constant and all.
 
     Raises:
-        ValueError: for other `values`.
+        ValueError: If `values` is unknown.
 
     Example:
         >>> top_k_values(top_k_logits(torch.tensor([0.0, 1.0, 2.0]), 2), "standardize")
@@ -126,7 +126,7 @@ def place_rows(rows: TopKLogits, mask: Tensor) -> TopKLogits:
 
 
 def gather_positions(top: TopKLogits, index: Tensor) -> TopKLogits:
-    """Those of other positions.
+    """Gather the rows of other positions.
 
     Args:
         top: (B, U, ...).
@@ -147,7 +147,7 @@ def gather_positions(top: TopKLogits, index: Tensor) -> TopKLogits:
 
 
 class _TopKLogits(torch.autograd.Function):
-    """`top_k_logits` of (N, V); keeps the logits alone for backward, beside what has no V."""
+    """`top_k_logits` of (N, V); of that size it keeps only the logits for backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, ...]:
@@ -157,6 +157,7 @@ class _TopKLogits(torch.autograd.Function):
         for chunk in logits.split(rows) if len(logits) else [logits]:
             u = chunk.to(dtype) if temperature == 1 else chunk.to(dtype) / temperature
             top, token_ids = u.topk(top_k, dim=-1)
+            # In two passes: the mean of squares less the squared mean would cancel for logits far from 0.
             mean = u.mean(-1, keepdim=True)
             std = torch.linalg.vector_norm(u - mean, dim=-1) / math.sqrt(size)
             highest = top[:, :1]
@@ -175,6 +176,8 @@ class _TopKLogits(torch.autograd.Function):
         grad_top, _, grad_tail, grad_normalizer, grad_mean, grad_std = grads
         logits, log_probs, token_ids, log_normalizer, mean, std = ctx.saved_tensors
         size = logits.shape[1]
+        # The tail is 1 − Σ exp(log_probs), so its gradient joins that of the log-probabilities. Then, of logits u:
+        # dlog Z/du = softmax(u), dmean/du = 1/V, dstd/du = (u − mean) / (V std).
         grad_top = grad_top - grad_tail.unsqueeze(-1) * log_probs.exp()
         grad_normalizer = grad_normalizer - grad_top.sum(-1)  # log-probabilities are u minus the normaliser
         slope = grad_std / (size * std.clamp(min=1e-6))

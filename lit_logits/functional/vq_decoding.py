@@ -1,6 +1,6 @@
 """Exact greedy and sampled decoding from vector-quantised logits, without the (N, V) logits.
 
-A code is chosen first, then one of its tokens; what that needs of mapping and bias is tabulated once.
+A code is chosen first, then one of its tokens. What the second choice needs from mapping and bias is tabulated once.
 
 Letters: N positions, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}), b token bias.
 """
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class GreedyTables(NamedTuple):
-    """What exact greedy decoding needs of mapping and bias.
+    """Tables for exact greedy decoding, made from mapping and bias.
 
     Attributes:
         best_bias: (K,), max_{v∈k} b_v in nats; −inf for an empty code.
@@ -36,7 +36,7 @@ class GreedyTables(NamedTuple):
 
 
 class SamplingTables(NamedTuple):
-    """What exact sampling needs of mapping and bias at one temperature τ.
+    """Tables for exact sampling at one temperature τ, made from mapping and bias.
 
     Attributes:
         log_mass: (K,), β of b/τ in nats; −inf for an empty code.
@@ -52,7 +52,7 @@ class SamplingTables(NamedTuple):
 
 
 def greedy_tables(token_to_code: Tensor, codebook_size: int, token_bias: Tensor | None = None) -> GreedyTables:
-    """Best token of each code and its bias; ties go to the lowest id.
+    """Find the best token of each code and its bias; ties go to the lowest id.
 
     Args:
         token_to_code: (V,) int64.
@@ -67,6 +67,7 @@ def greedy_tables(token_to_code: Tensor, codebook_size: int, token_bias: Tensor 
     best_bias = bias.new_full((codebook_size,), -torch.inf).scatter_reduce(0, token_to_code, bias, "amax")
     vocab_size = token_to_code.shape[0]
     ids = torch.arange(vocab_size, device=token_to_code.device)
+    # `amax` tells the best bias but not its token: the least id that reaches it is an `amin` over all that do.
     candidates = torch.where(bias == best_bias[token_to_code], ids, vocab_size)
     best_token = torch.full_like(best_bias, vocab_size, dtype=torch.int64)
     best_token = best_token.scatter_reduce(0, token_to_code, candidates, "amin")
@@ -74,7 +75,7 @@ def greedy_tables(token_to_code: Tensor, codebook_size: int, token_bias: Tensor 
 
 
 def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables) -> Tensor:
-    """Most likely token, argmax_v z_v, without the token logits.
+    """Find the most likely token, argmax_v z_v, without the token logits.
 
     k* = argmax_k (l_k + max_{v∈k} b_v), then that code's best token. Two codes with exactly equal scores are a tie
     that goes to the lower code.
@@ -93,7 +94,7 @@ def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables) -> Tensor:
 def sampling_tables(
     token_to_code: Tensor, codebook_size: int, token_bias: Tensor | None = None, *, temperature: float = 1.0
 ) -> SamplingTables:
-    """Log mass of the codes and the cumulative distribution within each, at one temperature.
+    """Compute the log mass of the codes and the cumulative distribution within each, at one temperature.
 
     Args:
         token_to_code: (V,) int64.
@@ -102,7 +103,7 @@ def sampling_tables(
         temperature: τ > 0; b is divided by it before β is formed.
 
     Raises:
-        ValueError: for a temperature that is not positive.
+        ValueError: If `temperature` is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}; use greedy decoding for 0.")
@@ -110,6 +111,8 @@ def sampling_tables(
     log_mass = code_log_mass(token_to_code, codebook_size, bias)
     codes, tokens = token_to_code.sort(stable=True)
     log_share = -log_mass[codes].double() if bias is None else bias[tokens] - log_mass[codes]
+    # One cumulative sum over all tokens, less what came before each code. In float64, as the sum goes up to K and the
+    # number of the code is added to it: float32 would leave few digits for the draw within a code.
     total = log_share.exp().cumsum(0)
     sizes = torch.bincount(codes, minlength=codebook_size)
     last = sizes.cumsum(0) - 1
@@ -139,6 +142,7 @@ def vq_sample(
     """
     logits = code_logits(hidden / temperature, codebook, tables.log_mass).reshape(-1, codebook.shape[0])
     codes = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    # `cumulative` of code k rises from k to k + 1, so one search over all V finds the token within the code drawn.
     uniform = torch.rand(codes.shape, dtype=torch.float64, device=codes.device, generator=generator)
     slots = torch.searchsorted(tables.cumulative, codes + uniform, right=True)
     # Rounding may carry a draw close to 1 past the end of its code.
@@ -147,10 +151,10 @@ def vq_sample(
 
 
 def sample_logits(logits: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Tokens (...) int64 drawn from softmax(logits / temperature) of logits (..., V) in nats.
+    """Draw tokens (...) int64 from softmax(logits / temperature) of logits (..., V) in nats.
 
     Raises:
-        ValueError: for a temperature that is not positive.
+        ValueError: If `temperature` is not positive.
 
     Example:
         >>> sample_logits(torch.tensor([[0.0, 50.0], [50.0, 0.0]]))

@@ -12,8 +12,9 @@ Letters: N tokens, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K
 
 References:
     [0]: VQ-Logits, 2025, arXiv 2505.10202. The collapsed loss is ours.
-
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def code_log_mass(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Log mass of each code, β_k = logsumexp_{v: M(v)=k} b_v: the log of its token count when there is no bias.
+    """Compute the log mass of each code, β_k = logsumexp_{v: M(v)=k} b_v; without a bias, the log of its token count.
 
     Args:
         token_to_code: (V,) int64.
@@ -51,7 +52,7 @@ def code_log_mass(
         (K,), at least float32, −inf for an empty code; differentiable in `token_bias`.
 
     Raises:
-        ValueError: for a code out of range (checked in host memory only).
+        ValueError: If a code is out of range (checked in host memory only).
 
     Example:
         >>> code_log_mass(torch.tensor([0, 0, 2]), codebook_size=3).exp()
@@ -62,6 +63,8 @@ def code_log_mass(
     if token_bias is None:
         ones = torch.ones_like(token_to_code, dtype=dtype)
         return ones.new_zeros(codebook_size).index_add_(0, token_to_code, ones).log()  # bincount would wait for a GPU
+    # The maximum of each code is subtracted first, so that the sum neither overflows nor vanishes. It is detached: the
+    # result does not depend on it.
     bias = at_least_float32(token_bias)
     highest = bias.detach().new_full((codebook_size,), -torch.inf)
     highest = highest.scatter_reduce(0, token_to_code, bias.detach(), "amax")
@@ -70,7 +73,7 @@ def code_log_mass(
 
 
 def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: Tensor | None = None) -> Tensor:
-    """Token logits z_v = l_{M(v)} + b_v: the paper's "scatter", and the readable reference of everything here.
+    """Compute token logits z_v = l_{M(v)} + b_v: the paper's "scatter", and the readable reference of everything here.
 
     Args:
         code_logits: (..., K) in nats.
@@ -91,7 +94,7 @@ def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: 
 
 
 def code_logits(hidden: Tensor, codebook: Tensor, log_mass: Tensor | None = None) -> Tensor:
-    """Code logits l = h Cᵀ, plus `log_mass` if given, in at least float32 whatever the autocast.
+    """Compute code logits l = h Cᵀ, plus `log_mass` if given, in at least float32 whatever the autocast.
 
     Args:
         hidden: (..., d).
@@ -119,7 +122,7 @@ def vq_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Next-token cross-entropy of vector-quantised logits, exact, in O(N·K) time and memory.
+    """Compute the exact next-token cross-entropy of vector-quantised logits, in O(N·K) time and memory.
 
     CE(y) = −log softmax(l + β)_{M(y)} + (β_{M(y)} − b_y), with l = h Cᵀ and β = `code_log_mass`. Equal in value and
     gradient to `cross_entropy(scatter_code_logits(l, M, b), y)`, which makes the (N, V) logits.
@@ -137,23 +140,19 @@ def vq_cross_entropy(
         Nats, at least float32; a scalar, or (...) for `none`.
 
     Raises:
-        ValueError: for labels of another shape, a label or a code out of range (values are checked in host memory
-            only).
+        ValueError: If labels have another shape, or a label or a code is out of range (values are checked in host
+            memory only).
 
     Example:
         >>> hidden, codebook = torch.zeros(1, 2), torch.zeros(2, 2)
         >>> vq_cross_entropy(hidden, codebook, torch.tensor([0, 0, 1, 1]), torch.tensor([3])).exp()
         tensor(4.)
     """
-    _check_one_label_each(hidden, labels)
-    check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
-    token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
-    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias, dtype=_loss_dtype(hidden))
-    log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
-    losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
-    return reduce_tokens(losses, mask, reduction)
+    losses = _token_losses(hidden, codebook, token_to_code, labels, token_bias, ignore_index)
+    return reduce_tokens(losses.values, losses.mask, reduction)
 
 
+# The arguments of `vq_cross_entropy` are written out again, as typed signatures are the interface.
 def straight_through_vq_cross_entropy(
     hidden: Tensor,
     codebook: Tensor,
@@ -165,7 +164,7 @@ def straight_through_vq_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """`vq_cross_entropy` whose gradient also reaches a latent table behind the codes, straight through.
+    """Compute `vq_cross_entropy` with a gradient that also reaches the latent table, straight through its codes.
 
     Value and other gradients are those of `vq_cross_entropy`; the latents get the gradient that a dense (V, d) output
     layer holding each token's code would get,
@@ -189,15 +188,12 @@ def straight_through_vq_cross_entropy(
         Nats, at least float32; a scalar, or (...) for `none`.
 
     Raises:
-        ValueError: for a label out of range (checked in host memory only).
+        ValueError: If labels have another shape, or a label or a code is out of range (values are checked in host
+            memory only).
     """
-    _check_one_label_each(hidden, labels)
-    check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
-    token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
-    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias, dtype=_loss_dtype(hidden))
-    log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
-    losses, mask = _token_losses(log_probs, log_mass, token_to_code, labels, token_bias, ignore_index)
+    values, mask, log_probs, log_mass = _token_losses(hidden, codebook, token_to_code, labels, token_bias, ignore_index)
     log_share = -log_mass[token_to_code] if token_bias is None else token_bias - log_mass[token_to_code]
+    # Added to the losses before the reduction, so that the latents get the gradient of each token with its weight.
     port = _StraightThrough.apply(
         latents,
         hidden.detach().reshape(-1, hidden.shape[-1]),
@@ -206,7 +202,7 @@ def straight_through_vq_cross_entropy(
         token_to_code,
         labels.masked_fill(~mask, 0).reshape(-1),
     )
-    return reduce_tokens(losses + port.reshape(labels.shape), mask, reduction)
+    return reduce_tokens(values + port.reshape(labels.shape), mask, reduction)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -230,6 +226,8 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, log_probs, share, token_to_code, tokens = ctx.saved_tensors  # type: ignore[attr-defined]
         hidden, grad = hidden.to(log_probs.dtype), grad.unsqueeze(1)
+        # The first term depends on v through its code and share only, so (K, d) sums are made and then spread. Ignored
+        # tokens have label 0 here, and a gradient of 0.
         with torch.autocast(hidden.device.type, enabled=False):
             code_sums = (log_probs.exp() * grad).T @ hidden
         grad_latents = share.unsqueeze(1).to(log_probs.dtype) * code_sums[token_to_code]
@@ -237,29 +235,44 @@ class _StraightThrough(torch.autograd.Function):
         return grad_latents.to(ctx.dtype), None, None, None, None, None  # type: ignore[attr-defined]
 
 
-def _loss_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
+class _TokenLosses(NamedTuple):
+    """Cross-entropy of each token and what a straight-through gradient needs besides.
+
+    Attributes:
+        values: (...) nats; of ignored tokens finite numbers without meaning.
+        mask: boolean (...), the tokens that count.
+        log_probs: (..., K) log softmax(l + β) of the codes.
+        log_mass: (K,) β.
+    """
+
+    values: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    log_mass: Tensor
 
 
-def _check_one_label_each(hidden: Tensor, labels: Tensor) -> None:
+def _token_losses(
+    hidden: Tensor,
+    codebook: Tensor,
+    token_to_code: Tensor,
+    labels: Tensor,
+    token_bias: Tensor | None,
+    ignore_index: int,
+) -> _TokenLosses:
+    """Check the labels and compute the loss of each token, not reduced."""
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"Expected `labels` to have shape {tuple(hidden.shape[:-1])}, one for each hidden state, but got"
             f" {tuple(labels.shape)}."
         )
-
-
-def _token_losses(
-    log_probs: Tensor,
-    log_mass: Tensor,
-    token_to_code: Tensor,
-    labels: Tensor,
-    token_bias: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Loss of each token and the mask of the tokens that count, both of the shape of `labels`."""
+    check_labels(labels, token_to_code.shape[0], ignore_index=ignore_index)
+    token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
+    loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias, dtype=loss_dtype)
+    log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
     mask = labels != ignore_index
     tokens = labels.masked_fill(~mask, 0)
     codes = token_to_code[tokens]
     within = log_mass[codes] if token_bias is None else log_mass[codes] - token_bias[tokens]
-    return within - log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1), mask
+    values = within - log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    return _TokenLosses(values, mask, log_probs, log_mass)

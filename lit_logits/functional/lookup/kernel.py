@@ -25,7 +25,9 @@ _FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", *_OPENMP]
 
 
 class PackedHead(NamedTuple):
-    """What vq_lookup.cpp reads. A block is 2,048 tokens; what it owns of a stage is a tile of codes, group after group.
+    """Input of vq_lookup.cpp.
+
+    A block is 2,048 tokens. The codes of a stage that a block owns are a tile, stored group after group.
 
     Attributes:
         codebooks: (S, G, d/G, K) float32.
@@ -43,7 +45,7 @@ class PackedHead(NamedTuple):
 
 
 class _Head(ctypes.Structure):
-    """Head of vq_lookup.cpp."""
+    """`Head` of vq_lookup.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("vocab_size", "num_stages", "num_groups", "num_slots")),
@@ -53,7 +55,7 @@ class _Head(ctypes.Structure):
 
 
 def head_struct(packed: PackedHead) -> ctypes.Structure:
-    """A head as vq_lookup.cpp takes it."""
+    """Return a head in the form that vq_lookup.cpp takes; it points into `packed`, which must outlive it."""
     num_stages, num_groups, width, codebook_size = packed.codebooks.shape
     sizes = (packed.token_bias.shape[0], num_stages, num_groups, num_groups + -num_groups % EIGHT)
     return _Head(*sizes, width, codebook_size, torch.get_num_threads(), *(tensor.data_ptr() for tensor in packed))
@@ -61,7 +63,7 @@ def head_struct(packed: PackedHead) -> ctypes.Structure:
 
 @functools.cache
 def lookup_kernel() -> ctypes.CDLL | None:
-    """vq_lookup.cpp, compiled; None with a warning where that does not work."""
+    """Compile and load vq_lookup.cpp; return None with a warning if that fails."""
     try:
         library = ctypes.CDLL(str(_compile()))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -84,14 +86,14 @@ def _compile() -> Path:
     """Build vq_lookup.cpp for this processor, unless the user's cache holds it already."""
     source = Path(__file__).with_name("vq_lookup.cpp")
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *_FLAGS]
-    # What the compiler predefines tells versions and processors apart, which may share a home.
+    # A home may be shared by machines. The macros that a compiler predefines tell its version and the processor.
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(f"{command}{macros}{source.read_text()}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_logits"
     library = folder / f"vq_lookup-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may do the same
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed at the end: other processes may do the same
             built = Path(scratch) / library.name
             _run([*command, str(source), "-o", str(built)])
             built.replace(library)

@@ -1,12 +1,12 @@
-"""Token logits of residual product codes by look-up, for decoding: a table of code scores, then sums of its entries.
+"""Token logits of residual product codes by look-up, for decoding: tables of code scores, then sums of their entries.
 
 A token's row of the output layer is a sum, over the stages that it owns, of one code from each group, so that
 
     T_{s,g,k} = ⟨h_g, C_{s,g,k}⟩      z_v = b_v + Σ_{s: v ∈ members_s} Σ_g T_{s,g,M_{s,g}(v)}
 
 takes S·K·d multiplications and one look-up a code where a dense layer takes V·d multiplications, and reads bytes where
-that one reads rows. `lookup_logits` says it in torch. `packed_lookup_logits` and `lookup_greedy` run vq_lookup.cpp,
-which the machine's C++ compiler builds at first use; without one they warn once and do it in torch.
+that one reads rows. `lookup_logits` is written in torch. `packed_lookup_logits` and `lookup_greedy` run vq_lookup.cpp,
+which the machine's C++ compiler builds at first use; without one they warn once and use torch.
 
 Letters: N positions, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which n_s tokens own
 stage s; M the codes, b the token bias.
@@ -30,7 +30,7 @@ _BLOCK = 2048  # tokens, as in vq_lookup.cpp
 
 
 class LookupLayout(NamedTuple):
-    """A head as it was given, which is not copied, and packed.
+    """A head as it was given, not copied, and packed.
 
     Attributes:
         codebooks: (S, G, K, d/G).
@@ -54,7 +54,7 @@ def lookup_logits(
     members: Sequence[Tensor | None],
     token_bias: Tensor | None = None,
 ) -> Tensor:
-    """Token logits by look-up, on any device and differentiable: the readable reference of this file.
+    """Compute token logits by look-up, on any device and differentiable: the readable reference of this file.
 
     Args:
         hidden: (..., d).
@@ -67,7 +67,7 @@ def lookup_logits(
         (..., V) in nats, at least float32.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: If shapes do not fit.
 
     Example:
         >>> codebooks = torch.tensor([[[[1.0], [2.0]]], [[[0.5], [0.0]]]])  # two stages, one group, two codes
@@ -85,7 +85,8 @@ def lookup_logits(
     logits = rows.new_zeros(codes[0].shape[0], rows.shape[0])
     for stage in range(num_stages):
         owners, table = members[stage], tables[stage].flatten(0, 1)
-        chunks = codes[stage].split(_BLOCK)  # indices are four times as large as codes
+        # In chunks, as int32 indices are four times as large as codes; `embedding_bag` gathers and adds up in one pass.
+        chunks = codes[stage].split(_BLOCK)
         sums = torch.cat([F.embedding_bag(chunk + first_entry, table, mode="sum") for chunk in chunks])
         logits = logits + sums if owners is None else logits.index_add(0, owners, sums)
     logits = logits if token_bias is None else logits + token_bias[:, None]
@@ -98,17 +99,13 @@ def lookup_layout(
     members: Sequence[Tensor | None],
     token_bias: Tensor | None = None,
 ) -> LookupLayout:
-    """Pack a head for `packed_lookup_logits` and `lookup_greedy`; to be done anew when anything of it changes.
+    """Pack a head for `packed_lookup_logits` and `lookup_greedy`; pack it again when any part of it changes.
 
-    Args:
-        codebooks: (S, G, K, d/G).
-        codes: S of (n_s, G) of any integer dtype, in [0, K); n_0 = V.
-        members: S of (n_s,) int64 tokens that own the stage, rising; None where all of them do, as of the first.
-        token_bias: (V,) in nats, < ∞; default 0.
+    Arguments as in `lookup_logits`.
 
     Raises:
-        ValueError: for shapes that do not fit, codes or tokens out of range, tokens that do not rise, and for codebooks
-            that are not finite or a bias that is NaN or ∞.
+        ValueError: If shapes do not fit, codes or tokens are out of range, tokens do not rise, codebooks are not
+            finite, or the bias is NaN or ∞.
     """
     _check_shapes(codebooks, codes, members, token_bias)
     check_finite(codebooks, "codebooks")
@@ -124,6 +121,8 @@ def _pack(
 ) -> PackedHead:
     num_groups, codebook_size = codebooks.shape[1:3]
     vocab_size, padding = codes[0].shape[0], -num_groups % EIGHT
+    # Block by block, and in a block group after group, as the kernel reads: the tables of a few groups stay in the
+    # cache while the codes stream through. Groups are filled up with slots of code 0, whose tables are 0.
     edges = torch.arange(0, vocab_size + _BLOCK, _BLOCK).clamp(max=vocab_size)
     tiles, places, starts, total = [], [], [], 0
     for stage_codes, owners in zip(codes, members, strict=True):
@@ -146,9 +145,9 @@ def _pack(
 
 
 def packed_lookup_logits(hidden: Tensor, layout: LookupLayout) -> Tensor:
-    """Token logits by look-up, as `lookup_logits` gives them but for rounding of float32 sums.
+    """Compute token logits by look-up, equal to `lookup_logits` up to the rounding of float32 sums.
 
-    Where a gradient is wanted, where hidden states are float64, and where nothing is packed, this is `lookup_logits`.
+    Where a gradient is wanted, hidden states are float64, or nothing is packed, this is `lookup_logits`.
 
     Args:
         hidden: (..., d).
@@ -158,7 +157,7 @@ def packed_lookup_logits(hidden: Tensor, layout: LookupLayout) -> Tensor:
         (..., V) in nats, float32.
 
     Raises:
-        ValueError: for another d.
+        ValueError: If `hidden` is not of width d.
 
     Example:
         >>> codebooks, codes = torch.tensor([[[[1.0], [2.0]]]]), [torch.tensor([[0], [1], [1]])]
@@ -181,11 +180,11 @@ def packed_lookup_logits(hidden: Tensor, layout: LookupLayout) -> Tensor:
 
 @torch.no_grad()
 def lookup_greedy(hidden: Tensor, layout: LookupLayout) -> Tensor:
-    """Most likely token, argmax_v z_v of float32 logits; ties go to the lowest id.
+    """Find the most likely token, argmax_v z_v of float32 logits; ties go to the lowest id.
 
     With K ≤ 256 and AVX-512 VBMI (Ice Lake, Zen 4 and later) this is faster than the logits, and as exact: tables
-    rounded up to bytes, which fit the processor's registers, give upper bounds of all logits. The token with the best
-    bound is looked up in float32, then those others whose bounds reach its logit.
+    rounded up to bytes, which fit into the processor's registers, give upper bounds of all logits. The token of the
+    best bound is looked up in float32, then those others whose bounds reach its logit: no other token can win.
 
     Args:
         hidden: (..., d).
@@ -195,7 +194,7 @@ def lookup_greedy(hidden: Tensor, layout: LookupLayout) -> Tensor:
         (...) int64 token ids.
 
     Raises:
-        ValueError: for another d.
+        ValueError: If `hidden` is not of width d.
 
     Example:
         >>> codebooks, codes = torch.tensor([[[[1.0], [2.0]]]]), [torch.tensor([[0], [1], [1]])]
@@ -208,12 +207,13 @@ def lookup_greedy(hidden: Tensor, layout: LookupLayout) -> Tensor:
         return packed_lookup_logits(hidden, layout).argmax(dim=-1)
     rows = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
     num_rows = rows.shape[0]
-    at_once = min(num_rows, EIGHT)
+    at_once = min(num_rows, EIGHT)  # rows that the kernel holds tables and bounds of at a time
     tables, bounds = _room_for_tables(packed, at_once), torch.empty(at_once * packed.token_bias.shape[0])
     tokens = torch.empty(num_rows, dtype=torch.int64)
     pointers = (tensor.data_ptr() for tensor in (rows, tables, bounds, tokens))
     kernel.lookup_greedy(head_struct(packed), num_rows, *pointers)
-    failed = tokens < 0  # bounds were not finite, or too loose
+    # The kernel gives up where bounds are not finite or leave so many candidates that all logits are faster.
+    failed = tokens < 0
     if failed.any():
         tokens[failed] = packed_lookup_logits(rows[failed], layout).argmax(dim=-1)
     return tokens.reshape(hidden.shape[:-1])
@@ -221,12 +221,13 @@ def lookup_greedy(hidden: Tensor, layout: LookupLayout) -> Tensor:
 
 def _room_for_tables(packed: PackedHead, num_rows: int) -> Tensor:
     num_stages, num_groups, _, codebook_size = packed.codebooks.shape
+    # With codes of one byte every table has 256 entries, so that the kernel's addresses are constants.
     entries = 256 if packed.codes.dtype == torch.uint8 else codebook_size
     return torch.empty(num_rows * num_stages * (num_groups + -num_groups % EIGHT) * entries)
 
 
 def _kernel_for(hidden: Tensor, layout: LookupLayout) -> ctypes.CDLL | None:
-    """The kernel where it may serve these hidden states."""
+    """Return the kernel if it can serve these hidden states."""
     is_served = layout.packed is not None and hidden.device.type == "cpu" and hidden.dtype != torch.float64
     return lookup_kernel() if is_served else None
 

@@ -1,8 +1,8 @@
-// Token logits by look-up; vq_lookup.py explains the letters and compiles this file at first use.
+// Token logits by look-up; lookup.py explains the letters, kernel.py compiles this file at first use.
 //
 //     T[s,g,k] = <h_g, C[s,g,k]>      z_v = b_v + sum over stages and groups of T[s,g,code of v]
 //
-// The vocabulary is cut into blocks. What a block owns of a stage is a tile of codes, one group behind the other: the
+// The vocabulary is cut into blocks. The codes of a stage that a block owns are a tile, one group after the other: the
 // tables of a few groups stay in the first cache, or in registers, while the tile streams through.
 
 #include <algorithm>
@@ -17,12 +17,12 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 2048;  // tokens; as in vq_lookup.py
+constexpr int64_t BLOCK = 2048;  // tokens; as in lookup.py
 constexpr int64_t ROWS = 8;      // rows of hidden that are looked up together
 
 typedef float Eight __attribute__((vector_size(32)));  // a number of each of eight rows
 
-struct Head {  // as _Head in vq_lookup.py
+struct Head {  // as _Head in kernel.py
   int64_t vocab_size, num_stages, num_groups, num_slots, width, codebook_size, num_threads;
   const float* codebooks;  // (S, G, d/G, K)
   const void* codes;       // a tile: (slots, tokens); slots: G filled up to a multiple of 8
@@ -56,7 +56,7 @@ inline int64_t stride(const Head& head) {
   return sizeof(Code) == 1 ? 256 : head.codebook_size;
 }
 
-// One table; it is zero for slots behind the last group. Row is float, or Eight.
+// One table; it is zero for slots after the last group. Row is float, or Eight.
 template <class Row>
 void fill_table(const Head& head, int64_t slot, const Row* hidden, Row* table) {
   const int64_t stage = slot / head.num_slots, group = slot % head.num_slots, size = head.codebook_size;
