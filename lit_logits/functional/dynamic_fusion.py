@@ -114,7 +114,7 @@ def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tens
     base, experts = _promoted(base_logits, expert_logits)
     log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
     difference = log_p - log_q
-    if not bool(difference.isfinite().all()):  # rare, so the masks are made only then
+    if not bool(difference.isfinite().all()):  # a token is ruled out; masks cost passes over V
         support = (base > -torch.inf) & (experts > -torch.inf)
         log_q, log_p = (logits.masked_fill(~support, -torch.inf).log_softmax(-1) for logits in (base, experts))
         difference = (log_p - log_q).masked_fill(~support, 0.0)

@@ -202,12 +202,10 @@ def search_lines(problem: FusionProblem, shifts: Tensor, grid: list[float]) -> t
                     found[line] = end.value
         unfinished = [line for line in lines if line not in found]
         # Lines that are done are still evaluated until half are: a copy of those left costs about as much as a pass.
+        # Lines are numbered s·B + b, so the remainder by B is the sequence.
         if 0 < 2 * len(unfinished) <= len(lines):
             lines, index = unfinished, torch.tensor(unfinished, device=shifts.device)
-            log_probs, left = (
-                problem.log_probs[index % shifts.shape[1]],
-                shifts.flatten(0, 1)[index],
-            )  # line s·B + b is sequence b
+            log_probs, left = problem.log_probs[index % shifts.shape[1]], shifts.flatten(0, 1)[index]
     best = shifts.new_tensor([found[line][:4] for line in range(len(searches))])
     return FusionPoint(*best.T.unflatten(1, shifts.shape[:2])), num_evals
 

@@ -170,6 +170,7 @@ Coarse coarse_tables(const Head& head, const float* tables) {
   coarse.entries.resize(slots * 256);
   for (int64_t i = 0; i < slots; i++) {
     const float *table = tables + coarse.order[i] * 256, low = least[coarse.order[i]], step = coarse.step;
+    // The cast rounds down; the whole step a slot that `offset` includes makes an upper bound of it.
     for (int64_t k = 0; k < head.codebook_size; k++)
       coarse.entries[i * 256 + k] = static_cast<uint8_t>(static_cast<int32_t>((table[k] - low) / step));
   }
@@ -240,6 +241,7 @@ float token_logit(const Head& head, const float* tables, int64_t token) {
 int64_t best_token(const Head& head, const float* tables, const Coarse* stages, const float* bounds,
                    const float* greatest) {
   const int64_t promising = std::max_element(greatest, greatest + head.num_blocks()) - greatest;
+  // The logit of the best bound is nearly the greatest one, so that few other bounds reach it.
   int64_t token = promising * BLOCK;
   while (bounds[token] < greatest[promising]) token++;
   float logit = token_logit(head, tables, token), magnitude = std::fabs(head.bias[token]);
@@ -247,12 +249,14 @@ int64_t best_token(const Head& head, const float* tables, const Coarse* stages, 
   // A sum of n floats is wrong by n ε Σ|x| / 2 at most; this is more than all the sums here together.
   const float slack = 8 * FLT_EPSILON * (head.num_tables() + 16) * magnitude;
   if (!std::isfinite(logit - slack) || !std::isfinite(greatest[promising])) return -1;
+  // A token whose bound stays below that logit, by more than the rounding of both, cannot win.
   std::vector<int64_t> others;
   for (int64_t block = 0; block < head.num_blocks(); block++) {
     if (greatest[block] < logit - slack) continue;
     for (int64_t v = block * BLOCK; v < block * BLOCK + head.block_size(block); v++)
       if (bounds[v] >= logit - slack) others.push_back(v);
   }
+  // Looking up scattered tokens costs more than streaming tiles: with many of them all logits are faster.
   if (static_cast<int64_t>(others.size()) > 64 + head.vocab_size / 32) return -1;
   for (int64_t v : others) {
     const float other = token_logit(head, tables, v);
