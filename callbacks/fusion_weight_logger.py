@@ -16,6 +16,7 @@ from lit_logits.callbacks.parts import data_tokenizer, find_part
 from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
+from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 
@@ -118,7 +119,7 @@ class FusionWeightLogger(Callback):
         if number % self.every_n_batches == 0:
             self._log(trainer, fused, trace, number)
         self._count(alpha.double().cpu(), *_alpha_range(fused))
-        tokenizer = getattr(pl_module, "tokenizer", None) or data_tokenizer(trainer)
+        tokenizer = (pl_module.tokenizer if offers(pl_module, HasTokenizer) else None) or data_tokenizer(trainer)
         for index, kept in enumerate(trace.mask if _writers(trainer) else ()):
             if self._num_drawn < self.num_texts and bool(kept.any()):
                 text, num_tokens = _cut(trace, index, self.max_tokens), int(kept.sum())

@@ -11,8 +11,10 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_logits.callbacks.parts import data_module, tell_finished
+from lit_logits.contracts import HasFingerprint, HasFinishedRows, HasPredictionSettings, lacks, offers
 from lit_logits.storage.settings import differing_settings
 
 __all__ = ["JsonLinesWriter"]
@@ -64,25 +66,23 @@ class JsonLinesWriter(BasePredictionWriter):
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "predictions"))
         self._part = self._path / f"part-{trainer.global_rank}.jsonl"
         self._is_checked = False
-        settings = getattr(pl_module, "prediction_settings", None)
+        data = data_module(trainer)
+        settings = pl_module.prediction_settings if offers(pl_module, HasPredictionSettings) else None
         self._check(
             trainer,
-            data=getattr(trainer.datamodule, "fingerprint", None),  # type: ignore[attr-defined]
+            data=data.fingerprint if offers(data, HasFingerprint) else None,
             model={"class": type(pl_module).__name__, **(pl_module.hparams if settings is None else settings)},
         )
         _drop_torn_line(self._part)
         # Ranks must agree on the rows that are left, as they share them among themselves.
         found = trainer.strategy.broadcast(list(_read_parts(self._path)) if trainer.is_global_zero else [])
         self._rows, self._num_found = set(found), len(found)
-        finished = getattr(trainer.datamodule, "finished_rows", None)  # type: ignore[attr-defined]
-        if finished is not None:
-            finished.clear()
-            finished.update(found)
-        elif found:
-            rank_zero_warn(
-                f"{self._path} has {len(found)} rows already, which will be made again and left out: only a data module"
-                " with a set `finished_rows` learns of them."
-            )
+        tell_finished(
+            data.finished_rows if offers(data, HasFinishedRows) else None,
+            found,
+            f"{self._path} already has {len(found)} rows, which are predicted again and not written."
+            f" {lacks(data, HasFinishedRows, 'a set of the rows to leave out')}",
+        )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would mix rows."""

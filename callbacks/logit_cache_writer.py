@@ -6,8 +6,17 @@ from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_logits.callbacks.parts import data_module, tell_finished
+from lit_logits.contracts import (
+    HasCacheSettings,
+    HasFingerprint,
+    HasFinishedSamples,
+    HasLayoutIds,
+    lacks,
+    offers,
+)
 from lit_logits.storage.joining import join_cache
 from lit_logits.storage.logit_cache import describe_cache
 from lit_logits.storage.writing import (
@@ -71,21 +80,18 @@ class LogitCacheWriter(BasePredictionWriter):
         if stage != "predict":
             return
         self._num_written, self._is_running, self._is_stopped = 0, False, False
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module(trainer)
         self._settings = _settings_of(pl_module, self.dtype, data)
         # Ranks must agree on the samples that are left, as they share them among themselves.
         known, self._complete = _on_rank_zero(trainer, self._settle)
         self._known = {name: set(ids) for name, ids in known.items()}
         found = set.intersection(*self._known.values())
-        finished = getattr(data, "finished_samples", None)
-        if finished is not None:
-            finished.clear()
-            finished.update(found)
-        elif found:
-            rank_zero_warn(
-                f"{self.folder} has {len(found)} samples already, which will be made again and left out: only a data"
-                " module with a set `finished_samples` learns of them."
-            )
+        tell_finished(
+            data.finished_samples if offers(data, HasFinishedSamples) else None,
+            found,
+            f"{self.folder} already has {len(found)} samples, which are predicted again and not written."
+            f" {lacks(data, HasFinishedSamples, 'a set of the samples to leave out')}",
+        )
 
     def _settle(self) -> tuple[dict[str, list[int]], set[str]]:
         """Finished samples of each source, and the sources that are complete; touches nothing if one cannot go on."""
@@ -181,21 +187,19 @@ class LogitCacheWriter(BasePredictionWriter):
                 )
 
 
-def _settings_of(pl_module: LightningModule, dtype: str, datamodule: Any) -> dict[str, dict[str, Any]]:
-    settings = getattr(pl_module, "cache_settings", None)
-    settings = settings() if callable(settings) else settings
+def _settings_of(pl_module: LightningModule, dtype: str, data: object) -> dict[str, dict[str, Any]]:
+    given = pl_module.cache_settings if offers(pl_module, HasCacheSettings) else None
+    settings = given() if callable(given) else given
     if not settings:
-        raise ValueError(
-            "Expected a LightningModule with `cache_settings`, the settings of each source by its name, but"
-            f" {type(pl_module).__name__} has {settings!r}."
-        )
-    layouts, data = getattr(datamodule, "layout_ids", None), getattr(datamodule, "fingerprint", None)
+        raise ValueError(lacks(pl_module, HasCacheSettings, "the settings of each source by its name"))
+    layouts = data.layout_ids if offers(data, HasLayoutIds) else None
+    fingerprint = data.fingerprint if offers(data, HasFingerprint) else None
     extra: dict[str, Any] = {"dtype": dtype}
     completed = {}
     for name, values in settings.items():
         if layouts is not None:  # the data module's own tokens are under ""
             extra["layout_id"] = layouts.get(name, layouts.get(""))
-        completed[name] = complete_settings(name, {**extra, **values}, data)
+        completed[name] = complete_settings(name, {**extra, **values}, fingerprint)
     return completed
 
 

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import find_part, find_parts
+from lit_logits.callbacks.parts import data_module, find_part, find_parts
 from lit_logits.callbacks.pictures.collapse import cosine_figure
+from lit_logits.contracts import HasClassNames, offers
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.neural_collapse import (
     ClassMoments,
@@ -194,7 +195,8 @@ class NeuralCollapseMonitor(Callback):
             self._draw(trainer, f"{prefix}cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
 
     def _draw(self, trainer: Trainer, tag: str, cosines: Tensor, seen: Tensor) -> None:
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        data = data_module(trainer)
+        names = data.class_names if offers(data, HasClassNames) else None
         names = list(map(str, range(len(seen)) if names is None or len(names) != len(seen) else names))
         shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
         for logger in trainer.loggers:

@@ -1,11 +1,22 @@
-"""What several callbacks look up or check: parts of the model by their type, the data's tokenizer, shared arguments."""
+"""Look-ups and checks that several callbacks share: parts of the model, what the data module offers, arguments."""
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-__all__ = ["check_min_usage", "data_tokenizer", "find_part", "find_parts"]
+from lit_logits.contracts import HasTokenizer, offers
+
+__all__ = [
+    "check_min_usage",
+    "data_module",
+    "data_tokenizer",
+    "find_part",
+    "find_parts",
+    "tell_finished",
+]
 
 _Part = TypeVar("_Part", bound=nn.Module)
 
@@ -32,9 +43,30 @@ def find_part(pl_module: LightningModule, kind: type[_Part]) -> _Part | None:
     return next((module for module in pl_module.modules() if isinstance(module, kind)), None)
 
 
+def data_module(trainer: Trainer) -> object:
+    """Return the data module of the run, or None where loaders were given."""
+    return getattr(trainer, "datamodule", None)  # which Lightning sets and does not declare
+
+
 def data_tokenizer(trainer: Trainer) -> Any:
-    """The tokenizer of the data module; None if it has none, or if there is no data module."""
-    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    """Return the tokenizer of the data module, or None without one."""
+    data = data_module(trainer)
+    return data.tokenizer if offers(data, HasTokenizer) else None
+
+
+def tell_finished(finished: set[int] | None, found: Collection[int], warning: str) -> None:
+    """Tell the data module what is finished.
+
+    Args:
+        finished: the data module's set of what it leaves out, or None if it has none.
+        found: what the set is to hold.
+        warning: given if there is no set, and something to put into it.
+    """
+    if finished is not None:
+        finished.clear()
+        finished.update(found)
+    elif found:
+        rank_zero_warn(warning)
 
 
 def check_min_usage(min_usage: float) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_logits.callbacks.parts import data_tokenizer
+from lit_logits.contracts import ExportsPretrained
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
@@ -80,7 +81,7 @@ class SavePretrained(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, and refuse what could not be saved."""
         _check_whole(trainer.strategy)
-        if not _exports(pl_module):
+        if not isinstance(pl_module, ExportsPretrained):
             self._name = _model_name(pl_module)
         elif type(trainer.strategy).lightning_module_state_dict is not Strategy.lightning_module_state_dict:
             raise ValueError(
@@ -136,7 +137,7 @@ class SavePretrained(Callback):
 
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
         pl_module, tokenizer = trainer.lightning_module, data_tokenizer(trainer)
-        if _exports(pl_module):
+        if isinstance(pl_module, ExportsPretrained):
             model = self._exported(pl_module)
             model.save_pretrained(folder)
         else:
@@ -150,7 +151,7 @@ class SavePretrained(Callback):
     def _exported(self, pl_module: LightningModule) -> PreTrainedModel:
         """The model that the module makes of itself, which leaves the modes of its parts as they were."""
         modes = {name: module.training for name, module in pl_module.named_modules()}
-        model: PreTrainedModel = pl_module.to_pretrained(self.head)  # type: ignore[operator]
+        model: PreTrainedModel = cast(ExportsPretrained, pl_module).to_pretrained(self.head)
         for name, module in pl_module.named_modules():
             module.training = modes[name]
         return model
@@ -163,11 +164,6 @@ class SavePretrained(Callback):
         prefix = f"{self._name}.".replace("_fsdp_wrapped_module.", "")  # state dicts do not name FSDP's wrapper
         state = strategy.lightning_module_state_dict()
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _exports(pl_module: LightningModule) -> bool:
-    """Whether the module makes a model of transformers of itself."""
-    return callable(getattr(pl_module, "to_pretrained", None))
 
 
 def _model_name(pl_module: LightningModule) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionMode, FusionSolver
 from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, extract_answer
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
@@ -167,7 +168,8 @@ class DynamicFusionDecoder(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the data's tokenizer, or see that it is the models'."""
-        theirs = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        data = getattr(self.trainer, "datamodule", None)
+        theirs = data.tokenizer if offers(data, HasTokenizer) else None
         if theirs is None:
             return
         if self.tokenizer is not None:

@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on(tmp_path, stop_at, resumable, caplog):
         if resumable or not first.asked:
             second = predict(tmp_path, data=Data(resumable=resumable))
         else:
-            with pytest.warns(UserWarning, match=f"has {len(first.asked)} rows already"):
+            with pytest.warns(UserWarning, match=f"already has {len(first.asked)} rows"):
                 second = predict(tmp_path, data=Data(resumable=resumable))
     assert second.asked == [row for row in range(7) if not resumable or row not in first.asked]
     check_complete(tmp_path)

@@ -408,7 +408,7 @@ def test_a_finished_run_makes_nothing_anew(tmp_path, whole, caplog):
         assert predict(tmp_path).asked == []
     assert "9 samples" in caplog.text
     check_same(tmp_path, whole[1])
-    with pytest.warns(UserWarning, match="has 9 samples already"):
+    with pytest.warns(UserWarning, match="already has 9 samples"):
         assert len(predict(tmp_path, data=Data(resumable=False)).asked) == 9
     check_same(tmp_path, whole[1])
     predict(tmp_path, Model(["base", "other"]))
@@ -539,8 +539,8 @@ def test_other_returns_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (None, "Expected a LightningModule with `cache_settings`"),
-        ({}, "Expected a LightningModule with `cache_settings`"),
+        (None, "Expected Model to have `cache_settings`, the settings of each source by its name, but got none"),
+        ({}, "Expected Model to have `cache_settings`, the settings of each source by its name, but got none"),
         ({"a": {"top_k": 1}}, r"of source 'a' to have \['temperature', 'tokenizer_id', 'vocab_size'\]"),
         ({"a/b": settings_of("base")}, "names of folders, but got 'a/b'"),
         ({"a": settings_of("base", dtype="bfloat16")}, r"to be one of \['float32', 'float16'\]"),
