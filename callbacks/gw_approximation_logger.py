@@ -3,15 +3,13 @@
 Letters: B batch, T positions, k `top_k`, n nodes.
 """
 
-import inspect
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_logits.callbacks.parts import data_tokenizer, find_part, find_parts
@@ -21,7 +19,7 @@ from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.gld_fusion import co_activation_graph
 from lit_logits.functional.gw_search import GWComparison, NodeValues, compare_graphs, load_pot, node_values
 from lit_logits.functional.top_k_logits import TopKLogits, top_k_values
-from lit_logits.modules.gld_fusion.criterion import GraphAlignment
+from lit_logits.modules.gld_fusion.criterion import GraphAlignment, GraphPair
 
 __all__ = ["GWApproximationLogger"]
 
@@ -30,15 +28,6 @@ _UNITS = {
     "standardize": "products of standardized logits",
     "logits": "nats²",
 }
-
-
-class _Call(NamedTuple):
-    """What the part was called with."""
-
-    student: TopKLogits
-    source: TopKLogits
-    student_mask: Tensor
-    source_mask: Tensor
 
 
 class GWApproximationLogger(Callback):
@@ -98,7 +87,7 @@ class GWApproximationLogger(Callback):
         self.every_n_steps, self.max_samples, self.max_nodes = every_n_steps, max_samples, max_nodes
         self.num_starts, self.window, self.seed = num_starts, window, seed
         self._pairs: dict[str, deque[tuple[float, float]]] = {}
-        self._calls: dict[str, _Call] = {}
+        self._seen: dict[str, GraphPair] = {}
         self._hook: RemovableHandle | None = None
         self._next_step = self._step = 0
 
@@ -129,16 +118,16 @@ class GWApproximationLogger(Callback):
             return
         self._next_step = (step // self.every_n_steps + 1) * self.every_n_steps
         self._step = trainer.global_step  # Lightning's first step is 0
-        self._hook = find_parts(pl_module, GraphAlignment)[0].register_forward_hook(self._remember, with_kwargs=True)
+        self._hook = find_parts(pl_module, GraphAlignment)[0].register_graph_hook(self._remember)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Compare the graphs of what was heard."""
         if self._hook is None:
             return
-        part, calls = find_parts(pl_module, GraphAlignment)[0], self._calls
+        part, seen = find_parts(pl_module, GraphAlignment)[0], self._seen
         self._stop()
         with torch.no_grad():
-            self._look(trainer, part, calls)
+            self._look(trainer, part, seen)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
@@ -150,28 +139,22 @@ class GWApproximationLogger(Callback):
 
     # ------------------------------------------------------------------ listening
 
-    def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = inspect.signature(module.forward).bind(*args, **kwargs)
-        call.apply_defaults()
-        student, source = (
-            TopKLogits(*(tensor.detach() for tensor in call.arguments[name])) for name in ("student", "source")
-        )
-        masks = call.arguments["student_mask"], call.arguments["source_mask"]
-        self._calls[call.arguments["name"]] = _Call(student, source, *masks)
+    def _remember(self, graphs: GraphPair) -> None:
+        self._seen[graphs.name] = graphs
 
     def _stop(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._calls = None, {}
+        self._hook, self._seen = None, {}
 
     # ------------------------------------------------------------------ looking
 
-    def _look(self, trainer: Trainer, part: GraphAlignment, calls: dict[str, _Call]) -> None:
+    def _look(self, trainer: Trainer, part: GraphAlignment, seen: dict[str, GraphPair]) -> None:
         found: dict[str, list[GWComparison]] = {}
         firsts: dict[str, list[NodeValues]] = {}
-        for name, call in calls.items():
+        for name, pair in seen.items():
             pairs = self._pairs.setdefault(name, deque(maxlen=self.window))
-            for nodes in self._samples(part, call):
+            for nodes in self._samples(part, pair):
                 firsts.setdefault(name, nodes)
                 graphs = (co_activation_graph(of_one.values) for of_one in nodes)
                 generator = torch.Generator().manual_seed(self.seed)
@@ -187,11 +170,11 @@ class GWApproximationLogger(Callback):
             if isinstance(logger, TensorBoardLogger):
                 self._draw(trainer, logger.experiment, part, {name: (firsts[name], found[name][0]) for name in found})
 
-    def _samples(self, part: GraphAlignment, call: _Call) -> Iterator[list[NodeValues]]:
+    def _samples(self, part: GraphAlignment, pair: GraphPair) -> Iterator[list[NodeValues]]:
         """Of student and source, of the first samples that have positions and no value that is not finite."""
-        rows = (call.student_mask.any(-1) & call.source_mask.any(-1)).nonzero().squeeze(1)[: self.max_samples]
-        tops = [TopKLogits(*(tensor[rows].cpu() for tensor in top)) for top in (call.student, call.source)]
-        masks = [mask[rows].cpu() for mask in (call.student_mask, call.source_mask)]
+        rows = (pair.student_mask.any(-1) & pair.source_mask.any(-1)).nonzero().squeeze(1)[: self.max_samples]
+        tops = [TopKLogits(*(tensor[rows].cpu() for tensor in top)) for top in (pair.student, pair.source)]
+        masks = [mask[rows].cpu() for mask in (pair.student_mask, pair.source_mask)]
         size = min(top.log_probs.shape[-1] for top in tops)
         for index in range(len(rows)):
             nodes = []

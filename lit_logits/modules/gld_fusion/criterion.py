@@ -3,17 +3,38 @@
 Letters: B batch, T positions of the student, U positions of the source, k `top_k`.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_logits.functional.alignment import align_positions, common_span
 from lit_logits.functional.gld_fusion import GraphNodes, graph_strengths, sorted_gw_bound, top_k_uld
 from lit_logits.functional.reductions import sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
 
-__all__ = ["FusionCriterion", "GraphAlignment", "SourceTerms"]
+__all__ = ["FusionCriterion", "GraphAlignment", "GraphPair", "SourceTerms"]
+
+
+class GraphPair(NamedTuple):
+    """What one call of `GraphAlignment` compared, without gradients.
+
+    Attributes:
+        name: of the source.
+        student: (B, T, k).
+        source: (B, U, k).
+        student_mask: (B, T) positions that count.
+        source_mask: (B, U) positions that count.
+    """
+
+    name: str
+    student: TopKLogits
+    source: TopKLogits
+    student_mask: Tensor
+    source_mask: Tensor
 
 
 class GraphAlignment(nn.Module):
@@ -42,6 +63,19 @@ class GraphAlignment(nn.Module):
                 f" but got {values!r} and {nodes!r}."
             )
         self.values, self.nodes = values, nodes
+        self._graph_hooks: dict[int, Callable[[GraphPair], None]] = OrderedDict()  # handles keep weak references to it
+
+    def register_graph_hook(self, hook: Callable[[GraphPair], None]) -> RemovableHandle:
+        """Call `hook` with what each forward pass compares, until the handle is removed.
+
+        A monitor thus sees what training computes anyway, and no model runs twice.
+
+        Returns:
+            A handle whose `remove()` ends it.
+        """
+        handle = RemovableHandle(self._graph_hooks)
+        self._graph_hooks[handle.id] = hook
+        return handle
 
     def forward(
         self,
@@ -52,18 +86,20 @@ class GraphAlignment(nn.Module):
         *,
         name: str = "source",
     ) -> Tensor:
-        """GW~ of each sample.
+        """Return GW~ of each sample.
 
         Args:
             student: (B, T, k).
             source: (B, U, k); the larger k is cut to the smaller. No gradient reaches it.
             student_mask: (B, T) positions that count.
             source_mask: (B, U) positions that count.
-            name: of the source, for callbacks that watch.
+            name: of the source, by which graph hooks tell several apart.
 
         Returns:
             (B,), in units of the graphs; 0 where either side has no position that counts.
         """
+        for hook in self._graph_hooks.values():
+            hook(GraphPair(name, _detach(student), _detach(source), student_mask, source_mask))
         size = min(student.log_probs.shape[-1], source.log_probs.shape[-1])
         values = top_k_values(student, self.values), top_k_values(source, self.values).detach()
         strengths = [
@@ -73,6 +109,10 @@ class GraphAlignment(nn.Module):
         num_nodes = None if self.nodes == "rank" else torch.minimum(strengths[0].num_nodes, strengths[1].num_nodes)
         bound = sorted_gw_bound(strengths[0].strengths, strengths[1].strengths, num_nodes)
         return bound.masked_fill(~(student_mask.any(-1) & source_mask.any(-1)), 0.0)
+
+
+def _detach(top: TopKLogits) -> TopKLogits:
+    return TopKLogits(*(tensor.detach() for tensor in top))
 
 
 class SourceTerms(NamedTuple):
@@ -134,7 +174,7 @@ class FusionCriterion(nn.Module):
             mask: (B, T) positions of the student that predict a label.
             ends: (B, T) characters of the response that the student has read, −1 where none; None if both read the same
                 tokens, whose n-th positions belong together.
-            name: of the source, for messages and for callbacks that watch.
+            name: of the source, for messages and graph hooks.
 
         Raises:
             ValueError: If logits are to be standardised whose moments tokens that are ruled out have made useless.
