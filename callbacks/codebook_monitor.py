@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import check_min_usage, data_tokenizer, find_part
+from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part, tensorboard_writers
 from lit_logits.callbacks.pictures.codebook import usage_figure
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.codebook import code_perplexity
@@ -54,8 +53,7 @@ class CodebookMonitor(Callback):
         num_codes: int = 16,
         num_tokens: int = 12,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        check_at_least(1, every_n_steps=every_n_steps)
         check_min_usage(min_usage)
         self.every_n_steps, self.min_usage, self.target_ppl = every_n_steps, min_usage, target_ppl
         self.num_codes, self.num_tokens = num_codes, num_tokens
@@ -98,14 +96,11 @@ class CodebookMonitor(Callback):
         if reached is not None and float(head.ppl_floor()) > 0.8 * float(reached):
             self._warn(float(head.ppl_floor()), f"validation reached {float(reached):.2f}")
         tokenizer = data_tokenizer(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                step = trainer.global_step
-                logger.experiment.add_text("vq/tokens", self._spell_out(head, tokenizer), step)
-                if self.snapshots:
-                    logger.experiment.add_figure(
-                        "vq/usage", usage_figure(torch.stack(self.snapshots), self.steps), step
-                    )
+        for writer in tensorboard_writers(trainer):
+            writer.add_text("vq/tokens", self._spell_out(head, tokenizer), trainer.global_step)
+            if self.snapshots:
+                usage = usage_figure(torch.stack(self.snapshots), self.steps)
+                writer.add_figure("vq/usage", usage, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The usage so far, so that a resumed run draws the whole picture."""

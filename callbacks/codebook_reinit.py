@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import check_min_usage, find_parts
+from lit_logits.callbacks.parts import check_at_least, check_min_usage, find_parts
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.modules.vq_logits.head import VQLogitsHead
@@ -43,8 +43,7 @@ class CodebookReinit(Callback):
     def __init__(
         self, every_n_steps: int = 200, min_usage: float = 0.01, stop_step: int | None = None, seed: int = 0
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        check_at_least(1, every_n_steps=every_n_steps)
         check_min_usage(min_usage)
         self.every_n_steps, self.min_usage, self.stop_step, self.seed = every_n_steps, min_usage, stop_step, seed
         self.last_step = 0

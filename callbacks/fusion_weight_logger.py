@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import data_tokenizer, find_part
+from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, tensorboard_writers
 from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
@@ -52,14 +51,8 @@ class FusionWeightLogger(Callback):
     """
 
     def __init__(self, every_n_batches: int = 1, num_texts: int = 4, max_tokens: int = 400) -> None:
-        arguments = {
-            "every_n_batches": (every_n_batches, 1),
-            "num_texts": (num_texts, 0),
-            "max_tokens": (max_tokens, 1),
-        }
-        for name, (value, least) in arguments.items():
-            if value < least:
-                raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
+        check_at_least(1, every_n_batches=every_n_batches, max_tokens=max_tokens)
+        check_at_least(0, num_texts=num_texts)
         self.every_n_batches, self.num_texts, self.max_tokens = every_n_batches, num_texts, max_tokens
         self._warned = False
         self._start(None)
@@ -120,7 +113,7 @@ class FusionWeightLogger(Callback):
             self._log(trainer, fused, trace, number)
         self._count(alpha.double().cpu(), *_alpha_range(fused))
         tokenizer = (pl_module.tokenizer if offers(pl_module, HasTokenizer) else None) or data_tokenizer(trainer)
-        for index, kept in enumerate(trace.mask if _writers(trainer) else ()):
+        for index, kept in enumerate(trace.mask if tensorboard_writers(trainer) else ()):
             if self._num_drawn < self.num_texts and bool(kept.any()):
                 text, num_tokens = _cut(trace, index, self.max_tokens), int(kept.sum())
                 size = f"first {self.max_tokens} of " if num_tokens > self.max_tokens else ""
@@ -146,7 +139,7 @@ class FusionWeightLogger(Callback):
         """Two figures of one text, as `_cut` gives it."""
         pieces, names = token_texts(text.token_ids.tolist(), tokenizer), fused.expert_names
         alpha_range = _alpha_range(fused)
-        for writer in _writers(trainer):
+        for writer in tensorboard_writers(trainer):
             curves = curve_figure(pieces, *text[2:], expert_names=names, alpha_range=alpha_range, title=name)
             writer.add_figure("fusion/alpha_curve", curves, self._num_drawn)
             picture = text_figure(pieces, text.alpha, expert_names=names, alpha_range=alpha_range, title=name)
@@ -159,7 +152,7 @@ class FusionWeightLogger(Callback):
             return
         low, high = _alpha_range(fused)
         edges = torch.linspace(low, high, _NUM_BINS + 1)[1:].tolist()
-        for writer in _writers(trainer):
+        for writer in tensorboard_writers(trainer):
             for index, name in enumerate(fused.expert_names):
                 counts, (total, squares) = self._counts[index], self._sums[:, index].tolist()
                 writer.add_histogram_raw(
@@ -204,7 +197,3 @@ def _name(batch: Any, index: int, count: int) -> str:
     copies = count // len(rows)
     sample = f", sample {index % copies}" if copies > 1 else ""
     return f"text {index} (row {int(rows[index // copies])}{sample})"
-
-
-def _writers(trainer: Trainer) -> list[Any]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import data_tokenizer, find_part, find_parts
+from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, find_parts, tensorboard_writers
 from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
@@ -74,16 +73,9 @@ class GWApproximationLogger(Callback):
         window: int = 256,
         seed: int = 0,
     ) -> None:
-        arguments = {
-            "every_n_steps": (every_n_steps, 1),
-            "max_samples": (max_samples, 1),
-            "max_nodes": (max_nodes, 2),
-            "num_starts": (num_starts, 1),
-            "window": (window, 3),
-        }
-        for name, (value, least) in arguments.items():
-            if value < least:
-                raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
+        check_at_least(1, every_n_steps=every_n_steps, max_samples=max_samples, num_starts=num_starts)
+        check_at_least(2, max_nodes=max_nodes)
+        check_at_least(3, window=window)
         self.every_n_steps, self.max_samples, self.max_nodes = every_n_steps, max_samples, max_nodes
         self.num_starts, self.window, self.seed = num_starts, window, seed
         self._pairs: dict[str, deque[tuple[float, float]]] = {}
@@ -166,9 +158,8 @@ class GWApproximationLogger(Callback):
             values |= self._scalars(name, comparisons)
         if values:
             log_scalars(trainer, values, step=self._step)
-        for logger in trainer.loggers if found else ():
-            if isinstance(logger, TensorBoardLogger):
-                self._draw(trainer, logger.experiment, part, {name: (firsts[name], found[name][0]) for name in found})
+        for writer in tensorboard_writers(trainer) if found else ():
+            self._draw(trainer, writer, part, {name: (firsts[name], found[name][0]) for name in found})
 
     def _samples(self, part: GraphAlignment, pair: GraphPair) -> Iterator[list[NodeValues]]:
         """Of student and source, of the first samples that have positions and no value that is not finite."""

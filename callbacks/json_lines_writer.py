@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_logits.callbacks.parts import data_module, tell_finished
+from lit_logits.callbacks.parts import data_module, on_rank_zero, tell_finished
 from lit_logits.contracts import HasFingerprint, HasFinishedRows, HasPredictionSettings, lacks, offers
 from lit_logits.storage.settings import differing_settings
 
@@ -75,7 +75,7 @@ class JsonLinesWriter(BasePredictionWriter):
         )
         _drop_torn_line(self._part)
         # Ranks must agree on the rows that are left, as they share them among themselves.
-        found = trainer.strategy.broadcast(list(_read_parts(self._path)) if trainer.is_global_zero else [])
+        found = on_rank_zero(trainer, lambda: list(_read_parts(self._path)))
         self._rows, self._num_found = set(found), len(found)
         tell_finished(
             data.finished_rows if offers(data, HasFinishedRows) else None,
@@ -105,23 +105,12 @@ class JsonLinesWriter(BasePredictionWriter):
             self._check(trainer, checkpoint=trainer.ckpt_path and str(trainer.ckpt_path))
 
     def _check(self, trainer: Trainer, **settings: Any) -> None:
-        """Rank zero looks, and all ranks raise."""
-        problem = _settle(self._path, _plain(settings)) if trainer.is_global_zero else None
-        if problem := trainer.strategy.broadcast(problem):
-            raise ValueError(problem)
+        """Compare with the settings in the folder, and add these to them."""
+        on_rank_zero(trainer, lambda: _settle(self._path, _plain(settings)))
 
     # ------------------------------------------------------------------ lines
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
         """Append the rows that are new, as far as this rank knows, and see them on disk."""
         if not isinstance(prediction, list):
             raise ValueError(f"Expected `predict_step` to return a list of dicts, but got {type(prediction).__name__}.")
@@ -147,14 +136,12 @@ class JsonLinesWriter(BasePredictionWriter):
         if stage != "predict":
             return
         self._check_checkpoint(trainer)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            count = _join(self._path)
-            rank_zero_info(
-                f"Predictions: {self._path / 'predictions.jsonl'}, {count} rows, of which {self._num_found} were there"
-                " before."
-            )
-        trainer.strategy.barrier()
+        trainer.strategy.barrier()  # until all ranks have written their last lines
+        count = on_rank_zero(trainer, lambda: _join(self._path))
+        rank_zero_info(
+            f"Predictions: {self._path / 'predictions.jsonl'}, {count} rows, of which {self._num_found} were there"
+            " before."
+        )
 
 
 # ---------------------------------------------------------------------- files
@@ -221,18 +208,22 @@ def _join(folder: Path) -> int:
 # ---------------------------------------------------------------------- settings
 
 
-def _settle(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Add `settings` to those of the folder; what is wrong if it has others, or is not ours."""
+def _settle(folder: Path, settings: dict[str, Any]) -> None:
+    """Add `settings` to those of the folder.
+
+    Raises:
+        ValueError: If the folder has other settings, or files of something else.
+    """
     file = folder / "settings.json"
     if not file.is_file() and (strangers := sorted(path.name for path in folder.glob("*.jsonl"))):
-        return (
+        raise ValueError(
             f"Expected `folder` to be new or of an earlier run, but {folder} has {strangers[0]} and no settings.json."
         )
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     there = dict(_flat({name: known[name] for name in settings if name in known}))
     here = dict(_flat({name: settings[name] for name in settings if name in known}))
     if differing := differing_settings(there, here):
-        return (
+        raise ValueError(
             f"Expected {folder} to hold predictions of this run, but {', '.join(differing)}. Pass another `folder`, or"
             " delete it."
         )
@@ -240,7 +231,6 @@ def _settle(folder: Path, settings: dict[str, Any]) -> str | None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({**known, **settings}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
-    return None
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """`LogitCacheWriter`: the top-k logits that `predict` returns as caches on disk, however often the run is killed."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_logits.callbacks.parts import data_module, tell_finished
+from lit_logits.callbacks.parts import data_module, on_rank_zero, tell_finished
 from lit_logits.contracts import (
     HasCacheSettings,
     HasFingerprint,
@@ -83,7 +82,7 @@ class LogitCacheWriter(BasePredictionWriter):
         data = data_module(trainer)
         self._settings = _settings_of(pl_module, self.dtype, data)
         # Ranks must agree on the samples that are left, as they share them among themselves.
-        known, self._complete = _on_rank_zero(trainer, self._settle)
+        known, self._complete = on_rank_zero(trainer, self._settle)
         self._known = {name: set(ids) for name, ids in known.items()}
         found = set.intersection(*self._known.values())
         tell_finished(
@@ -109,16 +108,7 @@ class LogitCacheWriter(BasePredictionWriter):
         """A run with batches must get to their end."""
         self._is_running = True
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
         """See the samples that are new, as far as this rank knows, on disk; none if one is refused."""
         if not isinstance(prediction, dict) or prediction.keys() != {"sample_ids", "sources"}:
             raise ValueError(
@@ -169,7 +159,7 @@ class LogitCacheWriter(BasePredictionWriter):
             return
         trainer.strategy.barrier()
         is_whole = trainer.strategy.reduce_boolean_decision(not _is_cut(trainer), all=True)
-        _on_rank_zero(trainer, lambda: self._finish(is_whole))
+        on_rank_zero(trainer, lambda: self._finish(is_whole))
 
     def _finish(self, is_whole: bool) -> None:
         for name in self._settings:
@@ -201,22 +191,6 @@ def _settings_of(pl_module: LightningModule, dtype: str, data: object) -> dict[s
             extra["layout_id"] = layouts.get(name, layouts.get(""))
         completed[name] = complete_settings(name, {**extra, **values}, fingerprint)
     return completed
-
-
-def _on_rank_zero(trainer: Trainer, function: Callable[[], Any]) -> Any:
-    """What it returns, on all ranks; they all raise what it raises."""
-    result, problem = None, None
-    if trainer.is_global_zero:
-        try:
-            result = function()
-        except Exception as error:  # a full disk too: the others are waiting
-            if trainer.world_size == 1:
-                raise
-            problem = error if isinstance(error, ValueError) else RuntimeError(f"{type(error).__name__}: {error}")
-    result, problem = trainer.strategy.broadcast((result, problem))
-    if problem is not None:
-        raise problem
-    return result
 
 
 def _is_cut(trainer: Trainer) -> bool:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import data_module, find_part, find_parts
+from lit_logits.callbacks.parts import data_module, find_part, find_parts, tensorboard_writers
 from lit_logits.callbacks.pictures.collapse import cosine_figure
 from lit_logits.contracts import HasClassNames, offers
 from lit_logits.functional.distributed import all_reduce_sum_
@@ -199,10 +198,9 @@ class NeuralCollapseMonitor(Callback):
         names = data.class_names if offers(data, HasClassNames) else None
         names = list(map(str, range(len(seen)) if names is None or len(names) != len(seen) else names))
         shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                figure = cosine_figure(cosines, trainer.current_epoch, shown)
-                logger.experiment.add_figure(tag, figure, trainer.global_step)
+        for writer in tensorboard_writers(trainer):
+            figure = cosine_figure(cosines, trainer.current_epoch, shown)
+            writer.add_figure(tag, figure, trainer.global_step)
 
 
 def _classifier(pl_module: LightningModule) -> DualHeadClassifier | None:
