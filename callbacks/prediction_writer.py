@@ -1,4 +1,4 @@
-"""`PredictionWriter`: what `predict` returns, in files."""
+"""`PredictionWriter`: the predictions, a file a batch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write each batch's prediction, and the numbers of its rows in the data set, as it is made.
+    """Write the prediction of each batch as it is made, with the numbers of its rows in the data set.
 
     A file `predictions/BATCH-RANK.pt` of the run folder holds `{"predictions": ..., "rows": [...]}` for `torch.load`;
-    `rows` is None where the loader's sampler tells no numbers. Nothing is kept in memory and a killed run keeps what it
-    has written.
+    `rows` is None if the loader's sampler gives no numbers. Nothing is kept in memory, and a killed run keeps the files
+    that it has written.
 
     Example:
         >>> PredictionWriter().interval.value
@@ -37,7 +37,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one file."""
+        """Write one file, which appears whole or not at all."""
         folder = self._folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f"{dataloader_idx}-" if dataloader_idx else ""
@@ -47,7 +47,7 @@ class PredictionWriter(BasePredictionWriter):
         partial.replace(file)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where they are."""
+        """Say where the files are."""
         rank_zero_info(f"Predictions: {self._folder(trainer)}")
 
     def _folder(self, trainer: Trainer) -> Path:

@@ -64,23 +64,23 @@ class Calibration(NamedTuple):
 
 
 class OutputLayer(NamedTuple):
-    """The output layer of a pretrained model: weight (V, d) and bias (V,); both None for a model of random weights."""
+    """Output layer of a pretrained model: weight (V, d) and bias (V,); both None for a model of random weights."""
 
     weight: Tensor | None
     bias: Tensor | None
 
 
 class Calibrate(Protocol):
-    """Reads the training data for a head, as much as the head asks for; every rank must call it alike."""
+    """A function that reads the training data for a head; all ranks must make the same calls."""
 
     def __call__(self, *, second_moment: bool = False, information: bool = False) -> Calibration:
-        """Return counts and, where asked for, the moments of hidden states and the information of logits."""
+        """Return token counts and, if asked for, the moments of hidden states and the information of logits."""
         ...
 
 
 @runtime_checkable
 class OutputHead(Protocol):
-    """What every head is: an `nn.Module`, made by a call with (hidden_size, vocab_size). Other contracts add to it."""
+    """A head: an `nn.Module`, made by a call with (hidden_size, vocab_size). Other contracts of heads are optional."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return token logits (..., V) in nats of hidden states (..., d)."""
@@ -95,7 +95,7 @@ class OutputHead(Protocol):
 
 @runtime_checkable
 class DecodingHead(Protocol):
-    """A head that finds next tokens without token logits; those of others are taken from their logits."""
+    """A head that finds next tokens without token logits; any other head decodes from its logits."""
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d)."""
@@ -108,22 +108,22 @@ class DecodingHead(Protocol):
 
 @runtime_checkable
 class StartingHead(Protocol):
-    """A head that starts from data, or from the output layer of a pretrained model; others start as they are made."""
+    """A head that starts from data, or from the output layer of a pretrained model; any other starts as it is made."""
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
-        """Check that the head can start, when the model is made; True if it is ready, so that no data need be read.
+        """Check, when the model is made, that the head can start; return whether it is ready without reading data.
 
         Args:
-            layer: of the pretrained model.
+            layer: output layer of the pretrained model.
             table: (≥ V, ·) input embedding of the backbone.
 
         Raises:
-            ValueError: If it cannot, as for a layer that it needs and that is not there.
+            ValueError: If the head cannot start, as without an output layer that it needs.
         """
         ...
 
     def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
-        """Start from the data that `calibrate` reads; on all ranks alike."""
+        """Start from the data that `calibrate` reads, with the same result on all ranks."""
         ...
 
 
@@ -136,7 +136,7 @@ class LearningHead(Protocol):
         ...
 
     def after_step(self) -> None:
-        """Move what gradients do not, after each optimizer step."""
+        """Update, after each optimizer step, what gradients do not."""
         ...
 
 
@@ -146,7 +146,7 @@ class ImitatingHead(Protocol):
 
     @property
     def can_imitate(self) -> bool:
-        """Whether this one can, with its settings."""
+        """Return whether this head can, with its settings."""
         ...
 
     def losses(
@@ -158,7 +158,7 @@ class ImitatingHead(Protocol):
 
 @runtime_checkable
 class ExportableHead(Protocol):
-    """A head that equals a dense layer of rows (V, d) and a bias (V,), or None, and knows its size beside it."""
+    """A head that equals a dense layer of rows (V, d) with a bias (V,) or none, and can tell how much smaller it is."""
 
     token_bias: nn.Parameter | None
 
@@ -167,7 +167,7 @@ class ExportableHead(Protocol):
         ...
 
     def footprint(self) -> Footprint:
-        """Return parameters and bytes, beside those of the dense head in the same dtype."""
+        """Return parameters and bytes of this head and of the dense one in the same dtype."""
         ...
 
 

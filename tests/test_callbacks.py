@@ -400,7 +400,7 @@ def test_monitor_warns_once_when_the_floor_is_in_the_way(tmp_path):
 
 def test_monitor_only_draws_on_rank_zero(tmp_path, monkeypatch):
     monitor, drawn = CodebookMonitor(every_n_steps=1), []
-    monkeypatch.setattr(monitor, "_spell_out", lambda *_: drawn.append(1) or "")
+    monkeypatch.setattr(monitor, "_token_table", lambda *_: drawn.append(1) or "")
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     fit(Bigram(), [monitor], val=loader(8), logger=TensorBoardLogger(tmp_path))
     assert drawn == []

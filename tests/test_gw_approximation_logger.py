@@ -498,8 +498,8 @@ def test_nothing_happens_between(monkeypatch):
     """A hook hangs on the part within the batches that are due, and on nothing else; afterwards nothing is left."""
     hooked, looks = [], []
     callback = GWApproximationLogger(every_n_steps=4)
-    look = callback._look
-    monkeypatch.setattr(callback, "_look", lambda *args: (looks.append(args[0].global_step), look(*args)))
+    compare = callback._compare
+    monkeypatch.setattr(callback, "_compare", lambda *args: (looks.append(args[0].global_step), compare(*args)))
 
     class Watch(L.Callback):
         def on_before_backward(self, trainer, pl_module, loss):

@@ -326,7 +326,7 @@ def check_finished(folder):
     try:
         assert set(LogitCache(folder).sample_ids.tolist()) == finished == set(IDS)
     except ValueError as error:
-        assert "was stopped before its end" in str(error) or "is none" in str(error)  # noqa: PT017
+        assert "was stopped before its end" in str(error) or "has none" in str(error)  # noqa: PT017
     return finished
 
 
@@ -582,7 +582,7 @@ def test_what_is_a_cache(cache, tmp_path):
     (tmp_path / "file").write_text("{}")
     for path in (tmp_path, tmp_path / "file", tmp_path / "absent", "org/model"):
         assert not is_logit_cache(path)
-        with pytest.raises(ValueError, match=r"a folder of cached logits with a cache.json, but .* is none"):
+        with pytest.raises(ValueError, match=r"a folder of cached logits with a cache.json, but .* has none"):
             LogitCache(path)
 
 

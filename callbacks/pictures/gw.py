@@ -16,10 +16,10 @@ _MAX_LABEL = 12  # characters
 
 
 def scatter_figure(pairs: Mapping[str, Sequence[tuple[float, float]]], *, unit: str, title: str) -> Figure:
-    """The sorted bound of many pairs of graphs against their distance; no point can lie below the line y = x.
+    """Return a scatter plot of distance over sorted bound for many pairs of graphs; no point lies below y = x.
 
     Args:
-        pairs: bound and distance by name of the source, the oldest first; those are drawn fainter.
+        pairs: bound and distance by the name of the source, the oldest first and drawn faintest.
         unit: of both axes.
         title: of the figure.
     """
@@ -57,7 +57,7 @@ def graph_figure(
     name: str,
     title: str,
 ) -> Figure:
-    """Two co-activation graphs as heat maps on one scale of colours.
+    """Return two co-activation graphs as heat maps on one scale of colours.
 
     Args:
         student: (n, n).

@@ -8,10 +8,10 @@ __all__ = ["check_model_folder", "replace_folder", "restore_replaced"]
 
 
 def check_model_folder(path: Path) -> None:
-    """Refuse a folder that holds something else than a saved model.
+    """Raise for a folder that holds anything but a saved model.
 
     Raises:
-        ValueError: for a file, or a folder that is neither empty nor has a config.json.
+        ValueError: If it is a file, or a folder that is neither empty nor has a config.json.
     """
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if (names and "config.json" not in names) or path.is_file():
