@@ -172,7 +172,7 @@ class FusionWeightLogger(Callback):
 
 
 def _fused(pl_module: LightningModule) -> FusedCausalLM | None:
-    """Return the part to watch, or None if there is none with experts."""
+    """Return the part to watch, or None if the model has no experts."""
     fused = find_part(pl_module, FusedCausalLM)
     return fused if fused is not None and fused.num_experts else None
 

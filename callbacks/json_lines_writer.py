@@ -21,7 +21,7 @@ __all__ = ["JsonLinesWriter"]
 
 
 class JsonLinesWriter(BasePredictionWriter):
-    """Write the dicts that `predict_step` returns as lines of JSON; the same command goes on where a kill stopped it.
+    """Write the dicts that `predict_step` returns as lines of JSON; the same command resumes after a kill.
 
     `predict_step` returns a list of dicts of plain JSON values, each with `row`, the number of its example in the data
     set. After each batch they are on disk, in `FOLDER/part-RANK.jsonl`. A run that starts in the folder of an earlier

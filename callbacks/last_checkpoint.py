@@ -17,7 +17,7 @@ class LastCheckpoint(ModelCheckpoint):
     It is saved after every validation and epoch, at the end, and when an exception, Ctrl-C or SIGTERM ends training.
     With several processes it is not saved after an exception, as a rank that has failed cannot save together with the
     others. A run that has taken no step leaves no checkpoint. Lightning's own `save_last` follows a top-k checkpoint,
-    and is no longer updated once the metric is past its best.
+    and stays at the best step once the metric gets worse.
 
     Example:
         >>> LastCheckpoint().state_dict()

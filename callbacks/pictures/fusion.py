@@ -141,32 +141,40 @@ def curve_figure(
     """
     figure = Figure(figsize=(10, 5.2), layout="constrained", dpi=110)
     weights, divergences = figure.subplots(2, 1, sharex=True)
-    edges = (torch.arange(len(pieces) + 1) - 0.5).numpy()
-    for index, (name, values) in enumerate(zip(expert_names, alpha, strict=True)):
-        color, label = _hue(index), f"α of {name:.24}, mean {float(values.mean()):.2f}"
-        weights.stairs(values.numpy(), edges, fill=True, color=color, alpha=0.2)
-        weights.stairs(values.numpy(), edges, color=color, linewidth=1.2, label=label)
-    margin = 0.05 * (alpha_range[1] - alpha_range[0])
-    weights.set(ylabel="α", ylim=(alpha_range[0] - margin, alpha_range[1] + margin))
-    for label, values, shade in (("fused ‖ large", kl_forward, "black"), ("large ‖ fused", kl_reverse, "tab:pink")):
-        label = f"KL({label}), mean {float(values.mean()):.3f}"
-        marker = "." if len(pieces) <= 50 else ""
-        divergences.plot(values.numpy(), color=shade, linewidth=1, marker=marker, label=label)
-    highest = max(float(kl_forward.max()), float(kl_reverse.max()), 1e-3)
-    divergences.set(xlabel="token", ylabel="nats", xlim=(-0.5, len(pieces) - 0.5), ylim=(0, 1.45 * highest))
-    divergences.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for position in _peaks(torch.maximum(kl_forward, kl_reverse), len(pieces) // 40 + 1):
-        divergences.annotate(
-            f"{pieces[position].strip() or '␣':.8}", (position, max(kl_forward[position], kl_reverse[position])),
-            xytext=(0, 4), textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=8, family=FONT,
-            parse_math=False,
-        )  # fmt: skip
+    _draw_weights(weights, alpha, expert_names, alpha_range)
+    _draw_divergences(divergences, pieces, kl_forward, kl_reverse)
     for axes in (weights, divergences):
         legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize="small")
         for text in legend.get_texts():
             text.set_parse_math(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def _draw_weights(axes: Any, alpha: Tensor, expert_names: Sequence[str], alpha_range: tuple[float, float]) -> None:
+    edges = (torch.arange(alpha.shape[1] + 1) - 0.5).numpy()
+    for index, (name, values) in enumerate(zip(expert_names, alpha, strict=True)):
+        color, label = _hue(index), f"α of {name:.24}, mean {float(values.mean()):.2f}"
+        axes.stairs(values.numpy(), edges, fill=True, color=color, alpha=0.2)
+        axes.stairs(values.numpy(), edges, color=color, linewidth=1.2, label=label)
+    margin = 0.05 * (alpha_range[1] - alpha_range[0])
+    axes.set(ylabel="α", ylim=(alpha_range[0] - margin, alpha_range[1] + margin))
+
+
+def _draw_divergences(axes: Any, pieces: Sequence[str], kl_forward: Tensor, kl_reverse: Tensor) -> None:
+    for label, values, shade in (("fused ‖ large", kl_forward, "black"), ("large ‖ fused", kl_reverse, "tab:pink")):
+        label = f"KL({label}), mean {float(values.mean()):.3f}"
+        marker = "." if len(pieces) <= 50 else ""
+        axes.plot(values.numpy(), color=shade, linewidth=1, marker=marker, label=label)
+    highest = max(float(kl_forward.max()), float(kl_reverse.max()), 1e-3)
+    axes.set(xlabel="token", ylabel="nats", xlim=(-0.5, len(pieces) - 0.5), ylim=(0, 1.45 * highest))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for position in _peaks(torch.maximum(kl_forward, kl_reverse), len(pieces) // 40 + 1):
+        axes.annotate(
+            f"{pieces[position].strip() or '␣':.8}", (position, max(kl_forward[position], kl_reverse[position])),
+            xytext=(0, 4), textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=8, family=FONT,
+            parse_math=False,
+        )  # fmt: skip
 
 
 def _peaks(values: Tensor, distance: int) -> list[int]:
