@@ -1,4 +1,4 @@
-"""The parts of graph-on-logits distillation: what compares a student with a source that it learns from.
+"""Criterion of graph-on-logits distillation: compares a student with a source that it learns from.
 
 Letters: B batch, T positions of the student, U positions of the source, k `top_k`.
 """
@@ -41,7 +41,7 @@ class GraphAlignment(nn.Module):
     """Sorted Gromov–Wasserstein bound between the co-activation graphs of a student and a source, per sample.
 
     Args:
-        values: what the graphs are made of, see `top_k_values`.
+        values: values that the graphs are made of, see `top_k_values`.
         nodes: `rank` or `vocabulary`, see `graph_strengths`.
 
     References:
@@ -130,15 +130,15 @@ class SourceTerms(NamedTuple):
 
 
 class FusionCriterion(nn.Module):
-    """What a student learns from one source: token by token where both have read the same text, and by graphs [0].
+    """Compare a student with one source: token by token where both have read the same text, and by graphs [0].
 
     Args:
-        uld_values: what the token-wise loss compares, see `top_k_values`.
-        graph_values: what the graphs are made of.
-        nodes: of the graphs, `rank` or `vocabulary`.
+        uld_values: values that the token-wise loss compares, see `top_k_values`.
+        graph_values: values that the graphs are made of.
+        nodes: nodes of the graphs, `rank` or `vocabulary`.
 
     Raises:
-        ValueError: for other values.
+        ValueError: If an option is not one of these.
 
     References:
         [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
