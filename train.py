@@ -1,4 +1,4 @@
-"""Trains, validates, tests or predicts from a recipe: `python train.py fit --config configs/vq_logits.yaml`."""
+"""Train, validate, test or predict from a recipe: `python train.py fit --config configs/vq_logits.yaml`."""
 
 from lit_logits.cli import main
 

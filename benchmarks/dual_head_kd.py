@@ -121,10 +121,10 @@ def _table(name: str, args: argparse.Namespace, folder: Path) -> str:
                 method,
                 spread([100 * log["test/acc"] for log in logs], 2),
                 "" if method == "CE" else f"{wins} of {len(logs)}",
-                spread([log["test/nc1"] for log in logs]),
-                spread([log["test/nc2"] for log in logs]),
-                spread([log["test/nc2_norm_rows"] for log in logs]),
-                spread([log["test/nc3"] for log in logs]),
+                spread([log["nc/nc1"] for log in logs]),
+                spread([log["nc/nc2"] for log in logs]),
+                spread([log["nc/nc2_norm_rows"] for log in logs]),
+                spread([log["nc/nc3"] for log in logs]),
                 "" if conflict[0] != conflict[0] else spread(conflict, 2),
             ]
         )

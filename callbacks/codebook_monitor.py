@@ -1,4 +1,4 @@
-"""`CodebookMonitor`: what the codes of a vector-quantised head do, as scalars, a picture and text.
+"""`CodebookMonitor`: how the codes of a vector-quantised head are used, as scalars, a picture and text.
 
 Letters: V vocabulary, K codes.
 """
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import check_min_usage, data_tokenizer, find_part
+from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part, tensorboard_writers
 from lit_logits.callbacks.pictures.codebook import usage_figure
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.codebook import code_perplexity
@@ -27,19 +26,19 @@ class CodebookMonitor(Callback):
 
     Scalars, every n optimizer steps: `vq/used_codes` (codes that carry targets), `vq/code_perplexity` (exponential of
     the entropy of their use), `vq/dead_codes` (codes that own no token or carry less than `min_usage` of an even
-    share), `vq/ppl_floor` (no backbone gets below it). After each validation, to TensorBoard: `vq/usage`, a heat map
-    of use over training, and `vq/tokens`, the most frequent tokens of some codes. Warns once when the floor is what
-    holds the model back.
+    share), `vq/ppl_floor` (the perplexity below which no backbone gets). After each validation TensorBoard gets
+    `vq/usage`, a heat map of use over training, and `vq/tokens`, the most frequent tokens of some codes. Warns once
+    when the floor, and not the backbone, limits the perplexity.
 
     Args:
         every_n_steps: optimizer steps between looks.
         min_usage: share below which a code counts as dead, in units of the even share 1/K.
         target_ppl: perplexity that the user trains for; warns as soon as the floor is above 80 % of it.
-        num_codes: codes to spell out, spread evenly from the most to the least used.
+        num_codes: codes to show the tokens of, spread evenly from the most to the least used.
         num_tokens: tokens to show of each.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> CodebookMonitor(every_n_steps=20).num_codes
@@ -54,8 +53,7 @@ class CodebookMonitor(Callback):
         num_codes: int = 16,
         num_tokens: int = 12,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        check_at_least(1, every_n_steps=every_n_steps)
         check_min_usage(min_usage)
         self.every_n_steps, self.min_usage, self.target_ppl = every_n_steps, min_usage, target_ppl
         self.num_codes, self.num_tokens = num_codes, num_tokens
@@ -65,13 +63,14 @@ class CodebookMonitor(Callback):
         self.warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so when there is nothing to watch."""
+        """Warn if the model has no head to watch."""
         if find_part(pl_module, VQLogitsHead) is None:
             rank_zero_warn("CodebookMonitor found no VQLogitsHead in the model and will do nothing.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log scalars and remember the usage when a multiple of `every_n_steps` has just been reached."""
         step, head = trainer.global_step, find_part(pl_module, VQLogitsHead)
+        # With gradient accumulation several batches end at the same step.
         if head is None or step in (0, self.last_step) or (step % self.every_n_steps and step != 1):
             return
         self.last_step = step
@@ -90,7 +89,7 @@ class CodebookMonitor(Callback):
         self._remember(step, usage.cpu())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the heat map, spell out codes, and compare the floor with the perplexity reached."""
+        """Draw the heat map, show tokens of codes, and compare the floor with the perplexity of this validation."""
         head = find_part(pl_module, VQLogitsHead)
         if head is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -98,17 +97,14 @@ class CodebookMonitor(Callback):
         if reached is not None and float(head.ppl_floor()) > 0.8 * float(reached):
             self._warn(float(head.ppl_floor()), f"validation reached {float(reached):.2f}")
         tokenizer = data_tokenizer(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                step = trainer.global_step
-                logger.experiment.add_text("vq/tokens", self._spell_out(head, tokenizer), step)
-                if self.snapshots:
-                    logger.experiment.add_figure(
-                        "vq/usage", usage_figure(torch.stack(self.snapshots), self.steps), step
-                    )
+        for writer in tensorboard_writers(trainer):
+            writer.add_text("vq/tokens", self._token_table(head, tokenizer), trainer.global_step)
+            if self.snapshots:
+                usage = usage_figure(torch.stack(self.snapshots), self.steps)
+                writer.add_figure("vq/usage", usage, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The usage so far, so that a resumed run draws the whole picture."""
+        """Return the usage so far, so that a resumed run draws the whole picture."""
         snapshots = torch.stack(self.snapshots) if self.snapshots else None
         return {
             "last_step": self.last_step,
@@ -119,14 +115,14 @@ class CodebookMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where the checkpoint left off."""
+        """Restore the usage of the run before."""
         self.last_step, self.looks, self.stride = (state_dict[name] for name in ("last_step", "looks", "stride"))
         self.steps = list(state_dict["steps"])
         snapshots = state_dict["snapshots"]
         self.snapshots = [] if snapshots is None else list(snapshots)
 
     def _remember(self, step: int, usage: Tensor) -> None:
-        """Keep at most `_MAX_SNAPSHOTS` evenly spaced snapshots: when they are full, every second one goes."""
+        """Keep fewer than `_MAX_SNAPSHOTS`, evenly spaced: at that many, drop every second, now and from then on."""
         self.looks += 1
         if self.looks % self.stride:
             return
@@ -143,7 +139,8 @@ class CodebookMonitor(Callback):
                 " backbone will not help. Use a larger `codebook_size`, `bias=True` or a `learned` mapping."
             )
 
-    def _spell_out(self, head: VQLogitsHead, tokenizer: Any) -> str:
+    def _token_table(self, head: VQLogitsHead, tokenizer: Any) -> str:
+        """Return a Markdown table of some codes with their most frequent tokens."""
         usage, sizes = head.usage(), torch.bincount(head.token_to_code, minlength=head.codebook_size)
         order = usage.argsort(descending=True)
         picks = torch.linspace(0, order.numel() - 1, min(self.num_codes, order.numel())).round().long()
@@ -157,6 +154,6 @@ class CodebookMonitor(Callback):
 
 
 def _visible(text: str) -> str:
-    """A token as inline code that keeps its white space visible in a Markdown table."""
+    """Return a token as inline code of a Markdown table, with visible white space."""
     shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·").replace("|", "&#124;").replace("`", "'")
     return f"`{shown}`" if shown.isprintable() and shown else f"`{ascii(text)[1:-1] or '(empty)'}`"

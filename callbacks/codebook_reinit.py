@@ -1,4 +1,4 @@
-"""`CodebookReinit`: revives dead codes of a vector-quantised head in training.
+"""`CodebookReinit`: revive dead codes of a vector-quantised head in training.
 
 Letters: K codes.
 """
@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import check_min_usage, find_parts
+from lit_logits.callbacks.parts import check_at_least, check_min_usage, find_parts
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.modules.vq_logits.head import VQLogitsHead
@@ -19,7 +19,7 @@ __all__ = ["CodebookReinit", "reset_optimizer_rows"]
 
 
 class CodebookReinit(Callback):
-    """Every n optimizer steps, give each dead code one half of the code that costs most, and reset what goes with it.
+    """Give each dead code one half of the code that costs most, every n optimizer steps, and reset what goes with it.
 
     A code is dead when no token maps to it or when it carries less than `min_usage` of an even share of the targets
     (running counts over all ranks). `VQLogitsHead.revive` splits the heavy code; the rows of the optimizer's moments
@@ -29,11 +29,11 @@ class CodebookReinit(Callback):
     Args:
         every_n_steps: optimizer steps between looks.
         min_usage: share below which a code is dead, in units of the even share 1/K; 0 for codes without tokens only.
-        stop_step: no revival from this step on, so that the last ones have time to train; default never stops.
-        seed: of the 2-means, together with the step.
+        stop_step: step from which on no code is revived, so that the last ones have time to train; None never stops.
+        seed: of the 2-means that split a code; the step is added.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> CodebookReinit(every_n_steps=100, min_usage=0.01).every_n_steps
@@ -43,14 +43,13 @@ class CodebookReinit(Callback):
     def __init__(
         self, every_n_steps: int = 200, min_usage: float = 0.01, stop_step: int | None = None, seed: int = 0
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        check_at_least(1, every_n_steps=every_n_steps)
         check_min_usage(min_usage)
         self.every_n_steps, self.min_usage, self.stop_step, self.seed = every_n_steps, min_usage, stop_step, seed
         self.last_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so when there is nothing to revive."""
+        """Warn if the model has no head with codes."""
         if not find_parts(pl_module, VQLogitsHead):
             rank_zero_warn("CodebookReinit found no VQLogitsHead in the model and will do nothing.")
 
@@ -65,7 +64,7 @@ class CodebookReinit(Callback):
         for head in find_parts(pl_module, VQLogitsHead):
             is_dead = torch.zeros(head.codebook_size, dtype=torch.uint8, device=head.codebook.device)
             is_dead[head.dead_codes(self.min_usage)] = 1
-            broadcast_(is_dead)  # a count that rounds otherwise on one rank must not part the ranks
+            broadcast_(is_dead)  # ranks whose running counts round differently must still revive the same codes
             dead = is_dead.nonzero().squeeze(1)
             if dead.numel() == 0:
                 continue
@@ -77,11 +76,11 @@ class CodebookReinit(Callback):
         log_scalars(trainer, {"vq/reinit": float(revived)})
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the last look, so that a resumed run does not look twice."""
+        """Return the step of the last look, so that a resumed run does not look twice."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where the checkpoint left off."""
+        """Restore the step of the last look."""
         self.last_step = state_dict["last_step"]
 
 

@@ -3,25 +3,22 @@
 Letters: B batch, T positions, k `top_k`, n nodes.
 """
 
-import inspect
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import data_tokenizer, find_part, find_parts
+from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, find_parts, tensorboard_writers
 from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.functional.gld_fusion import co_activation_graph
 from lit_logits.functional.gw_search import GWComparison, NodeValues, compare_graphs, load_pot, node_values
 from lit_logits.functional.top_k_logits import TopKLogits, top_k_values
-from lit_logits.modules.gld_fusion.criterion import GraphAlignment
+from lit_logits.modules.gld_fusion.criterion import GraphAlignment, GraphPair
 
 __all__ = ["GWApproximationLogger"]
 
@@ -32,44 +29,36 @@ _UNITS = {
 }
 
 
-class _Call(NamedTuple):
-    """What the part was called with."""
-
-    student: TopKLogits
-    source: TopKLogits
-    student_mask: Tensor
-    source_mask: Tensor
-
-
 class GWApproximationLogger(Callback):
     """Log how close the sorted bound of a `GraphAlignment` comes to the Gromov–Wasserstein distance of explicit graphs.
 
-    At the first and every n-th optimizer step it takes what the part was given in the first micro-batch, so that no
-    model runs twice, and builds both graphs of the first samples of rank zero, on at most `max_nodes` nodes each: the
-    first ranks, or the ids of largest strength. Scalars, means over the samples, in units of the graphs:
+    At the first and every n-th optimizer step it takes what the part compares in the first micro-batch, so that no
+    model runs twice. It builds both graphs of the first samples of rank zero, on at most `max_nodes` nodes each: the
+    first ranks, or the ids of largest strength. Scalars are means over the samples, in units of the graphs:
 
     - `gw/sorted`: GW~/n of these graphs, comparable to a distance. (The loss is GW~, without 1/n and over all nodes.)
-    - `gw/exact`: the distance, as far as it can be found. It is the value of the best of some matchings that nothing
-      simple betters: an upper bound, and *not* certified to be the distance; see `gw_upper_bound`. Certain is
-      `gw/sorted` ≤ GW ≤ `gw/exact`, and `gw/edges` ≤ GW.
-    - `gw/edges`: lower bound from all edges, which also tells apart graphs of equal strengths; see `edge_gw_bound`.
+    - `gw/exact`: the value of the best matching that a local search finds. It is an upper bound of the distance, and
+      *not* certified to equal it; see `gw_upper_bound`. Certain is `gw/sorted` ≤ GW ≤ `gw/exact`, and
+      `gw/edges` ≤ GW.
+    - `gw/edges`: a lower bound from all edges, which also tells apart graphs of equal strengths; see `edge_gw_bound`.
     - `gw/ratio`: sorted / exact, in [0, 1]; 1 where both are 0, as the bound is tight there.
-    - `gw/rank_correlation`: Spearman's, of sorted and exact over the last `window` pairs of graphs; three at least.
+    - `gw/rank_correlation`: Spearman's, of sorted and exact over the last `window` pairs of graphs, at least three.
 
-    To TensorBoard also `gw/scatter`, exact over sorted of those pairs, and `gw/graph`, both graphs of the first sample.
-    As soon as there are several sources, all but `gw/scatter` carry their names: `gw/sorted/NAME`. Where the part is
-    called several times for one source, the last call counts. Needs POT: `pip install lit-logits[ot]`.
+    TensorBoard also gets `gw/scatter`, exact over sorted of those pairs, and `gw/graph`, both graphs of the first
+    sample. With several sources, all but `gw/scatter` carry their names: `gw/sorted/NAME`. If the part is called
+    several times for one source, the last call counts. Needs POT: `pip install lit-logits[ot]`.
 
     Args:
         every_n_steps: optimizer steps between looks.
-        max_samples: of each source to compare at a look, those with positions.
-        max_nodes: of a graph.
-        num_starts: of the search for the distance: more come closer, and take longer.
+        max_samples: samples of each source to compare at a look, those with positions that count.
+        max_nodes: nodes of a graph.
+        num_starts: starts of the search for the distance; more come closer and take longer.
         window: pairs of graphs to remember of each source, within one fit.
-        seed: of the random starts; the training's own random numbers are not touched.
+        seed: of the random starts; the random numbers of training stay as they are.
 
     Raises:
-        ValueError: for an argument out of range; when fitting, without POT or without a `GraphAlignment`.
+        ValueError: If an argument is out of range; at the start of fit, if POT is missing or the model has no
+            `GraphAlignment`.
 
     Example:
         >>> GWApproximationLogger(every_n_steps=500).max_nodes
@@ -85,30 +74,23 @@ class GWApproximationLogger(Callback):
         window: int = 256,
         seed: int = 0,
     ) -> None:
-        arguments = {
-            "every_n_steps": (every_n_steps, 1),
-            "max_samples": (max_samples, 1),
-            "max_nodes": (max_nodes, 2),
-            "num_starts": (num_starts, 1),
-            "window": (window, 3),
-        }
-        for name, (value, least) in arguments.items():
-            if value < least:
-                raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
+        check_at_least(1, every_n_steps=every_n_steps, max_samples=max_samples, num_starts=num_starts)
+        check_at_least(2, max_nodes=max_nodes)
+        check_at_least(3, window=window)
         self.every_n_steps, self.max_samples, self.max_nodes = every_n_steps, max_samples, max_nodes
         self.num_starts, self.window, self.seed = num_starts, window, seed
         self._pairs: dict[str, deque[tuple[float, float]]] = {}
-        self._calls: dict[str, _Call] = {}
+        self._seen: dict[str, GraphPair] = {}
         self._hook: RemovableHandle | None = None
         self._next_step = self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to start without POT."""
+        """Check that POT is installed."""
         if stage == "fit":
             load_pot()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to start with nothing to watch; `configure_model` may have made the part."""
+        """Check that there is a part to watch; not in `setup`, as `configure_model` may make it afterwards."""
         if find_part(pl_module, GraphAlignment) is None:
             raise ValueError(
                 "Expected a GraphAlignment among the modules of the model, whose graphs GWApproximationLogger compares,"
@@ -117,61 +99,55 @@ class GWApproximationLogger(Callback):
         self._pairs = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed fit goes on with the multiples of `every_n_steps`."""
+        """Find the next step that is due: a resumed fit goes on with the multiples of `every_n_steps`."""
         done = trainer.global_step
         self._next_step = (done // self.every_n_steps + 1) * self.every_n_steps if done else 1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Listen to the part, if this is the first micro-batch of an optimizer step that is due."""
-        self._stop()
+        """Hook the part if this is the first micro-batch of an optimizer step that is due."""
+        self._remove_hook()
         step = trainer.global_step + 1
         if step < self._next_step or not trainer.is_global_zero:
             return
         self._next_step = (step // self.every_n_steps + 1) * self.every_n_steps
         self._step = trainer.global_step  # Lightning's first step is 0
-        self._hook = find_parts(pl_module, GraphAlignment)[0].register_forward_hook(self._remember, with_kwargs=True)
+        self._hook = find_parts(pl_module, GraphAlignment)[0].register_graph_hook(self._remember)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Compare the graphs of what was heard."""
+        """Compare the graphs that the hook has seen."""
         if self._hook is None:
             return
-        part, calls = find_parts(pl_module, GraphAlignment)[0], self._calls
-        self._stop()
+        part, seen = find_parts(pl_module, GraphAlignment)[0], self._seen
+        self._remove_hook()
         with torch.no_grad():
-            self._look(trainer, part, calls)
+            self._compare(trainer, part, seen)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
-        self._stop()
+        """Remove the hook."""
+        self._remove_hook()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind, also where training stopped within a batch."""
-        self._stop()
+        """Remove the hook, which is still there if training stopped within a batch."""
+        self._remove_hook()
 
-    # ------------------------------------------------------------------ listening
+    # ------------------------------------------------------------------ the hook
 
-    def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = inspect.signature(module.forward).bind(*args, **kwargs)
-        call.apply_defaults()
-        student, source = (
-            TopKLogits(*(tensor.detach() for tensor in call.arguments[name])) for name in ("student", "source")
-        )
-        masks = call.arguments["student_mask"], call.arguments["source_mask"]
-        self._calls[call.arguments["name"]] = _Call(student, source, *masks)
+    def _remember(self, graphs: GraphPair) -> None:
+        self._seen[graphs.name] = graphs
 
-    def _stop(self) -> None:
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._calls = None, {}
+        self._hook, self._seen = None, {}
 
-    # ------------------------------------------------------------------ looking
+    # ------------------------------------------------------------------ comparison
 
-    def _look(self, trainer: Trainer, part: GraphAlignment, calls: dict[str, _Call]) -> None:
+    def _compare(self, trainer: Trainer, part: GraphAlignment, seen: dict[str, GraphPair]) -> None:
         found: dict[str, list[GWComparison]] = {}
         firsts: dict[str, list[NodeValues]] = {}
-        for name, call in calls.items():
+        for name, pair in seen.items():
             pairs = self._pairs.setdefault(name, deque(maxlen=self.window))
-            for nodes in self._samples(part, call):
+            for nodes in self._samples(part, pair):
                 firsts.setdefault(name, nodes)
                 graphs = (co_activation_graph(of_one.values) for of_one in nodes)
                 generator = torch.Generator().manual_seed(self.seed)
@@ -183,15 +159,14 @@ class GWApproximationLogger(Callback):
             values |= self._scalars(name, comparisons)
         if values:
             log_scalars(trainer, values, step=self._step)
-        for logger in trainer.loggers if found else ():
-            if isinstance(logger, TensorBoardLogger):
-                self._draw(trainer, logger.experiment, part, {name: (firsts[name], found[name][0]) for name in found})
+        for writer in tensorboard_writers(trainer) if found else ():
+            self._draw(trainer, writer, part, {name: (firsts[name], found[name][0]) for name in found})
 
-    def _samples(self, part: GraphAlignment, call: _Call) -> Iterator[list[NodeValues]]:
-        """Of student and source, of the first samples that have positions and no value that is not finite."""
-        rows = (call.student_mask.any(-1) & call.source_mask.any(-1)).nonzero().squeeze(1)[: self.max_samples]
-        tops = [TopKLogits(*(tensor[rows].cpu() for tensor in top)) for top in (call.student, call.source)]
-        masks = [mask[rows].cpu() for mask in (call.student_mask, call.source_mask)]
+    def _samples(self, part: GraphAlignment, pair: GraphPair) -> Iterator[list[NodeValues]]:
+        """Yield the nodes of student and source, for the first samples with positions that count and finite values."""
+        rows = (pair.student_mask.any(-1) & pair.source_mask.any(-1)).nonzero().squeeze(1)[: self.max_samples]
+        tops = [TopKLogits(*(tensor[rows].cpu() for tensor in top)) for top in (pair.student, pair.source)]
+        masks = [mask[rows].cpu() for mask in (pair.student_mask, pair.source_mask)]
         size = min(top.log_probs.shape[-1] for top in tops)
         for index in range(len(rows)):
             nodes = []
@@ -206,6 +181,7 @@ class GWApproximationLogger(Callback):
                 yield [NodeValues(values[:, :num_nodes], ids[:num_nodes]) for values, ids in nodes]
 
     def _tag(self, tag: str, name: str) -> str:
+        """Return the log name, with the name of the source if there are several."""
         return f"{tag}/{name}" if len(self._pairs) > 1 else tag
 
     def _scalars(self, name: str, comparisons: list[GWComparison]) -> dict[str, float]:

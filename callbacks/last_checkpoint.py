@@ -1,4 +1,4 @@
-"""`LastCheckpoint`: a run that was stopped can always go on."""
+"""`LastCheckpoint`: a checkpoint from which a stopped run can always resume."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ __all__ = ["LastCheckpoint"]
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt` of the run folder up to date, whatever makes training stop.
+    """Keep `checkpoints/last.ckpt` of the run folder up to date, whatever makes training stop.
 
-    Saves after every validation and epoch, at the end, and when an exception, Ctrl-C or SIGTERM ends training; with
-    several processes, where one that failed cannot save together with the others, not after an exception. A run that
-    has taken no step leaves no checkpoint. Lightning's `save_last` comes only with a top-k checkpoint, and stays behind
-    once the metric is past its best.
+    It is saved after every validation and epoch, at the end, and when an exception, Ctrl-C or SIGTERM ends training.
+    With several processes it is not saved after an exception, as a rank that has failed cannot save together with the
+    others. A run that has taken no step leaves no checkpoint. Lightning's own `save_last` follows a top-k checkpoint,
+    and stays at the best step once the metric gets worse.
 
     Example:
         >>> LastCheckpoint().state_dict()
@@ -25,44 +25,45 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self) -> None:
-        super().__init__(save_top_k=0, save_last=True)  # of the parent only its choice of the folder is used
+        super().__init__(save_top_k=0, save_last=True)  # the parent only chooses the folder
         self.saved_step: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a run that goes on has a folder of its own."""
+        """Return nothing: a resumed run has its own folder."""
         return {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was restored is in a file already."""
+        """Remember the step that was restored, which a file already holds."""
         super().on_train_start(trainer, pl_module)
         self.saved_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, unless the epoch is about to end: its own hook saves with the epoch counted as complete."""
+        """Save, unless the epoch is about to end: its own hook saves with the epoch counted as complete."""
         if not trainer.is_last_batch:
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves and tells how to go on."""
+        """Save, and say how to resume."""
+        # Saving needs all ranks, and SIGTERM stops them all.
         together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
         try:
             saved = together and self._save(trainer)
-        except Exception as error:  # such as a full disk: the first exception is the one to be seen
+        except Exception as error:  # such as a full disk; it must not hide the first exception
             rank_zero_warn(f"No checkpoint was saved: {error}")
             return
         if saved:
             rank_zero_info(f"Stopped at step {self.saved_step}; go on with `--ckpt_path {self.dirpath}/last.ckpt`.")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves."""
+        """Save."""
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves."""
+        """Save."""
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> bool:
-        """Write the checkpoint if there are steps that it lacks; whether it is up to date."""
+        """Write the checkpoint if steps were taken since the last, and return whether it is up to date."""
         if self.saved_step is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return False
         if self.saved_step != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]

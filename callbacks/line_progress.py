@@ -1,4 +1,4 @@
-"""`LineProgress`: progress for output that is no terminal."""
+"""`LineProgress`: progress for output that goes to a file."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["LineProgress"]
 
 
 class LineProgress(ProgressBar):
-    """One line every `log_every_n_steps` steps, one a validation and twenty a prediction, from rank zero, for a file.
+    """Print a line every `log_every_n_steps` steps, one a validation and about twenty a prediction, on rank zero.
 
     Example:
         >>> LineProgress().printed_step
@@ -19,20 +19,20 @@ class LineProgress(ProgressBar):
     printed_step = 0
 
     def disable(self) -> None:
-        """Nothing: Lightning asks ranks other than zero, which do not print."""
+        """Do nothing: Lightning disables the bars of ranks other than zero, which do not print here."""
 
     def enable(self) -> None:
-        """Nothing."""
+        """Do nothing, as for `disable`."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Prints once for each step that is due, however many batches are accumulated into it."""
+        """Print once for each step that is due, however many batches are accumulated into it."""
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if due and trainer.global_step != self.printed_step:
             self.printed_step = trainer.global_step
             self._print(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what validation found."""
+        """Print the metrics of the validation."""
         self._print(trainer, pl_module)
 
     def on_predict_batch_end(
@@ -44,7 +44,7 @@ class LineProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Prints how many batches of rank zero are done."""
+        """Print how many batches of rank zero are done."""
         done, total = batch_idx + 1, trainer.num_predict_batches[dataloader_idx]
         every = 1 if total == float("inf") else max(1, int(total) // 20)
         if trainer.is_global_zero and (done % every == 0 or done == total):

@@ -1,13 +1,21 @@
-"""`LogitCacheWriter`: the top-k logits that `predict` returns as caches on disk, however often the run is killed."""
+"""`LogitCacheWriter`: the predicted top-k logits as caches on disk, however often the run is killed."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_logits.callbacks.parts import data_module, on_rank_zero, tell_finished
+from lit_logits.contracts import (
+    HasCacheSettings,
+    HasFingerprint,
+    HasFinishedSamples,
+    HasLayoutIds,
+    lacks,
+    offers,
+)
 from lit_logits.storage.joining import join_cache
 from lit_logits.storage.logit_cache import describe_cache
 from lit_logits.storage.writing import (
@@ -23,23 +31,23 @@ __all__ = ["LogitCacheWriter"]
 
 
 class LogitCacheWriter(BasePredictionWriter):
-    """Write the logits of source models, a cache each; the same command goes on where a kill stopped it.
+    """Write the logits of source models, a cache each; the same command resumes after a kill.
 
     `predict_step` returns `{"sample_ids": (B,) int64, "sources": {name: SourceLogits}}`. After each batch its samples
-    are on disk. A run that starts in the folder of an earlier one tells a data module with a set `finished_samples`
-    which samples all sources have, before its `predict_dataloader` is asked for those to come; samples that come all
-    the same are not written again. At the end the parts are joined, and `FOLDER/NAME` is a cache for `LogitCache`. A
-    run that `limit_predict_batches` cuts short leaves the parts, for one without to go on. An id stands for one sample,
-    also across data loaders. All processes need to see the same folder.
+    are on disk. A run that starts in the folder of an earlier one gives a data module with a set `finished_samples` the
+    samples that all sources have, before its `predict_dataloader` is called; a sample that is predicted again is not
+    written again. At the end the parts are joined, and `FOLDER/NAME` is a cache for `LogitCache`. If
+    `limit_predict_batches` cuts a run short, its parts stay, and a run without the limit completes them. An id stands
+    for one sample, also across data loaders. All processes need to see the same folder.
 
     The module's `cache_settings`, a dict or a method that returns one, are the settings of each source by its name, as
-    plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. They, `dtype` and, where the data module
-    has them, its `fingerprint` and `layout_ids` are kept in the cache, and keep runs apart.
+    plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. The cache keeps them with `dtype` and the
+    data module's `fingerprint` and `layout_ids`, if it has them; runs with other settings are refused.
 
     Args:
-        folder: of the caches; each source has a folder in it.
+        folder: folder of the caches; each source has its own folder there.
         dtype: of the log-probabilities; with `float32` training is the same as with the source itself, bit for bit.
-        shard_tokens: positions of a file of the finished cache, about; 276 bytes each at k = 32.
+        shard_tokens: approximate number of positions in a file of the finished cache; each takes 276 bytes at k = 32.
 
     Raises:
         ValueError: If the folder holds logits of other settings or data, or other files; if the module has no
@@ -66,29 +74,26 @@ class LogitCacheWriter(BasePredictionWriter):
     # ------------------------------------------------------------------ start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle what the caches hold, find what is finished, and tell the data module."""
+        """Find the finished samples and tell the data module, which Lightning asks for its loader only after this."""
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
         self._num_written, self._is_running, self._is_stopped = 0, False, False
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module(trainer)
         self._settings = _settings_of(pl_module, self.dtype, data)
         # Ranks must agree on the samples that are left, as they share them among themselves.
-        known, self._complete = _on_rank_zero(trainer, self._settle)
+        known, self._complete = on_rank_zero(trainer, self._begin)
         self._known = {name: set(ids) for name, ids in known.items()}
         found = set.intersection(*self._known.values())
-        finished = getattr(data, "finished_samples", None)
-        if finished is not None:
-            finished.clear()
-            finished.update(found)
-        elif found:
-            rank_zero_warn(
-                f"{self.folder} has {len(found)} samples already, which will be made again and left out: only a data"
-                " module with a set `finished_samples` learns of them."
-            )
+        tell_finished(
+            data.finished_samples if offers(data, HasFinishedSamples) else None,
+            found,
+            f"{self.folder} already has {len(found)} samples, which are predicted again and not written."
+            f" {lacks(data, HasFinishedSamples, 'a set of the samples to leave out')}",
+        )
 
-    def _settle(self) -> tuple[dict[str, list[int]], set[str]]:
-        """Finished samples of each source, and the sources that are complete; touches nothing if one cannot go on."""
+    def _begin(self) -> tuple[dict[str, list[int]], set[str]]:
+        """Return the finished samples of each source and the complete sources; change nothing if any is refused."""
         for name, settings in self._settings.items():
             if problem := check_cache(Path(self.folder, name), settings):
                 raise ValueError(problem)
@@ -100,20 +105,11 @@ class LogitCacheWriter(BasePredictionWriter):
     # ------------------------------------------------------------------ parts
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run with batches must get to their end."""
+        """Note that there are batches, so that `teardown` joins only if all were predicted."""
         self._is_running = True
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """See the samples that are new, as far as this rank knows, on disk; none if one is refused."""
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
+        """Write this batch's new samples to disk; write nothing if any is refused."""
         if not isinstance(prediction, dict) or prediction.keys() != {"sample_ids", "sources"}:
             raise ValueError(
                 "Expected `predict_step` to return a dict of `sample_ids` and `sources`, but got"
@@ -132,7 +128,7 @@ class LogitCacheWriter(BasePredictionWriter):
             self._num_written += 1
 
     def _new_rows(self, name: str, sample_ids: list[int]) -> list[int]:
-        """Rows of the batch that the source lacks, the first of each sample."""
+        """Return the rows of the batch whose samples the source lacks, the first row of each sample."""
         first = {sample: row for row, sample in reversed(list(enumerate(sample_ids)))}
         rows = sorted(row for sample, row in first.items() if sample not in self._known[name])
         if rows and name in self._complete:
@@ -143,11 +139,11 @@ class LogitCacheWriter(BasePredictionWriter):
         return rows
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All batches were written."""
+        """Note that all batches were written."""
         self._is_running = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell how to go on."""
+        """Say how to resume."""
         self._is_stopped = True
         if trainer.predicting and self._num_written:
             rank_zero_info(f"Stopped; the same command goes on from the samples that are in {self.folder}.")
@@ -157,15 +153,16 @@ class LogitCacheWriter(BasePredictionWriter):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the parts, and say where they are.
 
-        Not in `on_predict_end`, which a rank without batches does not reach: all of them if every sample was there.
+        Not in `on_predict_end`, which a rank without batches does not reach; if all samples are finished, no rank does.
         """
         if stage != "predict" or self._is_stopped or self._is_running:
             return
-        trainer.strategy.barrier()
+        trainer.strategy.barrier()  # until all ranks have written their last part
         is_whole = trainer.strategy.reduce_boolean_decision(not _is_cut(trainer), all=True)
-        _on_rank_zero(trainer, lambda: self._finish(is_whole))
+        on_rank_zero(trainer, lambda: self._finish(is_whole))
 
     def _finish(self, is_whole: bool) -> None:
+        """Join the parts of each source if no batch was left out."""
         for name in self._settings:
             folder = Path(self.folder, name)
             if is_whole:
@@ -181,48 +178,30 @@ class LogitCacheWriter(BasePredictionWriter):
                 )
 
 
-def _settings_of(pl_module: LightningModule, dtype: str, datamodule: Any) -> dict[str, dict[str, Any]]:
-    settings = getattr(pl_module, "cache_settings", None)
-    settings = settings() if callable(settings) else settings
+def _settings_of(pl_module: LightningModule, dtype: str, data: object) -> dict[str, dict[str, Any]]:
+    given = pl_module.cache_settings if offers(pl_module, HasCacheSettings) else None
+    settings = given() if callable(given) else given
     if not settings:
-        raise ValueError(
-            "Expected a LightningModule with `cache_settings`, the settings of each source by its name, but"
-            f" {type(pl_module).__name__} has {settings!r}."
-        )
-    layouts, data = getattr(datamodule, "layout_ids", None), getattr(datamodule, "fingerprint", None)
+        raise ValueError(lacks(pl_module, HasCacheSettings, "the settings of each source by its name"))
+    layouts = data.layout_ids if offers(data, HasLayoutIds) else None
+    fingerprint = data.fingerprint if offers(data, HasFingerprint) else None
     extra: dict[str, Any] = {"dtype": dtype}
     completed = {}
     for name, values in settings.items():
-        if layouts is not None:  # the data module's own tokens are under ""
+        if layouts is not None:  # "" names the data module's own tokens
             extra["layout_id"] = layouts.get(name, layouts.get(""))
-        completed[name] = complete_settings(name, {**extra, **values}, data)
+        completed[name] = complete_settings(name, {**extra, **values}, fingerprint)
     return completed
 
 
-def _on_rank_zero(trainer: Trainer, function: Callable[[], Any]) -> Any:
-    """What it returns, on all ranks; they all raise what it raises."""
-    result, problem = None, None
-    if trainer.is_global_zero:
-        try:
-            result = function()
-        except Exception as error:  # a full disk too: the others are waiting
-            if trainer.world_size == 1:
-                raise
-            problem = error if isinstance(error, ValueError) else RuntimeError(f"{type(error).__name__}: {error}")
-    result, problem = trainer.strategy.broadcast((result, problem))
-    if problem is not None:
-        raise problem
-    return result
-
-
 def _is_cut(trainer: Trainer) -> bool:
-    """Whether `limit_predict_batches` has left batches out."""
+    """Return whether `limit_predict_batches` has left batches out."""
     limit = trainer.limit_predict_batches
     if isinstance(limit, float) and limit == 1:
         return False
     loaders: Any = trainer.predict_dataloaders
     try:
         sizes = [len(loader) for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])]
-    except TypeError:  # none was asked for, or one knows no length
+    except TypeError:  # no loader was made, or one has no length
         return True
     return sizes != list(trainer.num_predict_batches)

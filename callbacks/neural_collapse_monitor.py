@@ -1,4 +1,4 @@
-"""`NeuralCollapseMonitor`: whether the head of a classifier collapses, as scalars and a picture.
+"""`NeuralCollapseMonitor`: how far a classifier has collapsed to the simplex, as scalars and a picture.
 
 Letters: B batch, d features, C classes.
 """
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import find_part, find_parts
+from lit_logits.callbacks.parts import data_module, find_part, find_parts, tensorboard_writers
 from lit_logits.callbacks.pictures.collapse import cosine_figure
+from lit_logits.contracts import HasClassNames, offers
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.neural_collapse import (
     ClassMoments,
@@ -30,24 +30,23 @@ __all__ = ["NeuralCollapseMonitor"]
 
 
 class NeuralCollapseMonitor(Callback):
-    """Log how far features and head of a `DualHeadClassifier` are from the simplex, each 0 in a healthy end.
+    """Log how far features and head of a `DualHeadClassifier` are from the simplex; a healthy training ends near 0.
 
-    After each validation, over all samples of all ranks and data loaders: `nc/nc1`, `nc/nc2` (angles of the head's
-    rows), `nc/nc2_norm_rows`, `nc/nc2_angle_means`, `nc/nc2_norm_means`, `nc/nc3`, see `NeuralCollapse`; with an
-    auxiliary head `nc_aux/nc2` and `nc_aux/nc2_norm_rows`, of its last layer; and to TensorBoard `nc/cosines`, the
-    cosines between the head's rows. A head whose losses fight shows rows that crowd together: cosines towards 1 and an
-    `nc/nc2` that grows. Tests log the same as `test/nc1` ... `test/aux_nc2` ... `test/cosines`. Features are those that
-    the model computes anyway; training steps cost nothing.
+    Logged after each validation and test, over all samples of all ranks and data loaders: `nc/nc1`, `nc/nc2` (angles of
+    the head's rows), `nc/nc2_norm_rows`, `nc/nc2_angle_means`, `nc/nc2_norm_means`, `nc/nc3`, see `NeuralCollapse`. With
+    an auxiliary head also `nc_aux/nc2` and `nc_aux/nc2_norm_rows`, of its last layer. TensorBoard gets `nc/cosines`, the
+    cosines between the head's rows. If the two losses conflict, the rows crowd together: cosines move towards 1 and
+    `nc/nc2` grows. The features are those that the model computes anyway; training steps cost nothing.
 
-    Where gradients are not aligned (`grad_align="none"`), the steps that are measured also give `kd/grad_cosine` and
-    `kd/conflict` of the two losses over the backbone, for one more backward pass each; the update is the same. A step
-    whose loss has no distillation term gives neither.
+    If gradients are not aligned (`grad_align="none"`), the measured steps also log `kd/grad_cosine` and `kd/conflict`
+    of the two losses over the backbone, at the price of one more backward pass; the update stays the same. A step whose
+    loss has no distillation term logs neither.
 
     Args:
-        measure_gradients_every_n_steps: optimizer steps between measured ones, the first included; default none.
+        measure_gradients_every_n_steps: optimizer steps between measured ones, the first included; None measures none.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: If an argument is out of range, or DDP has static_graph=True and gradients are to be measured.
 
     Example:
         >>> NeuralCollapseMonitor(measure_gradients_every_n_steps=100).measure_gradients_every_n_steps
@@ -66,7 +65,7 @@ class NeuralCollapseMonitor(Callback):
         self._hook: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so when there is nothing to watch, and refuse what cannot be measured."""
+        """Warn if the model has no classifier to watch, and check that its gradients can be measured."""
         if self.measure_gradients_every_n_steps and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
             raise ValueError(
                 "Expected `measure_gradients_every_n_steps` to be None with the DDP option static_graph=True, whose"
@@ -84,7 +83,7 @@ class NeuralCollapseMonitor(Callback):
     # ------------------------------------------------------------------ gradients
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Ask for the angle over the optimizer step that is due, at each micro-batch of it."""
+        """Ask the aligner for the angle if this optimizer step is due, at each of its micro-batches."""
         if self.measure_gradients_every_n_steps is not None and _classifier(pl_module) is not None:
             step = trainer.global_step + 1
             if step == 1 or step % self.measure_gradients_every_n_steps == 0:
@@ -94,16 +93,16 @@ class NeuralCollapseMonitor(Callback):
     # ------------------------------------------------------------------ features
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to collect."""
-        self._start(trainer, pl_module)
+        """Collect features from now on."""
+        self._collect(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Add the batch to the moments."""
         self._add(args[0])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to collect."""
-        self._start(trainer, pl_module)
+        """Collect features from now on."""
+        self._collect(trainer, pl_module)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Add the batch to the moments."""
@@ -111,35 +110,36 @@ class NeuralCollapseMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and draw."""
-        self._finish(trainer, pl_module, "nc/", "nc_aux/")
+        self._log(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and draw."""
-        self._finish(trainer, pl_module, "test/", "test/aux_")
+        self._log(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
-        self._leave(pl_module)
+        """Remove the hook, and what the aligner was asked for."""
+        self._clean_up(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind, also where training stopped between two micro-batches."""
-        self._leave(pl_module)
+        """Remove the hook, and what the aligner was asked for if training stopped between two micro-batches."""
+        self._clean_up(pl_module)
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
         net = _classifier(pl_module)
         if net is not None and not trainer.sanity_checking:
-            # Sums are float64, which Apple's GPU has not. Every rank has some, also one that gets no batch.
+            # Sums are float64, which Apple's GPU lacks. Each rank makes them, as all take part in the reduction, also
+            # one that gets no batch.
             device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
-            nothing = torch.zeros(0, net.num_features, device=device)
-            self._moments = class_moments(nothing, nothing.new_zeros(0, dtype=torch.long), net.num_classes)
+            features = torch.zeros(0, net.num_features, device=device)
+            self._moments = class_moments(features, features.new_zeros(0, dtype=torch.long), net.num_classes)
             self._hook = net.register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: Any, output: DualHeadOutput) -> None:
         self._features = output.features.detach()
 
     def _add(self, batch: Any) -> None:
-        """Of several calls in one batch the last counts."""
+        """Add the features of the last call in this batch to the moments."""
         features, self._features = self._features, None
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if self._moments is None or features is None or labels is None or labels.shape != features.shape[:1]:
@@ -149,7 +149,7 @@ class NeuralCollapseMonitor(Callback):
         for total, more in zip(self._moments, part, strict=True):
             total += more
 
-    def _leave(self, pl_module: LightningModule) -> None:
+    def _clean_up(self, pl_module: LightningModule) -> None:
         self._stop()
         for aligner in find_parts(pl_module, GradientAligner):
             aligner.reset()
@@ -161,7 +161,7 @@ class NeuralCollapseMonitor(Callback):
 
     # ------------------------------------------------------------------ figures
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str, aux_prefix: str) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         moments, net = self._moments, _classifier(pl_module)
         self._stop()
         if moments is None or net is None:
@@ -171,12 +171,12 @@ class NeuralCollapseMonitor(Callback):
         weight = net.main_head.weight.detach().to(moments.sums)
         result, seen = neural_collapse(moments, weight), moments.counts > 0
         values = {
-            f"{prefix}nc1": result.nc1,
-            f"{prefix}nc2": result.nc2_angle_rows,
-            f"{prefix}nc2_norm_rows": result.nc2_norm_rows,
-            f"{prefix}nc2_angle_means": result.nc2_angle_means,
-            f"{prefix}nc2_norm_means": result.nc2_norm_means,
-            f"{prefix}nc3": result.nc3,
+            "nc/nc1": result.nc1,
+            "nc/nc2": result.nc2_angle_rows,
+            "nc/nc2_norm_rows": result.nc2_norm_rows,
+            "nc/nc2_angle_means": result.nc2_angle_means,
+            "nc/nc2_norm_means": result.nc2_norm_means,
+            "nc/nc3": result.nc3,
         }
         num_seen = int(seen.sum())
         if num_seen < 2:
@@ -186,24 +186,24 @@ class NeuralCollapseMonitor(Callback):
             )
         elif net.aux_head is not None:
             rows = net.aux_head.classifier.weight.detach().to(moments.sums)[seen]
-            values[f"{aux_prefix}nc2"] = simplex_gap(cosine_matrix(rows))
-            values[f"{aux_prefix}nc2_norm_rows"] = relative_spread(rows)
+            values["nc_aux/nc2"] = simplex_gap(cosine_matrix(rows))
+            values["nc_aux/nc2_norm_rows"] = relative_spread(rows)
         values = {name: value.float() for name, value in values.items()}
-        pl_module.log_dict(values, sync_dist=True)  # alike on all ranks: this only keeps Lightning from warning
+        pl_module.log_dict(values, sync_dist=True)  # equal on all ranks; `sync_dist` only keeps Lightning from warning
         if trainer.is_global_zero and num_seen > 1:
-            self._draw(trainer, f"{prefix}cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
+            self._draw(trainer, "nc/cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
 
     def _draw(self, trainer: Trainer, tag: str, cosines: Tensor, seen: Tensor) -> None:
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        data = data_module(trainer)
+        names = data.class_names if offers(data, HasClassNames) else None
         names = list(map(str, range(len(seen)) if names is None or len(names) != len(seen) else names))
         shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                figure = cosine_figure(cosines, trainer.current_epoch, shown)
-                logger.experiment.add_figure(tag, figure, trainer.global_step)
+        for writer in tensorboard_writers(trainer):
+            figure = cosine_figure(cosines, trainer.current_epoch, shown)
+            writer.add_figure(tag, figure, trainer.global_step)
 
 
 def _classifier(pl_module: LightningModule) -> DualHeadClassifier | None:
-    """The part to watch, unless its classes are a vocabulary."""
+    """Return the part to watch, or None if its classes are a vocabulary."""
     net = find_part(pl_module, DualHeadClassifier)
     return None if net is None or net.is_causal_lm else net

@@ -1,22 +1,38 @@
-"""What several callbacks look up or check: parts of the model by their type, the data's tokenizer, shared arguments."""
+"""Look-ups and checks that several callbacks share: parts of the model, what the data module offers, arguments."""
 
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-__all__ = ["check_min_usage", "data_tokenizer", "find_part", "find_parts"]
+from lit_logits.contracts import HasTokenizer, offers
+
+__all__ = [
+    "check_at_least",
+    "check_min_usage",
+    "data_module",
+    "data_tokenizer",
+    "find_part",
+    "find_parts",
+    "on_rank_zero",
+    "tell_finished",
+    "tensorboard_writers",
+]
 
 _Part = TypeVar("_Part", bound=nn.Module)
+_Result = TypeVar("_Result")
 
 
 def find_parts(pl_module: LightningModule, kind: type[_Part]) -> list[_Part]:
-    """Every part of the model that is a `kind`, in the order of `modules()`."""
+    """Return all parts of the model that are a `kind`, in the order of `modules()`."""
     return [module for module in pl_module.modules() if isinstance(module, kind)]
 
 
 def find_part(pl_module: LightningModule, kind: type[_Part]) -> _Part | None:
-    """The first part of the model that is a `kind`, or None.
+    """Return the first part of the model that is a `kind`, or None.
 
     Callbacks find what they serve by the type of a part, never by the class of the LightningModule, so that they also
     serve a user's own.
@@ -32,19 +48,88 @@ def find_part(pl_module: LightningModule, kind: type[_Part]) -> _Part | None:
     return next((module for module in pl_module.modules() if isinstance(module, kind)), None)
 
 
+def data_module(trainer: Trainer) -> object:
+    """Return the data module of the run, or None where loaders were given."""
+    return getattr(trainer, "datamodule", None)  # which Lightning sets and does not declare
+
+
 def data_tokenizer(trainer: Trainer) -> Any:
-    """The tokenizer of the data module; None if it has none, or if there is no data module."""
-    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    """Return the tokenizer of the data module, or None without one."""
+    data = data_module(trainer)
+    return data.tokenizer if offers(data, HasTokenizer) else None
+
+
+def tell_finished(finished: set[int] | None, found: Collection[int], warning: str) -> None:
+    """Tell the data module what is finished.
+
+    Args:
+        finished: the data module's set of what it leaves out, or None if it has none.
+        found: what the set is to hold.
+        warning: given if there is no set, and something to put into it.
+    """
+    if finished is not None:
+        finished.clear()
+        finished.update(found)
+    elif found:
+        rank_zero_warn(warning)
+
+
+def tensorboard_writers(trainer: Trainer) -> list[Any]:
+    """Return the `SummaryWriter` of each TensorBoard logger, for pictures and texts."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def on_rank_zero(trainer: Trainer, function: Callable[[], _Result]) -> _Result:
+    """Call `function` on rank zero and return its result on all ranks; all must call this.
+
+    Where it raises, all ranks raise: the others would wait for rank zero for ever.
+
+    Raises:
+        ValueError: If `function` raises one.
+        RuntimeError: If it raises anything else, and there are several ranks.
+    """
+    outcome: tuple[Any, Exception | None] = None, None
+    if trainer.is_global_zero:
+        try:
+            outcome = function(), None
+        except Exception as error:  # of any kind, such as that of a full disk
+            if trainer.world_size == 1:
+                raise
+            known = isinstance(error, ValueError)
+            outcome = None, error if known else RuntimeError(f"{type(error).__name__}: {error}")
+    result, problem = trainer.strategy.broadcast(outcome)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def check_at_least(minimum: int, **arguments: int) -> None:
+    """Raise unless every argument, given by its name, is at least `minimum`.
+
+    Data modules have a function of their own, as they import nothing from the rest of the library.
+
+    Raises:
+        ValueError: If one is less; the first is named.
+
+    Example:
+        >>> check_at_least(1, every_n_steps=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `every_n_steps` to be at least 1, but got 0.
+    """
+    for name, value in arguments.items():
+        if value < minimum:
+            raise ValueError(f"Expected `{name}` to be at least {minimum}, but got {value}.")
 
 
 def check_min_usage(min_usage: float) -> None:
-    """Refuse a share at which an evenly used codebook would be dead.
+    """Raise for a share at which an evenly used codebook would be dead.
 
     Args:
         min_usage: in units of the even share 1/K.
 
     Raises:
-        ValueError: for a share outside [0, 1).
+        ValueError: If it is outside [0, 1).
     """
     if not 0 <= min_usage < 1:
         raise ValueError(f"Expected `min_usage` to be in [0, 1), in units of 1/K, but got {min_usage}.")

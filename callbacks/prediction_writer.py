@@ -1,6 +1,7 @@
-"""`PredictionWriter`: what `predict` returns, in files."""
+"""`PredictionWriter`: the predictions, a file a batch."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_logits.storage.folders import replace_file
+
 __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write each batch's prediction, and the numbers of its rows in the data set, as it is made.
+    """Write the prediction of each batch as it is made, with the numbers of its rows in the data set.
 
     A file `predictions/BATCH-RANK.pt` of the run folder holds `{"predictions": ..., "rows": [...]}` for `torch.load`;
-    `rows` is None where the loader's sampler tells no numbers. Nothing is kept in memory and a killed run keeps what it
-    has written.
+    `rows` is None if the loader's sampler gives no numbers. Nothing is kept in memory, and a killed run keeps the files
+    that it has written.
 
     Example:
         >>> PredictionWriter().interval.value
@@ -37,17 +40,16 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one file."""
+        """Write one file, which appears whole or not at all."""
         folder = self._folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f"{dataloader_idx}-" if dataloader_idx else ""
         file = folder / f"{prefix}{batch_idx:06d}-{trainer.global_rank}.pt"
-        partial = file.with_suffix(".partial")
-        torch.save({"predictions": prediction, "rows": list(batch_indices) if batch_indices else None}, partial)
-        partial.replace(file)
+        saved = {"predictions": prediction, "rows": list(batch_indices) if batch_indices else None}
+        replace_file(file, partial(torch.save, saved))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where they are."""
+        """Say where the files are."""
         rank_zero_info(f"Predictions: {self._folder(trainer)}")
 
     def _folder(self, trainer: Trainer) -> Path:

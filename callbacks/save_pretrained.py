@@ -1,8 +1,8 @@
-"""`SavePretrained`: the model of transformers that is trained, as a folder for `from_pretrained`."""
+"""`SavePretrained`: the trained model of transformers, as a folder for `from_pretrained`."""
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_logits.callbacks.parts import data_tokenizer
+from lit_logits.contracts import ExportsPretrained
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
@@ -23,26 +24,26 @@ _Config = TypeVar("_Config")
 class SavePretrained(Callback):
     """Keep the transformers model inside the LightningModule, at its best validation, in a `from_pretrained` folder.
 
-    The model is the first in the order of `modules()` that has an output layer and is trained (if none is yet, the
-    first of all); a `VQLogitsLM` is saved with its compressed head instead. It is saved when a validation's `monitor`
-    is better than all before; if there is no validation, or its number is none, at the end. The data module's
-    `tokenizer` is saved with it, if there is one, and its ids of begin, end and padding are the model's in the folder,
-    as the texts that trained it end so; only a list of ends that has the tokenizer's among them stays. LoRA adapters
-    are merged into the weights, in the folder alone. A folder is replaced as a whole or not at all.
+    The model is the first in the order of `modules()` that has an output layer and parameters in training, or else the
+    first with an output layer. A `VQLogitsLM` is saved with its compressed head instead. The model is saved when a
+    validation's `monitor` is better than all before. If there is no validation, or the metric is NaN, it is saved at
+    the end. The data module's `tokenizer` is saved with it, if there is one. Its bos, eos and pad ids are copied to the
+    saved configs, as the training texts end with them; a list of eos ids is kept if it contains the tokenizer's. LoRA
+    adapters are merged into the saved weights, not into those in training. A folder is replaced as a whole or not at
+    all.
 
-    A resumed run knows the best of the run before and where it is, and leaves it alone until it is better.
+    A resumed run knows the best metric of the run before and its folder, and replaces that only by a better model.
 
     Args:
-        folder: what to write; None is `pretrained` in the run folder. It must be new, empty or a saved model, which is
-            replaced.
+        folder: new, empty, or a saved model, which is replaced; None is `pretrained` in the run folder.
         monitor: a logged metric; None saves at the end only.
-        mode: whether the least or the greatest is best.
-        head: of a `VQLogitsLM`: `compact`, packed codes for this library, or `dense`, decoded rows in the original
-            architecture.
+        mode: whether the least (`min`) or the greatest (`max`) is best.
+        head: form of the head of a `VQLogitsLM`: `compact`, packed codes for this library, or `dense`, decoded rows in
+            the original architecture.
 
     Raises:
-        ValueError: If `mode` is neither; at the start of fit if the folder holds anything else, if there is no such
-            model, or if the strategy keeps its weights in pieces; if no `monitor` was logged.
+        ValueError: If `mode` is neither; at the start of fit, if the folder holds anything else, the model is missing,
+            or the strategy keeps the weights in pieces; after a validation, if `monitor` was not logged.
 
     Example:
         >>> SavePretrained(monitor="val/acc", mode="max").state_dict()
@@ -66,21 +67,21 @@ class SavePretrained(Callback):
 
     @property
     def state_key(self) -> str:
-        """A best of another metric is none."""
+        """Return the key of the state, which belongs to this metric and mode."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best metric, and the folder of its model."""
+        """Return the best metric, and the folder of its model."""
         return {"best": self.best, "saved_in": self.saved_in}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where the checkpoint left off."""
+        """Restore the best metric and its folder."""
         self.best, self.saved_in = state_dict["best"], state_dict["saved_in"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the model, and refuse what could not be saved."""
+        """Find the model, and check that it can be saved."""
         _check_whole(trainer.strategy)
-        if not _exports(pl_module):
+        if not isinstance(pl_module, ExportsPretrained):
             self._name = _model_name(pl_module)
         elif type(trainer.strategy).lightning_module_state_dict is not Strategy.lightning_module_state_dict:
             raise ValueError(
@@ -88,36 +89,36 @@ class SavePretrained(Callback):
                 f" {type(trainer.strategy).__name__}. Use DDP."
             )
         else:
-            self._exported(pl_module)  # refuses now what could not be saved later
+            self._exported(pl_module)  # raises now if it could not be saved later
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
         if trainer.is_global_zero:
             restore_replaced(self._path)
-        trainer.strategy.barrier()
+        trainer.strategy.barrier()  # so that all ranks check the folder that rank zero restored
         check_model_folder(self._path)
         is_there = self.saved_in is not None and Path(self.saved_in, "config.json").is_file()
-        if not trainer.strategy.broadcast(is_there):
+        if not trainer.strategy.broadcast(is_there):  # rank zero decides, as the others may not see its disk
             self.best = self.saved_in = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the metric is the best; rank zero decides for all."""
+        """Save if the metric is the best so far; rank zero decides, as all must gather the weights or none."""
         if trainer.state.fn != "fit" or self.monitor is None:
             return
         if self.monitor not in trainer.callback_metrics:
             if trainer.sanity_checking and not self.monitor.startswith("val"):
-                return  # such as a metric of training, of which there is none yet
+                return  # a metric of training has no value yet
             raise ValueError(
                 f"Expected `monitor` to be one of the logged {sorted(trainer.callback_metrics)}, but got"
                 f" {self.monitor!r}."
             )
         value = float(trainer.callback_metrics[self.monitor])
-        first = self.best is None and value == value
+        first = self.best is None and value == value  # not NaN
         is_best = first or (self.best is not None and (value < self.best if self.mode == "min" else value > self.best))
         if trainer.strategy.broadcast(is_best) and not trainer.sanity_checking:
             self._save(trainer)
             self.best = value
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save unless a validation did, and say where."""
+        """Save unless a validation did, and say where the model is."""
         if self.best is None:
             self._save(trainer)
         metric = "" if self.best is None else f" ({self.monitor} {self.best:.4f})"
@@ -126,7 +127,7 @@ class SavePretrained(Callback):
     # ------------------------------------------------------------------ saving
 
     def _save(self, trainer: Trainer) -> None:
-        """Write the folder beside its place, then swap."""
+        """Write the folder; rank zero writes, after all have gathered the weights."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         weights = self._gathered_weights(trainer)
@@ -136,7 +137,7 @@ class SavePretrained(Callback):
 
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
         pl_module, tokenizer = trainer.lightning_module, data_tokenizer(trainer)
-        if _exports(pl_module):
+        if isinstance(pl_module, ExportsPretrained):
             model = self._exported(pl_module)
             model.save_pretrained(folder)
         else:
@@ -148,26 +149,21 @@ class SavePretrained(Callback):
                 _with_ids(config, tokenizer).save_pretrained(folder)
 
     def _exported(self, pl_module: LightningModule) -> PreTrainedModel:
-        """The model that the module makes of itself, which leaves the modes of its parts as they were."""
+        """Return the model that the module makes of itself, and restore the training mode of each part."""
         modes = {name: module.training for name, module in pl_module.named_modules()}
-        model: PreTrainedModel = pl_module.to_pretrained(self.head)  # type: ignore[operator]
+        model: PreTrainedModel = cast(ExportsPretrained, pl_module).to_pretrained(self.head)
         for name, module in pl_module.named_modules():
             module.training = modes[name]
         return model
 
     def _gathered_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
-        """The model's, where they are in pieces: all ranks must come. Else None."""
+        """Return the whole weights of a sharded model, or None if each rank holds them; all ranks must call this."""
         strategy = trainer.strategy
         if type(strategy).lightning_module_state_dict is Strategy.lightning_module_state_dict:
             return None
         prefix = f"{self._name}.".replace("_fsdp_wrapped_module.", "")  # state dicts do not name FSDP's wrapper
         state = strategy.lightning_module_state_dict()
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _exports(pl_module: LightningModule) -> bool:
-    """Whether the module makes a model of transformers of itself."""
-    return callable(getattr(pl_module, "to_pretrained", None))
 
 
 def _model_name(pl_module: LightningModule) -> str:
@@ -197,7 +193,7 @@ def _check_whole(strategy: Strategy) -> None:
 
 
 def _with_ids(config: _Config, tokenizer: Any) -> _Config:
-    """A copy with the tokenizer's ids, those that it has."""
+    """Return a copy of the config with the special token ids that the tokenizer has."""
     config = copy.deepcopy(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token, known = getattr(tokenizer, name, None), getattr(config, name, None)

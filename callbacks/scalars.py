@@ -1,4 +1,4 @@
-"""Scalars that are not of every step: written to the loggers when they are taken, and then only."""
+"""Scalars that callbacks measure now and then, logged at that step only."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,8 @@ __all__ = ["log_scalars"]
 def log_scalars(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
     """Write `values` to every logger at `step`, by default the optimizer step that has just been taken.
 
-    They also go to `callback_metrics`.
-
-    `LightningModule.log` would repeat the last value at each step until the next look, and leave out a look that is
-    not at a multiple of `log_every_n_steps`.
+    They also go to `callback_metrics`. `LightningModule.log` would repeat the last value at each step until the next
+    measurement, and drop a measurement that is not at a multiple of `log_every_n_steps`.
     """
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
     if step is None:

@@ -1,6 +1,6 @@
 """The command line: `lit-logits fit|validate|test|predict --config RECIPE.yaml [--model... --data... --trainer...]`.
 
-A recipe that is no file here is looked for among those that the package ships, so `--config vq_logits.yaml` works
+A recipe that is not a file here is looked up among those that the package ships, so `--config vq_logits.yaml` works
 wherever the package is installed.
 """
 
@@ -35,21 +35,21 @@ from lit_logits.callbacks.prediction_writer import PredictionWriter
 
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 
-# The parser finds `--model VQLogitsLM` among the classes that have been imported.
+# The parser finds `--model VQLogitsLM` among imported classes only.
 for _package in (lit_logits, callbacks, datamodules):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         import_module(_module.name)
 
-# A recipe gives `init_args` to classes only, and transformers' schedules are functions. This one stays at its floor
-# past the end, where `OneCycleLR` raises and the other cosines of torch and transformers climb again.
+# A recipe can give `init_args` only to classes, and transformers' schedules are functions. After its end this one stays
+# at its floor, where `OneCycleLR` raises and the other cosines of torch and transformers rise again.
 WarmupStableDecayLR = class_from_function(get_wsd_schedule, LambdaLR, name="WarmupStableDecayLR")
 
 
 class SaveRun(SaveConfigCallback):
-    """Puts the resolved config into the run folder, and into TensorBoard as text and as hyper-parameters."""
+    """Save the resolved config in the run folder, and in TensorBoard as text and as hyper-parameters."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Logs the config; called on rank zero only."""
+        """Log the config; Lightning calls this on rank zero only."""
         parts = Namespace({key: self.config.get(key) for key in ("model", "data", "seed_everything")})
         flat = {k.replace(".init_args", ""): v for k, v in vars(parts.as_flat()).items() if v is not None}
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}
@@ -57,7 +57,7 @@ class SaveRun(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("config", text)
-                # The metrics' names only: TensorBoard's HParams tab takes their values from the scalars of the run.
+                # The zeros are never shown: TensorBoard's HParams tab reads the values from the scalars of the run.
                 for summary in hparams(flat, dict.fromkeys(["val/loss", "val/ppl", "val/acc"], 0.0)):
                     logger.experiment.file_writer.add_summary(summary)
             else:
@@ -65,7 +65,7 @@ class SaveRun(SaveConfigCallback):
 
 
 def _attributes(data: Namespace | None) -> list[str]:
-    """What the class of a parsed `data` has, before anything is made of it."""
+    """Return the names that the class of a parsed `data` has, before it is instantiated."""
     return [] if data is None else dir(pkgutil.resolve_name(data.class_path))
 
 
@@ -89,7 +89,7 @@ _HEAD_ARGUMENTS = (
 
 
 class _Parser(LightningArgumentParser):
-    """Tells the new form of arguments that were the module's in version 0.1 and are its head's now."""
+    """A parser whose errors explain arguments that have moved or changed their names since version 0.1."""
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
         old = next((name for name in _HEAD_ARGUMENTS if f"'{name}'" in message and "VQLogitsLM" in message), None)
@@ -112,21 +112,21 @@ class _Parser(LightningArgumentParser):
 class LitLogitsCLI(LightningCLI):
     """LightningCLI with the library's classes by their short names, and runs that leave a record.
 
-    Runs are kept in `runs/RECIPE`, or under the model's name where there is no recipe; `--ckpt_path last` takes the
-    newest there. A model whose `vocab_size` or `num_classes` is not given gets that of the data. `trainer.callbacks` is
-    joined by a `LastCheckpoint`, a `LearningRateMonitor`, a progress bar (a `LineProgress` where the output is no
-    terminal) and, to predict, a `PredictionWriter`: each unless the list has one for the same purpose, or the Trainer's
-    switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
+    Runs are kept in `runs/RECIPE`, or without a recipe under the model's name; `--ckpt_path last` takes the newest
+    there. A model whose `vocab_size` or `num_classes` is not given gets that of the data. These callbacks are added: a
+    `LastCheckpoint`, a `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a terminal) and, to
+    predict, a `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same purpose, or if the
+    Trainer's switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
 
     Args:
-        args: The arguments as on the command line, or as a dict; None takes `sys.argv`.
+        args: the arguments as on the command line, or as a dict; None takes `sys.argv`.
     """
 
     def __init__(self, args: ArgsType = None) -> None:
         logger = {"save_dir": "runs", "default_hp_metric": False}
         super().__init__(
             save_config_callback=SaveRun,
-            save_config_kwargs={"overwrite": True},  # for a run that goes on in a given `version`
+            save_config_kwargs={"overwrite": True},  # for a run that resumes in a given `version`
             trainer_defaults={"logger": {"class_path": "TensorBoardLogger", "init_args": logger}},
             seed_everything_default=42,
             auto_configure_optimizers=False,  # models take theirs as arguments
@@ -134,32 +134,35 @@ class LitLogitsCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Makes a parser whose `--config` finds shipped recipes."""
+        """Make a parser whose `--config` finds shipped recipes."""
         parser = _Parser(dump_header=[f"lightning=={L.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=_RecipeFile, help="Path of a recipe, or name of a shipped one.")
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Keeps the config as given; Lightning ≥ 2.6 would silently lay the checkpoint's hyper-parameters over it."""
+        """Keep the config as given: Lightning ≥ 2.6 would silently prefer the checkpoint's hyper-parameters."""
 
     def before_instantiate_classes(self) -> None:
-        """Links data and model, names the run's folder and finds the newest checkpoint for `ckpt_path: last`."""
+        """Link data and model, name the run's folder and find the newest checkpoint for `ckpt_path: last`."""
         config = self.config[self.subcommand]
         for size in ("vocab_size", "num_classes"):
-            if config.model.get(f"init_args.{size}", 0) is None:  # dumps leave linked values out, so never a given one
-                source = size if size in _attributes(config.get("data")) else "vocab_size"  # classes may be tokens
+            # A given size is kept. Saved configs leave linked sizes out, so that a run from one links them again.
+            if config.model.get(f"init_args.{size}", 0) is None:
+                # A language model classifies into tokens.
+                source = size if size in _attributes(config.get("data")) else "vocab_size"
                 links = self._parser(self.subcommand)
                 links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
         if config.get("weights_only") is None:
-            config.weights_only = True  # whatever torch and Lightning take for safe, as they do not where it is a URL
+            config.weights_only = True  # Lightning's default would run the code in a checkpoint from a URL
         if self.subcommand == "predict" and config.get("return_predictions") is None:
-            config.return_predictions = False  # a writer has them, and memory may not
+            config.return_predictions = False  # a writer stores them, and memory may be too small
         logger: Any = config.trainer.logger.get("init_args", {}) if isinstance(config.trainer.logger, Namespace) else {}
         if logger.get("name") == "lightning_logs":
             recipes = [Path(str(path)).stem for path in config.get("config") or []]
             logger.name = recipes[-1] if recipes else config.model.class_path.rpartition(".")[2]
         if config.get("ckpt_path") == "last" and logger.get("save_dir"):
-            folder = Path(logger.save_dir, logger.get("name") or "")  # Lightning looks into the new run's, empty one
+            # Lightning itself looks into the folder of the new run, which is empty.
+            folder = Path(logger.save_dir, logger.get("name") or "")
             found = [*folder.glob("*/checkpoints/last*.ckpt"), *folder.glob("checkpoints/last*.ckpt")]
             if not found:
                 self.parser.error(f"Expected `ckpt_path: last` to find {folder}/*/checkpoints/last.ckpt, got none.")
@@ -167,7 +170,7 @@ class LitLogitsCLI(LightningCLI):
             rank_zero_info(f"`ckpt_path: last` is {config.ckpt_path}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Makes the trainer with the default callbacks that the class lists."""
+        """Make the trainer, with the default callbacks that the class lists."""
         config = self._get(self.config_init, "trainer")
         chosen = config.callbacks if isinstance(config.callbacks, list) else [c for c in [config.callbacks] if c]
         if config.enable_checkpointing is not False and not any(getattr(c, "save_last", False) for c in chosen):
@@ -179,12 +182,12 @@ class LitLogitsCLI(LightningCLI):
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in chosen):
             chosen.append(PredictionWriter())
         if config.logger is False:
-            self.save_config_callback = None  # it would write into the working directory
+            self.save_config_callback = None  # without a run folder, it would write into the working directory
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})
 
     def after_fit(self) -> None:
-        """Tells where the run is, how to look at it and how it ended."""
-        folder = self.trainer.log_dir  # on every rank, as it is broadcast
+        """Print where the run is, how to look at it and how it ended."""
+        folder = self.trainer.log_dir  # asked for on every rank, as it is broadcast
         if self.trainer.is_global_zero and isinstance(self.trainer.logger, TensorBoardLogger):
             print(f"\nRun folder: {folder}\nLook at it: tensorboard --logdir {self.trainer.logger.save_dir}")
             metrics = self.trainer.callback_metrics.items()
@@ -192,11 +195,11 @@ class LitLogitsCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs the command line: the `lit-logits` command and `train.py`.
+    """Run the command line: the `lit-logits` command and `train.py`.
 
     Classes of modules in the working directory can be named. An error that this library explains is shown as its
-    sentence alone, whatever the parser wrapped it in; its traceback is shown too with `--debug`, which may stand
-    anywhere among the arguments, or with LIT_LOGITS_DEBUG=1. A run on several processes leaves its group.
+    sentence alone, whatever the parser wrapped around it. Its traceback is shown too with `--debug`, anywhere among the
+    arguments, or with LIT_LOGITS_DEBUG=1. A run on several processes leaves its process group.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -211,24 +214,34 @@ def main(args: ArgsType = None) -> None:
         )
     except (ValueError, TypeError) as error:
         cause: BaseException | None = error
-        while cause is not None and not str(cause).startswith("Expected "):
+        while cause is not None and not _is_ours(cause):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
         _stop(str(cause), debug)
     if dist.is_available() and dist.is_initialized():
-        # Threads of gloo may still hold tensors of the last collective; dropping them while the interpreter ends aborts
-        # it. They are joined when nothing holds the group any more, so what the run left in cycles goes first.
+        # Threads of gloo may still hold tensors of the last collective, and to drop them while the interpreter ends
+        # aborts it. The threads are joined when the group is freed, so first free what holds it in reference cycles.
         gc.collect()
         dist.destroy_process_group()
 
 
+def _is_ours(error: BaseException) -> bool:
+    """Return whether a line of this library raised the error, with a sentence that says what it expected.
+
+    Messages of torch and of a user's modules may start like that too.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return str(error).startswith("Expected ") and raised_in.partition(".")[0] == lit_logits.__name__
+
+
 def _without_debug(args: ArgsType) -> tuple[ArgsType, bool]:
-    """Takes `--debug` from the arguments and says whether it, or the environment, asks for the traceback."""
+    """Remove `--debug` from the arguments; return them, and whether it or the environment asks for the traceback."""
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list) and "--debug" in given:
         given = [argument for argument in given if argument != "--debug"]
-        if args is None:  # Lightning starts the processes of other ranks with `sys.argv` and this environment
+        if args is None:  # Lightning starts other ranks with `sys.argv` and this environment
             sys.argv[1:] = given
             os.environ["LIT_LOGITS_DEBUG"] = "1"
         else:
@@ -238,7 +251,7 @@ def _without_debug(args: ArgsType) -> tuple[ArgsType, bool]:
 
 
 def _stop(explanation: str, debug: bool) -> NoReturn:
-    """Ends the process with exit code 1 and the explanation, below the traceback of the error if `debug` is set."""
+    """End the process with exit code 1 and the explanation, below the traceback of the error if `debug` is set."""
     if debug:
         traceback.print_exc()
     hint = "" if debug else "\nFor the traceback, add `--debug`."

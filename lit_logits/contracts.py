@@ -1,9 +1,14 @@
-"""What parts ask of each other: Protocols for heads, and what passes between a model and its head.
+"""Protocols: heads, data modules and predicting modules, by the names that the library reads from them.
+
+Contracts of methods are checked with `isinstance`, those of attributes with `offers`: an attribute may be a property
+that reads a data set or trains a tokenizer, and `isinstance` would run it before Python 3.12.
 
 Letters: N tokens, d hidden size, V vocabulary.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +22,28 @@ __all__ = [
     "Calibration",
     "DecodingHead",
     "ExportableHead",
+    "ExportsPretrained",
+    "HasCacheSettings",
+    "HasClassNames",
+    "HasFingerprint",
+    "HasFinishedRows",
+    "HasFinishedSamples",
+    "HasLayoutIds",
+    "HasPredictionSettings",
+    "HasTokenizer",
     "ImitatingHead",
     "LearningHead",
     "OutputHead",
     "OutputLayer",
     "StartingHead",
+    "lacks",
+    "offers",
 ]
+
+_Contract = TypeVar("_Contract")
+
+
+# ---------------------------------------------------------------------- heads
 
 
 class Calibration(NamedTuple):
@@ -43,23 +64,23 @@ class Calibration(NamedTuple):
 
 
 class OutputLayer(NamedTuple):
-    """The output layer of a pretrained model: weight (V, d) and bias (V,); both None for a model of random weights."""
+    """Output layer of a pretrained model: weight (V, d) and bias (V,); both None for a model of random weights."""
 
     weight: Tensor | None
     bias: Tensor | None
 
 
 class Calibrate(Protocol):
-    """Reads the training data for a head, as much as the head asks for; every rank must call it alike."""
+    """A function that reads the training data for a head; all ranks must make the same calls."""
 
     def __call__(self, *, second_moment: bool = False, information: bool = False) -> Calibration:
-        """Return counts and, where asked for, the moments of hidden states and the information of logits."""
+        """Return token counts and, if asked for, the moments of hidden states and the information of logits."""
         ...
 
 
 @runtime_checkable
 class OutputHead(Protocol):
-    """What every head is: an `nn.Module`, made by a call with (hidden_size, vocab_size). Other contracts add to it."""
+    """A head: an `nn.Module`, made by a call with (hidden_size, vocab_size). Other contracts of heads are optional."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return token logits (..., V) in nats of hidden states (..., d)."""
@@ -74,7 +95,7 @@ class OutputHead(Protocol):
 
 @runtime_checkable
 class DecodingHead(Protocol):
-    """A head that finds next tokens without token logits; those of others are taken from their logits."""
+    """A head that finds next tokens without token logits; any other head decodes from its logits."""
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d)."""
@@ -87,22 +108,22 @@ class DecodingHead(Protocol):
 
 @runtime_checkable
 class StartingHead(Protocol):
-    """A head that starts from data, or from the output layer of a pretrained model; others start as they are made."""
+    """A head that starts from data, or from the output layer of a pretrained model; any other starts as it is made."""
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
-        """Check that the head can start, when the model is made; True if it is ready, so that no data need be read.
+        """Check, when the model is made, that the head can start; return whether it is ready without reading data.
 
         Args:
-            layer: of the pretrained model.
+            layer: output layer of the pretrained model.
             table: (≥ V, ·) input embedding of the backbone.
 
         Raises:
-            ValueError: If it cannot, as for a layer that it needs and that is not there.
+            ValueError: If the head cannot start, as without an output layer that it needs.
         """
         ...
 
     def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
-        """Start from the data that `calibrate` reads; on all ranks alike."""
+        """Start from the data that `calibrate` reads, with the same result on all ranks."""
         ...
 
 
@@ -115,7 +136,7 @@ class LearningHead(Protocol):
         ...
 
     def after_step(self) -> None:
-        """Move what gradients do not, after each optimizer step."""
+        """Update, after each optimizer step, what gradients do not."""
         ...
 
 
@@ -125,7 +146,7 @@ class ImitatingHead(Protocol):
 
     @property
     def can_imitate(self) -> bool:
-        """Whether this one can, with its settings."""
+        """Return whether this head can, with its settings."""
         ...
 
     def imitation_losses(
@@ -137,7 +158,7 @@ class ImitatingHead(Protocol):
 
 @runtime_checkable
 class ExportableHead(Protocol):
-    """A head that equals a dense layer of rows (V, d) and a bias (V,), or None, and knows its size beside it."""
+    """A head that equals a dense layer of rows (V, d) with a bias (V,) or none, and can tell how much smaller it is."""
 
     token_bias: nn.Parameter | None
 
@@ -146,5 +167,127 @@ class ExportableHead(Protocol):
         ...
 
     def footprint(self) -> Footprint:
-        """Return parameters and bytes, beside those of the dense head in the same dtype."""
+        """Return parameters and bytes of this head and of the dense one in the same dtype."""
         ...
+
+
+# ---------------------------------------------------------------------- data modules and LightningModules
+
+
+class HasTokenizer(Protocol):
+    """A data module, or a LightningModule, that knows the tokenizer of its tokens."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return a tokenizer of transformers, or None."""
+        ...
+
+
+class HasFingerprint(Protocol):
+    """A data module that can tell its data from others."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest that changes with the rows, or the order of the rows, that `predict` gives."""
+        ...
+
+
+class HasClassNames(Protocol):
+    """A data module of a classification task."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Return the name of each class, in the order of the labels."""
+        ...
+
+
+class HasFinishedRows(Protocol):
+    """A data module whose `predict_dataloader` can leave out rows that an earlier run has predicted."""
+
+    @property
+    def finished_rows(self) -> set[int]:
+        """Return the set to fill with the numbers of those rows, before `predict_dataloader` is called."""
+        ...
+
+
+class HasFinishedSamples(Protocol):
+    """A data module whose `predict_dataloader` can leave out samples that an earlier run has predicted."""
+
+    @property
+    def finished_samples(self) -> set[int]:
+        """Return the set to fill with the `sample_ids` of those samples, before `predict_dataloader` is called."""
+        ...
+
+
+class HasLayoutIds(Protocol):
+    """A data module that gives the same text in several tokenizers."""
+
+    @property
+    def layout_ids(self) -> Mapping[str, int]:
+        """Return the `layout_id` of the batch's own tokens under "", and that of each further source by its name."""
+        ...
+
+
+class HasPredictionSettings(Protocol):
+    """A LightningModule that tells which of its settings decide what `predict_step` returns."""
+
+    @property
+    def prediction_settings(self) -> Mapping[str, Any]:
+        """Return the settings by name."""
+        ...
+
+
+class HasCacheSettings(Protocol):
+    """A LightningModule whose `predict_step` returns top-k logits for a `LogitCacheWriter`."""
+
+    @property
+    def cache_settings(self) -> Mapping[str, Mapping[str, Any]] | Callable[[], Mapping[str, Mapping[str, Any]]]:
+        """Return the settings of each source by its name, or a function that does."""
+        ...
+
+
+@runtime_checkable
+class ExportsPretrained(Protocol):
+    """A LightningModule that makes a model of transformers of itself."""
+
+    def to_pretrained(self, head: Any) -> Any:
+        """Return the model, with the form of head that is asked for."""
+        ...
+
+
+def offers(part: object, contract: type[_Contract]) -> TypeGuard[_Contract]:
+    """Return whether `part` has the members of a contract, without running its properties.
+
+    Example:
+        >>> class Data:
+        ...     @property
+        ...     def tokenizer(self):
+        ...         raise RuntimeError("This trains a tokenizer for an hour.")
+        >>> offers(Data(), HasTokenizer), offers(Data(), HasFingerprint), offers(None, HasTokenizer)
+        (True, False, False)
+    """
+    return all(_has(part, name) for name in _members(contract))
+
+
+def lacks(part: object, contract: type, purpose: str) -> str:
+    """Return the sentence that says what `part` should offer, for an error or a warning; None is an absent data module.
+
+    Example:
+        >>> lacks(object(), HasFinishedRows, "the rows to leave out")
+        'Expected object to have `finished_rows`, the rows to leave out, but got none.'
+    """
+    names = " and ".join(f"`{name}`" for name in _members(contract))
+    owner = "a data module" if part is None else type(part).__name__
+    return f"Expected {owner} to have {names}, {purpose}, but got none."
+
+
+def _members(contract: type) -> list[str]:
+    return [name for name in dir(contract) if not name.startswith("_")]
+
+
+def _has(part: object, name: str) -> bool:
+    try:
+        inspect.getattr_static(part, name)
+    except AttributeError:
+        return hasattr(part, name)  # neither attribute nor property, so that this asks `__getattr__` at most
+    return True

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionMode, FusionSolver
 from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, extract_answer
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
@@ -157,7 +158,8 @@ class DynamicFusionDecoder(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the data's tokenizer, or see that it is the models'."""
-        theirs = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        data = getattr(self.trainer, "datamodule", None)
+        theirs = data.tokenizer if offers(data, HasTokenizer) else None
         if theirs is None:
             return
         if self.tokenizer is not None:

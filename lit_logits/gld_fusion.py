@@ -22,7 +22,7 @@ from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32, sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.checks import check_options, check_source
-from lit_logits.modules.gld_fusion.criterion import FusionCriterion, SourceTerms
+from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.loading import (
@@ -40,7 +40,7 @@ from lit_logits.modules.optimization import make_optimizers
 __all__ = ["GLDFusionModule"]
 
 
-class FusionLosses(NamedTuple):
+class GLDLosses(NamedTuple):
     """The terms before weighting, means over samples of means over what counts in a sample.
 
     Attributes:
@@ -144,7 +144,7 @@ class GLDFusionModule(LightningModule):
 
         self.pivot = None if pivot is None else _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
         self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
-        self.criterion = FusionCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
+        self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         kwargs = source_kwargs or {}
         self.sources = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
         for name, source in self.sources.items():
@@ -166,7 +166,7 @@ class GLDFusionModule(LightningModule):
 
     # ------------------------------------------------------------------ losses
 
-    def losses(self, batch: Mapping[str, Any]) -> FusionLosses:
+    def losses(self, batch: Mapping[str, Any]) -> GLDLosses:
         """Every term before weighting; without sources where λ = 0.
 
         Args:
@@ -179,7 +179,7 @@ class GLDFusionModule(LightningModule):
         mask, hidden, labels = self._counted_states(batch)
         if self.kd_weight == 0:
             (ce,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
-            return FusionLosses(_mean_over_samples(ce, mask), {})
+            return GLDLosses(_mean_over_samples(ce, mask), {})
         ce, *top = chunked_rows(self._cross_entropy_and_top_k, hidden, labels, chunk_size=self.chunk_size)
         pivot, ends = place_rows(TopKLogits(*top), mask), batch.get("response_ends")
         terms = {}
@@ -190,7 +190,7 @@ class GLDFusionModule(LightningModule):
                     f" got {sorted(batch)}."
                 )
             terms[name] = self.criterion(pivot, self._source_logits(name, batch), mask, ends, name=name)
-        return FusionLosses(_mean_over_samples(ce, mask), terms)
+        return GLDLosses(_mean_over_samples(ce, mask), terms)
 
     def _source_logits(self, name: str, batch: Mapping[str, Any]) -> SourceLogits:
         """Of a source beside the pivot or on disk."""

@@ -3,7 +3,6 @@
 import io
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lit_logits.callbacks import CodebookMonitor, CodebookReinit, codebook_monitor
 from lit_logits.callbacks.codebook_reinit import reset_optimizer_rows
-from lit_logits.callbacks.parts import data_tokenizer, find_part, find_parts
+from lit_logits.callbacks.parts import find_part, find_parts
 from lit_logits.modules import VQLogitsHead
 
 D, V, K = 6, 41, 8
@@ -400,7 +399,7 @@ def test_monitor_warns_once_when_the_floor_is_in_the_way(tmp_path):
 
 def test_monitor_only_draws_on_rank_zero(tmp_path, monkeypatch):
     monitor, drawn = CodebookMonitor(every_n_steps=1), []
-    monkeypatch.setattr(monitor, "_spell_out", lambda *_: drawn.append(1) or "")
+    monkeypatch.setattr(monitor, "_token_table", lambda *_: drawn.append(1) or "")
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     fit(Bigram(), [monitor], val=loader(8), logger=TensorBoardLogger(tmp_path))
     assert drawn == []
@@ -426,9 +425,3 @@ def test_parts_are_found_by_type_in_their_order():
     assert find_parts(model, torch.nn.Module)[0] is model
     assert [part for part in find_parts(model, torch.nn.Module) if part in own] == [model.embedding, model.dense]
     assert find_parts(model, torch.nn.Conv1d) == []
-
-
-def test_the_tokenizer_is_that_of_the_data_module():
-    assert data_tokenizer(SimpleNamespace(datamodule=SimpleNamespace(tokenizer="words"))) == "words"
-    for without in (SimpleNamespace(datamodule=SimpleNamespace()), SimpleNamespace(datamodule=None), SimpleNamespace()):
-        assert data_tokenizer(without) is None

@@ -22,8 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_logits.callbacks import LastCheckpoint, LineProgress, PredictionWriter
+from lit_logits.callbacks import LastCheckpoint, LineProgress, LogitCacheWriter, PredictionWriter
 from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
+from lit_logits.datamodules import TextDataModule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -559,6 +560,30 @@ def test_an_error_that_nobody_explains_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", fail)
     with pytest.raises(ValueError, match="math domain error"):
+        main(["fit"])
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda *_: torch.distributions.Normal(0.0, torch.tensor(-1.0)),
+        lambda *_: exec("raise ValueError('Expected a module of the user')", {"__name__": "users.module"}),
+        lambda *_: exec("raise ValueError('Expected a module of the user')", {"__name__": "lit_logits_of_mine"}),
+    ],
+)
+def test_an_error_of_others_that_begins_like_ours_keeps_its_traceback(fail, monkeypatch):
+    monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", fail)
+    with pytest.raises(ValueError, match=r"^Expected (parameter|a module) "):
+        main(["fit"])
+
+
+@pytest.mark.parametrize(
+    "fail", [lambda *_: LogitCacheWriter("folder", shard_tokens=0), lambda *_: TextDataModule(batch_size=0)]
+)
+def test_an_error_of_a_callback_or_a_data_module_is_ours(fail, monkeypatch):
+    """Their folders stand beside the package in a checkout."""
+    monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", fail)
+    with pytest.raises(SystemExit, match=r"lit-logits: Expected `(shard_tokens|batch_size)` to be "):
         main(["fit"])
 
 

@@ -191,6 +191,24 @@ def test_the_part_is_a_bound_for_each_sample():
     assert empty.requires_grad
 
 
+def test_a_hook_gets_what_the_part_compares():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, V, requires_grad=True)
+    student, source = top_k_logits(logits, K), top_k_logits(torch.randn(2, 4, V), K)
+    masks, seen, part = (torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)), [], GraphAlignment()
+    handle = part.register_graph_hook(seen.append)
+    part(student, source, *masks)
+    part(student, source, *masks, name="large").sum().backward()
+    handle.remove()
+    part(student, source, *masks)
+    assert [pair.name for pair in seen] == ["source", "large"]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].student, student, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].source, source, strict=True))
+    assert seen[0][3:] == masks
+    assert not any(tensor.requires_grad for tensor in seen[0].student)
+    assert part.state_dict() == {}
+
+
 def test_the_part_compares_as_many_ids_as_both_have():
     torch.manual_seed(0)
     student, source = top_k_logits(torch.randn(3, 2, V), K), top_k_logits(torch.randn(3, 9, V), K)
@@ -395,7 +413,7 @@ def test_accumulation_looks_at_the_first_micro_batch(tmp_path):
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            heard.append(len(pl_module.parts["graphs"]._forward_hooks))
+            heard.append(len(pl_module.parts["graphs"]._graph_hooks))
 
     fit(model, callback, Watch(), folder=tmp_path, accumulate_grad_batches=2)
     assert heard == [1, 0, 1, 0, 0, 0, 1, 0]
@@ -480,18 +498,19 @@ def test_nothing_happens_between(monkeypatch):
     """A hook hangs on the part within the batches that are due, and on nothing else; afterwards nothing is left."""
     hooked, looks = [], []
     callback = GWApproximationLogger(every_n_steps=4)
-    look = callback._look
-    monkeypatch.setattr(callback, "_look", lambda *args: (looks.append(args[0].global_step), look(*args)))
+    compare = callback._compare
+    monkeypatch.setattr(callback, "_compare", lambda *args: (looks.append(args[0].global_step), compare(*args)))
 
     class Watch(L.Callback):
         def on_before_backward(self, trainer, pl_module, loss):
-            within = len(pl_module.parts["graphs"]._forward_hooks)
-            hooked.append((trainer.global_step + 1, within, sorted(callback._calls)))
-            assert all(not tensor.requires_grad for call in callback._calls.values() for tensor in call.student)
+            within = len(pl_module.parts["graphs"]._graph_hooks)
+            hooked.append((trainer.global_step + 1, within, sorted(callback._seen)))
+            assert all(not tensor.requires_grad for pair in callback._seen.values() for tensor in pair.student)
 
         def on_train_batch_end(self, trainer, pl_module, *_):
+            assert not pl_module.parts["graphs"]._graph_hooks
             assert all(not module._forward_hooks for module in pl_module.modules())
-            assert callback._calls == {}
+            assert callback._seen == {}
 
     fit(Toy(), callback, Watch())
     assert hooked == [(step, *((1, ["source"]) if step in (1, 4, 8) else (0, []))) for step in range(1, 9)]
@@ -506,8 +525,8 @@ def test_a_failure_leaves_nothing_behind():
     model, callback = Toy(), GWApproximationLogger()
     with pytest.raises(RuntimeError, match="no"):
         fit(model, callback, Fails())
-    assert not model.parts["graphs"]._forward_hooks
-    assert callback._calls == {}
+    assert not model.parts["graphs"]._graph_hooks
+    assert callback._seen == {}
 
 
 def test_other_ranks_do_nothing(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on(tmp_path, stop_at, resumable, caplog):
         if resumable or not first.asked:
             second = predict(tmp_path, data=Data(resumable=resumable))
         else:
-            with pytest.warns(UserWarning, match=f"has {len(first.asked)} rows already"):
+            with pytest.warns(UserWarning, match=f"already has {len(first.asked)} rows"):
                 second = predict(tmp_path, data=Data(resumable=resumable))
     assert second.asked == [row for row in range(7) if not resumable or row not in first.asked]
     check_complete(tmp_path)
@@ -167,7 +167,7 @@ def test_a_join_that_is_killed_leaves_the_old_file(tmp_path, monkeypatch):
     assert [example["row"] for example in lines(tmp_path / "predictions.jsonl")] == [0, 1, 2, 3]
     with monkeypatch.context() as patch:
         patch.setattr("lit_logits.callbacks.json_lines_writer.Path.replace", lambda *_: 1 / 0)
-        patch.setattr("lit_logits.callbacks.json_lines_writer._settle", lambda *_: None)
+        patch.setattr("lit_logits.callbacks.json_lines_writer._add_settings", lambda *_: None)
         with pytest.raises(ZeroDivisionError):
             predict(tmp_path)
     assert [example["row"] for example in lines(tmp_path / "predictions.jsonl")] == [0, 1, 2, 3]

@@ -326,7 +326,7 @@ def check_finished(folder):
     try:
         assert set(LogitCache(folder).sample_ids.tolist()) == finished == set(IDS)
     except ValueError as error:
-        assert "was stopped before its end" in str(error) or "is none" in str(error)  # noqa: PT017
+        assert "was stopped before its end" in str(error) or "has none" in str(error)  # noqa: PT017
     return finished
 
 
@@ -408,7 +408,7 @@ def test_a_finished_run_makes_nothing_anew(tmp_path, whole, caplog):
         assert predict(tmp_path).asked == []
     assert "9 samples" in caplog.text
     check_same(tmp_path, whole[1])
-    with pytest.warns(UserWarning, match="has 9 samples already"):
+    with pytest.warns(UserWarning, match="already has 9 samples"):
         assert len(predict(tmp_path, data=Data(resumable=False)).asked) == 9
     check_same(tmp_path, whole[1])
     predict(tmp_path, Model(["base", "other"]))
@@ -539,8 +539,8 @@ def test_other_returns_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (None, "Expected a LightningModule with `cache_settings`"),
-        ({}, "Expected a LightningModule with `cache_settings`"),
+        (None, "Expected Model to have `cache_settings`, the settings of each source by its name, but got none"),
+        ({}, "Expected Model to have `cache_settings`, the settings of each source by its name, but got none"),
         ({"a": {"top_k": 1}}, r"of source 'a' to have \['temperature', 'tokenizer_id', 'vocab_size'\]"),
         ({"a/b": settings_of("base")}, "names of folders, but got 'a/b'"),
         ({"a": settings_of("base", dtype="bfloat16")}, r"to be one of \['float32', 'float16'\]"),
@@ -582,7 +582,7 @@ def test_what_is_a_cache(cache, tmp_path):
     (tmp_path / "file").write_text("{}")
     for path in (tmp_path, tmp_path / "file", tmp_path / "absent", "org/model"):
         assert not is_logit_cache(path)
-        with pytest.raises(ValueError, match=r"a folder of cached logits with a cache.json, but .* is none"):
+        with pytest.raises(ValueError, match=r"a folder of cached logits with a cache.json, but .* has none"):
             LogitCache(path)
 
 

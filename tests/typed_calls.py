@@ -6,6 +6,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_logits import CausalLM, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
+from lit_logits.contracts import (
+    ExportsPretrained,
+    HasCacheSettings,
+    HasClassNames,
+    HasFingerprint,
+    HasFinishedRows,
+    HasFinishedSamples,
+    HasLayoutIds,
+    HasPredictionSettings,
+    HasTokenizer,
+)
+from lit_logits.datamodules import ImageDataModule, InstructionDataModule, TextDataModule
 from lit_logits.modules import DenseLogitsHead, ResidualVQLogitsHead, VQLogitsHead
 
 
@@ -27,3 +39,29 @@ def make(model: PreTrainedModel) -> None:
     GLDFusionModule(model, {"big": model})
     GLDFusionModule("pivot", {"big": "source", "cached": "folder"})
     DynamicFusionDecoder(model, model, [model, "expert"])
+
+
+def serve(
+    tokens: HasTokenizer,
+    data: HasFingerprint,
+    rows: HasFinishedRows,
+    samples: HasFinishedSamples,
+    layouts: HasLayoutIds,
+    classes: HasClassNames,
+) -> None:
+    """Stands for the callbacks, which read these contracts from data modules."""
+
+
+def watch(decoder: HasPredictionSettings, fusion: HasCacheSettings, compressed: ExportsPretrained) -> None:
+    """Stands for the callbacks, which read these contracts from LightningModules."""
+
+
+def fulfil(text: TextDataModule, pairs: InstructionDataModule, images: ImageDataModule) -> None:
+    """Never run."""
+    serve(text, pairs, pairs, pairs, pairs, images)
+    serve(pairs, pairs, pairs, pairs, pairs, images)
+
+
+def fulfil_too(decoder: DynamicFusionDecoder, fusion: GLDFusionModule, compressed: VQLogitsLM) -> None:
+    """Never run."""
+    watch(decoder, fusion, compressed)

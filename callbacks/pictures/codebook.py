@@ -1,4 +1,4 @@
-"""How much each code is used, as a heat map over training.
+"""A picture of how much each code is used over training.
 
 Letters: K codes.
 """
@@ -11,7 +11,7 @@ __all__ = ["usage_figure"]
 
 
 def usage_figure(snapshots: Tensor, steps: list[int]) -> Figure:
-    """Heat map of code usage over training beside the latest usage, codes sorted by it.
+    """Return a heat map of code usage over training beside the latest usage, by which codes are sorted.
 
     Args:
         snapshots: (S, K), the share of targets that each code carried.

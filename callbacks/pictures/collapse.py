@@ -1,4 +1,4 @@
-"""Cosines of class means, as a heat map.
+"""A picture of the cosines between the rows of a classifier.
 
 Letters: C classes.
 """
@@ -19,12 +19,12 @@ _MAX_NAMES = 30
 
 
 def cosine_figure(cosines: Tensor, epoch: int, class_names: Sequence[str] | None = None) -> Figure:
-    """Heat map of the cosines between a classifier's rows beside how often each occurs, and where the simplex has them.
+    """Return a heat map of the cosines between a classifier's rows beside their histogram, with the simplex marked.
 
     Args:
         cosines: (C, C), C ≥ 2.
-        epoch: for the title.
-        class_names: of the C rows; shown for up to 30.
+        epoch: shown in the title.
+        class_names: names of the C rows; shown for up to 30.
     """
     num_classes = len(cosines)
     figure = Figure(figsize=(10.5, 5), layout="constrained")

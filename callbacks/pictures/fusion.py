@@ -33,7 +33,7 @@ _BAR_HEIGHT = 0.66
 
 
 def _lay_out(pieces: Sequence[str]) -> Iterator[tuple[int, int, int, str]]:
-    """Line, column, token and characters, broken in front of words where possible."""
+    """Yield line, column, token and characters; lines break in front of words where possible."""
     line = column = 0
     for word in _words(pieces):
         if column and column + len("".join(piece for _, piece in word).rstrip()) > _COLUMNS:
@@ -53,7 +53,7 @@ def _lay_out(pieces: Sequence[str]) -> Iterator[tuple[int, int, int, str]]:
 
 
 def _words(pieces: Sequence[str]) -> list[list[tuple[int, str]]]:
-    """Tokens with their numbers, together up to the next that starts with a space or follows the end of a line."""
+    """Return tokens with their numbers, grouped to words: a space in front, or a line end before, starts the next."""
     words: list[list[tuple[int, str]]] = []
     for number, piece in enumerate(pieces):
         if not words or piece[0] == " " or words[-1][-1][1].endswith("\n"):
@@ -68,7 +68,7 @@ def _words(pieces: Sequence[str]) -> list[list[tuple[int, str]]]:
 def text_figure(
     pieces: Sequence[str], alpha: Tensor, *, expert_names: Sequence[str], alpha_range: tuple[float, float], title: str
 ) -> Figure:
-    """A running text whose tokens lie on the colour of the expert with the largest weight, the deeper the larger.
+    """Return a running text whose tokens lie on the colour of the expert with the largest weight, deeper if larger.
 
     Args:
         pieces: N tokens, of `token_texts`; at least one.
@@ -104,7 +104,7 @@ def text_figure(
 
 
 def _write(page: Any, fragments: Sequence[tuple[int, int, int, str]], colors: Sequence[Any]) -> None:
-    """Characters on the colours of their tokens; a unit of the axes is a column, or a line."""
+    """Draw characters on the colours of their tokens; a unit of the axes is a column, or a line."""
     page.set(xlim=(0, _COLUMNS + 1), ylim=(fragments[-1][0] + 1, 0))
     page.set_axis_off()
     corners = [
@@ -128,7 +128,7 @@ def curve_figure(
     alpha_range: tuple[float, float],
     title: str,
 ) -> Figure:
-    """The weight of each expert over the position in a text, above the divergences from the large model.
+    """Return the weight of each expert over the position in a text, above the divergences from the large model.
 
     Args:
         pieces: N tokens, of `token_texts`; those of the largest divergence are spelled out.
@@ -141,26 +141,8 @@ def curve_figure(
     """
     figure = Figure(figsize=(10, 5.2), layout="constrained", dpi=110)
     weights, divergences = figure.subplots(2, 1, sharex=True)
-    edges = (torch.arange(len(pieces) + 1) - 0.5).numpy()
-    for index, (name, values) in enumerate(zip(expert_names, alpha, strict=True)):
-        color, label = _hue(index), f"α of {name:.24}, mean {float(values.mean()):.2f}"
-        weights.stairs(values.numpy(), edges, fill=True, color=color, alpha=0.2)
-        weights.stairs(values.numpy(), edges, color=color, linewidth=1.2, label=label)
-    margin = 0.05 * (alpha_range[1] - alpha_range[0])
-    weights.set(ylabel="α", ylim=(alpha_range[0] - margin, alpha_range[1] + margin))
-    for label, values, shade in (("fused ‖ large", kl_forward, "black"), ("large ‖ fused", kl_reverse, "tab:pink")):
-        label = f"KL({label}), mean {float(values.mean()):.3f}"
-        marker = "." if len(pieces) <= 50 else ""
-        divergences.plot(values.numpy(), color=shade, linewidth=1, marker=marker, label=label)
-    highest = max(float(kl_forward.max()), float(kl_reverse.max()), 1e-3)
-    divergences.set(xlabel="token", ylabel="nats", xlim=(-0.5, len(pieces) - 0.5), ylim=(0, 1.45 * highest))
-    divergences.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for position in _peaks(torch.maximum(kl_forward, kl_reverse), len(pieces) // 40 + 1):
-        divergences.annotate(
-            f"{pieces[position].strip() or '␣':.8}", (position, max(kl_forward[position], kl_reverse[position])),
-            xytext=(0, 4), textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=8, family=FONT,
-            parse_math=False,
-        )  # fmt: skip
+    _draw_weights(weights, alpha, expert_names, alpha_range)
+    _draw_divergences(divergences, pieces, kl_forward, kl_reverse)
     for axes in (weights, divergences):
         legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize="small")
         for text in legend.get_texts():
@@ -169,8 +151,34 @@ def curve_figure(
     return figure
 
 
+def _draw_weights(axes: Any, alpha: Tensor, expert_names: Sequence[str], alpha_range: tuple[float, float]) -> None:
+    edges = (torch.arange(alpha.shape[1] + 1) - 0.5).numpy()
+    for index, (name, values) in enumerate(zip(expert_names, alpha, strict=True)):
+        color, label = _hue(index), f"α of {name:.24}, mean {float(values.mean()):.2f}"
+        axes.stairs(values.numpy(), edges, fill=True, color=color, alpha=0.2)
+        axes.stairs(values.numpy(), edges, color=color, linewidth=1.2, label=label)
+    margin = 0.05 * (alpha_range[1] - alpha_range[0])
+    axes.set(ylabel="α", ylim=(alpha_range[0] - margin, alpha_range[1] + margin))
+
+
+def _draw_divergences(axes: Any, pieces: Sequence[str], kl_forward: Tensor, kl_reverse: Tensor) -> None:
+    for label, values, shade in (("fused ‖ large", kl_forward, "black"), ("large ‖ fused", kl_reverse, "tab:pink")):
+        label = f"KL({label}), mean {float(values.mean()):.3f}"
+        marker = "." if len(pieces) <= 50 else ""
+        axes.plot(values.numpy(), color=shade, linewidth=1, marker=marker, label=label)
+    highest = max(float(kl_forward.max()), float(kl_reverse.max()), 1e-3)
+    axes.set(xlabel="token", ylabel="nats", xlim=(-0.5, len(pieces) - 0.5), ylim=(0, 1.45 * highest))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for position in _peaks(torch.maximum(kl_forward, kl_reverse), len(pieces) // 40 + 1):
+        axes.annotate(
+            f"{pieces[position].strip() or '␣':.8}", (position, max(kl_forward[position], kl_reverse[position])),
+            xytext=(0, 4), textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=8, family=FONT,
+            parse_math=False,
+        )  # fmt: skip
+
+
 def _peaks(values: Tensor, distance: int) -> list[int]:
-    """Up to 12 positions of the largest values, at least `distance` apart."""
+    """Return up to 12 positions of the largest values, at least `distance` apart."""
     found: list[int] = []
     for position in values.argsort(descending=True).tolist():
         if values[position] > 0 and all(abs(position - other) >= distance for other in found) and len(found) < 12:
@@ -183,7 +191,7 @@ def _hue(index: int) -> tuple[float, float, float, float]:
 
 
 def _colormap(index: int, alpha_range: tuple[float, float]) -> LinearSegmentedColormap:
-    """White at 0, a tint of the expert's hue at the upper end, grey at a negative lower one."""
+    """Map α to colours: white at 0, a tint of the expert's hue at the upper end, grey at a negative lower end."""
     low, high = alpha_range
     zero, (red, green, blue, _) = -low / (high - low), _hue(index)
     tint = (0.75 * red + 0.25, 0.75 * green + 0.25, 0.75 * blue + 0.25)  # black letters stay legible

@@ -4,6 +4,7 @@ Letters: n nodes.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -16,10 +17,10 @@ _MAX_LABEL = 12  # characters
 
 
 def scatter_figure(pairs: Mapping[str, Sequence[tuple[float, float]]], *, unit: str, title: str) -> Figure:
-    """The sorted bound of many pairs of graphs against their distance; no point can lie below the line y = x.
+    """Return a scatter plot of distance over sorted bound for many pairs of graphs; no point lies below y = x.
 
     Args:
-        pairs: bound and distance by name of the source, the oldest first; those are drawn fainter.
+        pairs: bound and distance by the name of the source, the oldest first and drawn faintest.
         unit: of both axes.
         title: of the figure.
     """
@@ -57,7 +58,7 @@ def graph_figure(
     name: str,
     title: str,
 ) -> Figure:
-    """Two co-activation graphs as heat maps on one scale of colours.
+    """Return two co-activation graphs as heat maps on one scale of colours.
 
     Args:
         student: (n, n).
@@ -74,24 +75,27 @@ def graph_figure(
     if low < 0:  # white is 0
         low, high = -max(-low, high), max(-low, high)
     colors = {"cmap": "RdBu_r" if low < 0 else "viridis", "vmin": low, "vmax": high}
-    small = "small" if len(student) <= 12 else "x-small" if len(student) <= 20 else "xx-small"
     for panel, graph, texts, node_name, heading in zip(
         panels, (student, source), labels, node_names, ("student", _short(name, 60)), strict=True
     ):
         image = panel.imshow(graph.numpy(), interpolation="nearest", **colors)
-        shown = [_short(text, _MAX_LABEL) for text in texts]
-        is_number = all(text.isdigit() for text in shown)
-        for tick in (
-            *panel.set_xticks(range(len(graph)), shown, fontsize=small, rotation=0 if is_number else 90),
-            *panel.set_yticks(range(len(graph)), shown, fontsize=small),
-        ):
-            tick.label1.set_parse_math(False)
+        _label_nodes(panel, [_short(text, _MAX_LABEL) for text in texts])
         panel.set(xlabel=node_name, ylabel=node_name)
         panel.set_title(heading, fontsize=11, parse_math=False)
     bar = figure.colorbar(image, ax=panels, shrink=0.85, label=f"co-activation  ({unit})")
     bar.ax.yaxis.set_major_locator(MaxNLocator(6))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
     return figure
+
+
+def _label_nodes(panel: Any, texts: Sequence[str]) -> None:
+    size = "small" if len(texts) <= 12 else "x-small" if len(texts) <= 20 else "xx-small"
+    rotation = 0 if all(text.isdigit() for text in texts) else 90
+    for tick in (
+        *panel.set_xticks(range(len(texts)), texts, fontsize=size, rotation=rotation),
+        *panel.set_yticks(range(len(texts)), texts, fontsize=size),
+    ):
+        tick.label1.set_parse_math(False)
 
 
 def _short(text: str, size: int) -> str:

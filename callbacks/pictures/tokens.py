@@ -1,4 +1,4 @@
-"""Tokens as they are shown in pictures."""
+"""Tokens as text for pictures."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,10 +17,10 @@ FONT = "DejaVu Sans Mono"
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: Any = None) -> list[str]:
-    """What each token adds to the text, in printable characters; ⏎ and a line feed end a line.
+    """Return what each token adds to the text, in printable characters; ⏎ and a line feed end a line.
 
-    Tokens that end within a character of several bytes give `·`, and the last of them the character; ids that the
-    tokenizer does not know, or without one all, are shown as numbers. Characters that the font lacks are □.
+    Where several tokens make one character, the last gives the character and the others `·`. Ids that the tokenizer
+    does not know are shown as numbers, and so are all without a tokenizer. Characters that the font lacks are □.
 
     Example:
         >>> token_texts([3, 4])
@@ -30,7 +30,7 @@ def token_texts(token_ids: Sequence[int], tokenizer: Any = None) -> list[str]:
         return [f" {token_id}" for token_id in token_ids]
     pieces, done = [], ""
     for count, token_id in enumerate(token_ids, start=1):
-        # Of the whole text, because some tokenizers write a token differently at its start.
+        # Decode the whole text so far: some tokenizers write a token differently at the start of a text.
         text = tokenizer.decode(token_ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         added = text[len(done) :] if text.startswith(done) else tokenizer.decode([token_id])
         pieces.append("".join(map(_visible, added.strip(_PARTIAL))) or ("·" if added else f"⟨{token_id}⟩"))

@@ -27,7 +27,7 @@ from lit_logits.modules.dynamic_fusion.loading import (
     load_fusion_models,
 )
 from lit_logits.modules.gld_fusion.criterion import (
-    FusionCriterion,
+    GLDCriterion,
     GraphAlignment,
 )
 from lit_logits.modules.gld_fusion.sources import (
@@ -98,8 +98,8 @@ __all__ = [
     "FrozenTeacher",
     "FusedCausalLM",
     "FusedScores",
-    "FusionCriterion",
     "FusionTrace",
+    "GLDCriterion",
     "GradientAligner",
     "GraphAlignment",
     "HeadInit",

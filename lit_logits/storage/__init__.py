@@ -1,1 +1,1 @@
-"""What lies on disk: caches of logits, and folders and files that appear as a whole or not at all."""
+"""Files: caches of logits, and folders and files that appear as a whole or not at all."""

@@ -9,10 +9,10 @@ __all__ = ["check_model_folder", "replace_file", "replace_folder", "restore_repl
 
 
 def check_model_folder(path: Path) -> None:
-    """Refuse a folder that holds something else than a saved model.
+    """Raise for a folder that holds anything but a saved model.
 
     Raises:
-        ValueError: for a file, or a folder that is neither empty nor has a config.json.
+        ValueError: If it is a file, or a folder that is neither empty nor has a config.json.
     """
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if (names and "config.json" not in names) or path.is_file():
@@ -34,9 +34,10 @@ def replace_file(target: Path, write: Callable[[Path], object], *, partial: Path
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    # The order in which a crash loses nothing: the file is on disk, then it moves, then the move is on disk.
     _sync(partial)
     os.replace(partial, target)
-    _sync(target.parent)  # the move, too, is on disk
+    _sync(target.parent)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:

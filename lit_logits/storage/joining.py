@@ -1,6 +1,6 @@
 """Join the parts of a cache of top-k logits to its shards.
 
-The finished folder is the same byte for byte whatever kills, numbers of processes and orders of the samples it came by.
+The finished folder is the same, byte for byte, for any number of kills and processes and any order of the samples.
 
 Letters: S samples and M positions of a file.
 """
@@ -31,10 +31,10 @@ class _Index(NamedTuple):
 
 
 def join_cache(folder: Path, shard_tokens: int = 1 << 20) -> dict[str, Any]:
-    """Join the parts to shards of about `shard_tokens` positions and mark the cache complete; what `cache.json` says.
+    """Join the parts to shards of about `shard_tokens` positions, and return what `cache.json` says.
 
-    Needs the memory of one shard. The parts go last, so that a kill loses nothing; of a cache that is complete already
-    only what one has left behind goes.
+    Needs the memory of one shard. The parts are removed last, so that a kill loses nothing; for a complete cache, only
+    leftovers are removed.
 
     Raises:
         ValueError: If there are no parts.
@@ -48,7 +48,7 @@ def join_cache(folder: Path, shard_tokens: int = 1 << 20) -> dict[str, Any]:
                 save_tensors(_join_rows(index, rows), folder, shards[-1])
                 bar.update(int(index.lengths[rows].sum()))
         for path in set(folder.glob("shard-*.safetensors")) - set(shards):
-            path.unlink()  # of a join that was killed and had smaller shards
+            path.unlink()  # left by a join that was killed and made more shards
         sizes, num_tokens = [path.stat().st_size for path in shards], int(index.lengths.sum())
         description = write_description(
             folder,
@@ -78,13 +78,13 @@ def _index_parts(folder: Path) -> _Index:
         lengths.append(offsets.diff())
     parts = torch.arange(len(files)).repeat_interleave(torch.tensor([len(part) for part in ids]))
     sample_ids, order = torch.cat(ids).sort(stable=True)
-    is_first = sample_ids.diff(prepend=sample_ids[:1] - 1) != 0  # a sample of two parts counts once
+    is_first = sample_ids.diff(prepend=sample_ids[:1] - 1) != 0  # a sample that is in two parts counts once
     order = order[is_first]
     return _Index(sample_ids[is_first], parts[order], torch.cat(starts)[order], torch.cat(lengths)[order], files)
 
 
 def _shard_rows(lengths: Tensor, shard_tokens: int) -> list[slice]:
-    """Rows of each shard: as many samples as fit, and at least one."""
+    """Return the rows of each shard: as many samples as fit, and at least one."""
     shards, start, tokens = [], 0, 0
     for row, length in enumerate(lengths.tolist()):
         if row > start and tokens + length > shard_tokens:
@@ -95,7 +95,7 @@ def _shard_rows(lengths: Tensor, shard_tokens: int) -> list[slice]:
 
 
 def _join_rows(index: _Index, rows: slice) -> dict[str, Tensor]:
-    """The tensors of one shard; each part is opened once."""
+    """Return the tensors of one shard; each part is opened once."""
     offsets, joined = offsets_of(index.lengths[rows]), dict[str, Tensor]()
     places = torch.stack([index.parts[rows], index.starts[rows], offsets[:-1], index.lengths[rows]], 1)
     opened, fields = -1, dict[str, Tensor]()

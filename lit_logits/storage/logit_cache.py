@@ -1,8 +1,8 @@
 """The top-k logits of one source model on disk: the format, and `LogitCache`, which reads them.
 
 A cache is a folder. Its `cache.json` holds the format's version, the settings of the source, whether the cache is
-complete, its size, and the bytes of each shard. Of a complete cache the shards `shard-00000.safetensors`, … hold the
-samples in ascending order of their ids, the positions of one after the other, and only those that count:
+complete, its size, and the bytes of each shard. The shards of a complete cache, `shard-00000.safetensors`, …, hold the
+samples in ascending order of their ids; each sample has its positions that count, one after the other:
 
     sample_ids (S,) int64      offsets (S + 1,) int64: positions offsets[s] to offsets[s + 1] are of sample s
     ends (M,) int32            token_ids (M, k) uint16, or int32 where the vocabulary has more than 65,536 tokens
@@ -33,7 +33,7 @@ _NEUTRAL = {"ends": -1, "std": 1}  # what padding holds, where not 0
 
 
 def is_logit_cache(path: str | Path) -> bool:
-    """Whether `path` is a folder with a `cache.json` of this format, of whatever version, complete or not."""
+    """Return whether `path` is a folder with a `cache.json` of this format, of any version, complete or not."""
     try:
         return describe_cache(Path(path).expanduser()) is not None
     except OSError:
@@ -43,24 +43,24 @@ def is_logit_cache(path: str | Path) -> bool:
 class LogitCache:
     """Read the top-k logits of one source by the ids of their samples, from shards that are mapped into memory.
 
-    Opening reads the ids and offsets alone. A reader can be pickled, copied and forked: it maps the shards anew.
+    Opening reads only ids and offsets. A reader can be pickled, copied and forked; each copy maps the shards itself.
 
     Args:
         folder: of one source, as `LogitCacheWriter` leaves it.
 
     Attributes:
-        settings: of the source, as it was written, and of its `data` the fingerprint.
+        settings: settings of the source, as they were written; `data` is the fingerprint of the data.
         top_k: k, as stored.
         temperature: τ of the stored log-probabilities.
-        tokenizer_id: of the source's tokenizer.
-        layout_id: of the tokens that the source has read, as its batches had it, or None.
-        vocab_size: of the source.
+        tokenizer_id: digest of the source's vocabulary.
+        layout_id: `layout_id` of the batches that the source has read, or None.
+        vocab_size: size of the source's vocabulary.
         sample_ids: (S,) int64, ascending, of all shards.
         num_samples: S.
         num_tokens: positions of all samples.
 
     Raises:
-        ValueError: If the folder is no cache, of another version, incomplete, or if a shard is not whole.
+        ValueError: If the folder is not a cache, or one of another version, or incomplete, or if a shard is not whole.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -103,18 +103,18 @@ class LogitCache:
     def read(
         self, sample_ids: Tensor, *, top_k: int | None = None, device: torch.device | str | None = None
     ) -> SourceLogits:
-        """Logits of a batch: of each sample the positions that count, without gaps, padded behind.
+        """Return the logits of a batch: the positions of each sample that count, without gaps, and padding after them.
 
-        Padding has the mask False, ends of −1, a `std` of 1, and else zeros. Floats are float32; where the cache is
-        they are those that were written, bit for bit.
+        Padding has the mask False, ends of −1, a `std` of 1, and zeros elsewhere. Floats are float32; from a
+        float32 cache they are what was written, bit for bit.
 
         Args:
             sample_ids: (B,) in any order.
-            top_k: reads so many columns instead of all; the tail takes the probabilities of those cut.
-            device: of the result; None is the CPU.
+            top_k: number of columns to read; the tail takes the probabilities of the others. None reads all.
+            device: device of the result; None is the CPU.
 
         Returns:
-            With T that of the longest sample, at least 1; a sample without positions is a row of padding.
+            Logits with the T of the longest sample, at least 1; a sample without positions is a row of padding.
 
         Raises:
             ValueError: If a sample is not there, or `top_k` is not in [1, k].
@@ -140,7 +140,7 @@ class LogitCache:
         return SourceLogits(top, mask.to(device), ends.to(device))
 
     def _find(self, sample_ids: Tensor) -> Tensor:
-        """Rows of the samples among those of all shards."""
+        """Return the rows of the samples among those of all shards."""
         wanted = sample_ids.to("cpu", torch.int64)
         rows = torch.searchsorted(self.sample_ids, wanted).clamp_(max=len(self) - 1)
         missing = wanted[self.sample_ids[rows] != wanted]
@@ -152,13 +152,13 @@ class LogitCache:
         return rows
 
     def _gather(self, name: str, places: list[list[int]]) -> Tensor:
-        """(B, T, ...) of a field; `places` are shard, start and length of each sample."""
+        """Return a field (B, T, ...); `places` are shard, start and length of each sample."""
         slices = [self._map(shard)[name][start : start + length] for shard, start, length in places]
         one = self._map(0)[name][:0].new_zeros(1, *self._map(0)[name].shape[1:])  # so that B or T may be 0
         return pad_sequence([*slices, one], batch_first=True, padding_value=_NEUTRAL.get(name, 0))[:-1]
 
     def _map(self, shard: int) -> dict[str, Tensor]:
-        """The fields of a shard; safetensors maps them, and reads what is touched."""
+        """Return the fields of a shard, mapped into memory: the disk is read where they are used."""
         if self._process != os.getpid():
             self._process, self._maps = os.getpid(), {}
         if shard not in self._maps:
@@ -170,7 +170,7 @@ class LogitCache:
         return self._maps[shard]
 
     def _check(self, path: Path, size: int) -> tuple[Tensor, Tensor]:
-        """`sample_ids` and `offsets` of a shard whose sizes are right."""
+        """Return `sample_ids` and `offsets` of a shard, once its sizes are checked."""
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise _torn(self.folder, path, f"has {found} instead of {size} bytes")
@@ -189,7 +189,7 @@ class LogitCache:
 
 
 def describe_cache(folder: Path) -> dict[str, Any] | None:
-    """What `cache.json` says, if the folder has one of this format."""
+    """Return what `cache.json` says, or None if the folder has none of this format."""
     file = folder / "cache.json"
     try:
         description = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -201,7 +201,7 @@ def describe_cache(folder: Path) -> dict[str, Any] | None:
 def _describe_complete(folder: Path) -> dict[str, Any]:
     description = describe_cache(folder)
     if description is None:
-        raise ValueError(f"Expected a folder of cached logits with a cache.json, but {folder} is none.")
+        raise ValueError(f"Expected a folder of cached logits with a cache.json, but {folder} has none.")
     if description.get("version") != CACHE_VERSION:
         raise ValueError(
             f"Expected {folder} to be of version {CACHE_VERSION} of the format of cached logits, but got version"

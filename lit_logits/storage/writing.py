@@ -1,7 +1,7 @@
-"""Write a cache of top-k logits, as far as one that is not complete yet: its settings, and a part a batch.
+"""Write a cache of top-k logits that is not complete yet: its settings, and a part for each batch.
 
-Parts lie in `parts/` and are shards of one batch. Files are made in `partial/`, seen on disk, and moved into place, so
-that a kill leaves whole files alone; what it left in `partial/` the next run removes. `logit_cache` has the format.
+Parts lie in `parts/` and have the format of shards, see `logit_cache`. Files are made in `partial/`, flushed to disk
+and moved into place, so that a kill leaves only whole files there; the next run removes what is left in `partial/`.
 
 Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions of a file.
 """
@@ -43,10 +43,10 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def complete_settings(source: str, settings: Mapping[str, Any], data: Any) -> dict[str, Any]:
-    """Settings as `cache.json` keeps them: plain JSON, with a `dtype`, and the fingerprint of the data as `data`.
+    """Return settings as `cache.json` keeps them: plain JSON, with a `dtype`, and the fingerprint as `data`.
 
     Raises:
-        ValueError: If one that reading needs is missing, or a value is not what it can be.
+        ValueError: If a setting that reading needs is missing, or a value is not allowed.
     """
     needed = ("temperature", "tokenizer_id", "top_k", "vocab_size")
     if missing := [name for name in needed if name not in settings]:
@@ -62,7 +62,7 @@ def complete_settings(source: str, settings: Mapping[str, Any], data: Any) -> di
 
 
 def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Why `folder` cannot take logits of these settings; None if it is new, or a cache of them."""
+    """Return why `folder` cannot take logits of these settings, or None if it is new or a cache of them."""
     advice = "Pass another `folder`, or delete it."
     description = describe_cache(folder)
     if description is None:
@@ -87,7 +87,7 @@ def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def begin_cache(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make a cache without samples, if there is none, and remove what a kill left half done."""
+    """Make a cache without samples unless there is a cache, and remove what a kill left half done."""
     if (folder / "partial").is_dir():
         shutil.rmtree(folder / "partial")
     if describe_cache(folder) is None:
@@ -95,7 +95,7 @@ def begin_cache(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def find_finished(folder: Path) -> list[int]:
-    """Ids of the samples that are on disk. Parts that a failing disk has torn are removed, to be written again."""
+    """Return the ids of the samples on disk; remove parts that a failing disk has torn, to be written again."""
     description = describe_cache(folder)
     if description and description["complete"]:
         return LogitCache(folder).sample_ids.tolist()
@@ -115,10 +115,10 @@ def find_finished(folder: Path) -> list[int]:
 def pack_logits(
     source: str, logits: SourceLogits, sample_ids: Tensor, rows: Sequence[int], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The tensors of a part: of `rows` of the batch, in their order, the positions that count, on the CPU.
+    """Return the tensors of a part: the positions that count of `rows` of the batch, in their order, on the CPU.
 
     Raises:
-        ValueError: for shapes or tokens that are not those of the settings, and for logits that are not finite.
+        ValueError: If shapes or tokens do not fit the settings, or logits are not finite.
     """
     size, top_k = settings["vocab_size"], settings["top_k"]
     shape, wide = logits.mask.shape, logits.top_k.log_probs.shape
@@ -147,7 +147,7 @@ def pack_logits(
 
 
 def write_part(folder: Path, part: dict[str, Tensor]) -> None:
-    """See a part on disk, under a name that follows from its samples."""
+    """Write a part to disk, under a name that follows from its samples, so that a repetition replaces it."""
     ids = json.dumps(sorted(part["sample_ids"].tolist()))
     name = hashlib.sha256(ids.encode()).hexdigest()[:32]
     save_tensors(part, folder, folder / "parts" / f"{name}.safetensors")
@@ -157,17 +157,17 @@ def write_part(folder: Path, part: dict[str, Tensor]) -> None:
 
 
 def find_parts(folder: Path) -> list[Path]:
-    """Whole parts, in an order that does not depend on the file system."""
+    """Return whole parts, in an order that does not depend on the file system."""
     return sorted((folder / "parts").glob("*.safetensors"))
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
-    """(S + 1,) from 0, of (S,)."""
+    """Return the offsets (S + 1,), from 0, of samples with lengths (S,)."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).long()
 
 
 def write_description(folder: Path, settings: Mapping[str, Any], **state: Any) -> dict[str, Any]:
-    """Replace `cache.json`; what it says."""
+    """Replace `cache.json`, and return what it says."""
     description = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "settings": dict(settings), **state}
     (folder / "partial").mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
@@ -180,7 +180,7 @@ def write_description(folder: Path, settings: Mapping[str, Any], **state: Any) -
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:
-    """Write a file of `folder` as `target`."""
+    """Write a file of `folder` to disk as `target`."""
     for path in (folder / "partial", target.parent):
         path.mkdir(exist_ok=True)
     mode = (folder / "cache.json").stat().st_mode

@@ -1,26 +1,47 @@
-"""The parts of graph-on-logits distillation: what compares a student with a source that it learns from.
+"""Criterion of graph-on-logits distillation: compares a student with a source that it learns from.
 
 Letters: B batch, T positions of the student, U positions of the source, k `top_k`.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_logits.functional.alignment import align_positions, common_span
 from lit_logits.functional.gld_fusion import GraphNodes, graph_strengths, sorted_gw_bound, top_k_uld
 from lit_logits.functional.reductions import sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
 
-__all__ = ["FusionCriterion", "GraphAlignment", "SourceTerms"]
+__all__ = ["GLDCriterion", "GraphAlignment", "GraphPair", "SourceTerms"]
+
+
+class GraphPair(NamedTuple):
+    """What one call of `GraphAlignment` compared, without gradients.
+
+    Attributes:
+        name: of the source.
+        student: (B, T, k).
+        source: (B, U, k).
+        student_mask: (B, T) positions that count.
+        source_mask: (B, U) positions that count.
+    """
+
+    name: str
+    student: TopKLogits
+    source: TopKLogits
+    student_mask: Tensor
+    source_mask: Tensor
 
 
 class GraphAlignment(nn.Module):
     """Sorted Gromov–Wasserstein bound between the co-activation graphs of a student and a source, per sample.
 
     Args:
-        values: what the graphs are made of, see `top_k_values`.
+        values: values that the graphs are made of, see `top_k_values`.
         nodes: `rank` or `vocabulary`, see `graph_strengths`.
 
     References:
@@ -42,6 +63,19 @@ class GraphAlignment(nn.Module):
                 f" but got {values!r} and {nodes!r}."
             )
         self.values, self.nodes = values, nodes
+        self._graph_hooks: dict[int, Callable[[GraphPair], None]] = OrderedDict()  # handles keep weak references to it
+
+    def register_graph_hook(self, hook: Callable[[GraphPair], None]) -> RemovableHandle:
+        """Call `hook` with what each forward pass compares, until the handle is removed.
+
+        A monitor thus sees what training computes anyway, and no model runs twice.
+
+        Returns:
+            A handle whose `remove()` ends it.
+        """
+        handle = RemovableHandle(self._graph_hooks)
+        self._graph_hooks[handle.id] = hook
+        return handle
 
     def forward(
         self,
@@ -52,18 +86,20 @@ class GraphAlignment(nn.Module):
         *,
         name: str = "source",
     ) -> Tensor:
-        """GW~ of each sample.
+        """Return GW~ of each sample.
 
         Args:
             student: (B, T, k).
             source: (B, U, k); the larger k is cut to the smaller. No gradient reaches it.
             student_mask: (B, T) positions that count.
             source_mask: (B, U) positions that count.
-            name: of the source, for callbacks that watch.
+            name: of the source, by which graph hooks tell several apart.
 
         Returns:
             (B,), in units of the graphs; 0 where either side has no position that counts.
         """
+        for hook in self._graph_hooks.values():
+            hook(GraphPair(name, _detach(student), _detach(source), student_mask, source_mask))
         size = min(student.log_probs.shape[-1], source.log_probs.shape[-1])
         values = top_k_values(student, self.values), top_k_values(source, self.values).detach()
         strengths = [
@@ -75,8 +111,12 @@ class GraphAlignment(nn.Module):
         return bound.masked_fill(~(student_mask.any(-1) & source_mask.any(-1)), 0.0)
 
 
+def _detach(top: TopKLogits) -> TopKLogits:
+    return TopKLogits(*(tensor.detach() for tensor in top))
+
+
 class SourceTerms(NamedTuple):
-    """Result of `FusionCriterion`, scalars before weighting.
+    """Result of `GLDCriterion`, scalars before weighting.
 
     Attributes:
         uld: token-wise loss, mean over samples of the mean over aligned positions.
@@ -89,16 +129,16 @@ class SourceTerms(NamedTuple):
     aligned: Tensor
 
 
-class FusionCriterion(nn.Module):
-    """What a student learns from one source: token by token where both have read the same text, and by graphs [0].
+class GLDCriterion(nn.Module):
+    """Compare a student with one source: token by token where both have read the same text, and by graphs [0].
 
     Args:
-        uld_values: what the token-wise loss compares, see `top_k_values`.
-        graph_values: what the graphs are made of.
-        nodes: of the graphs, `rank` or `vocabulary`.
+        uld_values: values that the token-wise loss compares, see `top_k_values`.
+        graph_values: values that the graphs are made of.
+        nodes: nodes of the graphs, `rank` or `vocabulary`.
 
     Raises:
-        ValueError: for other values.
+        ValueError: If an option is not one of these.
 
     References:
         [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
@@ -134,7 +174,7 @@ class FusionCriterion(nn.Module):
             mask: (B, T) positions of the student that predict a label.
             ends: (B, T) characters of the response that the student has read, −1 where none; None if both read the same
                 tokens, whose n-th positions belong together.
-            name: of the source, for messages and for callbacks that watch.
+            name: of the source, for messages and graph hooks.
 
         Raises:
             ValueError: If logits are to be standardised whose moments tokens that are ruled out have made useless.

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
 
 __all__ = ["save_model_file", "save_model_folder"]
@@ -30,7 +31,7 @@ def save_model_folder(
     path = Path(folder).expanduser().resolve()
     check_model_folder(path)
     if tokenizer is None and trainer is not None:
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        tokenizer = trainer.datamodule.tokenizer if offers(trainer.datamodule, HasTokenizer) else None
 
     def write(target: Path) -> None:
         save(target)
