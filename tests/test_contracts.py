@@ -2,6 +2,7 @@
 
 import json
 from functools import cached_property
+from typing import Any
 
 import lightning as L
 import pytest
@@ -55,12 +56,12 @@ class Costly(L.LightningDataModule):
 
 
 def test_asking_runs_no_property():
-    data = Costly()
+    data: Any = Costly()
     assert offers(data, contracts.HasTokenizer)
     assert offers(data, contracts.HasClassNames)
     assert not offers(data, contracts.HasFingerprint)
     assert data.made == 0
-    trainer = L.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    trainer: Any = L.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     trainer.datamodule = data
     assert data_tokenizer(trainer) == "words"
     assert data.made == 1

@@ -166,7 +166,7 @@ def test_a_join_that_is_killed_leaves_the_old_file(tmp_path, monkeypatch):
     predict(tmp_path, limit_predict_batches=2)
     assert [example["row"] for example in lines(tmp_path / "predictions.jsonl")] == [0, 1, 2, 3]
     with monkeypatch.context() as patch:
-        patch.setattr("lit_logits.callbacks.json_lines_writer.Path.replace", lambda *_: 1 / 0)
+        patch.setattr("lit_logits.storage.folders.os.replace", lambda *_: 1 / 0)
         patch.setattr("lit_logits.callbacks.json_lines_writer._add_settings", lambda *_: None)
         with pytest.raises(ZeroDivisionError):
             predict(tmp_path)
