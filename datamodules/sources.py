@@ -1,6 +1,6 @@
 """Where the documents come from: files, a Hugging Face data set, or the standard library's documentation.
 
-`source` names one of these:
+The `path` of a source names one of these:
 
 * `"python-docs"`: the documentation of the running Python's standard library;
 * paths or globs: a `.txt` or `.md` file is one document, a line of a `.jsonl` and a row of a `.parquet` file are one

@@ -187,10 +187,13 @@ def test_changed_setting_never_meets_a_stale_cache(make, tmp_path, name):
         before.tokenizer.add_tokens(["ab"])
         before.tokenizer.save_pretrained(tmp_path / "tokenizer")
         value = str(tmp_path / "tokenizer")
-    after = ready(make(**{name: value}))
+    change = {name: value}
+    if name == "text_column":
+        change = {"source": {"path": str(tmp_path / "corpus.jsonl"), **change}}
+    after = ready(make(**change))
     assert after._directory != before._directory
     assert rows_of(after.val_dataloader()) != rows_of(before.val_dataloader())
-    fresh = ready(make(**{name: value, "cache_dir": str(tmp_path / "other")}))
+    fresh = ready(make(**{**change, "cache_dir": str(tmp_path / "other")}))
     assert tokens_of(after._eval_loader("train")) == tokens_of(fresh._eval_loader("train"))
 
 

@@ -3,6 +3,7 @@
 A validation or test split without labels, as test splits on the hub often are, counts as absent.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,40 @@ from lit_logits.datamodules.caching import digest
 from lit_logits.datamodules.images.reading import fingerprint_images, read_features, read_splits
 from lit_logits.datamodules.sources import SPLIT_NAMES
 
-__all__ = ["ImageSource"]
+__all__ = ["ImageSource", "ImageSplits"]
 
 
+@dataclass(frozen=True)
 class ImageSource:
-    """The images and classes of a source, by its own splits. Nothing is read before it is asked for.
+    """Where images and their classes come from.
 
     Args:
-        path: see `lit_logits.datamodules.image_reading`.
+        path: `"digits"` (1,797 images of 8 × 8, embedded), `"cifar10"`, `"cifar100"`, `"tiny-imagenet"`,
+            `"imagenet"`, any other image data set on the Hugging Face hub, or a folder with images as `class/*.png` or
+            `train|validation|test/class/*.png`, with parquet files, or as `Dataset.save_to_disk` wrote it.
         subset: configuration of a Hugging Face data set.
         image_column: name of the images; None finds the only column of type `datasets.Image`.
         label_column: name of the classes, a column of `ClassLabel`, integers or strings; None finds the only
             `ClassLabel`.
     """
 
-    def __init__(
-        self, path: str, subset: str | None = None, image_column: str | None = None, label_column: str | None = None
-    ) -> None:
-        self.path = str(Path(path).expanduser()) if path.startswith("~") else path
-        self.subset = subset
-        self._given = image_column, label_column
+    path: str
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+class ImageSplits:
+    """The images and classes of a source, by its own splits. Nothing is read before it is asked for.
+
+    Args:
+        source: where they come from; its path is one of `lit_logits.datamodules.images.reading`.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self.path = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
+        self.subset = source.subset
+        self._given = source.image_column, source.label_column
 
     @cached_property
     def key(self) -> str:

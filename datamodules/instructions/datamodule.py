@@ -18,6 +18,7 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,16 +32,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
-from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.instructions.batches import FixedBatches, collate_examples, collate_fixed_batch
-from lit_logits.datamodules.instructions.layouts import split_template
-from lit_logits.datamodules.instructions.sources import Columns, InstructionSource
+from lit_logits.datamodules.instructions.layouts import CHAT, check_template, split_template
+from lit_logits.datamodules.instructions.sources import PairSource, PairSplits
 from lit_logits.datamodules.instructions.splits import draw_shots
 from lit_logits.datamodules.instructions.storage import read_examples, read_instruction_sizes, write_instructions
 from lit_logits.datamodules.instructions.views import (
     InstructionEncoder,
     InstructionView,
-    chat_source_names,
+    SourceTokenizer,
+    complete_sources,
     load_sources,
 )
 from lit_logits.datamodules.loaders import block_loader
@@ -67,9 +69,9 @@ class InstructionDataModule(LightningDataModule):
     Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
     other models, too, to distil from these.
 
-    Multiple choice (`choices_column`): training, validation and predict see the right choice as the response. A test
-    batch holds the C sequences of each of its B examples, `rows` once for each of them, and also `choices`, numbers
-    of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
+    Multiple choice (a source with a `choices_column`): training, validation and predict see the right choice as the
+    response. A test batch holds the C sequences of each of its B examples, `rows` once for each of them, and also
+    `choices`, numbers of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
 
     The rows of the test split are what `predict` gives, in order, without those in `finished_rows`. With
     `predict_split="all"` it is the training, validation and test split, one after another, `rows` counted through, in
@@ -77,23 +79,16 @@ class InstructionDataModule(LightningDataModule):
     `finished_samples` are left out, and ranks are dealt whole batches.
 
     Args:
-        source: `"python-questions"` (about 14,000 questions on the standard library, answered by its sources), files or
-            globs of `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
-        subset: configuration of a Hugging Face data set, such as `"main"`.
-        prompt_column: name of the prompts.
-        response_column: name of the responses; None reads prompts only, which are all in the test split.
-        choices_column: name of the lists of choices; `response_column` is unused then.
-        answer_column: name of the right choices, or of their numbers from 0.
+        source: where the pairs come from: a `PairSource` (in a recipe, a mapping `{path: ..., prompt_column: ...}`), or
+            its `path` alone, such as `"python-questions"`, `"my/*.jsonl"` or the name of a data set.
         tokenizer: hub id, local folder or `.gguf` file; None trains a byte-level BPE on the training split.
         bpe_vocab_size: tokens of that BPE, at least 257.
-        template: a text with `{prompt}` and, after it, `{response}`.
-        chat_template: use the tokenizer's chat template instead: the prompt is the user's turn, the response the
-            assistant's.
+        template: a text with `{prompt}` and, after it, `{response}`; or `"chat"`, the tokenizer's chat template: the
+            prompt is the user's turn, the response the assistant's.
         system_prompt: a system turn before all others; in chat templates only.
-        source_tokenizers: name of your choice → hub id, local folder or `.gguf` file of another tokenizer that batches
-            are given in, too.
-        chat_sources: names of those of them that use their own chat template; None: all of them with `chat_template`,
-            none without. The others use `template`.
+        source_tokenizers: name of your choice → another tokenizer that batches are given in, too: a `SourceTokenizer`
+            (in a recipe, a mapping `{tokenizer: ..., template: ...}`), or its hub id, local folder or `.gguf` file
+            alone. What it leaves open is as for the data module's own tokenizer.
         num_shots: training pairs, drawn once for all, that are put before each prompt: as filled templates with an
             empty line after each, or as earlier turns. A pair is never its own shot.
         max_length: tokens that a sequence may have, at least 2, in each of the tokenizers.
@@ -120,19 +115,13 @@ class InstructionDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | list[str] = "python-questions",
-        subset: str | None = None,
-        prompt_column: str = "prompt",
-        response_column: str | None = "response",
-        choices_column: str | None = None,
-        answer_column: str | None = None,
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        source: str | list[str] | PairSource | Path = "python-questions",
         tokenizer: str | None = None,
         bpe_vocab_size: int = 4096,
         template: str = "Question: {prompt}\nAnswer: {response}",
-        chat_template: bool = False,
         system_prompt: str | None = None,
-        source_tokenizers: dict[str, str] | None = None,
-        chat_sources: list[str] | None = None,
+        source_tokenizers: Mapping[str, str | SourceTokenizer] | None = None,
         num_shots: int = 0,
         max_length: int = 512,
         batch_size: int = 8,
@@ -151,19 +140,17 @@ class InstructionDataModule(LightningDataModule):
         check_at_least(0, num_shots=num_shots, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
-        split_template(template)
-        columns = Columns(prompt_column, response_column, choices_column, answer_column)
+        pairs = as_part("source", source, PairSource)
         if predict_split not in get_args(PredictSplit):
             raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")
-        self.source_tokenizers = dict(source_tokenizers or {})
-        self.chat_sources = chat_source_names(self.source_tokenizers, chat_sources, chat_template)
-        _check_companions(columns, tokenizer, chat_template, self.chat_sources, system_prompt, num_shots)
-        self.pairs = InstructionSource(
-            source, subset, columns, fractions=fractions, max_test_rows=max_test_rows, seed=seed
-        )
+        check_template(template)
+        self.source_tokenizers = complete_sources(source_tokenizers or {}, template, system_prompt)
+        templates = [template, *(given.template for given in self.source_tokenizers.values())]
+        _check_companions(pairs, tokenizer, templates, system_prompt, num_shots)
+        self.pairs = PairSplits(pairs, fractions=fractions, max_test_rows=max_test_rows, seed=seed)
         self.tokenizer_name = tokenizer
         self.bpe_vocab_size = bpe_vocab_size
-        self.template, self.chat_template, self.system_prompt = template, chat_template, system_prompt
+        self.template, self.system_prompt = template, system_prompt
         self.num_shots, self.max_length = num_shots, max_length
         self.batch_size, self.num_workers = batch_size, num_workers
         self.predict_split, self.seed = predict_split, seed
@@ -277,7 +264,6 @@ class InstructionDataModule(LightningDataModule):
         return InstructionView(
             self.tokenizer,
             self.template,
-            chat=self.chat_template,
             system_prompt=self.system_prompt,
             max_length=self.max_length,
         )
@@ -285,9 +271,7 @@ class InstructionDataModule(LightningDataModule):
     @cached_property
     def _sources(self) -> dict[str, InstructionView]:
         """The other tokenizers with their layouts."""
-        return load_sources(
-            self.source_tokenizers, self.chat_sources, self.template, self.system_prompt, self.max_length
-        )
+        return load_sources(self.source_tokenizers, self.max_length)
 
     @property
     def _vocabularies(self) -> dict[str, Any]:
@@ -315,7 +299,7 @@ class InstructionDataModule(LightningDataModule):
         write_instructions(directory, self.pairs.splits, encoder, self.max_length)
 
     def _loader(self, split: str) -> Any:
-        all_choices = split == "test" and self.pairs.columns.choices is not None
+        all_choices = split == "test" and self.pairs.source.choices_column is not None
         return block_loader(
             self._examples.get(split, []),
             self.batch_size,
@@ -334,25 +318,24 @@ class InstructionDataModule(LightningDataModule):
 
 
 def _check_companions(
-    columns: Columns,
+    source: PairSource,
     tokenizer: str | None,
-    chat_template: bool,
-    chat_sources: list[str],
+    templates: Sequence[str | None],
     system_prompt: str | None,
     num_shots: int,
 ) -> None:
-    """Raise unless every argument has those that it needs."""
-    if chat_template and tokenizer is None:
+    """Raise unless every argument has those that it needs; the first template is the data module's."""
+    if templates[0] == CHAT and tokenizer is None:
         raise ValueError(
-            "Expected `tokenizer` to name one with a chat template, but got None. Set `chat_template=False` to use "
-            "`template`."
+            "Expected `tokenizer` to name one with a chat template, but got None. Set `template` to a text with "
+            "{prompt} and {response}."
         )
-    if system_prompt is not None and not (chat_template or chat_sources):
+    if system_prompt is not None and CHAT not in templates:
         raise ValueError(
-            f"Expected `system_prompt` to be None without `chat_template`, but got {system_prompt!r}. Put it into "
-            "`template`, or name a tokenizer of `source_tokenizers` in `chat_sources`."
+            f"Expected `system_prompt` to be None without a `template` of 'chat', but got {system_prompt!r}. Put it "
+            "into `template`."
         )
-    if columns.prompts_only and (tokenizer is None or num_shots):
+    if source.prompts_only and (tokenizer is None or num_shots):
         raise ValueError(
             "Expected `tokenizer` to be set and `num_shots` to be 0 where `response_column` is None, because there is "
             f"no training split, but got {tokenizer!r} and {num_shots}."

@@ -17,11 +17,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
-from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.loaders import block_loader
 from lit_logits.datamodules.resuming import ResumePoint
 from lit_logits.datamodules.splitting import check_fractions
-from lit_logits.datamodules.text.corpus import Corpus
+from lit_logits.datamodules.text.corpus import Corpus, TextSource
 from lit_logits.datamodules.text.packing import read_blocks, read_sizes, write_splits
 from lit_logits.datamodules.text.streaming import StreamLoader, pack_stream
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
@@ -41,10 +41,8 @@ class TextDataModule(LightningDataModule):
     or argument never meets a stale one. Training resumes in the middle of an epoch with the next unseen batch.
 
     Args:
-        source: `"python-docs"` (the standard library's documentation, about 2 MB), files or globs of `.txt`, `.md`,
-            `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
-        subset: configuration of a Hugging Face data set, such as `"wikitext-103-raw-v1"`.
-        text_column: name of the text in `.jsonl`, `.parquet` and data sets.
+        source: where the documents come from: a `TextSource` (in a recipe, a mapping `{path: ..., subset: ...}`), or
+            its `path` alone, such as `"python-docs"`, `"my/*.txt"` or the name of a data set.
         streaming: read the training split while training, for what is too large for the disk or the memory.
         tokenizer: hub id, local folder or `.gguf` file; None trains a byte-level BPE on the training split.
         bpe_vocab_size: tokens of that BPE, at least 257.
@@ -67,9 +65,8 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | list[str] = "python-docs",
-        subset: str | None = None,
-        text_column: str = "text",
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        source: str | list[str] | TextSource | Path = "python-docs",
         streaming: bool = False,
         tokenizer: str | None = None,
         bpe_vocab_size: int = 4096,
@@ -91,7 +88,8 @@ class TextDataModule(LightningDataModule):
         check_at_least(0, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
-        self.corpus = Corpus(source, subset, text_column, streaming=streaming, fractions=fractions, seed=seed)
+        documents = as_part("source", source, TextSource)
+        self.corpus = Corpus(documents, streaming=streaming, fractions=fractions, seed=seed)
         self.streaming = streaming
         self.tokenizer_name = tokenizer
         self.bpe_vocab_size, self.bpe_documents = bpe_vocab_size, bpe_documents
