@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from lit_logits.datamodules import InstructionDataModule, SourceTokenizer
 from lit_logits.datamodules.instructions.layouts import ChatLayout
 from lit_logits.datamodules.instructions.splits import Example, draw_shots
-from lit_logits.datamodules.instructions.storage import read_instruction_sizes
+from lit_logits.datamodules.instructions.storage import InstructionSize
+from lit_logits.datamodules.prepared import read_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, tokenizer_id, train_bpe
 
 PIECES = [
@@ -451,7 +452,7 @@ def test_pair_is_dropped_for_all_if_it_is_too_long_for_one(make, tmp_path):
         data = ready(make(max_length=30, **kwargs, **options))
         found = [(batch["rows"].item(), list(batch["sources"])) for batch in data.train_dataloader()]
         assert sorted(row for row, _ in found) == [0, 2]
-        assert read_instruction_sizes(data._directory)["train"].dropped == 1
+        assert read_sizes(data._directory, InstructionSize)["train"].dropped == 1
     ready(make(max_length=30, **options))  # it has room in the other one
     with pytest.raises(
         ValueError, match=r"\(row 1 of 'test' .*\) to have at most 29 tokens of `source_tokenizers\['bytes'\]`"

@@ -22,7 +22,8 @@ from lit_logits.datamodules.instructions.layouts import ChatLayout, TemplateLayo
 from lit_logits.datamodules.instructions.python_questions import read_python_questions
 from lit_logits.datamodules.instructions.sources import PairSource, parse_row
 from lit_logits.datamodules.instructions.splits import Example, draw_shots, group_examples, split_examples
-from lit_logits.datamodules.instructions.storage import read_instruction_sizes
+from lit_logits.datamodules.instructions.storage import InstructionSize
+from lit_logits.datamodules.prepared import read_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import DenseLogitsHead
 
@@ -302,7 +303,7 @@ def test_too_long_is_cut_or_dropped(make, tmp_path):
         assert batch["attention_mask"].sum() == batch["input_ids"].numel() == 10
         lengths[batch["rows"].item()] = (batch["labels"] != -100).sum().item()
     assert lengths == {0: 5, 1: 1}
-    size = read_instruction_sizes(data._directory)["train"]
+    size = read_sizes(data._directory, InstructionSize)["train"]
     assert size == (2, 6, 2, 1)
     assert str(size) == "2 examples, 6 response tokens (2 truncated, 1 dropped, see `max_length`)"
 
@@ -517,7 +518,7 @@ def test_other_batches_hold_the_right_choice(make_choices):
             assert response == f" {right[question]}<|endoftext|>"
             seen += 1
     assert seen == 100
-    assert read_instruction_sizes(data._directory)["test"].examples == 10
+    assert read_sizes(data._directory, InstructionSize)["test"].examples == 10
 
 
 @pytest.mark.parametrize(
@@ -806,4 +807,4 @@ def test_embedded_source_is_the_default(tmp_path, monkeypatch, questions):
     data = ready(InstructionDataModule(cache_dir=str(tmp_path), bpe_vocab_size=1000))
     assert len(data.train_dataloader()) > 50
     assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 8
-    assert not [size for size in read_instruction_sizes(data._directory).values() if size.dropped]
+    assert not [size for size in read_sizes(data._directory, InstructionSize).values() if size.dropped]

@@ -22,7 +22,7 @@ from lit_logits.datamodules.images.sources import ImageSource, ImageSplits
 from lit_logits.datamodules.images.storage import Augmentation, ImageItems, collate_images
 from lit_logits.datamodules.images.transforms import normalize, shift_and_flip
 from lit_logits.datamodules.loaders import block_loader
-from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.resuming import ResumePoint, Resumes
 from lit_logits.datamodules.splitting import check_fractions
 
 __all__ = ["ImageDataModule"]
@@ -31,7 +31,7 @@ RESIZE_RATIO = 256 / 224
 """ImageNet's evaluation: resize the shorter side to this times `image_size` and crop the centre."""
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(Resumes, LightningDataModule):
     r"""Images and their classes, split, augmented and normalised as the field does with each data set.
 
     Splits: the data set's own validation and test splits where they exist and have labels. A missing one is held out of
@@ -190,14 +190,6 @@ class ImageDataModule(LightningDataModule):
         # The trainer converts inputs before they are transferred, when these were uint8.
         return self.trainer.precision_plugin.convert_input(result) if self.trainer else result
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position and what gives it a meaning."""
-        return self._resume.state_dict(self.trainer, self._order())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved position for the training loader."""
-        self._resume.load_state_dict(state_dict, self.trainer, self._order())
-
     @property
     def _augmentation(self) -> Augmentation | None:
         padding = None if self._resized_crop else self.image_size // 8 or 1
@@ -218,16 +210,13 @@ class ImageDataModule(LightningDataModule):
             collate_fn=collate_images,
             items="images",
             advice="Lower `batch_size`, the fractions that are held out, or raise `max_train_samples`.",
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            **self._loading,
         )
 
     def _order(self) -> dict[str, Any]:
-        """Return what, besides the position, decides which batch comes next."""
         size = len(self._items["train"]) if self._items else 0
         data = digest(self.images.path, self.images.subset, size, sorted(self.fractions.items()), self.seed)
-        world_size = self.trainer.world_size if self.trainer else 1
-        return {"data": data, "batch_size": self.batch_size, "world_size": world_size}
+        return {"data": data, "batch_size": self.batch_size, "world_size": self._world_size}
 
 
 def _check_options(label_noise: float, padding_mode: str, mean: list[float], std: list[float]) -> None:

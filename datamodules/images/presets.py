@@ -34,6 +34,7 @@ class Preset(NamedTuple):
     flip: bool = True
 
 
+# A table: each data set with its own figures, so that a row can be read alone.
 PRESETS = {
     "digits": Preset(
         path="",

@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tokenizers
-import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +35,7 @@ from lit_logits.datamodules.instructions.batches import FixedBatches, collate_ex
 from lit_logits.datamodules.instructions.layouts import CHAT, check_template, split_template
 from lit_logits.datamodules.instructions.sources import PairSource, PairSplits
 from lit_logits.datamodules.instructions.splits import draw_shots
-from lit_logits.datamodules.instructions.storage import read_examples, read_instruction_sizes, write_instructions
+from lit_logits.datamodules.instructions.storage import InstructionSize, write_instructions
 from lit_logits.datamodules.instructions.views import (
     InstructionEncoder,
     InstructionView,
@@ -46,9 +44,10 @@ from lit_logits.datamodules.instructions.views import (
     load_sources,
 )
 from lit_logits.datamodules.loaders import block_loader
-from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.prepared import open_splits
+from lit_logits.datamodules.resuming import ResumePoint, Resumes
 from lit_logits.datamodules.splitting import check_fractions
-from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.datamodules.tokenization import load_or_train_tokenizer, train_bpe
 
 __all__ = ["InstructionDataModule"]
 
@@ -58,7 +57,7 @@ FORMAT_VERSION = 4
 PredictSplit = Literal["test", "all"]
 
 
-class InstructionDataModule(LightningDataModule):
+class InstructionDataModule(Resumes, LightningDataModule):
     r"""Prompt–response pairs, encoded once and cached on disk.
 
     Pairs are split into training, validation and test so that equal prompts never meet across splits, nor equal
@@ -162,11 +161,8 @@ class InstructionDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer; the first use in any process trains it if there is none to load."""
-        if self.tokenizer_name is not None:
-            return load_tokenizer(self.tokenizer_name)
-        key = digest(FORMAT_VERSION, self.pairs.key, self.template, self.bpe_vocab_size, tokenizers.__version__)
-        return load_tokenizer(build_once(self.cache_dir / f"tokenizer-{key}", self._train_tokenizer))
+        """The tokenizer; the first use in any process trains the BPE."""
+        return load_or_train_tokenizer(self.tokenizer_name, self.cache_dir, self._bpe_key, self._train_tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -199,15 +195,11 @@ class InstructionDataModule(LightningDataModule):
         """Open what `prepare_data` wrote.
 
         Raises:
-            RuntimeError: If there is nothing.
+            RuntimeError: If it has not run.
         """
-        if self._examples:
-            return
-        if not self._directory.is_dir():
-            raise RuntimeError(f"Expected `prepare_data` to have written {self._directory}, but it is not there.")
-        sizes = read_instruction_sizes(self._directory)
-        self._examples = {name: read_examples(self._directory / f"{name}.arrow") for name in sizes}
-        rank_zero_info("; ".join(f"{name}: {size}" for name, size in sizes.items()))
+        self._examples = self._examples or open_splits(self._directory, InstructionSize)
+
+    # Lightning's hooks read alike in all data modules; what they do is in `loaders`, `resuming` and `prepared`.
 
     def train_dataloader(self) -> Any:
         """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
@@ -243,14 +235,6 @@ class InstructionDataModule(LightningDataModule):
         collate = partial(collate_examples, **self._vocabularies)
         return DataLoader(rows.select(left), batch_size=self.batch_size, collate_fn=collate, **self._loading)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position and what gives it a meaning."""
-        return self._resume.state_dict(self.trainer, self._order())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved position for the training loader."""
-        self._resume.load_state_dict(state_dict, self.trainer, self._order())
-
     @cached_property
     def _directory(self) -> Path:
         """The cache entry that holds the encoded pairs."""
@@ -279,13 +263,8 @@ class InstructionDataModule(LightningDataModule):
         sources = {name: view.vocabulary for name, view in self._sources.items()}
         return {"vocabulary": self._own.vocabulary, "sources": sources}
 
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _loading(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+    def _bpe_key(self) -> str:
+        return digest(FORMAT_VERSION, self.pairs.key, self.template, self.bpe_vocab_size, tokenizers.__version__)
 
     def _train_tokenizer(self, directory: Path) -> None:
         before, between, after = split_template(self.template)
@@ -313,7 +292,6 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _order(self) -> dict[str, Any]:
-        """Return what, besides the position, decides which batch comes next."""
         return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
 
 

@@ -55,16 +55,13 @@ def group_examples(examples: Sequence[Example]) -> list[int]:
 def split_examples(examples: Sequence[Example], fractions: dict[str, float], seed: int) -> dict[str, list[Example]]:
     """Split examples into `"train"` and the splits named in `fractions`.
 
-    Groups (see `group_examples`) are visited in an order drawn from `seed` and go to the first split that they still
-    fit into; a split that all would overfill gets the smallest one, and the rest is the training split.
+    Groups (see `group_examples`) are visited in an order drawn from the seed, and `fill_splits` says where they go; the
+    rest is the training split.
 
     Args:
-        examples: in any order: it decides nothing but the order within each split.
-        fractions: share of the examples for each split other than `"train"`, in [0, 1).
+        examples: the pairs; their order decides only the order within each split.
+        fractions: share of the examples for each split other than `"train"`, in [0, 1); zero gives an empty split.
         seed: of the order.
-
-    Returns:
-        The splits `"train"` and those of `fractions`; one whose fraction is zero is an empty list.
 
     Raises:
         ValueError: If nothing would be left for training.
