@@ -23,7 +23,7 @@ def load_tokenizer(name: str | Path, argument: str = "`tokenizer`") -> PreTraine
         argument: what error messages call it.
 
     Raises:
-        ValueError: If there is no such tokenizer, or it is a slow one, or it has no end-of-sequence token.
+        ValueError: If the tokenizer cannot be found, is a slow one, or has no end-of-sequence token.
     """
     path = Path(name).expanduser()
     try:

@@ -68,7 +68,7 @@ def test_own_splits_of_a_data_set_are_used_and_missing_ones_carved(tmp_path, str
             "missing.txt",
             "Expected `source` to be .* but got 'missing.txt'. As a path: nothing matches it in .* As a data",
         ),
-        ("./missing", "nothing matches it in .* that is no name of a data set"),
+        ("./missing", "nothing matches it in .* that is not the name of a data set"),
         ("nobody/nothing-here", "As a path: nothing matches it in .* As a data set \\(subset None\\): "),
         (["*.missing"], "Expected every `source` of a list to be a file or glob, but nothing matches '\\*.missing'"),
         ([], "Expected `source` to name at least one file"),

@@ -359,9 +359,9 @@ def test_cache_folder_follows_xdg(monkeypatch, tmp_path):
     [
         (
             "nobody/nothing-here",
-            r"Expected `source` to be 'digits', .* but got 'nobody/nothing-here'. As a folder: there",
+            r"Expected `source` to be 'digits', .* but got 'nobody/nothing-here'. As a folder: it",
         ),
-        ("./missing", "As a folder: there is none in .* that is no name of a data set"),
+        ("./missing", "As a folder: it is not in .* that is not the name of a data set"),
         ("cifar1000", "Expected `source` to be 'digits', 'cifar10', 'cifar100', .* but got 'cifar1000'"),
     ],
 )

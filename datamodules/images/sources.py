@@ -89,7 +89,7 @@ class ImageSplits:
         """Class of each row, by split, without the splits that have no labels.
 
         Raises:
-            ValueError: If the training split, or a part of another one, has no labels.
+            ValueError: If labels are missing in the training split, or in a part of another split.
         """
         labels = {name: self._encode(rows) for name, rows in self.splits.items()}
         for name, classes in list(labels.items()):
@@ -115,14 +115,14 @@ class ImageSplits:
 
     @cached_property
     def _values(self) -> list[Any]:
-        """Distinct values of a label column that is no `ClassLabel`, sorted."""
+        """Distinct values of a label column that is not a `ClassLabel`, sorted."""
         kind = str(getattr(self._features[self.label_column], "dtype", "a list"))
         if not kind.startswith(("int", "uint", "string", "large_string")):
             raise ValueError(f"Expected `label_column` to hold classes, integers or strings, but got {kind}.")
         return sorted(set(self._column(self.splits["train"]).to_pylist()) - {None, -1})
 
     def _encode(self, rows: Dataset) -> NDArray[np.int64]:
-        """Return the rows' classes, −1 for none."""
+        """Return the rows' classes, −1 where one is missing."""
         column = self._column(rows)
         if isinstance(self._features[self.label_column], ClassLabel):
             return column.fill_null(-1).to_numpy().astype(np.int64)

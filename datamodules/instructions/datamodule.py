@@ -10,7 +10,7 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   tokenizer and template;
 * `response_ends` (B, T), how many characters of the response have been read after each token: 0 at the prompt's last
   one, −1 before it, on padding, where a token ends within a character, and where it reaches beyond the response or
-  stands behind it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
+  comes after it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
   text. White space that a template strips at the response's beginning counts as read, and at its end never is;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
 * `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
@@ -220,7 +220,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
         without those whose samples are all in `finished_samples`. Where fewer are left than there are processes,
         finished ones make up the number.
         """
-        # Lightning makes this loader anew and wants to find `batch_size` among the keywords.
+        # Lightning makes this loader again and wants to find `batch_size` among the keywords.
         if self.predict_split == "all":
             splits = [self._examples[name] for name in ("train", "val", "test") if name in self._examples]
             batches = FixedBatches(splits, self.batch_size, self.finished_samples, at_least=self._world_size)
@@ -259,7 +259,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
 
     @property
     def _vocabularies(self) -> dict[str, Any]:
-        """What a collate function needs to know of the tokenizers."""
+        """The arguments of a collate function that say what batches hold of the tokenizers."""
         sources = {name: view.vocabulary for name, view in self._sources.items()}
         return {"vocabulary": self._own.vocabulary, "sources": sources}
 

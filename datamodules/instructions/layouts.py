@@ -81,7 +81,7 @@ def split_template(template: str) -> tuple[str, str, str]:
     r"""Return what a template puts before `{prompt}`, between `{prompt}` and `{response}`, and after `{response}`.
 
     Raises:
-        ValueError: Unless it holds both once, in this order, and nothing else in braces.
+        ValueError: If it does not hold both once, in this order, and nothing else in braces.
 
     Example:
         >>> split_template("Question: {prompt}\nAnswer: {response}")
@@ -193,7 +193,7 @@ class ChatLayout:
         return Rendered(prompt, continuations, spans, example.where)
 
     def _find(self, continuation: str, response: str, example: Example) -> Span:
-        """Return where the response is, as it is or stripped: behind the opening, whose words it may repeat."""
+        """Return where the response is, as it is or stripped. It comes after the opening, whose words it may repeat."""
         opening = self._opening or ""
         start = len(opening) if continuation.startswith(opening) else 0
         forms = (response, 0), (response.strip(), len(response) - len(response.lstrip()))

@@ -1,4 +1,4 @@
-"""Which prompt–response pair belongs to which split, and which ones are shots: pairs that share a key stay together."""
+"""Assign prompt–response pairs to splits, and draw the shots. Pairs that share a key stay together."""
 
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -18,7 +18,7 @@ class Example(NamedTuple):
         response: empty where the source has prompts only.
         keys: texts that no two splits may share.
         choices: of a multiple-choice question, `response` among them; else empty.
-        correct: number of the right choice, 0 if there are none.
+        correct: number of the right choice; 0 without choices.
         where: the row's place in its source, for messages.
     """
 

@@ -35,7 +35,7 @@ Encode = Callable[[Sequence[Example]], list[EncodedExample]]
 
 
 class InstructionSize(NamedTuple):
-    """What a split holds.
+    """The size of a split.
 
     Attributes:
         examples: number of examples.
@@ -116,7 +116,7 @@ def _features(sources: Sequence[str]) -> Features:
 
 
 def _too_long(encoded: EncodedExample, max_length: int) -> str:
-    """Return what a prompt should have been that leaves no room for a response; nothing if all leave some."""
+    """Return how long a prompt may be where one leaves no room for a response, and "" where all leave some."""
     for name, view in [(None, encoded.own), *encoded.sources.items()]:
         needed = 1 if any(view.responses) else 0  # of a source of prompts only they are empty
         if len(view.prompt) > max_length - needed:

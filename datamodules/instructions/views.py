@@ -55,7 +55,7 @@ class EncodedExample(NamedTuple):
     Attributes:
         sample_id: number of its content.
         own: in the tokens of the data module's tokenizer.
-        sources: name → in the tokens of another one.
+        sources: name → in the tokens of that other tokenizer.
     """
 
     sample_id: int
@@ -94,7 +94,7 @@ class InstructionView:
         """Makes the texts.
 
         Raises:
-            ValueError: If a chat template is asked for and there is none.
+            ValueError: If the template is `"chat"` and the tokenizer lacks one.
         """
         if not self.chat:
             return TemplateLayout(self.template, self.tokenizer)
@@ -103,10 +103,10 @@ class InstructionView:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """All that decides the token ids of a pair; for `digest`.
+        """Everything that decides the token ids of a pair; for `digest`.
 
         Raises:
-            ValueError: If a chat template is asked for and there is none.
+            ValueError: If the template is `"chat"` and the tokenizer lacks one.
         """
         tokenizer = self.tokenizer.backend_tokenizer.to_str(), sorted(self.tokenizer.special_tokens_map.items())
         if not self.chat:
@@ -121,7 +121,7 @@ class InstructionView:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What batches need to know of the tokenizer."""
+        """The numbers of the tokenizer that batches hold."""
         layout_id = int(digest(self.key, self.max_length)[:16], 16) >> 1
         return Vocabulary(self.pad_token_id, tokenizer_id(self.tokenizer), layout_id)
 
@@ -147,7 +147,7 @@ class InstructionEncoder:
         """Encode each example with its response, or with each of its choices.
 
         Raises:
-            ValueError: If there is no token in a response, or a layout cannot render an example; it names the row.
+            ValueError: If a response has no tokens, or a layout cannot render an example; it names the row.
         """
         shots = [shots_before(example, self.shots) for example in examples]
         numbers = [sample_id(*pair, self.system_prompt) for pair in zip(examples, shots, strict=True)]

@@ -22,7 +22,7 @@ DOCUMENTS_A_BATCH = 256
 
 
 class SplitSize(NamedTuple):
-    """What a split holds.
+    """The size of a split.
 
     Attributes:
         documents: number of documents.
