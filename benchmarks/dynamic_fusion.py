@@ -21,17 +21,17 @@ import torch
 
 from benchmarks.measure import machine, markdown_table
 from lit_logits import DynamicFusionDecoder
-from lit_logits.datamodules import InstructionDataModule
+from lit_logits.datamodules import InstructionDataModule, PairSource
 from lit_logits.modules import find_tokenizer, load_causal_lm
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 
 
 def make_data(args: argparse.Namespace, rows: int) -> dict[str, InstructionDataModule]:
     shared: dict[str, Any] = {"tokenizer": args.model, "max_test_rows": rows, "max_length": 512, "batch_size": 8}
-    columns: dict[str, Any] = {"prompt_column": "question", "response_column": "answer"}
+    arithmetic = PairSource(args.gsm8k, prompt_column="question", response_column="answer")
     return {
         "python": InstructionDataModule("python-questions", **shared),
-        "arithmetic": InstructionDataModule(args.gsm8k, **columns, **shared),
+        "arithmetic": InstructionDataModule(arithmetic, **shared),
     }
 
 

@@ -48,7 +48,7 @@ def digest_file(path: str | Path) -> str:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Make sure that the folder `target` exists, building it if it does not, and return it.
 
-    What a killed build left behind is removed by the next one.
+    The next build removes what a killed one has left.
 
     Args:
         target: folder of the cache entry; its name identifies its content.

@@ -1,12 +1,14 @@
 """A data module's part in resuming in mid-epoch: it takes the loader's position to the checkpoint and back."""
 
+from abc import abstractmethod
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-__all__ = ["ResumePoint"]
+__all__ = ["ResumePoint", "Resumes"]
 
 
 class ResumePoint:
@@ -50,6 +52,42 @@ class ResumePoint:
             loader.load_state_dict(state_dict["train"])
         else:
             self._saved = state_dict["train"]
+
+
+class Resumes:
+    """Give a data module its state in a checkpoint, and its loaders their common arguments.
+
+    This is not a data module itself, so that the command line does not offer it as one.
+
+    Attributes:
+        trainer: as Lightning sets it; None outside of a run.
+        num_workers: processes that load batches.
+    """
+
+    trainer: Any
+    num_workers: int
+    _resume: ResumePoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training loader's position and what gives it a meaning."""
+        return self._resume.state_dict(self.trainer, self._order())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a saved position for the training loader."""
+        self._resume.load_state_dict(state_dict, self.trainer, self._order())
+
+    @abstractmethod
+    def _order(self) -> dict[str, Any]:
+        """Return what, besides the position, decides which batch comes next."""
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        """Arguments of every loader."""
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
 
 def _fit_loader(trainer: Trainer | None) -> Any:

@@ -1,6 +1,6 @@
 """Where the documents come from: files, a Hugging Face data set, or the standard library's documentation.
 
-`source` names one of these:
+The `path` of a source names one of these:
 
 * `"python-docs"`: the documentation of the running Python's standard library;
 * paths or globs: a `.txt` or `.md` file is one document, a line of a `.jsonl` and a row of a `.parquet` file are one
@@ -94,7 +94,7 @@ def stream_source(source: Source, subset: str | None, text_column: str) -> dict[
         the shards of the training stream.
 
     Raises:
-        ValueError: If the source cannot be found, or is `"python-docs"`, which is no stream.
+        ValueError: If the source cannot be found, or is `"python-docs"`, which cannot be streamed.
     """
     if source == "python-docs":
         raise ValueError("Expected `streaming` to be False for the source 'python-docs', but got True.")
@@ -111,7 +111,7 @@ def iter_column(rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[st
     """Yield the column's strings; a null is an empty document.
 
     Raises:
-        ValueError: If there is no such column, or it holds something other than strings.
+        ValueError: If the column is missing, or holds something other than strings.
     """
     for row in rows:
         if text_column not in row:
@@ -154,15 +154,20 @@ def _match(pattern: str) -> list[str]:
 
 
 def dataset_builder(source: Source, subset: str | None, *, embedded: str = "python-docs") -> Any:
-    """Return the `datasets` builder of a hub name or a local folder, or say why there is none.
+    """Return the `datasets` builder of a hub name or a local folder.
+
+    Args:
+        source: hub name or folder.
+        subset: configuration of a Hugging Face data set.
+        embedded: name of the source that is always there, for the message.
 
     Raises:
-        ValueError: If there is none; `embedded` names the source that is always there.
+        ValueError: If there is nothing to build from; it says why.
     """
     name = dataset_name(source)
     try:
         if not Path(name).is_dir() and (Path(name).suffix in SUFFIXES or name.startswith(("/", "./", "../"))):
-            raise FileNotFoundError("that is no name of a data set")
+            raise FileNotFoundError("that is not the name of a data set")
         return load_dataset_builder(name, subset)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -209,7 +214,7 @@ def iter_jsonl(file: str, text_column: str) -> Iterator[str]:
     """Yield one string a line; blank lines are skipped.
 
     Raises:
-        ValueError: If a line is no JSON object with a string under `text_column`; it names the file and the line.
+        ValueError: If a line is not a JSON object with a string under `text_column`; it names the file and the line.
     """
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Which document belongs to which split: decided by the documents' text, so that no text is in two of them."""
+"""Assign documents to splits by their text, so that no text is in two of them."""
 
 import hashlib
 from collections import Counter
@@ -14,7 +14,11 @@ FEW_DOCUMENTS = 40
 
 
 def check_fractions(fractions: dict[str, float]) -> None:
-    """Raise a ValueError unless each share is in [0, 1) and something is left for training."""
+    """Raise unless each share is in [0, 1) and something is left for training.
+
+    Raises:
+        ValueError: If a share is out of range, or all together leave nothing.
+    """
     for name, fraction in fractions.items():
         if not 0 <= fraction < 1:
             raise ValueError(f"Expected `{name}_fraction` to be in [0, 1), but got {fraction}.")

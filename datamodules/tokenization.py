@@ -1,14 +1,16 @@
 """The tokenizer: loaded from the hub, a folder or a GGUF file, or a byte-level BPE trained on the training split."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = ["load_tokenizer", "tokenizer_id", "train_bpe"]
+from lit_logits.datamodules.caching import build_once
+
+__all__ = ["load_or_train_tokenizer", "load_tokenizer", "tokenizer_id", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -21,7 +23,7 @@ def load_tokenizer(name: str | Path, argument: str = "`tokenizer`") -> PreTraine
         argument: what error messages call it.
 
     Raises:
-        ValueError: If there is no such tokenizer, or it is a slow one, or it has no end-of-sequence token.
+        ValueError: If the tokenizer cannot be found, is a slow one, or has no end-of-sequence token.
     """
     path = Path(name).expanduser()
     try:
@@ -36,6 +38,22 @@ def load_tokenizer(name: str | Path, argument: str = "`tokenizer`") -> PreTraine
             f"Expected {argument} to be a hub id, a local folder, or a `.gguf` file, but got {str(name)!r}: {error}"
         ) from error
     return _check(tokenizer, name, argument)
+
+
+def load_or_train_tokenizer(
+    name: str | None, cache_dir: Path, key: Callable[[], str], train: Callable[[Path], None]
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer, or without a name the BPE of the cache, which the first use in any process trains.
+
+    Args:
+        name: hub id, local folder or `.gguf` file; None is the BPE.
+        cache_dir: folder of the cache.
+        key: returns the digest of all that shapes the BPE; not called with a name, as it may read the source.
+        train: writes the BPE into the folder that it is given.
+    """
+    if name is not None:
+        return load_tokenizer(name)
+    return load_tokenizer(build_once(cache_dir / f"tokenizer-{key()}", train))
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, directory: Path) -> None:

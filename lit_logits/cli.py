@@ -88,6 +88,13 @@ _HEAD_ARGUMENTS = (
 )
 
 
+_SOURCE_ARGUMENTS = {
+    "TextDataModule": ("subset", "text_column"),
+    "ImageDataModule": ("subset", "image_column", "label_column"),
+    "InstructionDataModule": ("subset", "prompt_column", "response_column", "choices_column", "answer_column"),
+}
+
+
 class _Parser(LightningArgumentParser):
     """A parser whose errors explain arguments that have moved or changed their names since version 0.1."""
 
@@ -106,7 +113,27 @@ class _Parser(LightningArgumentParser):
             )
         if "'kd_weight'" in message and "DualHeadKD" in message:
             message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."
-        return super().error(message, *args, **kwargs)
+        return super().error(message + _new_form_of_data(message), *args, **kwargs)
+
+
+def _new_form_of_data(message: str) -> str:
+    """Return what an error adds that refuses an argument which a data module had in version 0.1."""
+    data = next((data for data in _SOURCE_ARGUMENTS if f"{data}':" in message), "")
+    refused = re.findall(r"Option '(\w+)' is not accepted", message)
+    old = refused[0] if data and refused else ""
+    if old in _SOURCE_ARGUMENTS.get(data, ()):
+        return (
+            f"\nSince version 0.2 `{old}` is an argument of the source. Write it in a recipe as `source: {{path: ...,"
+            f" {old}: ...}}`, on the command line as `--data.source.path ... --data.source.{old} ...`."
+        )
+    if old == "chat_template":
+        return "\nSince version 0.2 it is a `template`: write `template: chat`."
+    if old == "chat_sources":
+        return (
+            "\nSince version 0.2 every one of `source_tokenizers` has a template of its own: write"
+            " `source_tokenizers: {NAME: {tokenizer: ..., template: chat}}`."
+        )
+    return ""
 
 
 class LitLogitsCLI(LightningCLI):

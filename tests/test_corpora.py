@@ -14,7 +14,7 @@ from datasets import Dataset
 from lit_logits.datamodules.python_docs import read_python_docs
 from lit_logits.datamodules.sources import fingerprint_source, read_source, stream_source
 from lit_logits.datamodules.splitting import bucket_of, carve_splits
-from lit_logits.datamodules.text.corpus import Corpus
+from lit_logits.datamodules.text.corpus import Corpus, TextSource
 
 
 def write_jsonl(path, texts, column="text"):
@@ -53,7 +53,7 @@ def test_own_splits_of_a_data_set_are_used_and_missing_ones_carved(tmp_path, str
     write_jsonl(tmp_path / "train.jsonl", [f"train {i}" for i in range(300)])
     write_jsonl(tmp_path / "validation.jsonl", [f"own {i}" for i in range(7)])
     fractions = {"val": 0.3, "test": 0.3}
-    corpus = Corpus(str(tmp_path), None, "text", streaming=streaming, fractions=fractions, seed=0)
+    corpus = Corpus(TextSource(str(tmp_path)), streaming=streaming, fractions=fractions, seed=0)
     assert set(corpus.splits) == {"train", "val", "test"}
     train, val, test = ([*corpus.documents(name)] for name in ("train", "val", "test"))
     assert val == [f"own {i}" for i in range(7)]
@@ -68,7 +68,7 @@ def test_own_splits_of_a_data_set_are_used_and_missing_ones_carved(tmp_path, str
             "missing.txt",
             "Expected `source` to be .* but got 'missing.txt'. As a path: nothing matches it in .* As a data",
         ),
-        ("./missing", "nothing matches it in .* that is no name of a data set"),
+        ("./missing", "nothing matches it in .* that is not the name of a data set"),
         ("nobody/nothing-here", "As a path: nothing matches it in .* As a data set \\(subset None\\): "),
         (["*.missing"], "Expected every `source` of a list to be a file or glob, but nothing matches '\\*.missing'"),
         ([], "Expected `source` to name at least one file"),

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_logits import DynamicFusionDecoder
 from lit_logits.callbacks import FusionWeightLogger, JsonLinesWriter
 from lit_logits.cli import LitLogitsCLI
-from lit_logits.datamodules import InstructionDataModule
+from lit_logits.datamodules import InstructionDataModule, PairSource
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.functional import fuse_logits, fusion_weights
 from lit_logits.modules import split_prompts
@@ -210,10 +210,7 @@ def test_choices_are_judged_by_log_likelihood_a_token(files, tmp_path):
     ]
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     module = InstructionDataModule(
-        str(tmp_path / "choices.jsonl"),
-        prompt_column="q",
-        choices_column="options",
-        answer_column="right",
+        PairSource(str(tmp_path / "choices.jsonl"), prompt_column="q", choices_column="options", answer_column="right"),
         tokenizer=str(files / "tokenizer"),
         batch_size=2,
         test_fraction=0.5,

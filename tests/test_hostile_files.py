@@ -128,6 +128,22 @@ def test_no_argument_takes_a_program(argument, capsys):
     assert last in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", ["os.system", "lit_logits.CausalLM"])
+@pytest.mark.parametrize("data", ["TextDataModule", "ImageDataModule", "InstructionDataModule"])
+def test_a_source_of_rows_is_data(data, program, capsys):
+    arguments = [{"source": spec(program)}, {"source": {"path": spec(program)}}]
+    if data == "InstructionDataModule":
+        arguments += [{"source_tokenizers": {"a": other}} for other in (spec(program), {"tokenizer": spec(program)})]
+    for given in arguments:
+        recipe = {"model": {"class_path": "CausalLM", "init_args": {"model": "x"}}}
+        recipe["data"] = {"class_path": data, "init_args": given}
+        Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", "recipe.yaml", "--trainer.logger", "false"])
+        assert stop.value.code == 2  # refused as it is read
+        assert next(iter(given)) in capsys.readouterr().err
+
+
 # --- checkpoints and weights ---
 
 

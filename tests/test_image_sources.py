@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-from lit_logits.datamodules import ImageDataModule
+from lit_logits.datamodules import ImageDataModule, ImageSource
 from lit_logits.datamodules.images.presets import PRESETS, find_preset
 from lit_logits.datamodules.images.transforms import to_rgb
 
@@ -73,9 +73,12 @@ def cifar100(monkeypatch, tmp_path):
     """The short name opens a small data set in a folder."""
     path = write_data_set(tmp_path / "hub", {"train": 60, "test": 20})
     monkeypatch.setitem(PRESETS, "cifar100", PRESETS["cifar100"]._replace(path=path))
-    return lambda **kwargs: ready(
-        ImageDataModule("cifar100", **{"cache_dir": str(tmp_path), "batch_size": 4, **kwargs})
-    )
+
+    def build(columns=None, **kwargs):
+        source = ImageSource("cifar100", **(columns or {}))
+        return ready(ImageDataModule(source, **{"cache_dir": str(tmp_path), "batch_size": 4, **kwargs}))
+
+    return build
 
 
 def test_short_name_opens_the_data_set_as_the_field_does(cifar100):
@@ -84,7 +87,7 @@ def test_short_name_opens_the_data_set_as_the_field_does(cifar100):
     assert {name: len(items) for name, items in data._items.items()} == {"train": 54, "val": 6, "test": 20}
     val = set(data._items["val"].rows)
     assert not val & set(data._items["train"].rows)
-    splits = data.source.splits
+    splits = data.images.splits
     for name, own in (("train", "train"), ("val", "train"), ("test", "test")):
         items = data._items[name]
         for i in (0, len(items) - 1):
@@ -105,11 +108,11 @@ def test_without_a_fraction_cifar_is_validated_on_its_test_split(cifar100):
 
 
 def test_other_columns_can_be_chosen(cifar100):
-    assert cifar100(label_column="coarse_label").class_names == ["p", "q"]
+    assert cifar100({"label_column": "coarse_label"}).class_names == ["p", "q"]
     with pytest.raises(ValueError, match=r"Expected `image_column` to be one of \['img'\], but got 'fine_label'"):
-        cifar100(image_column="fine_label")
+        cifar100({"image_column": "fine_label"})
     with pytest.raises(ValueError, match=r"Expected `label_column` to be one of \['img', 'fine_label'.*got 'label'"):
-        cifar100(label_column="label")
+        cifar100({"label_column": "label"})
 
 
 def test_path_on_the_hub_is_as_good_as_the_short_name():
@@ -129,17 +132,18 @@ def test_hub_data_set_is_opened_by_name(monkeypatch, tmp_path):
     builder = SimpleNamespace(hash="1", info=info)
     monkeypatch.setattr(f"{module}.load_dataset_builder", lambda name, subset: builder)
     monkeypatch.setattr(f"{module}.load_dataset", lambda name, subset: loads.append((name, subset)) or saved)
-    options = {"label_column": "fine_label", "image_size": 32, "batch_size": 4, "cache_dir": str(tmp_path)}
-    data = ImageDataModule("some/thing", "small", **options)
+    source = ImageSource("some/thing", "small", label_column="fine_label")
+    options = {"image_size": 32, "batch_size": 4, "cache_dir": str(tmp_path)}
+    data = ImageDataModule(source, **options)
     assert (data.num_classes, loads) == (5, [])
     ready(data)
     assert loads == [("some/thing", "small")]
     assert {name: len(items) for name, items in data._items.items()} == {"train": 54, "test": 6, "val": 10}
-    again = ready(ImageDataModule("some/thing", "small", **options))
+    again = ready(ImageDataModule(source, **options))
     assert len(loads) == 1  # the cache holds images and labels
     before = data.library.directory
     builder.hash = "2"  # another revision
-    assert ImageDataModule("some/thing", "small", **options).library.directory != before == again.library.directory
+    assert ImageDataModule(source, **options).library.directory != before == again.library.directory
 
 
 def test_split_without_labels_counts_as_absent(monkeypatch, tmp_path):
@@ -149,9 +153,10 @@ def test_split_without_labels_counts_as_absent(monkeypatch, tmp_path):
         tmp_path / "hub", {"train": 40, "validation": 10, "test": 10}, names=names, unlabelled=["test"]
     )
     monkeypatch.setitem(PRESETS, "imagenet", PRESETS["imagenet"]._replace(path=path))
-    options = {"label_column": "label", "batch_size": 4, "cache_dir": str(tmp_path)}
+    source = {"path": "imagenet", "label_column": "label"}
+    options = {"batch_size": 4, "cache_dir": str(tmp_path)}
     for size in (32, 72):
-        data = ImageDataModule("imagenet", image_size=size, **options)
+        data = ImageDataModule(source, image_size=size, **options)
         with pytest.warns(UserWarning, match="Expected the test split of .* to have labels, but all of them are -1"):
             ready(data)
         assert {name: len(items) for name, items in data._items.items()} == {"train": 40, "val": 10, "test": 10}
@@ -182,7 +187,8 @@ def test_plain_columns_of_classes(tmp_path, values):
     rows = {"image": [np.zeros((8, 8, 3), np.uint8)] * 8, "kind": values * 2}
     features = Features({"image": Image(), "kind": Value("string" if isinstance(values[0], str) else "int64")})
     DatasetDict({"train": Dataset.from_dict(rows, features)}).save_to_disk(tmp_path / "data")
-    data = ready(ImageDataModule(str(tmp_path / "data"), label_column="kind", image_size=8, cache_dir=str(tmp_path)))
+    source = ImageSource(str(tmp_path / "data"), label_column="kind")
+    data = ready(ImageDataModule(source, image_size=8, cache_dir=str(tmp_path)))
     assert data.class_names == [str(value) for value in sorted(set(values))]
     for items in data._items.values():
         named = [data.class_names[label] for label in items.labels]
@@ -242,16 +248,19 @@ CHANGES = {"image_size": 12, "file": None, "label_column": "other", "source": No
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_setting_never_meets_a_stale_cache(tmp_path, name):
-    options = {"label_column": "label", "cache_dir": str(tmp_path / "cache"), "batch_size": 4, "image_size": 32}
-    source = write_data_set(tmp_path / "a", {"train": 20}, names=("image", "label", "other"))
+    options = {"cache_dir": str(tmp_path / "cache"), "batch_size": 4, "image_size": 32}
+    path = write_data_set(tmp_path / "a", {"train": 20}, names=("image", "label", "other"))
+    source = {"path": path, "label_column": "label"}
     if name == "file":
-        source, options = str(write_folder(tmp_path / "images")), {**options, "image_size": 16}
+        source, options = ImageSource(str(write_folder(tmp_path / "images"))), {**options, "image_size": 16}
     before = ready(ImageDataModule(source, **options))
     pixels = np.load(before.library.directory / "train.npy")
     if name == "file":  # the same names, other content, one file after the other
         write_folder(tmp_path / "images", seed=1, classes="b")
     elif name == "source":
-        source = write_data_set(tmp_path / "b", {"train": 25}, names=("image", "label", "other"))
+        source["path"] = write_data_set(tmp_path / "b", {"train": 25}, names=("image", "label", "other"))
+    elif name == "label_column":
+        source[name] = CHANGES[name]
     else:
         options[name] = CHANGES[name]
     after = ready(ImageDataModule(source, **options))
@@ -315,7 +324,7 @@ def test_processes_that_prepare_at_once_decode_once(tmp_path, monkeypatch):
         return to_rgb(image)
 
     monkeypatch.setattr("lit_logits.datamodules.images.storage.to_rgb", slow)
-    _ = data.source.labels  # read before the fork
+    _ = data.images.labels  # read before the fork
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=data.prepare_data) for _ in range(2)]
     for process in processes:
@@ -350,9 +359,9 @@ def test_cache_folder_follows_xdg(monkeypatch, tmp_path):
     [
         (
             "nobody/nothing-here",
-            r"Expected `source` to be 'digits', .* but got 'nobody/nothing-here'. As a folder: there",
+            r"Expected `source` to be 'digits', .* but got 'nobody/nothing-here'. As a folder: it",
         ),
-        ("./missing", "As a folder: there is none in .* that is no name of a data set"),
+        ("./missing", "As a folder: it is not in .* that is not the name of a data set"),
         ("cifar1000", "Expected `source` to be 'digits', 'cifar10', 'cifar100', .* but got 'cifar1000'"),
     ],
 )
@@ -399,9 +408,9 @@ def test_broken_file_is_named(tmp_path, size):
 def test_data_without_a_training_split(tmp_path):
     path = write_data_set(tmp_path / "x", {"test": 10})
     with pytest.raises(ValueError, match=r"a split named 'train', but its splits are \['test'\]"):
-        ImageDataModule(path, label_column="fine_label", cache_dir=str(tmp_path)).prepare_data()
+        ImageDataModule(ImageSource(path, label_column="fine_label"), cache_dir=str(tmp_path)).prepare_data()
 
 
 def test_subset_of_what_has_none(tmp_path):
     with pytest.raises(ValueError, match="Expected `subset` to be None for 'digits', but got 'x'"):
-        ImageDataModule(subset="x", cache_dir=str(tmp_path)).prepare_data()
+        ImageDataModule(ImageSource("digits", "x"), cache_dir=str(tmp_path)).prepare_data()

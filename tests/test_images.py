@@ -249,7 +249,7 @@ def test_large_images_are_cropped_where_they_are_decoded(tmp_path):
     train, val = data._items["train"], data._items["val"]
     assert len(train) == 16
     files = [tmp_path / "images" / name / f"{i}.png" for name in "ab" for i in (0, 1, *range(2, 10))]
-    rows = data.source.splits["train"]
+    rows = data.images.splits["train"]
     assert {Path(rows[int(row)]["image"].filename) for row in (*train.rows, *val.rows)} == set(files)
     for i in range(len(val)):
         image = rows[int(val.rows[i])]["image"].convert("RGB")

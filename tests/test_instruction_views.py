@@ -13,10 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_logits.datamodules import InstructionDataModule
+from lit_logits.datamodules import InstructionDataModule, SourceTokenizer
 from lit_logits.datamodules.instructions.layouts import ChatLayout
 from lit_logits.datamodules.instructions.splits import Example, draw_shots
-from lit_logits.datamodules.instructions.storage import read_instruction_sizes
+from lit_logits.datamodules.instructions.storage import InstructionSize
+from lit_logits.datamodules.prepared import read_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, tokenizer_id, train_bpe
 
 PIECES = [
@@ -56,6 +57,9 @@ def save(backend, path, chat_template=None, eos="<eos>"):
     tokenizer.save_pretrained(path)
 
 
+PLAIN = "Question: {prompt}\nAnswer: {response}"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sixty pairs, byte-level BPEs of 300 and 400 tokens, a Unigram that writes ▁, and a WordPiece."""
@@ -83,10 +87,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder, tmp_path):
-    def build(sources=(), **kwargs):
+    def build(sources=(), templates=None, **kwargs):
         settings = {"source": str(folder / "pairs.jsonl"), "tokenizer": str(folder / "bpe300"), "batch_size": 4}
         shares = {"val_fraction": 0.1, "test_fraction": 0.2, "cache_dir": str(tmp_path / "cache")}
-        others = {name: str(folder / name) for name in sources} or None
+        own = templates or {}
+        others = {name: {"tokenizer": str(folder / name), "template": own.get(name)} for name in sources} or None
         return InstructionDataModule(**{**settings, **shares, "source_tokenizers": others, **kwargs})
 
     return build
@@ -120,7 +125,7 @@ def only(data):
 
 
 def single(tmp_path, response, prompt="p"):
-    options = {"response_column": "response", "val_fraction": 0, "predict_split": "all", "test_fraction": 0}
+    options = {"val_fraction": 0, "predict_split": "all", "test_fraction": 0}
     return {"source": write_jsonl(tmp_path / "one.jsonl", [(prompt, response)]), **options}
 
 
@@ -217,7 +222,8 @@ def test_each_token_has_read_what_is_decoded_up_to_it(make, folder, chat):
     """Oracle: the tokenizers' own decoders, at every position of every response, in five of them."""
     names = ["bpe300", "bpe400", "unigram", "words"]
     chats = ["bpe400"] if chat else []
-    data = make(names, chat_template=chat, chat_sources=chats, predict_split="all", batch_size=7)
+    templates = dict.fromkeys(names, PLAIN) | dict.fromkeys(chats, "chat")
+    data = make(names, templates, template="chat" if chat else PLAIN, predict_split="all", batch_size=7)
     responses = [example.response for name in ("train", "val", "test") for example in ready(data).pairs.splits[name]]
     checked = dict.fromkeys([None, *names], 0)
     for batch in batches(data):
@@ -254,7 +260,7 @@ def test_equal_numbers_are_the_same_place(make):
 
 def test_prompts_alone_have_read_nothing(make, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "and two"}\n')
-    [batch] = batches(make(["words"], source=str(tmp_path / "prompts.jsonl"), response_column=None))
+    [batch] = batches(make(["words"], source={"path": str(tmp_path / "prompts.jsonl"), "response_column": None}))
     for view in (batch, batch["sources"]["words"]):
         lengths = view["attention_mask"].sum(1)
         expected = torch.full_like(view["input_ids"], -1)
@@ -268,7 +274,8 @@ def test_prompts_alone_have_read_nothing(make, tmp_path):
 
 def test_each_model_has_its_own_chat_template(make, folder):
     names = ["bpe300", "bpe400", "words"]
-    data = make(names, chat_template=True, chat_sources=["bpe400"], system_prompt="Be short.", num_shots=1)
+    templates = {"bpe300": PLAIN, "words": PLAIN}
+    data = make(names, templates, template="chat", system_prompt="Be short.", num_shots=1)
     [shot] = [shot for shot in draw_shots(ready(data).pairs.splits["train"], 1, 42)][:1]
     for batch in batches(data):
         for row, number in enumerate(batch["rows"].tolist()):
@@ -288,12 +295,32 @@ def test_each_model_has_its_own_chat_template(make, folder):
             assert "Be" not in texts["words"]
 
 
-@pytest.mark.parametrize(("chat", "chat_sources", "expected"), [(True, None, [1, 1]), (False, None, [0, 0])])
-def test_sources_follow_the_data_module_by_default(make, chat, chat_sources, expected):
-    data = make(["bpe300", "bpe400"], chat_template=chat, chat_sources=chat_sources)
-    assert [view.chat for view in data._sources.values()] == [bool(x) for x in expected]
-    assert not make(["bpe400"], chat_template=True, chat_sources=[])._sources["bpe400"].chat
-    assert make(["bpe400"], chat_sources=["bpe400"], system_prompt="s")._sources["bpe400"].chat
+@pytest.mark.parametrize("template", ["chat", "Q: {prompt} A: {response}"])
+def test_sources_follow_the_data_module_by_default(make, template):
+    data = make(["bpe300", "bpe400"], template=template)
+    assert [view.template for view in data._sources.values()] == [template] * 2
+    assert make(["bpe400"], {"bpe400": PLAIN}, template="chat")._sources["bpe400"].template == PLAIN
+    assert make(["bpe400"], {"bpe400": "chat"}, system_prompt="s")._sources["bpe400"].system_prompt == "s"
+
+
+def test_a_source_may_have_a_template_and_a_system_prompt_of_its_own(make, folder):
+    tokenizer = str(folder / "bpe300")
+    plain = SourceTokenizer(tokenizer, "{prompt} = {response}")
+    others = {"plain": plain, "chat": {"tokenizer": tokenizer, "template": "chat", "system_prompt": "Own."}}
+    data = make(template="chat", system_prompt="Ours.", source_tokenizers={**others, "same": tokenizer})
+    [prompt, response] = ready(data).pairs.splits["test"][0][:2]
+    batch = next(iter(data.test_dataloader()))
+    views = {"ours": batch, **batch["sources"]}
+    texts = {
+        name: data.tokenizer.decode(view["input_ids"][0][view["attention_mask"][0].bool()])
+        for name, view in views.items()
+    }
+    turns = f"<user>{prompt}<end>\n<assistant>{response}<end>\n"
+    assert texts["ours"] == texts["same"] == f"<system>Ours.<end>\n{turns}"
+    assert texts["chat"] == f"<system>Own.<end>\n{turns}"
+    assert texts["plain"] == f"{prompt} = {response}<|endoftext|>"
+    assert data.layout_ids["same"] == data.layout_ids[""]
+    assert len(set(data.layout_ids.values())) == 3
 
 
 def render(folder, template, response):
@@ -332,7 +359,7 @@ def test_template_that_changes_the_response_is_refused(folder):
 
 
 def test_tokens_before_a_trimmed_response_have_read_nothing_and_the_first_all_that_was_stripped(make, tmp_path, folder):
-    data = make(tokenizer=str(folder / "bpe400"), chat_template=True, **single(tmp_path, " \n z "))
+    data = make(tokenizer=str(folder / "bpe400"), template="chat", **single(tmp_path, " \n z "))
     _, ids, ends = only(data)
     assert data.tokenizer.convert_ids_to_tokens(ids)[0] == "z"
     assert ends[0] == 4
@@ -363,12 +390,12 @@ def test_sample_ids_are_of_the_content(make, folder):
     assert all(0 <= number < 2**63 for number in first)
     text = repr((None, [], *PAIRS[3])).encode()
     assert first[int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1] == PAIRS[3]
-    others = [{"seed": 1, "test_fraction": 0.4}, {"tokenizer": str(folder / "bpe400"), "chat_template": True}]
+    others = [{"seed": 1, "test_fraction": 0.4}, {"tokenizer": str(folder / "bpe400"), "template": "chat"}]
     for other in (*others, {"template": "{prompt} {response}", "sources": ["words"], "max_length": 60}):
         assert ids_of(make(batch_size=1, **other)) == first
     changed = [{"num_shots": 1}, {"num_shots": 2}, {"num_shots": 1, "seed": 2}]
     seen = set(first)
-    for other in (*changed, {"chat_template": True, "system_prompt": "s"}):
+    for other in (*changed, {"template": "chat", "system_prompt": "s"}):
         new = ids_of(make(batch_size=1, **other))
         assert len(new) == 60
         assert not seen & set(new)
@@ -425,7 +452,7 @@ def test_pair_is_dropped_for_all_if_it_is_too_long_for_one(make, tmp_path):
         data = ready(make(max_length=30, **kwargs, **options))
         found = [(batch["rows"].item(), list(batch["sources"])) for batch in data.train_dataloader()]
         assert sorted(row for row, _ in found) == [0, 2]
-        assert read_instruction_sizes(data._directory)["train"].dropped == 1
+        assert read_sizes(data._directory, InstructionSize)["train"].dropped == 1
     ready(make(max_length=30, **options))  # it has room in the other one
     with pytest.raises(
         ValueError, match=r"\(row 1 of 'test' .*\) to have at most 29 tokens of `source_tokenizers\['bytes'\]`"
@@ -456,6 +483,7 @@ def test_response_without_tokens_is_named(make, tmp_path, own):
 
 
 def test_sources_are_part_of_the_fingerprint(make, folder):
+    chat = str(folder / "bpe400")
     prints = {
         make(**kwargs).fingerprint
         for kwargs in (
@@ -463,13 +491,14 @@ def test_sources_are_part_of_the_fingerprint(make, folder):
             {"sources": ["bpe400"]},
             {"source_tokenizers": {"other": str(folder / "bpe400")}},
             {"source_tokenizers": {"bpe400": str(folder / "bpe300")}},
-            {"sources": ["bpe400"], "chat_sources": ["bpe400"]},
-            {"sources": ["bpe400"], "chat_sources": ["bpe400"], "system_prompt": "s"},
+            {"sources": ["bpe400"], "templates": {"bpe400": "chat"}},
+            {"sources": ["bpe400"], "templates": {"bpe400": "chat"}, "system_prompt": "s"},
+            {"source_tokenizers": {"bpe400": {"tokenizer": chat, "template": "chat", "system_prompt": "t"}}},
             {"sources": ["bpe400", "words"]},
             {"predict_split": "all"},
         )
     }
-    assert len(prints) == 8
+    assert len(prints) == 9
     one, other = (make(sources).fingerprint for sources in (["bpe400", "words"], ["words", "bpe400"]))
     assert one == other
 
@@ -477,9 +506,18 @@ def test_sources_are_part_of_the_fingerprint(make, folder):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"chat_sources": ["x"]}, r"Expected `chat_sources` to hold keys of `source_tokenizers`, \[\], but got 'x'."),
-        ({"sources": ["words"], "chat_sources": ["words", "x"]}, r"of `source_tokenizers`, \['words'\], but got 'x'."),
-        ({"sources": ["words"], "system_prompt": "s"}, "Expected `system_prompt` to be None without `chat_template`"),
+        (
+            {"source_tokenizers": {"x": {"tokenizer": "x", "chat": True}}},
+            r"Expected `source_tokenizers\['x'\]` to have keys of \['tokenizer', 'template', 'system_prompt'\], but",
+        ),
+        ({"source_tokenizers": {"x": {"template": "chat"}}}, r"and to give \['tokenizer'\], but got \['template'\]"),
+        ({"source": {"subset": "x"}}, r"Expected `source` to have keys of .* and to give \['path'\], but got"),
+        ({"sources": ["words"], "templates": {"words": "{prompt}"}}, "Expected `template` to be 'chat', or to hold"),
+        (
+            {"source_tokenizers": {"x": {"tokenizer": "x", "system_prompt": "s"}}},
+            r"Expected the `system_prompt` of `source_tokenizers\['x'\]` to be None where its `template` is not 'chat'",
+        ),
+        ({"sources": ["words"], "system_prompt": "s"}, "Expected `system_prompt` to be None without a `template` of"),
         ({"predict_split": "train"}, "Expected `predict_split` to be 'test' or 'all', but got 'train'."),
     ],
 )
@@ -489,9 +527,9 @@ def test_argument_that_fits_no_other(make, kwargs, message):
 
 
 def test_other_tokenizer_that_does_not_serve_is_named(make, tmp_path):
-    message = r"Expected `source_tokenizers\['words'\]` to have a chat template, .* Leave 'words' out of `chat_sources`"
+    message = r"Expected `source_tokenizers\['words'\]` to have a chat template, .* Set its `template` to a text"
     with pytest.raises(ValueError, match=message):
-        make(["words"], chat_sources=["words"]).prepare_data()
+        make(["words"], {"words": "chat"}).prepare_data()
     with pytest.raises(ValueError, match=r"Expected `source_tokenizers\['g'\]` to be a hub id, a local folder, or a"):
         make(source_tokenizers={"g": str(tmp_path / "none.gguf")}).prepare_data()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
@@ -504,8 +542,8 @@ def test_multiple_choice(make, tmp_path):
     """A test batch has all choices and no sources, the others the right choice in all tokenizers."""
     rows = [{"prompt": f"Say {i}", "options": ["no", f"{i}", "é"], "label": i % 3} for i in range(20)]
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = {"source": str(tmp_path / "choices.jsonl"), "choices_column": "options", "answer_column": "label"}
-    data = ready(make(["bpe400"], **columns, batch_size=2))
+    source = {"path": str(tmp_path / "choices.jsonl"), "choices_column": "options", "answer_column": "label"}
+    data = ready(make(["bpe400"], source=source, batch_size=2))
     right = {}
     for batch in data.predict_dataloader():
         for view in (batch, batch["sources"]["bpe400"]):

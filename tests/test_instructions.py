@@ -20,9 +20,10 @@ from lit_logits.datamodules.instructions.batches import Vocabulary, collate_exam
 from lit_logits.datamodules.instructions.encoding import encode_rendered
 from lit_logits.datamodules.instructions.layouts import ChatLayout, TemplateLayout, split_template
 from lit_logits.datamodules.instructions.python_questions import read_python_questions
-from lit_logits.datamodules.instructions.sources import Columns, parse_row
+from lit_logits.datamodules.instructions.sources import PairSource, parse_row
 from lit_logits.datamodules.instructions.splits import Example, draw_shots, group_examples, split_examples
-from lit_logits.datamodules.instructions.storage import read_instruction_sizes
+from lit_logits.datamodules.instructions.storage import InstructionSize
+from lit_logits.datamodules.prepared import read_sizes
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import DenseLogitsHead
 
@@ -37,6 +38,10 @@ CHAT = (
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+PROMPTS = PairSource("prompts.jsonl", response_column=None)
+PLAIN = "Question: {prompt}\nAnswer: {response}"
 
 
 def as_rows(pairs):
@@ -177,7 +182,7 @@ def test_begin_token_is_added_where_the_tokenizer_adds_one(folder, make, tmp_pat
         assert (batch["input_ids"][:, 0] == bos).all()
         assert (batch["input_ids"] == bos).sum() == len(batch["rows"])
         assert ((batch["labels"] == 0).sum(1) == 1).all()
-    chat = ready(make(tokenizer=str(tmp_path / "bos"), chat_template=True))
+    chat = ready(make(tokenizer=str(tmp_path / "bos"), template="chat"))
     assert all((batch["input_ids"] != bos).all() for batch in chat.test_dataloader())  # the template writes none
 
 
@@ -209,7 +214,7 @@ def test_template_that_is_none(make, template):
 
 
 def test_chat_template_by_hand(make):
-    data = ready(make(chat_template=True, system_prompt="Add."))
+    data = ready(make(template="chat", system_prompt="Add."))
     responses = dict(PAIRS)
     for prompt, response in texts_of(data.test_dataloader(), data.tokenizer):
         question = re.fullmatch("<system>Add.<end>\n<user>(.*)<end>\n<assistant>", prompt).group(1)
@@ -217,7 +222,7 @@ def test_chat_template_by_hand(make):
 
 
 def test_whole_conversation_is_what_the_template_makes(make):
-    data = ready(make(chat_template=True))
+    data = ready(make(template="chat"))
     [batch, *_] = data.predict_dataloader()
     example = data.pairs.splits["test"][0]
     messages = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
@@ -237,12 +242,12 @@ def test_chat_template_that_does_not_fit(folder):
 
 def test_tokenizer_without_chat_template(folder, make, tmp_path):
     with pytest.raises(ValueError, match="Expected `tokenizer` to name one with a chat template, but got None"):
-        make(tokenizer=None, chat_template=True)
+        make(tokenizer=None, template="chat")
     tokenizer = load_tokenizer(folder / "bpe")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"Expected `tokenizer` to have a chat template, but '.*plain' has none"):
-        make(tokenizer=str(tmp_path / "plain"), chat_template=True).prepare_data()
+        make(tokenizer=str(tmp_path / "plain"), template="chat").prepare_data()
 
 
 def test_shots_are_the_same_training_pairs_for_every_row(make):
@@ -273,7 +278,7 @@ def test_row_is_never_its_own_shot(make):
 
 
 def test_shots_of_a_chat_are_earlier_turns(make):
-    data = ready(make(num_shots=1, chat_template=True))
+    data = ready(make(num_shots=1, template="chat"))
     shot = draw_shots(data.pairs.splits["train"], 1, 42)[0]
     for prompt in prompts_of(data.test_dataloader(), data.tokenizer):
         assert prompt.startswith(f"<user>{shot.prompt}<end>\n<assistant>{shot.response}<end>\n<user>")
@@ -298,7 +303,7 @@ def test_too_long_is_cut_or_dropped(make, tmp_path):
         assert batch["attention_mask"].sum() == batch["input_ids"].numel() == 10
         lengths[batch["rows"].item()] = (batch["labels"] != -100).sum().item()
     assert lengths == {0: 5, 1: 1}
-    size = read_instruction_sizes(data._directory)["train"]
+    size = read_sizes(data._directory, InstructionSize)["train"]
     assert size == (2, 6, 2, 1)
     assert str(size) == "2 examples, 6 response tokens (2 truncated, 1 dropped, see `max_length`)"
 
@@ -313,16 +318,18 @@ def test_prompt_for_evaluation_that_is_too_long_is_named(make, tmp_path):
 
 def test_prompts_only_are_all_for_predict(make, tmp_path):
     source = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in PAIRS])
-    data = ready(make(source=source, response_column=None))
+    data = ready(make(source={"path": source, "response_column": None}))
     pairs = texts_of(data.predict_dataloader(), data.tokenizer)
     assert pairs == [(f"Question: {prompt}\nAnswer:", "") for prompt, _ in PAIRS]
     assert data.val_dataloader() == []
     with pytest.raises(ValueError, match=r"Expected at least 4 training examples .* but got 0"):
         data.train_dataloader()
     longest = max(len(data.tokenizer.encode(prompt)) for prompt, _ in pairs)
-    ready(make(source=source, response_column=None, max_length=longest))  # no room for a response is needed
+    ready(
+        make(source={"path": source, "response_column": None}, max_length=longest)
+    )  # no room for a response is needed
     with pytest.raises(ValueError, match=f"at most {longest - 1} tokens, but got {longest}"):
-        make(source=source, response_column=None, max_length=longest - 1).prepare_data()
+        make(source={"path": source, "response_column": None}, max_length=longest - 1).prepare_data()
 
 
 @pytest.mark.parametrize(
@@ -386,9 +393,9 @@ def test_missing_source(make, source, message):
 
 def test_file_without_rows(make, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    for columns in ({}, {"response_column": None}):
+    for column in ("response", None):
         with pytest.raises(ValueError, match=r"Expected .*source.* to hold"):
-            make(source=str(tmp_path / "empty.jsonl"), **columns).prepare_data()
+            make(source={"path": str(tmp_path / "empty.jsonl"), "response_column": column}).prepare_data()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "glob"])
@@ -402,7 +409,7 @@ def test_every_format_gives_the_same_rows(make, tmp_path, kind):
         Dataset.from_list(rows[40:]).to_parquet(tmp_path / "b.parquet")
     files = {"jsonl": "a.jsonl", "parquet": "x.parquet", "glob": "*"}
     columns = {"prompt_column": "question", "response_column": "answer"}
-    data = ready(make(source=str(tmp_path / files[kind]), **columns))
+    data = ready(make(source={"path": str(tmp_path / files[kind]), **columns}))
     same = ready(make())
     assert texts_of(data.test_dataloader(), data.tokenizer) == texts_of(same.test_dataloader(), same.tokenizer)
 
@@ -418,17 +425,17 @@ def test_own_splits_of_a_data_set_are_used_and_missing_ones_carved(make, tmp_pat
     first = ready(make(source=str(tmp_path / "set"), max_test_rows=3))
     assert [row[:2] for row in first.pairs.splits["test"]] == PAIRS[80:83]
     assert [batch["rows"].tolist() for batch in first.test_dataloader()] == [[0, 1, 2]]
-    prompts = ready(make(source=str(tmp_path / "set"), response_column=None))
+    prompts = ready(make(source={"path": str(tmp_path / "set"), "response_column": None}))
     assert [row.prompt for row in prompts.pairs.splits["test"]] == [prompt for prompt, _ in PAIRS[80:]]
 
 
 def test_equal_prompts_and_equal_long_responses_stay_together():
-    columns = Columns("prompt", "response")
+    source = PairSource("rows")
     rng = random.Random(0)
     long = [f"this is the long response number {i}" for i in range(150)]
     rows = [(f"prompt {rng.randrange(150)}", rng.choice(["yes", "no", *long])) for _ in range(300)]
     rows += [(f"alone {i}", "yes") for i in range(300)]
-    examples = [parse_row(dict(zip(columns[:2], row, strict=True)), "", columns) for row in rows]
+    examples = [parse_row(dict(zip(("prompt", "response"), row, strict=True)), "", source) for row in rows]
     splits = split_examples(examples, {"val": 0.1, "test": 0.1}, seed=0)
     assert sum(map(len, splits.values())) == 600
     assert [len(splits[name]) for name in ("val", "test")] == [60, 60]
@@ -479,12 +486,12 @@ def choice_rows():
 def make_choices(make, tmp_path):
     source = write_jsonl(tmp_path / "choices.jsonl", choice_rows())
     columns = {"choices_column": "options", "answer_column": "label"}
-    return lambda **kwargs: make(**{"source": source, **columns, **kwargs})
+    return lambda path=source, **kwargs: make(source={"path": path, **columns}, **kwargs)
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_choices_are_sequences_of_a_test_batch(make_choices, chat):
-    data = ready(make_choices(chat_template=chat, num_shots=1, batch_size=3))
+    data = ready(make_choices(template="chat" if chat else PLAIN, num_shots=1, batch_size=3))
     rows = {row["prompt"]: row for row in choice_rows()}
     begin, end = ("", "<end>\n") if chat else (" ", "<|endoftext|>")
     batches = list(data.test_dataloader())
@@ -511,7 +518,7 @@ def test_other_batches_hold_the_right_choice(make_choices):
             assert response == f" {right[question]}<|endoftext|>"
             seen += 1
     assert seen == 100
-    assert read_instruction_sizes(data._directory)["test"].examples == 10
+    assert read_sizes(data._directory, InstructionSize)["test"].examples == 10
 
 
 @pytest.mark.parametrize(
@@ -530,7 +537,7 @@ def test_choices_that_are_none(make_choices, tmp_path, change, message):
     rows = choice_rows()
     rows[0] |= change
     with pytest.raises(ValueError, match=message):
-        make_choices(source=write_jsonl(tmp_path / "bad.jsonl", rows)).prepare_data()
+        make_choices(write_jsonl(tmp_path / "bad.jsonl", rows)).prepare_data()
 
 
 @pytest.mark.parametrize(
@@ -542,14 +549,17 @@ def test_choices_that_are_none(make_choices, tmp_path, change, message):
         ({"max_test_rows": 0}, "Expected `max_test_rows` to be at least 1, but got 0."),
         ({"bpe_vocab_size": 256}, "Expected `bpe_vocab_size` to be at least 257, but got 256."),
         ({"test_fraction": 1.0}, r"Expected `test_fraction` to be in \[0, 1\), but got 1.0."),
-        ({"system_prompt": "s"}, "Expected `system_prompt` to be None without `chat_template`, but got 's'."),
-        ({"choices_column": "c"}, "`choices_column` and `answer_column` to be set both or neither, but got 'c' and"),
+        ({"system_prompt": "s"}, "Expected `system_prompt` to be None without a `template` of 'chat', but got 's'."),
         (
-            {"source": "python-questions", "choices_column": "c", "answer_column": "a"},
+            {"source": {"path": "x", "choices_column": "c"}},
+            "`choices_column` and `answer_column` to be set both or neither, but got 'c' and",
+        ),
+        (
+            {"source": {"path": "python-questions", "choices_column": "c", "answer_column": "a"}},
             "Expected `choices_column` to be None for the source 'python-questions'",
         ),
-        ({"response_column": None, "num_shots": 1}, "`num_shots` to be 0 where `response_column` is None"),
-        ({"response_column": None, "tokenizer": None}, "Expected `tokenizer` to be set"),
+        ({"source": PROMPTS, "num_shots": 1}, "`num_shots` to be 0 where `response_column` is None"),
+        ({"source": PROMPTS, "tokenizer": None}, "Expected `tokenizer` to be set"),
     ],
 )
 def test_argument_out_of_range(make, kwargs, message):
@@ -602,7 +612,7 @@ def test_examples_are_read_by_other_versions_of_datasets(make):
 
 CHANGES = {
     "template": "Q: {prompt} A: {response}",
-    "chat_template": True,
+    "template to chat": "chat",
     "num_shots": 1,
     "max_length": 40,
     "max_test_rows": 3,
@@ -613,8 +623,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_setting_never_meets_a_stale_cache(make, name):
-    assert make(**{name: CHANGES[name]}).fingerprint != make().fingerprint
+def test_changed_setting_never_meets_a_stale_cache(folder, make, name):
+    change = {name.split()[0]: CHANGES[name]}
+    if name == "prompt_column":
+        change = {"source": {"path": str(folder / "pairs.jsonl"), **change}}
+    assert make(**change).fingerprint != make().fingerprint
 
 
 def test_changed_file_or_chat_template_never_meets_a_stale_cache(folder, make, tmp_path):
@@ -623,7 +636,7 @@ def test_changed_file_or_chat_template_never_meets_a_stale_cache(folder, make, t
     tokenizer = load_tokenizer(folder / "bpe")
     tokenizer.chat_template = CHAT.replace("end", "END")
     tokenizer.save_pretrained(tmp_path / "other")
-    chats = [make(tokenizer=str(path), chat_template=True) for path in (folder / "bpe", tmp_path / "other")]
+    chats = [make(tokenizer=str(path), template="chat") for path in (folder / "bpe", tmp_path / "other")]
     assert chats[0].fingerprint != chats[1].fingerprint
 
 
@@ -794,4 +807,4 @@ def test_embedded_source_is_the_default(tmp_path, monkeypatch, questions):
     data = ready(InstructionDataModule(cache_dir=str(tmp_path), bpe_vocab_size=1000))
     assert len(data.train_dataloader()) > 50
     assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 8
-    assert not [size for size in read_instruction_sizes(data._directory).values() if size.dropped]
+    assert not [size for size in read_sizes(data._directory, InstructionSize).values() if size.dropped]

@@ -85,7 +85,7 @@ def test_blocks_are_the_documents_joined_by_eos(make, tmp_path):
         assert tokens[:both] == expected[:both]
         assert eos not in tokens[len(expected) :]  # the last block may end inside a document
         seen.append(set(split))
-    train = data.tokenizer.decode(tokens_of(data._eval_loader("train"))).split("<|endoftext|>")
+    train = data.tokenizer.decode(tokens_of(data._loader("train", train=False))).split("<|endoftext|>")
     assert not seen[0] & seen[1]
     assert not (seen[0] | seen[1]) & set(train)
     assert len(set(train) & set(documents)) > 80
@@ -187,11 +187,14 @@ def test_changed_setting_never_meets_a_stale_cache(make, tmp_path, name):
         before.tokenizer.add_tokens(["ab"])
         before.tokenizer.save_pretrained(tmp_path / "tokenizer")
         value = str(tmp_path / "tokenizer")
-    after = ready(make(**{name: value}))
+    change = {name: value}
+    if name == "text_column":
+        change = {"source": {"path": str(tmp_path / "corpus.jsonl"), **change}}
+    after = ready(make(**change))
     assert after._directory != before._directory
     assert rows_of(after.val_dataloader()) != rows_of(before.val_dataloader())
-    fresh = ready(make(**{name: value, "cache_dir": str(tmp_path / "other")}))
-    assert tokens_of(after._eval_loader("train")) == tokens_of(fresh._eval_loader("train"))
+    fresh = ready(make(**{**change, "cache_dir": str(tmp_path / "other")}))
+    assert tokens_of(after._loader("train", train=False)) == tokens_of(fresh._loader("train", train=False))
 
 
 def test_same_setting_reads_the_cache(make, monkeypatch):

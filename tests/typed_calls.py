@@ -17,7 +17,15 @@ from lit_logits.contracts import (
     HasPredictionSettings,
     HasTokenizer,
 )
-from lit_logits.datamodules import ImageDataModule, InstructionDataModule, TextDataModule
+from lit_logits.datamodules import (
+    ImageDataModule,
+    ImageSource,
+    InstructionDataModule,
+    PairSource,
+    SourceTokenizer,
+    TextDataModule,
+    TextSource,
+)
 from lit_logits.modules import DenseLogitsHead, ResidualVQLogitsHead, VQLogitsHead
 
 
@@ -36,6 +44,13 @@ def make(model: PreTrainedModel) -> None:
     VQLogitsLM(model, head=OwnHead)
     VQLogitsLM(model, head=lambda hidden_size, vocab_size: OwnHead(hidden_size, vocab_size))
     CausalLM(model)
+    others = {"big": "my/big-model"}
+    InstructionDataModule(["a.jsonl"], source_tokenizers=others)
+    InstructionDataModule(
+        PairSource("gsm8k", "main"), source_tokenizers={"big": SourceTokenizer("x", "chat"), "b": "x"}
+    )
+    TextDataModule(TextSource(["a.txt", "b.txt"], text_column="body"))
+    ImageDataModule(ImageSource("my/folder", label_column="fine"))
     GLDFusionModule(model, {"big": model})
     GLDFusionModule("pivot", {"big": "source", "cached": "folder"})
     DynamicFusionDecoder(model, model, [model, "expert"])

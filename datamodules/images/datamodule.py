@@ -4,6 +4,7 @@ B is `batch_size`, H = W is `image_size`. A batch is transformers' dict `pixel_v
 normalised, and `labels` (B,), int64. On its way to the device it is uint8; it is augmented and normalised there.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +14,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_logits.datamodules.caching import default_cache_dir, digest
-from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.images.library import ImageLibrary, is_small
 from lit_logits.datamodules.images.presets import find_preset
 from lit_logits.datamodules.images.sampling import Ints, add_label_noise, pick_balanced, plan_splits
-from lit_logits.datamodules.images.sources import ImageSource
+from lit_logits.datamodules.images.sources import ImageSource, ImageSplits
 from lit_logits.datamodules.images.storage import Augmentation, ImageItems, collate_images
 from lit_logits.datamodules.images.transforms import normalize, shift_and_flip
 from lit_logits.datamodules.loaders import block_loader
-from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.resuming import ResumePoint, Resumes
 from lit_logits.datamodules.splitting import check_fractions
 
 __all__ = ["ImageDataModule"]
@@ -30,7 +31,7 @@ RESIZE_RATIO = 256 / 224
 """ImageNet's evaluation: resize the shorter side to this times `image_size` and crop the centre."""
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(Resumes, LightningDataModule):
     r"""Images and their classes, split, augmented and normalised as the field does with each data set.
 
     Splits: the data set's own validation and test splits where they exist and have labels. A missing one is held out of
@@ -47,12 +48,8 @@ class ImageDataModule(LightningDataModule):
     or argument never meets a stale entry. Training resumes in the middle of an epoch with the next unseen batch.
 
     Args:
-        source: `"digits"` (1,797 images of 8 × 8, embedded), `"cifar10"`, `"cifar100"`, `"tiny-imagenet"`,
-            `"imagenet"`, any other image data set on the Hugging Face hub, or a folder with images as `class/*.png` or
-            `train|validation|test/class/*.png`, with parquet files, or as `Dataset.save_to_disk` wrote it.
-        subset: configuration of a Hugging Face data set.
-        image_column: name of the images; None finds the only column of images.
-        label_column: name of the classes; None finds the only column of class labels.
+        source: where the images come from: an `ImageSource` (in a recipe, a mapping `{path: ..., label_column: ...}`),
+            or its `path` alone, such as `"cifar10"`, `"my/folder"` or the name of a data set.
         image_size: H and W, at least 4; None is 8 for digits, 32 for CIFAR, 64 for Tiny ImageNet, else 224.
         batch_size: B, images a batch on each rank.
         eval_batch_size: the same for validation, test and predict; None is `batch_size`.
@@ -77,10 +74,8 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str = "digits",
-        subset: str | None = None,
-        image_column: str | None = None,
-        label_column: str | None = None,
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        source: str | ImageSource | Path = "digits",
         image_size: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
@@ -97,7 +92,8 @@ class ImageDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.preset = find_preset(source)
+        images = as_part("source", source, ImageSource)
+        self.preset = find_preset(images.path)
         self.image_size = image_size if image_size is not None else self.preset.image_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size if eval_batch_size is not None else batch_size
@@ -115,11 +111,12 @@ class ImageDataModule(LightningDataModule):
         check_at_least(0, num_workers=num_workers)
         check_fractions(self.fractions)
         _check_options(label_noise, padding_mode, mean, std)
-        self.source = ImageSource(self.preset.path, subset, image_column, label_column or self.preset.label_column)
+        label_column = images.label_column or self.preset.label_column
+        self.images = ImageSplits(replace(images, path=self.preset.path, label_column=label_column))
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._resized_crop = self.preset.crop == "resized" and not is_small(self.image_size)
         ratio = RESIZE_RATIO if self._resized_crop else 1.0
-        self.library = ImageLibrary(self.source, self.image_size, self.cache_dir, ratio)
+        self.library = ImageLibrary(self.images, self.image_size, self.cache_dir, ratio)
         self._moments = torch.tensor([mean, std])
         self._items: dict[str, ImageItems] = {}
         self._resume = ResumePoint("images")
@@ -127,7 +124,7 @@ class ImageDataModule(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their numbers; known before anything is prepared."""
-        return self.source.class_names
+        return self.images.class_names
 
     @property
     def num_classes(self) -> int:
@@ -193,14 +190,6 @@ class ImageDataModule(LightningDataModule):
         # The trainer converts inputs before they are transferred, when these were uint8.
         return self.trainer.precision_plugin.convert_input(result) if self.trainer else result
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position and what gives it a meaning."""
-        return self._resume.state_dict(self.trainer, self._order())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved position for the training loader."""
-        self._resume.load_state_dict(state_dict, self.trainer, self._order())
-
     @property
     def _augmentation(self) -> Augmentation | None:
         padding = None if self._resized_crop else self.image_size // 8 or 1
@@ -221,16 +210,13 @@ class ImageDataModule(LightningDataModule):
             collate_fn=collate_images,
             items="images",
             advice="Lower `batch_size`, the fractions that are held out, or raise `max_train_samples`.",
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            **self._loading,
         )
 
     def _order(self) -> dict[str, Any]:
-        """Return what, besides the position, decides which batch comes next."""
         size = len(self._items["train"]) if self._items else 0
-        data = digest(self.source.path, self.source.subset, size, sorted(self.fractions.items()), self.seed)
-        world_size = self.trainer.world_size if self.trainer else 1
-        return {"data": data, "batch_size": self.batch_size, "world_size": world_size}
+        data = digest(self.images.path, self.images.subset, size, sorted(self.fractions.items()), self.seed)
+        return {"data": data, "batch_size": self.batch_size, "world_size": self._world_size}
 
 
 def _check_options(label_noise: float, padding_mode: str, mean: list[float], std: list[float]) -> None:

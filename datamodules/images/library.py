@@ -8,7 +8,7 @@ import numpy as np
 
 from lit_logits.datamodules.caching import build_once, digest
 from lit_logits.datamodules.images.sampling import Ints
-from lit_logits.datamodules.images.sources import ImageSource
+from lit_logits.datamodules.images.sources import ImageSplits
 from lit_logits.datamodules.images.storage import DecodedImages, ImageStore, MappedImages, write_images
 
 __all__ = ["ImageLibrary", "is_small"]
@@ -31,26 +31,26 @@ class ImageLibrary:
     as held-out rows, is not part of it.
 
     Args:
-        source: where the images come from.
+        images: the source's images.
         image_size: side of the images.
         cache_dir: folder of the cache.
         ratio: images are the central square of 1 / ratio of the shorter side.
     """
 
-    def __init__(self, source: ImageSource, image_size: int, cache_dir: Path, ratio: float = 1.0) -> None:
-        self.source, self.image_size, self.cache_dir, self.ratio = source, image_size, cache_dir, ratio
+    def __init__(self, images: ImageSplits, image_size: int, cache_dir: Path, ratio: float = 1.0) -> None:
+        self.images, self.image_size, self.cache_dir, self.ratio = images, image_size, cache_dir, ratio
 
     @cached_property
     def directory(self) -> Path:
         """The cache entry of small images."""
-        return self.cache_dir / f"images-{digest(FORMAT_VERSION, self.source.key, self.image_size, self.ratio)}"
+        return self.cache_dir / f"images-{digest(FORMAT_VERSION, self.images.key, self.image_size, self.ratio)}"
 
     def prepare(self) -> None:
         """Download the source if need be, check its columns and labels, and decode small images into the cache."""
         if is_small(self.image_size):
             build_once(self.directory, self._write)
         else:
-            _ = self.source.image_column, self.source.labels
+            _ = self.images.image_column, self.images.labels
 
     @cached_property
     def labels(self) -> dict[str, Ints]:
@@ -60,7 +60,7 @@ class ImageLibrary:
             RuntimeError: If small images were not prepared.
         """
         if not is_small(self.image_size):
-            return self.source.labels
+            return self.images.labels
         if not self.directory.is_dir():
             raise RuntimeError(f"Expected `prepare_data` to have written {self.directory}, but it is not there.")
         names = json.loads((self.directory / "splits.json").read_text())
@@ -71,10 +71,10 @@ class ImageLibrary:
         return MappedImages(self.directory / f"{split}.npy") if is_small(self.image_size) else self._decoded(split)
 
     def _decoded(self, split: str) -> DecodedImages:
-        return DecodedImages(self.source.splits[split], self.source.image_column, self.image_size, self.ratio)
+        return DecodedImages(self.images.splits[split], self.images.image_column, self.image_size, self.ratio)
 
     def _write(self, directory: Path) -> None:
-        for name, labels in self.source.labels.items():
+        for name, labels in self.images.labels.items():
             write_images(directory / f"{name}.npy", self._decoded(name), len(labels), self.image_size)
             np.save(directory / f"{name}-labels.npy", labels)
-        (directory / "splits.json").write_text(json.dumps([*self.source.labels]))
+        (directory / "splits.json").write_text(json.dumps([*self.images.labels]))

@@ -1,4 +1,4 @@
-"""What the field does with the image data sets that it measures on."""
+"""How the field splits, augments and normalises the image data sets that it measures on."""
 
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ class Preset(NamedTuple):
         image_size: side of the images that a model gets, in pixels.
         mean: of each channel's values in [0, 1].
         std: of each channel's values in [0, 1].
-        val_fraction: share of the training split that is held out where there is no validation split.
+        val_fraction: share of the training split that is held out where the data set has no validation split.
         test_fraction: the same for test.
         label_column: where the data set has several.
         crop: augment by a crop from the padded image, or by resizing a random crop.
@@ -34,6 +34,7 @@ class Preset(NamedTuple):
     flip: bool = True
 
 
+# A table: each data set with its own figures, so that a row can be read alone.
 PRESETS = {
     "digits": Preset(
         path="",

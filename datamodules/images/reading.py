@@ -22,7 +22,7 @@ FolderKind = Literal["saved", "images", "parquet", "empty", "none"]
 
 
 def folder_kind(path: str) -> FolderKind:
-    """Tell what a folder holds: a saved data set, images, parquet files, or nothing of these; or that it is none."""
+    """Tell what a folder holds: a saved data set, images, parquet files, or nothing of these; or that it is missing."""
     if not path or not Path(path).is_dir():
         return "none"
     if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -93,16 +93,20 @@ def _read_digits() -> Dataset:
 
 
 def _builder(path: str, subset: str | None) -> Any:
-    """Return the `datasets` builder of a hub name or of a folder with parquet files, or say why there is none."""
+    """Return the `datasets` builder of a hub name or of a folder with parquet files.
+
+    Raises:
+        ValueError: If there is nothing to build from; it says why.
+    """
     kind = folder_kind(path)
     try:
         if kind == "none" and path.startswith(("/", "./", "../")):
-            raise FileNotFoundError("that is no name of a data set")
+            raise FileNotFoundError("that is not the name of a data set")
         if kind == "empty":
             raise FileNotFoundError("it holds neither images nor parquet files")
         return load_dataset_builder(path, subset)
     except (OSError, ValueError, RuntimeError) as error:
-        folder = f"there is none in {Path.cwd()}" if kind == "none" else "it is there"
+        folder = f"it is not in {Path.cwd()}" if kind == "none" else "it is there"
         raise ValueError(
             "Expected `source` to be 'digits', 'cifar10', 'cifar100', 'tiny-imagenet', 'imagenet', a folder of images "
             f"or a Hugging Face data set, but got {path!r}. As a folder: {folder}. As a data set (subset {subset!r}): "

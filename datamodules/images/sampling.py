@@ -1,4 +1,4 @@
-"""What is drawn for images: held-out rows, subsets, wrong labels. Each draw is a function of a key and an index alone.
+"""Random draws for images: held-out rows, subsets, wrong labels. Each is a function of a key and an index alone.
 
 N is the number of rows of a split and K that of classes. Nothing here has a state: the order of the calls, the process
 and the library's version change no draw, and more rows or a larger share keep those that were drawn before.
@@ -92,7 +92,7 @@ def plan_splits(labels: dict[str, Ints], fractions: dict[str, float], seed: int)
     """Choose the rows of `"train"`, `"val"` and `"test"`.
 
     The data set's own splits are taken as they are. A missing one is held out of its training split if its fraction is
-    not zero; else the other of the two stands in for it, and without that one there is none.
+    not zero; else the other of the two stands in for it. If both are missing, neither is made.
 
     Args:
         labels: classes of the data set's own splits, of `"train"` at least.
@@ -118,7 +118,7 @@ def pick_balanced(labels: Ints, size: int, seed: int) -> Ints:
 
     Args:
         labels: (N,) classes in [0, K).
-        size: number of rows; all N if there are no more.
+        size: number of rows; N or more gives all.
         seed: of the draw; a larger `size` adds rows to those of a smaller one.
 
     Returns:

@@ -3,6 +3,7 @@
 A validation or test split without labels, as test splits on the hub often are, counts as absent.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,40 @@ from lit_logits.datamodules.caching import digest
 from lit_logits.datamodules.images.reading import fingerprint_images, read_features, read_splits
 from lit_logits.datamodules.sources import SPLIT_NAMES
 
-__all__ = ["ImageSource"]
+__all__ = ["ImageSource", "ImageSplits"]
 
 
+@dataclass(frozen=True)
 class ImageSource:
-    """The images and classes of a source, by its own splits. Nothing is read before it is asked for.
+    """Where images and their classes come from.
 
     Args:
-        path: see `lit_logits.datamodules.image_reading`.
+        path: `"digits"` (1,797 images of 8 × 8, embedded), `"cifar10"`, `"cifar100"`, `"tiny-imagenet"`,
+            `"imagenet"`, any other image data set on the Hugging Face hub, or a folder with images as `class/*.png` or
+            `train|validation|test/class/*.png`, with parquet files, or as `Dataset.save_to_disk` wrote it.
         subset: configuration of a Hugging Face data set.
         image_column: name of the images; None finds the only column of type `datasets.Image`.
         label_column: name of the classes, a column of `ClassLabel`, integers or strings; None finds the only
             `ClassLabel`.
     """
 
-    def __init__(
-        self, path: str, subset: str | None = None, image_column: str | None = None, label_column: str | None = None
-    ) -> None:
-        self.path = str(Path(path).expanduser()) if path.startswith("~") else path
-        self.subset = subset
-        self._given = image_column, label_column
+    path: str
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+class ImageSplits:
+    """The images and classes of a source, by its own splits. Nothing is read before it is asked for.
+
+    Args:
+        source: where they come from; its path is one of `lit_logits.datamodules.images.reading`.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self.path = str(Path(source.path).expanduser()) if source.path.startswith("~") else source.path
+        self.subset = source.subset
+        self._given = source.image_column, source.label_column
 
     @cached_property
     def key(self) -> str:
@@ -74,7 +89,7 @@ class ImageSource:
         """Class of each row, by split, without the splits that have no labels.
 
         Raises:
-            ValueError: If the training split, or a part of another one, has no labels.
+            ValueError: If labels are missing in the training split, or in a part of another split.
         """
         labels = {name: self._encode(rows) for name, rows in self.splits.items()}
         for name, classes in list(labels.items()):
@@ -100,14 +115,14 @@ class ImageSource:
 
     @cached_property
     def _values(self) -> list[Any]:
-        """Distinct values of a label column that is no `ClassLabel`, sorted."""
+        """Distinct values of a label column that is not a `ClassLabel`, sorted."""
         kind = str(getattr(self._features[self.label_column], "dtype", "a list"))
         if not kind.startswith(("int", "uint", "string", "large_string")):
             raise ValueError(f"Expected `label_column` to hold classes, integers or strings, but got {kind}.")
         return sorted(set(self._column(self.splits["train"]).to_pylist()) - {None, -1})
 
     def _encode(self, rows: Dataset) -> NDArray[np.int64]:
-        """Return the rows' classes, −1 for none."""
+        """Return the rows' classes, −1 where one is missing."""
         column = self._column(rows)
         if isinstance(self._features[self.label_column], ClassLabel):
             return column.fill_null(-1).to_numpy().astype(np.int64)

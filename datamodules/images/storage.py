@@ -81,7 +81,7 @@ class DecodedImages:
         """Return (B, 3, H, W).
 
         Raises:
-            ValueError: If one is no image; it names the file or the row.
+            ValueError: If one cannot be read as an image; it names the file or the row.
         """
         images = np.empty((len(rows), 3, self.image_size, self.image_size), np.uint8)
         for i, value in enumerate(self.rows[rows.tolist()][self.column]):
@@ -108,7 +108,7 @@ def write_images(file: Path, store: ImageStore, num_images: int, image_size: int
 
 
 class Augmentation(NamedTuple):
-    """What is drawn for each training image.
+    """How each training image is augmented.
 
     Attributes:
         padding: largest shift up, down, left and right, in pixels; None crops and resizes at random instead.

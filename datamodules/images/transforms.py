@@ -1,4 +1,4 @@
-"""What is done to images: to PIL ones where they are decoded, to batches of tensors on the device.
+"""Operations on images: on PIL ones where they are decoded, on batches of tensors on the device.
 
 Nothing is drawn here: random numbers are arguments. Boxes are PIL's (left, upper, right, lower), in pixels of the
 image. B, H, W are batch size, height and width.

@@ -16,11 +16,12 @@ from lit_logits.datamodules.instructions.encoding import BEYOND
 
 __all__ = ["FixedBatches", "Vocabulary", "collate_examples", "collate_fixed_batch"]
 
-IGNORED = -100
+IGNORE_INDEX = -100
+"""The label of tokens that the loss leaves out: prompts and padding."""
 
 
 class Vocabulary(NamedTuple):
-    """What a batch needs to know of a tokenizer.
+    """The numbers of a tokenizer that batches hold.
 
     Attributes:
         pad_token_id: fills up the ids.
@@ -51,7 +52,7 @@ def collate_examples(
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (the ids, unshifted; −100 on prompts and padding) and `response_ends`
-        (characters of the response that have been read; −1 before the prompt's last token and behind the response),
+        (characters of the response that have been read; −1 before the prompt's last token and after the response),
         LongTensors of shape (N, T); `tokenizer_id` and `layout_id`, scalars; `rows` and `sample_ids` (N,); with
         `sources` a dict `sources`, name → the first six of these in that tokenizer; with `all_choices` `choices` (N,),
         numbers of the choices, and `correct` (N,), 1 for the right ones.
@@ -86,7 +87,7 @@ def _pad(pairs: Sequence[tuple[dict[str, Any], int]], vocabulary: Vocabulary) ->
     batch = {
         "input_ids": torch.full(shape, vocabulary.pad_token_id),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORED),
+        "labels": torch.full(shape, IGNORE_INDEX),
         "response_ends": torch.full(shape, BEYOND),
         "tokenizer_id": torch.tensor(vocabulary.tokenizer_id),
         "layout_id": torch.tensor(vocabulary.layout_id),

@@ -10,7 +10,7 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   tokenizer and template;
 * `response_ends` (B, T), how many characters of the response have been read after each token: 0 at the prompt's last
   one, −1 before it, on padding, where a token ends within a character, and where it reaches beyond the response or
-  stands behind it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
+  comes after it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
   text. White space that a template strips at the response's beginning counts as read, and at its end never is;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
 * `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
@@ -18,35 +18,36 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tokenizers
-import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
-from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.instructions.batches import FixedBatches, collate_examples, collate_fixed_batch
-from lit_logits.datamodules.instructions.layouts import split_template
-from lit_logits.datamodules.instructions.sources import Columns, InstructionSource
+from lit_logits.datamodules.instructions.layouts import CHAT, check_template, split_template
+from lit_logits.datamodules.instructions.sources import PairSource, PairSplits
 from lit_logits.datamodules.instructions.splits import draw_shots
-from lit_logits.datamodules.instructions.storage import read_examples, read_instruction_sizes, write_instructions
+from lit_logits.datamodules.instructions.storage import InstructionSize, write_instructions
 from lit_logits.datamodules.instructions.views import (
     InstructionEncoder,
     InstructionView,
-    chat_source_names,
+    SourceTokenizer,
+    complete_sources,
     load_sources,
 )
 from lit_logits.datamodules.loaders import block_loader
-from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.prepared import open_splits
+from lit_logits.datamodules.resuming import ResumePoint, Resumes
 from lit_logits.datamodules.splitting import check_fractions
-from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.datamodules.tokenization import load_or_train_tokenizer, train_bpe
 
 __all__ = ["InstructionDataModule"]
 
@@ -56,7 +57,7 @@ FORMAT_VERSION = 4
 PredictSplit = Literal["test", "all"]
 
 
-class InstructionDataModule(LightningDataModule):
+class InstructionDataModule(Resumes, LightningDataModule):
     r"""Prompt–response pairs, encoded once and cached on disk.
 
     Pairs are split into training, validation and test so that equal prompts never meet across splits, nor equal
@@ -67,9 +68,9 @@ class InstructionDataModule(LightningDataModule):
     Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
     other models, too, to distil from these.
 
-    Multiple choice (`choices_column`): training, validation and predict see the right choice as the response. A test
-    batch holds the C sequences of each of its B examples, `rows` once for each of them, and also `choices`, numbers
-    of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
+    Multiple choice (a source with a `choices_column`): training, validation and predict see the right choice as the
+    response. A test batch holds the C sequences of each of its B examples, `rows` once for each of them, and also
+    `choices`, numbers of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
 
     The rows of the test split are what `predict` gives, in order, without those in `finished_rows`. With
     `predict_split="all"` it is the training, validation and test split, one after another, `rows` counted through, in
@@ -77,23 +78,16 @@ class InstructionDataModule(LightningDataModule):
     `finished_samples` are left out, and ranks are dealt whole batches.
 
     Args:
-        source: `"python-questions"` (about 14,000 questions on the standard library, answered by its sources), files or
-            globs of `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
-        subset: configuration of a Hugging Face data set, such as `"main"`.
-        prompt_column: name of the prompts.
-        response_column: name of the responses; None reads prompts only, which are all in the test split.
-        choices_column: name of the lists of choices; `response_column` is unused then.
-        answer_column: name of the right choices, or of their numbers from 0.
+        source: where the pairs come from: a `PairSource` (in a recipe, a mapping `{path: ..., prompt_column: ...}`), or
+            its `path` alone, such as `"python-questions"`, `"my/*.jsonl"` or the name of a data set.
         tokenizer: hub id, local folder or `.gguf` file; None trains a byte-level BPE on the training split.
         bpe_vocab_size: tokens of that BPE, at least 257.
-        template: a text with `{prompt}` and, after it, `{response}`.
-        chat_template: use the tokenizer's chat template instead: the prompt is the user's turn, the response the
-            assistant's.
+        template: a text with `{prompt}` and, after it, `{response}`; or `"chat"`, the tokenizer's chat template: the
+            prompt is the user's turn, the response the assistant's.
         system_prompt: a system turn before all others; in chat templates only.
-        source_tokenizers: name of your choice → hub id, local folder or `.gguf` file of another tokenizer that batches
-            are given in, too.
-        chat_sources: names of those of them that use their own chat template; None: all of them with `chat_template`,
-            none without. The others use `template`.
+        source_tokenizers: name of your choice → another tokenizer that batches are given in, too: a `SourceTokenizer`
+            (in a recipe, a mapping `{tokenizer: ..., template: ...}`), or its hub id, local folder or `.gguf` file
+            alone. What it leaves open is as for the data module's own tokenizer.
         num_shots: training pairs, drawn once for all, that are put before each prompt: as filled templates with an
             empty line after each, or as earlier turns. A pair is never its own shot.
         max_length: tokens that a sequence may have, at least 2, in each of the tokenizers.
@@ -120,19 +114,13 @@ class InstructionDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | list[str] = "python-questions",
-        subset: str | None = None,
-        prompt_column: str = "prompt",
-        response_column: str | None = "response",
-        choices_column: str | None = None,
-        answer_column: str | None = None,
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        source: str | list[str] | PairSource | Path = "python-questions",
         tokenizer: str | None = None,
         bpe_vocab_size: int = 4096,
         template: str = "Question: {prompt}\nAnswer: {response}",
-        chat_template: bool = False,
         system_prompt: str | None = None,
-        source_tokenizers: dict[str, str] | None = None,
-        chat_sources: list[str] | None = None,
+        source_tokenizers: Mapping[str, str | SourceTokenizer] | None = None,
         num_shots: int = 0,
         max_length: int = 512,
         batch_size: int = 8,
@@ -151,19 +139,17 @@ class InstructionDataModule(LightningDataModule):
         check_at_least(0, num_shots=num_shots, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
-        split_template(template)
-        columns = Columns(prompt_column, response_column, choices_column, answer_column)
+        pairs = as_part("source", source, PairSource)
         if predict_split not in get_args(PredictSplit):
             raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")
-        self.source_tokenizers = dict(source_tokenizers or {})
-        self.chat_sources = chat_source_names(self.source_tokenizers, chat_sources, chat_template)
-        _check_companions(columns, tokenizer, chat_template, self.chat_sources, system_prompt, num_shots)
-        self.pairs = InstructionSource(
-            source, subset, columns, fractions=fractions, max_test_rows=max_test_rows, seed=seed
-        )
+        check_template(template)
+        self.source_tokenizers = complete_sources(source_tokenizers or {}, template, system_prompt)
+        templates = [template, *(given.template for given in self.source_tokenizers.values())]
+        _check_companions(pairs, tokenizer, templates, system_prompt, num_shots)
+        self.pairs = PairSplits(pairs, fractions=fractions, max_test_rows=max_test_rows, seed=seed)
         self.tokenizer_name = tokenizer
         self.bpe_vocab_size = bpe_vocab_size
-        self.template, self.chat_template, self.system_prompt = template, chat_template, system_prompt
+        self.template, self.system_prompt = template, system_prompt
         self.num_shots, self.max_length = num_shots, max_length
         self.batch_size, self.num_workers = batch_size, num_workers
         self.predict_split, self.seed = predict_split, seed
@@ -175,11 +161,8 @@ class InstructionDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer; the first use in any process trains it if there is none to load."""
-        if self.tokenizer_name is not None:
-            return load_tokenizer(self.tokenizer_name)
-        key = digest(FORMAT_VERSION, self.pairs.key, self.template, self.bpe_vocab_size, tokenizers.__version__)
-        return load_tokenizer(build_once(self.cache_dir / f"tokenizer-{key}", self._train_tokenizer))
+        """The tokenizer; the first use in any process trains the BPE."""
+        return load_or_train_tokenizer(self.tokenizer_name, self.cache_dir, self._bpe_key, self._train_tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -212,15 +195,11 @@ class InstructionDataModule(LightningDataModule):
         """Open what `prepare_data` wrote.
 
         Raises:
-            RuntimeError: If there is nothing.
+            RuntimeError: If it has not run.
         """
-        if self._examples:
-            return
-        if not self._directory.is_dir():
-            raise RuntimeError(f"Expected `prepare_data` to have written {self._directory}, but it is not there.")
-        sizes = read_instruction_sizes(self._directory)
-        self._examples = {name: read_examples(self._directory / f"{name}.arrow") for name in sizes}
-        rank_zero_info("; ".join(f"{name}: {size}" for name, size in sizes.items()))
+        self._examples = self._examples or open_splits(self._directory, InstructionSize)
+
+    # Lightning's hooks read alike in all data modules; what they do is in `loaders`, `resuming` and `prepared`.
 
     def train_dataloader(self) -> Any:
         """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
@@ -241,7 +220,7 @@ class InstructionDataModule(LightningDataModule):
         without those whose samples are all in `finished_samples`. Where fewer are left than there are processes,
         finished ones make up the number.
         """
-        # Lightning makes this loader anew and wants to find `batch_size` among the keywords.
+        # Lightning makes this loader again and wants to find `batch_size` among the keywords.
         if self.predict_split == "all":
             splits = [self._examples[name] for name in ("train", "val", "test") if name in self._examples]
             batches = FixedBatches(splits, self.batch_size, self.finished_samples, at_least=self._world_size)
@@ -256,14 +235,6 @@ class InstructionDataModule(LightningDataModule):
         collate = partial(collate_examples, **self._vocabularies)
         return DataLoader(rows.select(left), batch_size=self.batch_size, collate_fn=collate, **self._loading)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position and what gives it a meaning."""
-        return self._resume.state_dict(self.trainer, self._order())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved position for the training loader."""
-        self._resume.load_state_dict(state_dict, self.trainer, self._order())
-
     @cached_property
     def _directory(self) -> Path:
         """The cache entry that holds the encoded pairs."""
@@ -277,7 +248,6 @@ class InstructionDataModule(LightningDataModule):
         return InstructionView(
             self.tokenizer,
             self.template,
-            chat=self.chat_template,
             system_prompt=self.system_prompt,
             max_length=self.max_length,
         )
@@ -285,23 +255,16 @@ class InstructionDataModule(LightningDataModule):
     @cached_property
     def _sources(self) -> dict[str, InstructionView]:
         """The other tokenizers with their layouts."""
-        return load_sources(
-            self.source_tokenizers, self.chat_sources, self.template, self.system_prompt, self.max_length
-        )
+        return load_sources(self.source_tokenizers, self.max_length)
 
     @property
     def _vocabularies(self) -> dict[str, Any]:
-        """What a collate function needs to know of the tokenizers."""
+        """The arguments of a collate function that say what batches hold of the tokenizers."""
         sources = {name: view.vocabulary for name, view in self._sources.items()}
         return {"vocabulary": self._own.vocabulary, "sources": sources}
 
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _loading(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+    def _bpe_key(self) -> str:
+        return digest(FORMAT_VERSION, self.pairs.key, self.template, self.bpe_vocab_size, tokenizers.__version__)
 
     def _train_tokenizer(self, directory: Path) -> None:
         before, between, after = split_template(self.template)
@@ -315,7 +278,7 @@ class InstructionDataModule(LightningDataModule):
         write_instructions(directory, self.pairs.splits, encoder, self.max_length)
 
     def _loader(self, split: str) -> Any:
-        all_choices = split == "test" and self.pairs.columns.choices is not None
+        all_choices = split == "test" and self.pairs.source.choices_column is not None
         return block_loader(
             self._examples.get(split, []),
             self.batch_size,
@@ -329,30 +292,28 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _order(self) -> dict[str, Any]:
-        """Return what, besides the position, decides which batch comes next."""
         return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
 
 
 def _check_companions(
-    columns: Columns,
+    source: PairSource,
     tokenizer: str | None,
-    chat_template: bool,
-    chat_sources: list[str],
+    templates: Sequence[str | None],
     system_prompt: str | None,
     num_shots: int,
 ) -> None:
-    """Raise unless every argument has those that it needs."""
-    if chat_template and tokenizer is None:
+    """Raise unless every argument has those that it needs; the first template is the data module's."""
+    if templates[0] == CHAT and tokenizer is None:
         raise ValueError(
-            "Expected `tokenizer` to name one with a chat template, but got None. Set `chat_template=False` to use "
-            "`template`."
+            "Expected `tokenizer` to name one with a chat template, but got None. Set `template` to a text with "
+            "{prompt} and {response}."
         )
-    if system_prompt is not None and not (chat_template or chat_sources):
+    if system_prompt is not None and CHAT not in templates:
         raise ValueError(
-            f"Expected `system_prompt` to be None without `chat_template`, but got {system_prompt!r}. Put it into "
-            "`template`, or name a tokenizer of `source_tokenizers` in `chat_sources`."
+            f"Expected `system_prompt` to be None without a `template` of 'chat', but got {system_prompt!r}. Put it "
+            "into `template`."
         )
-    if columns.prompts_only and (tokenizer is None or num_shots):
+    if source.prompts_only and (tokenizer is None or num_shots):
         raise ValueError(
             "Expected `tokenizer` to be set and `num_shots` to be 0 where `response_column` is None, because there is "
             f"no training split, but got {tokenizer!r} and {num_shots}."

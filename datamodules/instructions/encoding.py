@@ -16,8 +16,7 @@ from lit_logits.datamodules.instructions.splits import Example
 __all__ = ["BEYOND", "Encoded", "Encoder", "encode_rendered", "read_characters", "with_whole_offsets"]
 
 BEYOND = -1
-"""Stands for a number of characters where there is none: before the prompt's end, behind the response, or between."""
-
+"""The number of read characters where it is undefined: before the prompt's end, within one, after the response."""
 
 Offsets = list[tuple[int, int]]
 
@@ -28,7 +27,7 @@ class Encoded(NamedTuple):
     Attributes:
         prompt: ids of the prompt.
         responses: ids of what follows it with each of the responses.
-        ends: for each of these ids, how many characters of the response have been read after it; −1 behind the response
+        ends: for each of these ids, how many characters of the response have been read after it; −1 after the response
             and within a character.
     """
 
@@ -61,7 +60,7 @@ class Encoder:
             all_choices: encode all choices of an example that has some.
 
         Raises:
-            ValueError: If there is no token in a response, or the layout cannot render an example; it names the row.
+            ValueError: If a response has no tokens, or the layout cannot render an example; it names the row.
         """
         rendered = []
         for example, before in zip(examples, shots, strict=True):
@@ -86,7 +85,7 @@ def encode_rendered(
         argument: what error messages call it.
 
     Raises:
-        ValueError: If there is no token in a response; it names the row.
+        ValueError: If a response has no tokens; it names the row.
     """
 
     def tokenize(texts: list[str]) -> list[tuple[list[int], Offsets]]:

@@ -13,7 +13,20 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.instructions.splits import Example
 
-__all__ = ["ChatLayout", "Layout", "Rendered", "Span", "TemplateLayout", "chat_template_of", "split_template"]
+__all__ = [
+    "CHAT",
+    "ChatLayout",
+    "Layout",
+    "Rendered",
+    "Span",
+    "TemplateLayout",
+    "chat_template_of",
+    "check_template",
+    "split_template",
+]
+
+CHAT = "chat"
+"""The `template` that stands for the tokenizer's own chat template."""
 
 MARK = "\ue000"
 """A response that no template writes by itself; it tells what a chat template puts before the content of a turn."""
@@ -68,7 +81,7 @@ def split_template(template: str) -> tuple[str, str, str]:
     r"""Return what a template puts before `{prompt}`, between `{prompt}` and `{response}`, and after `{response}`.
 
     Raises:
-        ValueError: Unless it holds both once, in this order, and nothing else in braces.
+        ValueError: If it does not hold both once, in this order, and nothing else in braces.
 
     Example:
         >>> split_template("Question: {prompt}\nAnswer: {response}")
@@ -80,8 +93,8 @@ def split_template(template: str) -> tuple[str, str, str]:
         raise ValueError(f"Expected `template` to be a format string, but got {template!r}: {error}") from error
     if [field[1:] for field in pieces if field[1] is not None] != [("prompt", "", None), ("response", "", None)]:
         raise ValueError(
-            "Expected `template` to hold {prompt} and, after it, {response}, once each and nothing else in braces, but "
-            f"got {template!r}. Double other braces."
+            "Expected `template` to be 'chat', or to hold {prompt} and, after it, {response}, once each and nothing "
+            f"else in braces, but got {template!r}. Double other braces."
         )
     texts = [""]
     for literal, name, _, _ in pieces:
@@ -90,6 +103,16 @@ def split_template(template: str) -> tuple[str, str, str]:
             texts.append("")
     before, between, after = texts
     return before, between, after
+
+
+def check_template(template: str) -> None:
+    """Raise unless a template is `"chat"` or can be filled.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if template != CHAT:
+        split_template(template)
 
 
 class TemplateLayout:
@@ -134,7 +157,7 @@ class ChatLayout:
         self,
         tokenizer: PreTrainedTokenizerFast,
         system_prompt: str | None = None,
-        advice: str = "Use a `template` with `chat_template=False`.",
+        advice: str = "Use another `template`.",
     ) -> None:
         self.tokenizer, self.advice = tokenizer, advice
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
@@ -170,7 +193,7 @@ class ChatLayout:
         return Rendered(prompt, continuations, spans, example.where)
 
     def _find(self, continuation: str, response: str, example: Example) -> Span:
-        """Return where the response is, as it is or stripped: behind the opening, whose words it may repeat."""
+        """Return where the response is, as it is or stripped. It comes after the opening, whose words it may repeat."""
         opening = self._opening or ""
         start = len(opening) if continuation.startswith(opening) else 0
         forms = (response, 0), (response.strip(), len(response) - len(response.lstrip()))
@@ -201,7 +224,7 @@ class ChatLayout:
 def chat_template_of(
     tokenizer: PreTrainedTokenizerFast,
     argument: str = "`tokenizer`",
-    advice: str = "Set `chat_template=False` to use `template`.",
+    advice: str = "Use another `template`.",
 ) -> str:
     """Return the tokenizer's chat template.
 

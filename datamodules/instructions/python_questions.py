@@ -21,19 +21,19 @@ EXCLUDED = frozenset({"__main__", "encodings", "idlelib", "lib2to3", "turtledemo
 """Parts of the library that are an application's inside, or a hundred times the same classes."""
 
 MIN_WORDS = 4
-"""A paragraph with fewer words is no answer."""
+"""A paragraph with fewer words is not taken for an answer."""
 
 MAX_CHARACTERS = 480
-"""A paragraph that is longer is no answer of moderate length."""
+"""A longer paragraph is not taken for an answer."""
 
 MAX_NAMES = 12
-"""A list of names that is longer is no answer that anyone would give."""
+"""A longer list of names is not taken for an answer."""
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class _Subject(NamedTuple):
-    """What is asked about: a definition, its kind, its dotted name and its docstring."""
+    """The subject of a question: a definition, its kind, its dotted name and its docstring."""
 
     node: ast.Module | Definition
     kind: str
@@ -129,7 +129,7 @@ def _content_pairs(node: ast.Module | ast.ClassDef, title: str) -> Iterator[tupl
 
 
 def _prose(block: str) -> str:
-    """Return a paragraph on one line, or "" if it is no plain sentence of moderate length: code, a list, a table."""
+    """Return a paragraph on one line, or "" if it is code, a list or a table, or too short or too long."""
     lines = block.split("\n")
     if any(line[:1].isspace() or line.startswith(("-", "*", "+", ">>>", "#", "|")) for line in lines):
         return ""

@@ -1,17 +1,18 @@
 """Where prompts and responses come from: files, a Hugging Face data set, or questions about Python's library.
 
-`source` names one of these:
+The `path` of a source names one of these:
 
-* `"python-questions"`: see `lit_logits.datamodules.python_questions`;
+* `"python-questions"`: see `lit_logits.datamodules.instructions.python_questions`;
 * paths or globs: a line of a `.jsonl` and a row of a `.parquet` file are one pair each;
 * anything else, and a local folder: what `datasets.load_dataset` makes of it, with its own validation and test splits.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import load_dataset
 
@@ -20,7 +21,7 @@ from lit_logits.datamodules.instructions.python_questions import fingerprint_pyt
 from lit_logits.datamodules.instructions.splits import Example, split_examples
 from lit_logits.datamodules.sources import Source, dataset_builder, dataset_name, find_files, own_splits
 
-__all__ = ["Columns", "InstructionSource", "parse_row"]
+__all__ = ["PairSource", "PairSplits", "parse_row"]
 
 EMBEDDED = "python-questions"
 SUFFIXES = (".jsonl", ".parquet")
@@ -29,28 +30,48 @@ SHORT_RESPONSE = 5
 """A response of at most this many words (`42`, `yes`, a place) recurs by nature; a longer one is a text of its own."""
 
 
-class Columns(NamedTuple):
-    """Names of a source's columns.
+@dataclass(frozen=True)
+class PairSource:
+    """Where prompts and responses come from.
 
-    Attributes:
-        prompt: what is asked.
-        response: what should follow; None if there are prompts only.
-        choices: lists of possible responses; None if the questions are open. `response` is unused then.
-        answer: the right choice, as its number or itself.
+    Args:
+        path: `"python-questions"` (about 14,000 questions on the standard library, answered by its sources), files or
+            globs of `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
+        subset: configuration of a Hugging Face data set, such as `"main"`.
+        prompt_column: name of the prompts.
+        response_column: name of the responses; None reads prompts only, which are all in the test split.
+        choices_column: name of the lists of choices; `response_column` is unused then.
+        answer_column: name of the right choices, or of their numbers from 0.
+
+    Raises:
+        ValueError: If only one of the columns of choices and of answers is named, or the source has none.
     """
 
-    prompt: str
-    response: str | None
-    choices: str | None = None
-    answer: str | None = None
+    path: Source
+    subset: str | None = None
+    prompt_column: str = "prompt"
+    response_column: str | None = "response"
+    choices_column: str | None = None
+    answer_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.choices_column is None) != (self.answer_column is None):
+            raise ValueError(
+                "Expected `choices_column` and `answer_column` to be set both or neither, but got "
+                f"{self.choices_column!r} and {self.answer_column!r}."
+            )
+        if self.choices_column is not None and self.path == EMBEDDED:
+            raise ValueError(
+                f"Expected `choices_column` to be None for the source {EMBEDDED!r}, but got {self.choices_column!r}."
+            )
 
     @property
     def prompts_only(self) -> bool:
         """Whether there is nothing that should follow a prompt."""
-        return self.response is None and self.choices is None
+        return self.response_column is None and self.choices_column is None
 
 
-class InstructionSource:
+class PairSplits:
     """The prompt–response pairs of a source, split. Nothing is read before it is asked for.
 
     A data set's own validation and test splits are used where they exist. The others are carved from its training
@@ -58,37 +79,16 @@ class InstructionSource:
     test split: the data set's own, if it has one, else all there is.
 
     Args:
-        source: see the module.
-        subset: configuration of a Hugging Face data set.
-        columns: names of the columns.
+        source: where the pairs come from.
         fractions: share of the pairs for `"val"` and `"test"`, in [0, 1).
         max_test_rows: keep the first of the test split only.
         seed: of the split.
-
-    Raises:
-        ValueError: If only one of the columns of choices and of answers is named, or the source has none.
     """
 
     def __init__(
-        self,
-        source: Source,
-        subset: str | None,
-        columns: Columns,
-        *,
-        fractions: dict[str, float],
-        max_test_rows: int | None,
-        seed: int,
+        self, source: PairSource, *, fractions: dict[str, float], max_test_rows: int | None, seed: int
     ) -> None:
-        if (columns.choices is None) != (columns.answer is None):
-            raise ValueError(
-                "Expected `choices_column` and `answer_column` to be set both or neither, but got "
-                f"{columns.choices!r} and {columns.answer!r}."
-            )
-        if columns.choices is not None and source == EMBEDDED:
-            raise ValueError(
-                f"Expected `choices_column` to be None for the source {EMBEDDED!r}, but got {columns.choices!r}."
-            )
-        self.source, self.subset, self.columns = source, subset, columns
+        self.source, self.path, self.subset = source, source.path, source.subset
         self.fractions, self.max_test_rows = fractions, max_test_rows
         self.seed = seed
         self._splits: dict[str, list[Example]] | None = None
@@ -97,7 +97,9 @@ class InstructionSource:
     def key(self) -> str:
         """Digest of all that decides which pairs are in which split."""
         shares = sorted(self.fractions.items())
-        return digest(self._fingerprint(), tuple(self.columns), shares, self.max_test_rows, self.seed)
+        given = self.source
+        columns = given.prompt_column, given.response_column, given.choices_column, given.answer_column
+        return digest(self._fingerprint(), columns, shares, self.max_test_rows, self.seed)
 
     @property
     def splits(self) -> dict[str, list[Example]]:
@@ -111,7 +113,7 @@ class InstructionSource:
                 own["test"] = own["test"][: self.max_test_rows]
             self._splits = {name: examples for name, examples in own.items() if examples}
             if not self._splits:
-                raise ValueError(f"Expected `source` to hold prompts, but {self.source!r} has no rows.")
+                raise ValueError(f"Expected `source` to hold prompts, but {self.path!r} has no rows.")
         return self._splits
 
     def forget(self) -> None:
@@ -119,59 +121,60 @@ class InstructionSource:
         self._splits = None
 
     def _fingerprint(self) -> str:
-        if self.source == EMBEDDED:
+        if self.path == EMBEDDED:
             return fingerprint_python_questions()
-        files = find_files(self.source, SUFFIXES)
+        files = find_files(self.path, SUFFIXES)
         if files is None:
-            builder = dataset_builder(self.source, self.subset, embedded=EMBEDDED)
-            return digest("dataset", self.source, self.subset, builder.hash)
+            builder = dataset_builder(self.path, self.subset, embedded=EMBEDDED)
+            return digest("dataset", self.path, self.subset, builder.hash)
         return digest("files", [(Path(path).suffix, digest_file(path)) for path in files])
 
     def _read(self) -> dict[str, Iterable[Example]]:
         """Return the pairs under `"train"` and the names of the source's own splits; prompts only under `"test"`."""
-        prompts_only = self.columns.prompts_only
-        if self.source == EMBEDDED:
+        prompts_only = self.source.prompts_only
+        if self.path == EMBEDDED:
             questions = read_python_questions()
             return {"test": [q._replace(response="") for q in questions]} if prompts_only else {"train": questions}
-        files = find_files(self.source, SUFFIXES)
+        files = find_files(self.path, SUFFIXES)
         if files is not None:
-            rows = (parse_row(row, where, self.columns) for row, where in _read_files(files))
+            rows = (parse_row(row, where, self.source) for row, where in _read_files(files))
             return {"test" if prompts_only else "train": rows}
-        dataset_builder(self.source, self.subset, embedded=EMBEDDED)  # its errors are the helpful ones
-        loaded = load_dataset(dataset_name(self.source), self.subset)
+        dataset_builder(self.path, self.subset, embedded=EMBEDDED)  # its errors are the helpful ones
+        loaded = load_dataset(dataset_name(self.path), self.subset)
         if prompts_only:
             names = ["test"] if "test" in loaded else list(loaded)
             return {"test": [example for name in names for example in self._parse(loaded[name], name)]}
-        return {split: self._parse(loaded[own], own) for split, own in own_splits(self.source, list(loaded)).items()}
+        return {split: self._parse(loaded[own], own) for split, own in own_splits(self.path, list(loaded)).items()}
 
     def _parse(self, rows: Iterable[dict[str, Any]], split: str) -> Iterator[Example]:
         for number, row in enumerate(rows):
-            yield parse_row(row, f"row {number} of {split!r} of {self.source!r}", self.columns)
+            yield parse_row(row, f"row {number} of {split!r} of {self.path!r}", self.source)
 
 
-def parse_row(row: dict[str, Any], where: str, columns: Columns) -> Example:
+def parse_row(row: dict[str, Any], where: str, source: PairSource) -> Example:
     """Make a pair of a row.
 
     Args:
         row: column → value.
         where: place of the row, for messages.
-        columns: names of the columns.
+        source: names the columns.
 
     Raises:
         ValueError: If a column is missing or holds something else than it should; it names the row.
 
     Example:
-        >>> columns = Columns("question", None, "choices", "label")
-        >>> parse_row({"question": "1 + 1 =", "choices": ["1", "2"], "label": 1}, "row 0", columns).response
+        >>> source = PairSource("x.jsonl", prompt_column="ask", choices_column="choices", answer_column="right")
+        >>> parse_row({"ask": "1 + 1 =", "choices": ["1", "2"], "right": 1}, "row 0", source).response
         '2'
     """
-    prompt = _text(row, "prompt_column", columns.prompt, where)
-    if columns.choices is not None and columns.answer is not None:
-        choices, correct = _choices(row, columns.choices, columns.answer, where)
+    prompt = _text(row, "prompt_column", source.prompt_column, where)
+    column = source.response_column
+    if source.choices_column is not None and source.answer_column is not None:
+        choices, correct = _choices(row, source.choices_column, source.answer_column, where)
         response = choices[correct]
     else:
         choices, correct = (), 0
-        response = _text(row, "response_column", columns.response, where) if columns.response is not None else ""
+        response = _text(row, "response_column", column, where) if column is not None else ""
     keys: tuple[str, ...] = (f"prompt {prompt}",)
     if len(response.split()) > SHORT_RESPONSE:
         keys = (*keys, f"response {response}")

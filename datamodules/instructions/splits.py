@@ -1,4 +1,4 @@
-"""Which prompt–response pair belongs to which split, and which ones are shots: pairs that share a key stay together."""
+"""Assign prompt–response pairs to splits, and draw the shots. Pairs that share a key stay together."""
 
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -18,7 +18,7 @@ class Example(NamedTuple):
         response: empty where the source has prompts only.
         keys: texts that no two splits may share.
         choices: of a multiple-choice question, `response` among them; else empty.
-        correct: number of the right choice, 0 if there are none.
+        correct: number of the right choice; 0 without choices.
         where: the row's place in its source, for messages.
     """
 
@@ -55,16 +55,13 @@ def group_examples(examples: Sequence[Example]) -> list[int]:
 def split_examples(examples: Sequence[Example], fractions: dict[str, float], seed: int) -> dict[str, list[Example]]:
     """Split examples into `"train"` and the splits named in `fractions`.
 
-    Groups (see `group_examples`) are visited in an order drawn from `seed` and go to the first split that they still
-    fit into; a split that all would overfill gets the smallest one, and the rest is the training split.
+    Groups (see `group_examples`) are visited in an order drawn from the seed, and `fill_splits` says where they go; the
+    rest is the training split.
 
     Args:
-        examples: in any order: it decides nothing but the order within each split.
-        fractions: share of the examples for each split other than `"train"`, in [0, 1).
+        examples: the pairs; their order decides only the order within each split.
+        fractions: share of the examples for each split other than `"train"`, in [0, 1); zero gives an empty split.
         seed: of the order.
-
-    Returns:
-        The splits `"train"` and those of `fractions`; one whose fraction is zero is an empty list.
 
     Raises:
         ValueError: If nothing would be left for training.

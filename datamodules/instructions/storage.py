@@ -6,14 +6,13 @@ the response have been read after it, and the number of the right response. Wher
 responses and ends are there once more for each of them.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Value
+from datasets import Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
@@ -22,11 +21,10 @@ from lit_logits.datamodules.caching import hide_progress
 from lit_logits.datamodules.instructions.encoding import Encoded
 from lit_logits.datamodules.instructions.splits import Example
 from lit_logits.datamodules.instructions.views import EncodedExample, InstructionEncoder, source_argument
+from lit_logits.datamodules.prepared import write_sizes
 
 __all__ = [
     "InstructionSize",
-    "read_examples",
-    "read_instruction_sizes",
     "write_examples",
     "write_instructions",
 ]
@@ -37,7 +35,7 @@ Encode = Callable[[Sequence[Example]], list[EncodedExample]]
 
 
 class InstructionSize(NamedTuple):
-    """What a split holds.
+    """The size of a split.
 
     Attributes:
         examples: number of examples.
@@ -118,7 +116,7 @@ def _features(sources: Sequence[str]) -> Features:
 
 
 def _too_long(encoded: EncodedExample, max_length: int) -> str:
-    """Return what a prompt should have been that leaves no room for a response; nothing if all leave some."""
+    """Return how long a prompt may be where one leaves no room for a response, and "" where all leave some."""
     for name, view in [(None, encoded.own), *encoded.sources.items()]:
         needed = 1 if any(view.responses) else 0  # of a source of prompts only they are empty
         if len(view.prompt) > max_length - needed:
@@ -162,16 +160,5 @@ def write_instructions(
             drop=name == "train",
             sources=encoder.names,
         )
-    (directory / "sizes.json").write_text(json.dumps({name: size._asdict() for name, size in sizes.items()}, indent=1))
+    write_sizes(directory, sizes)
     return sizes
-
-
-def read_examples(file: Path) -> Dataset:
-    """Memory-map encoded examples."""
-    return Dataset.from_file(str(file))
-
-
-def read_instruction_sizes(directory: Path) -> dict[str, InstructionSize]:
-    """Read `sizes.json`."""
-    sizes = json.loads((directory / "sizes.json").read_text())
-    return {name: InstructionSize(**size) for name, size in sizes.items()}

@@ -1,15 +1,24 @@
 """The same pairs as several tokenizers see them: each with its own layout, all with the same shots and sample ids."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import digest
+from lit_logits.datamodules.checks import as_part
 from lit_logits.datamodules.instructions.batches import Vocabulary
 from lit_logits.datamodules.instructions.encoding import Encoded, Encoder
-from lit_logits.datamodules.instructions.layouts import ChatLayout, Layout, TemplateLayout, chat_template_of
+from lit_logits.datamodules.instructions.layouts import (
+    CHAT,
+    ChatLayout,
+    Layout,
+    TemplateLayout,
+    chat_template_of,
+    check_template,
+)
 from lit_logits.datamodules.instructions.splits import Example, sample_id, shots_before
 from lit_logits.datamodules.tokenization import load_tokenizer, tokenizer_id
 
@@ -17,10 +26,27 @@ __all__ = [
     "EncodedExample",
     "InstructionEncoder",
     "InstructionView",
-    "chat_source_names",
+    "SourceTokenizer",
+    "complete_sources",
     "load_sources",
     "source_argument",
 ]
+
+
+@dataclass(frozen=True)
+class SourceTokenizer:
+    """Another tokenizer that batches are given in, and how texts are laid out for it.
+
+    Args:
+        tokenizer: hub id, local folder or `.gguf` file.
+        template: a text with `{prompt}` and, after it, `{response}`, or `"chat"`, its own chat template; None is the
+            data module's `template`.
+        system_prompt: a system turn before all others, in the chat template only; None is the data module's.
+    """
+
+    tokenizer: str
+    template: str | None = None
+    system_prompt: str | None = None
 
 
 class EncodedExample(NamedTuple):
@@ -29,7 +55,7 @@ class EncodedExample(NamedTuple):
     Attributes:
         sample_id: number of its content.
         own: in the tokens of the data module's tokenizer.
-        sources: name → in the tokens of another one.
+        sources: name → in the tokens of that other tokenizer.
     """
 
     sample_id: int
@@ -42,8 +68,7 @@ class InstructionView:
 
     Args:
         tokenizer: makes the ids.
-        template: holds `{prompt}` and, after it, `{response}`.
-        chat: use the tokenizer's chat template instead.
+        template: holds `{prompt}` and, after it, `{response}`; `"chat"` is the tokenizer's chat template.
         system_prompt: text of a chat's system turn.
         max_length: tokens that a sequence may have.
         name: key in `source_tokenizers`; None is the data module's own.
@@ -54,24 +79,22 @@ class InstructionView:
         tokenizer: PreTrainedTokenizerFast,
         template: str,
         *,
-        chat: bool,
         system_prompt: str | None = None,
         max_length: int = 512,
         name: str | None = None,
     ) -> None:
-        self.tokenizer, self.template, self.chat, self.system_prompt = tokenizer, template, chat, system_prompt
+        self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
+        self.chat = template == CHAT
         self.max_length = max_length
-        self.argument, setting = "`tokenizer`", "Set `chat_template=False`"
-        if name is not None:
-            self.argument, setting = source_argument(name), f"Leave {name!r} out of `chat_sources`"
-        self.advice = f"{setting} to use `template`."
+        self.argument = "`tokenizer`" if name is None else source_argument(name)
+        self.advice = f"Set {'' if name is None else 'its '}`template` to a text with {{prompt}} and {{response}}."
 
     @property
     def layout(self) -> Layout:
         """Makes the texts.
 
         Raises:
-            ValueError: If a chat template is asked for and there is none.
+            ValueError: If the template is `"chat"` and the tokenizer lacks one.
         """
         if not self.chat:
             return TemplateLayout(self.template, self.tokenizer)
@@ -80,10 +103,10 @@ class InstructionView:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """All that decides the token ids of a pair; for `digest`.
+        """Everything that decides the token ids of a pair; for `digest`.
 
         Raises:
-            ValueError: If a chat template is asked for and there is none.
+            ValueError: If the template is `"chat"` and the tokenizer lacks one.
         """
         tokenizer = self.tokenizer.backend_tokenizer.to_str(), sorted(self.tokenizer.special_tokens_map.items())
         if not self.chat:
@@ -98,7 +121,7 @@ class InstructionView:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What batches need to know of the tokenizer."""
+        """The numbers of the tokenizer that batches hold."""
         layout_id = int(digest(self.key, self.max_length)[:16], 16) >> 1
         return Vocabulary(self.pad_token_id, tokenizer_id(self.tokenizer), layout_id)
 
@@ -124,7 +147,7 @@ class InstructionEncoder:
         """Encode each example with its response, or with each of its choices.
 
         Raises:
-            ValueError: If there is no token in a response, or a layout cannot render an example; it names the row.
+            ValueError: If a response has no tokens, or a layout cannot render an example; it names the row.
         """
         shots = [shots_before(example, self.shots) for example in examples]
         numbers = [sample_id(*pair, self.system_prompt) for pair in zip(examples, shots, strict=True)]
@@ -135,47 +158,53 @@ class InstructionEncoder:
         ]
 
 
-def chat_source_names(
-    source_tokenizers: Mapping[str, str], chat_sources: Sequence[str] | None, chat_template: bool
-) -> list[str]:
-    """Return which of the other tokenizers use their own chat template; None: all of them, or none, as the first does.
+def complete_sources(
+    source_tokenizers: Mapping[str, str | SourceTokenizer], template: str, system_prompt: str | None
+) -> dict[str, SourceTokenizer]:
+    """Return the settings of each other tokenizer, with the data module's in place of what is not given.
+
+    Args:
+        source_tokenizers: name → `SourceTokenizer`, a mapping of its fields, or the tokenizer alone.
+        template: the data module's.
+        system_prompt: the data module's; without effect where the template is not `"chat"`.
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a template cannot be filled, or there is a system prompt without a chat template.
     """
-    if chat_sources is None:
-        return list(source_tokenizers) if chat_template else []
-    for name in chat_sources:
-        if name not in source_tokenizers:
+    complete = {}
+    for name, value in source_tokenizers.items():
+        given = as_part(f"source_tokenizers[{name!r}]", value, SourceTokenizer)
+        own = template if given.template is None else given.template
+        check_template(own)
+        if own != CHAT and given.system_prompt is not None:
             raise ValueError(
-                f"Expected `chat_sources` to hold keys of `source_tokenizers`, {list(source_tokenizers)}, but got "
-                f"{name!r}."
+                f"Expected the `system_prompt` of {source_argument(name)} to be None where its `template` is not "
+                f"'chat', but got {given.system_prompt!r}."
             )
-    return list(chat_sources)
+        prompt = system_prompt if given.system_prompt is None else given.system_prompt
+        complete[name] = SourceTokenizer(given.tokenizer, own, prompt)
+    return complete
 
 
-def load_sources(
-    source_tokenizers: Mapping[str, str],
-    chat_names: Sequence[str],
-    template: str,
-    system_prompt: str | None,
-    max_length: int,
-) -> dict[str, InstructionView]:
+def load_sources(source_tokenizers: Mapping[str, SourceTokenizer], max_length: int) -> dict[str, InstructionView]:
     """Load the other tokenizers, each with its layout.
+
+    Args:
+        source_tokenizers: name → settings, as `complete_sources` returns them.
+        max_length: tokens that a sequence may have.
 
     Raises:
         ValueError: If one cannot be loaded or is a slow one; it names the key.
     """
     return {
         name: InstructionView(
-            load_tokenizer(path, source_argument(name)),
-            template,
-            chat=name in chat_names,
-            system_prompt=system_prompt,
+            load_tokenizer(given.tokenizer, source_argument(name)),
+            str(given.template),  # given by now, see `complete_sources`
+            system_prompt=given.system_prompt,
             max_length=max_length,
             name=name,
         )
-        for name, path in source_tokenizers.items()
+        for name, given in source_tokenizers.items()
     }
 
 

@@ -1,6 +1,7 @@
 """A source of documents together with the rule that splits it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from datasets import IterableDataset
@@ -9,7 +10,23 @@ from lit_logits.datamodules.caching import digest
 from lit_logits.datamodules.sources import Source, fingerprint_source, iter_column, read_source, stream_source
 from lit_logits.datamodules.splitting import bucket_of, carve_splits
 
-__all__ = ["Corpus"]
+__all__ = ["Corpus", "TextSource"]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where documents come from.
+
+    Args:
+        path: `"python-docs"` (the standard library's documentation, about 2 MB), files or globs of `.txt`, `.md`,
+            `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
+        subset: configuration of a Hugging Face data set, such as `"wikitext-103-raw-v1"`.
+        text_column: name of the text in `.jsonl`, `.parquet` and data sets.
+    """
+
+    path: Source
+    subset: str | None = None
+    text_column: str = "text"
 
 
 class Corpus:
@@ -19,9 +36,7 @@ class Corpus:
     split: of a stream, by a hash of each document's text, since nobody knows what is still to come; else by characters.
 
     Args:
-        source: see `lit_logits.datamodules.corpora`.
-        subset: configuration of a Hugging Face data set.
-        text_column: name of the text.
+        source: where the documents come from.
         streaming: read the source piece by piece and never as a whole.
         fractions: share of the corpus for `"val"` and `"test"`, in [0, 1).
         seed: of the split.
@@ -29,15 +44,13 @@ class Corpus:
 
     def __init__(
         self,
-        source: Source,
-        subset: str | None,
-        text_column: str,
+        source: TextSource,
         *,
         streaming: bool,
         fractions: dict[str, float],
         seed: int,
     ) -> None:
-        self.source, self.subset, self.text_column = source, subset, text_column
+        self.path, self.subset, self.text_column = source.path, source.subset, source.text_column
         self.streaming = streaming
         self.fractions = fractions
         self.seed = seed
@@ -46,13 +59,13 @@ class Corpus:
     @cached_property
     def key(self) -> str:
         """Digest of all that decides which documents are in which split."""
-        source = fingerprint_source(self.source, self.subset, self.text_column, streaming=self.streaming)
+        source = fingerprint_source(self.path, self.subset, self.text_column, streaming=self.streaming)
         return digest(source, self.text_column, self.streaming, sorted(self.fractions.items()), self.seed)
 
     @cached_property
     def streams(self) -> dict[str, IterableDataset]:
         """The open streams: training, and what other splits the data set has."""
-        return stream_source(self.source, self.subset, self.text_column)
+        return stream_source(self.path, self.subset, self.text_column)
 
     @property
     def held_out(self) -> dict[str, float]:
@@ -76,7 +89,7 @@ class Corpus:
 
     def _read(self) -> Mapping[str, Sequence[str]]:
         if self._documents is None:
-            own = read_source(self.source, self.subset, self.text_column)
+            own = read_source(self.path, self.subset, self.text_column)
             missing = {name: share for name, share in self.fractions.items() if name not in own}
             self._documents = {**own, **carve_splits(own["train"], missing, self.seed)}
         return self._documents

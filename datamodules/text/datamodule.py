@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from datasets import IterableDataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import build_once, default_cache_dir, digest
-from lit_logits.datamodules.checks import check_at_least
+from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.loaders import block_loader
-from lit_logits.datamodules.resuming import ResumePoint
+from lit_logits.datamodules.prepared import open_splits
+from lit_logits.datamodules.resuming import ResumePoint, Resumes
 from lit_logits.datamodules.splitting import check_fractions
-from lit_logits.datamodules.text.corpus import Corpus
-from lit_logits.datamodules.text.packing import read_blocks, read_sizes, write_splits
+from lit_logits.datamodules.text.corpus import Corpus, TextSource
+from lit_logits.datamodules.text.packing import SplitSize, write_splits
 from lit_logits.datamodules.text.streaming import StreamLoader, pack_stream
-from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.datamodules.tokenization import load_or_train_tokenizer, train_bpe
 
 __all__ = ["TextDataModule"]
 
@@ -32,7 +31,7 @@ FORMAT_VERSION = 2
 """Part of every cache entry's name: raise it when the same arguments are to give other blocks."""
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(Resumes, LightningDataModule):
     """Blocks of tokens from a corpus, prepared once and cached on disk.
 
     Documents are split into training, validation and test by their text, so equal documents never meet across splits.
@@ -41,10 +40,8 @@ class TextDataModule(LightningDataModule):
     or argument never meets a stale one. Training resumes in the middle of an epoch with the next unseen batch.
 
     Args:
-        source: `"python-docs"` (the standard library's documentation, about 2 MB), files or globs of `.txt`, `.md`,
-            `.jsonl` or `.parquet`, or a Hugging Face data set or local folder for `datasets.load_dataset`.
-        subset: configuration of a Hugging Face data set, such as `"wikitext-103-raw-v1"`.
-        text_column: name of the text in `.jsonl`, `.parquet` and data sets.
+        source: where the documents come from: a `TextSource` (in a recipe, a mapping `{path: ..., subset: ...}`), or
+            its `path` alone, such as `"python-docs"`, `"my/*.txt"` or the name of a data set.
         streaming: read the training split while training, for what is too large for the disk or the memory.
         tokenizer: hub id, local folder or `.gguf` file; None trains a byte-level BPE on the training split.
         bpe_vocab_size: tokens of that BPE, at least 257.
@@ -67,9 +64,8 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | list[str] = "python-docs",
-        subset: str | None = None,
-        text_column: str = "text",
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        source: str | list[str] | TextSource | Path = "python-docs",
         streaming: bool = False,
         tokenizer: str | None = None,
         bpe_vocab_size: int = 4096,
@@ -91,7 +87,8 @@ class TextDataModule(LightningDataModule):
         check_at_least(0, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
-        self.corpus = Corpus(source, subset, text_column, streaming=streaming, fractions=fractions, seed=seed)
+        documents = as_part("source", source, TextSource)
+        self.corpus = Corpus(documents, streaming=streaming, fractions=fractions, seed=seed)
         self.streaming = streaming
         self.tokenizer_name = tokenizer
         self.bpe_vocab_size, self.bpe_documents = bpe_vocab_size, bpe_documents
@@ -105,11 +102,8 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer; the first use in any process trains it if there is none to load."""
-        if self.tokenizer_name is not None:
-            return load_tokenizer(self.tokenizer_name)
-        key = digest(FORMAT_VERSION, self.corpus.key, self.bpe_vocab_size, self.bpe_documents, tokenizers.__version__)
-        return load_tokenizer(build_once(self.cache_dir / f"tokenizer-{key}", self._train_tokenizer))
+        """The tokenizer; the first use in any process trains the BPE."""
+        return load_or_train_tokenizer(self.tokenizer_name, self.cache_dir, self._bpe_key, self._train_tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -125,47 +119,35 @@ class TextDataModule(LightningDataModule):
         """Open the blocks that `prepare_data` wrote.
 
         Raises:
-            RuntimeError: If there are none.
+            RuntimeError: If it has not run.
         """
         if self._blocks:
             return
-        if not self._directory.is_dir():
-            raise RuntimeError(f"Expected `prepare_data` to have written {self._directory}, but it is not there.")
-        sizes = read_sizes(self._directory)
-        self._blocks = {name: read_blocks(self._directory / f"{name}.arrow") for name in sizes}
+        splits = open_splits(self._directory, SplitSize)
+        self._blocks = {name: rows.with_format("torch") for name, rows in splits.items()}
         if self.streaming:
             self._blocks["train"] = self.corpus.streams["train"]
-        rank_zero_info("; ".join(f"{name}: {size}" for name, size in sizes.items()))
+
+    # Lightning's hooks read alike in all data modules; what they do is in `loaders`, `resuming` and `prepared`.
 
     def train_dataloader(self) -> Any:
         """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
-        kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        loader: Any
         if self.streaming:
-            loader = StreamLoader(self._open_stream, self.batch_size, self.trainer, **kwargs)
-        else:
-            loader = block_loader(self._blocks["train"], self.batch_size, self.trainer, self.seed, train=True, **kwargs)
-        return self._resume.apply(loader, self.trainer)
+            stream = StreamLoader(self._open_stream, self.batch_size, self.trainer, **self._loading)
+            return self._resume.apply(stream, self.trainer)
+        return self._resume.apply(self._loader("train", train=True), self.trainer)
 
     def val_dataloader(self) -> Any:
         """Return all validation batches in order; an empty list if validation is switched off."""
-        return self._eval_loader("val")
+        return self._loader("val") if "val" in self._blocks else []
 
     def test_dataloader(self) -> Any:
         """Return all test batches in order; an empty list if the test split is switched off."""
-        return self._eval_loader("test")
+        return self._loader("test") if "test" in self._blocks else []
 
     def predict_dataloader(self) -> Any:
         """Return the test batches."""
-        return self._eval_loader("test")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position and what gives it a meaning."""
-        return self._resume.state_dict(self.trainer, self._order())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved position for the training loader."""
-        self._resume.load_state_dict(state_dict, self.trainer, self._order())
+        return self.test_dataloader()
 
     @cached_property
     def _directory(self) -> Path:
@@ -177,6 +159,9 @@ class TextDataModule(LightningDataModule):
     @property
     def _max_blocks(self) -> int | None:
         return self.val_blocks if self.streaming else None
+
+    def _bpe_key(self) -> str:
+        return digest(FORMAT_VERSION, self.corpus.key, self.bpe_vocab_size, self.bpe_documents, tokenizers.__version__)
 
     def _train_tokenizer(self, directory: Path) -> None:
         limit = self.bpe_documents if self.streaming else None
@@ -199,19 +184,15 @@ class TextDataModule(LightningDataModule):
             shuffle_buffer=self.shuffle_buffer,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=self._world_size,
         )
 
-    def _eval_loader(self, split: str) -> Any:
-        if split not in self._blocks:
-            return []
-        kwargs: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        return block_loader(self._blocks[split], self.batch_size, self.trainer, self.seed, train=False, **kwargs)
+    def _loader(self, split: str, *, train: bool = False) -> Any:
+        blocks = self._blocks[split]
+        return block_loader(blocks, self.batch_size, self.trainer, self.seed, train=train, **self._loading)
 
     def _order(self) -> dict[str, Any]:
-        """Return what, besides the position, decides which batch comes next."""
-        world_size = self.trainer.world_size if self.trainer else 1
-        order = {"data": self._directory.name, "batch_size": self.batch_size, "world_size": world_size}
+        order = {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
         if self.streaming:  # its workers read different shards
             order |= {"num_workers": self.num_workers, "shuffle_buffer": self.shuffle_buffer}
         return order

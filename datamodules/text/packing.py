@@ -3,26 +3,26 @@
 The tail of a split that is shorter than a block is dropped.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Features, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import hide_progress
+from lit_logits.datamodules.prepared import write_sizes
 
-__all__ = ["SplitSize", "pack", "read_blocks", "read_sizes", "write_blocks", "write_splits"]
+__all__ = ["SplitSize", "pack", "write_blocks", "write_splits"]
 
 DOCUMENTS_A_BATCH = 256
 
 
 class SplitSize(NamedTuple):
-    """What a split holds.
+    """The size of a split.
 
     Attributes:
         documents: number of documents.
@@ -93,11 +93,7 @@ def write_blocks(
     return SplitSize(num_documents, num_tokens, num_blocks)
 
 
-def read_blocks(file: Path) -> Dataset:
-    """Memory-map blocks: rows `{"input_ids": LongTensor (T,)}`."""
-    return Dataset.from_file(str(file)).with_format("torch")
-
-
+# The arguments are those of `write_blocks`, which does the work; this one names the splits and refuses an empty one.
 def write_splits(
     directory: Path,
     splits: dict[str, Iterable[str]],
@@ -127,12 +123,7 @@ def write_splits(
             f"Expected `block_size` to be at most the number of tokens in each split ({held}), but got {block_size}. "
             "Lower `block_size`, or raise the split's fraction or set it to 0."
         )
-    (directory / "sizes.json").write_text(json.dumps({name: size._asdict() for name, size in sizes.items()}, indent=1))
-
-
-def read_sizes(directory: Path) -> dict[str, SplitSize]:
-    """Read `sizes.json`."""
-    return {name: SplitSize(**size) for name, size in json.loads((directory / "sizes.json").read_text()).items()}
+    write_sizes(directory, sizes)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -148,7 +148,7 @@ class StreamLoader:
         while (batch := self._next(batches)) is not None:
             self.cursor.yielded += 1
             self._streams[self.cursor.yielded] = blocks.state_dict() if self.num_workers == 0 else None
-            self._streams.pop(self.cursor.yielded - 4, None)  # Lightning is two batches behind at most
+            self._streams.pop(self.cursor.yielded - 4, None)  # Lightning lags by two batches at most
             yield batch
         if self.cursor.yielded == 0:
             raise ValueError(
