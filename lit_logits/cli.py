@@ -113,6 +113,8 @@ class _Parser(LightningArgumentParser):
             )
         if "'kd_weight'" in message and "DualHeadKD" in message:
             message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."
+        if "'chunk_size'" in message and ("GLDFusionModule" in message or "DynamicFusionDecoder" in message):
+            message += "\nSince version 0.2 chunks go by the memory that their logits take: leave `chunk_size` out."
         return super().error(message + _new_form_of_data(message), *args, **kwargs)
 
 
