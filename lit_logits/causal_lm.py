@@ -1,4 +1,4 @@
-"""`CausalLM`: a plain causal language model, trained or fine-tuned, whole: what the methods start from and are held to.
+"""`CausalLM`: a plain causal language model, trained from scratch or fine-tuned; the methods are compared with it.
 
 Letters: B batch, T sequence, N tokens that count, V vocabulary.
 """
@@ -36,7 +36,7 @@ __all__ = ["CausalLM"]
 
 
 class CausalLM(LightningModule):
-    """Train a causal language model of transformers by cross-entropy, from scratch or from pretrained weights.
+    """A causal language model of transformers, trained by cross-entropy from scratch or from pretrained weights.
 
     Labels of −100 do not count, so that prompts can be masked. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
     `test/ppl`. The callback `SavePretrained` writes the model for `from_pretrained`.
@@ -52,7 +52,7 @@ class CausalLM(LightningModule):
             monitored value for `ReduceLROnPlateau`.
 
     Raises:
-        ValueError: for a model that cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`.
+        ValueError: If the model cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`.
 
     Example:
         >>> lm = CausalLM({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -84,11 +84,11 @@ class CausalLM(LightningModule):
         self.means = StageMeans("nll")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token logits (B, T, V) in nats."""
+        """Return token logits (B, T, V) in nats."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the next tokens that count, summed in nats, and their number."""
+        """Return the summed cross-entropy of the next tokens that count, in nats, and their number."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
         backbone = cast(PreTrainedModel, self.model.base_model)
         output = backbone(**accepted_inputs(backbone, inputs))
@@ -108,20 +108,21 @@ class CausalLM(LightningModule):
         """Check the labels of the first batch, on an accelerator too."""
         if batch_idx == 0:
             size = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
-            check_labels(batch["labels"], size, wait=True)
+            check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the tokens that count; of none, a zero with a graph."""
+        """Return the mean cross-entropy over the tokens that count; a zero with a graph if none does."""
         total, count = self._loss_sum(batch)
         loss = total / count.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer and scheduler."""
+        """Return the injected optimizer and scheduler."""
         return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
 
     # ------------------------------------------------------------------ evaluation
+    # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum the loss over tokens."""

@@ -1,4 +1,4 @@
-"""A frozen teacher, and its weights from whatever file they are in.
+"""A frozen teacher, and the loading of its weights from files of several formats.
 
 Letters: B batch, T sequence, C classes, d features.
 """
@@ -19,12 +19,12 @@ from lit_logits.modules.language_models.loading import check_plain_causal_lm
 
 __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
 
-
+# Keys under which training loops save a state dict, in the order in which they are tried.
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "student", "weights")
 
 
 class FrozenTeacher(FrozenModels):
-    """A classifier or causal language model, held out of training, that gives its logits.
+    """A classifier or causal language model that is held out of training and gives its logits.
 
     Args:
         model: frozen in place.
@@ -45,32 +45,32 @@ class FrozenTeacher(FrozenModels):
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B, C), without a graph."""
+        """Return logits (B, C), without a graph."""
         return classifier_logits(self.model, inputs)
 
     @torch.no_grad()
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Of a causal language model: the (B, T, d) input of its output layer."""
+        """Return the input (B, T, d) of a causal language model's output layer."""
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
 
     @property
     def output_layer(self) -> nn.Linear:
-        """Of a causal language model."""
+        """The output layer of a causal language model."""
         return self.model.get_output_embeddings()  # type: ignore[operator]
 
 
 def load_teacher(
     teacher: nn.Module | str | dict[str, Any], checkpoint: str | None = None, num_classes: int | None = None
 ) -> FrozenTeacher:
-    """Make a teacher and put its weights in.
+    """Make a teacher and load its weights.
 
     Args:
-        teacher: as `load_classifier` takes it.
+        teacher: as for `load_classifier`.
         checkpoint: file for `load_weights`; a model of random weights needs one.
         num_classes: C of a model that is made here.
 
     Raises:
-        ValueError: for a model that would keep random weights, or a file that does not fit.
+        ValueError: If the model would keep random weights, or the file does not fit.
     """
     new = isinstance(teacher, dict) or (isinstance(teacher, str) and teacher in MODEL_ZOO)
     if new and checkpoint is None:
@@ -87,13 +87,13 @@ def load_teacher(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a model's weights from a Lightning checkpoint or a `state_dict` file, whatever prefix its names carry.
+    """Load a model's weights from a Lightning checkpoint or a `state_dict` file, whatever prefix its names have.
 
-    Names may stand behind any common prefix (`module.` of DDP, `net.student.` of a Lightning module). Under the prefix
-    the file must hold the model's tensors, all of them and no others.
+    Names may have any common prefix (`module.` of DDP, `net.student.` of a Lightning module). Under the prefix the file
+    must hold all of the model's tensors and no others.
 
     Raises:
-        ValueError: for a file of another architecture or class count; the message names the first differences.
+        ValueError: If the file is of another architecture or class count; the error names the first differences.
     """
     weights = read_weights(path)
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
@@ -130,10 +130,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file by name: of `.safetensors`, or of `torch.save` where nothing but data is unpickled.
+    """Read the tensors of a file by name: `.safetensors`, or a file of `torch.save`, of which only data is unpickled.
 
     Raises:
-        ValueError: If there is no such file, or it holds no tensors or more than data.
+        ValueError: If there is no such file, it holds no tensors, or unpickling it would run code.
     """
     file = Path(os.path.expanduser(path))
     if not file.is_file():
@@ -157,7 +157,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"Expected {str(path)!r} to be a file of `torch.save`, but reading it failed: {error}"
         ) from error
-    # Lightning's `state_dict`, the `model` of hand-written loops: beside it there may be an accuracy that is a tensor.
+    # Dicts are entered before tensors are looked for: beside the weights there may be an accuracy that is a tensor.
     while isinstance(loaded, dict):
         inner = next((key for key in _WEIGHT_KEYS if isinstance(loaded.get(key), dict)), None)
         if inner is None:

@@ -1,4 +1,4 @@
-"""The models of dynamic logit fusion: loaded, merged, and held to one vocabulary.
+"""The models of dynamic logit fusion: loaded, merged, and checked for one vocabulary.
 
 Letters: V vocabulary.
 """
@@ -26,12 +26,12 @@ class FusionModels(NamedTuple):
 
     Attributes:
         large: the model to specialise.
-        base: small model, or None where there are no experts.
+        base: small model, or None without experts.
         experts: fine-tuned from `base`.
         expert_names: one for each expert.
-        vocab_size: V, the ids that all have.
-        tokenizer: theirs, where one was given or found.
-        notes: what a user should know about them.
+        vocab_size: V, the ids that all models have.
+        tokenizer: of all models, if one was given or found.
+        notes: sentences for the user's log.
     """
 
     large: PreTrainedModel
@@ -54,22 +54,22 @@ def load_fusion_models(
     large_kwargs: Mapping[str, Any] | None = None,
     small_kwargs: Mapping[str, Any] | None = None,
 ) -> FusionModels:
-    """Load a large model, a small base and its experts, and see that their tokens are the same.
+    """Load a large model, a small base and its experts, and check that their tokens are the same.
 
     Args:
         large: hub id, local folder, `.gguf` path, or a loaded causal language model.
-        base: the same; needed where there are experts.
+        base: the same; needed with experts.
         experts: the same for each; a list of several is merged into one expert by task arithmetic.
-        tokenizer: of all models. Each model that is given by name is held to it by its own tokenizer; without it those
-            are compared with each other.
-        eos_token_id: ids that end a text; needed where the models' own differ.
+        tokenizer: of all models. The tokenizer beside each model that is given by name must agree with it; without it
+            those are compared with each other.
+        eos_token_id: ids that end a text; needed if the models' own differ.
         merge_weight: λ of the task vectors that are merged.
         large_kwargs: for `from_pretrained` of the large model, such as `dtype` and `device_map`.
         small_kwargs: the same for base and experts.
 
     Raises:
-        ValueError: for models that cannot be loaded, vocabularies, tokenizers or end tokens that disagree, or experts
-            without a base.
+        ValueError: If a model cannot be loaded, vocabularies, tokenizers or end tokens disagree, or experts have no
+            base.
     """
     if isinstance(experts, str | nn.Module) and not isinstance(experts, nn.ModuleList):
         raise ValueError(f"Expected `experts` to be a list of models, but got {model_label(experts)}.")
@@ -147,7 +147,7 @@ def _common_vocabulary(
     known: set[str],
     notes: list[str],
 ) -> int:
-    """The ids that all models have; sizes may differ by padding only, which a tokenizer must tell."""
+    """Return how many ids all models have; sizes may differ by padding only, which takes a tokenizer to know."""
     sizes = {label: num_logits(model) for label, model in models.items()}
     smallest = min(sizes.values())
     listed = ", ".join(f"{label} {size}" for label, size in sizes.items())

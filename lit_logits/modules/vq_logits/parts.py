@@ -1,4 +1,4 @@
-"""Heads as parts: made from what a model is given, checked, and named in checkpoints.
+"""Heads as parts of a model: made from its argument `head`, checked, and kept in checkpoints as a recipe.
 
 Letters: d hidden size, V vocabulary.
 """
@@ -33,7 +33,7 @@ def make_head(
         has_bias: whether the layer that it replaces has a bias.
 
     Raises:
-        ValueError: for what is no head, or a head without a place for the bias.
+        ValueError: If `head` does not make a head, or makes one without a bias that has to take the layer's.
     """
     if isinstance(head, Mapping) and str(head.get("class_path")).rpartition(".")[2] in _HEADS:
         head = partial(_HEADS[head["class_path"].rpartition(".")[2]], **head.get("init_args", {}))
@@ -61,8 +61,8 @@ def make_head(
 
 
 def head_recipe(head: Any) -> Any:
-    """What a checkpoint keeps of a head: class and arguments of this library's; None for what only code can make."""
-    if not callable(head):  # a recipe as it was kept, or what `make_head` refuses
+    """Return what a checkpoint keeps of a head: class and arguments of this library's; None for one that needs code."""
+    if not callable(head):  # a recipe from a checkpoint, or something that `make_head` refuses
         return head
     plain = isinstance(head, partial) and not head.args
     made, arguments = (head.func, dict(head.keywords)) if plain else (head, {})
@@ -71,5 +71,5 @@ def head_recipe(head: Any) -> Any:
 
 
 def most_likely(head: Any, hidden: Tensor) -> Tensor:
-    """Most likely tokens (...) of hidden states (..., d), by the head's own way where it has one."""
+    """Return the most likely tokens (...) of hidden states (..., d), by the head's own `greedy` if it has one."""
     return head.greedy(hidden) if isinstance(head, DecodingHead) else head(hidden).argmax(-1)
