@@ -28,7 +28,7 @@ from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
-from lit_logits.modules.language_models.loading import ModelOrConfig, load_backbone
+from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
@@ -107,6 +107,18 @@ class VQLogitsLM(LightningModule):
         if calibration_batches < 1:
             raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
         parts = load_backbone(backbone, vocab_size=vocab_size)
+        made = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
+        if kd_weight and not (isinstance(made, ImitatingHead) and made.can_imitate):
+            raise ValueError(
+                "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
+                " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
+                f" {type(made).__name__}."
+            )
+
+        self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.vocab_size = parts.vocab_size
+        self._generation_config, self._tied = parts.generation_config, parts.tied
         self.backbone = parts.model
         self._frozen: list[nn.Module] = []  # kept in `eval` mode
         num_frozen_layers = 0
@@ -114,32 +126,22 @@ class VQLogitsLM(LightningModule):
             self._frozen = freeze_first_layers(self.backbone, num_trainable_layers)
             num_frozen_layers = len(find_layers(self.backbone)[1]) - num_trainable_layers
         self.original = keep_original(parts, num_frozen_layers) if kd_weight else None
-        self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.head: Any = made
+        self._prepare_head(parts)
+        self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
+        self.train()  # `from_pretrained` leaves the backbone in eval mode
 
-        self.head: Any = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
-        self.vocab_size = parts.vocab_size
-        if kd_weight and not (isinstance(self.head, ImitatingHead) and self.head.can_imitate):
-            raise ValueError(
-                "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
-                " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
-                f" {type(self.head).__name__}."
-            )
+    def _prepare_head(self, parts: CausalBackbone) -> None:
+        """Let the head take what it needs of the pretrained model, and note whether it has to start from data."""
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = OutputLayer(parts.output_weight, parts.output_bias)
-        is_ready = not isinstance(self.head, StartingHead) or self.head.prepare(
-            self._output_layer, cast(nn.Embedding, parts.model.get_input_embeddings())
-        )
-        self._starts = not is_ready
-        if is_ready:
+        table = cast(nn.Embedding, parts.model.get_input_embeddings())
+        self._starts = isinstance(self.head, StartingHead) and not self.head.prepare(self._output_layer, table)
+        if not self._starts:
             self._output_layer = OutputLayer(None, None)
-        self._generation_config, self._tied = parts.generation_config, parts.tied
-        self.register_buffer("head_ready", torch.tensor(is_ready))
-        self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
+        self.register_buffer("head_ready", torch.tensor(not self._starts))  # a buffer, so that checkpoints keep it
         if parts.tied and isinstance(self.head, ExportableHead):
             rank_zero_info(describe_untying(parts, self.head))
-
-        self.train()  # `from_pretrained` leaves the backbone in eval mode
 
     def train(self, mode: bool = True) -> "VQLogitsLM":
         """Switch between training and evaluation; a frozen backbone, or its frozen layers, stay in evaluation."""

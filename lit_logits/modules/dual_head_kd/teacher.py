@@ -96,37 +96,51 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: If the file is of another architecture or class count; the error names the first differences.
     """
     weights = read_weights(path)
-    own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key in own:
-        for name in weights:
-            if name == key or name.endswith(f".{key}"):
-                prefix = name[: len(name) - len(key)]
-                found.setdefault(prefix, {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
-        break  # the first tensor tells the prefixes
+    own = _without_counters(model.state_dict())
     owner = type(model).__name__
     reasons = [
         f"it has {len(weights)} tensors such as {_shapes(weights)}, {owner} has {len(own)} such as {_shapes(own)}"
     ]
-    for prefix in sorted(found, key=len):
-        tensors = {key: tensor for key, tensor in found[prefix].items() if not key.endswith("num_batches_tracked")}
-        wrong = {key: tensors[key] for key in own if key in tensors and tensors[key].shape != own[key].shape}
-        missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-        if not (wrong or missing or extra):
-            model.load_state_dict(tensors, strict=False)  # all but the counters of batches, which BN needs not
+    for prefix in _prefixes(next(iter(own), None), weights):
+        named = {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
+        tensors = _without_counters(named)
+        differences = _differences(own, tensors)
+        if not differences:
+            model.load_state_dict(tensors, strict=False)  # not strict, because of the counters that are left out
             return
-        if wrong:
-            first = next(iter(wrong))
-            reason = f"`{first}` is {tuple(wrong[first].shape)} there and {tuple(own[first].shape)} here"
-            reasons.append(f"{reason} ({len(wrong)} of {len(own)} tensors differ in shape)")
-        if missing:
-            reasons.append(f"{len(missing)} tensors such as `{min(missing)}` are missing")
-        if extra:
-            reasons.append(f"it has {len(extra)} more, such as `{min(extra)}`")
+        reasons += differences
     raise ValueError(
         f"Expected {str(path)!r} to hold the weights of this {owner}, but they are of another architecture or number"
         f" of classes: {'; '.join(reasons)}. Pass the model that the file was saved from."
     )
+
+
+def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors but the counters of batch normalisation, which old files lack and frozen models ignore."""
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+
+
+def _prefixes(key: str | None, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the prefixes, shortest first, under which `weights` has the model's tensor `key`."""
+    if key is None:
+        return []
+    return sorted({name[: -len(key)] for name in weights if name == key or name.endswith(f".{key}")}, key=len)
+
+
+def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return in words how tensors differ from a model's own in shapes and names; nothing if they fit."""
+    wrong = {key: tensors[key] for key in own if key in tensors and tensors[key].shape != own[key].shape}
+    missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    found = []
+    if wrong:
+        first = next(iter(wrong))
+        reason = f"`{first}` is {tuple(wrong[first].shape)} there and {tuple(own[first].shape)} here"
+        found.append(f"{reason} ({len(wrong)} of {len(own)} tensors differ in shape)")
+    if missing:
+        found.append(f"{len(missing)} tensors such as `{min(missing)}` are missing")
+    if extra:
+        found.append(f"it has {len(extra)} more, such as `{min(extra)}`")
+    return found
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
