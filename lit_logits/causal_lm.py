@@ -13,20 +13,13 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_sum, rows_a_chunk
-from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import counted_states
 from lit_logits.modules.language_models.inspect import num_logits
-from lit_logits.modules.language_models.loading import (
-    ModelOrConfig,
-    check_plain_causal_lm,
-    load_causal_lm,
-    new_causal_lm,
-)
+from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
@@ -73,13 +66,8 @@ class CausalLM(LightningModule):
         super().__init__()
         plain = isinstance(model, (str, dict))
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["model"])])
-        if isinstance(model, dict):
-            loaded = new_causal_lm(model, vocab_size)
-        else:
-            loaded = load_causal_lm(model) if isinstance(model, str) else model
-            check_plain_causal_lm(loaded, vocab_size=vocab_size)
-        self.model: PreTrainedModel = loaded.train()  # `from_pretrained` leaves it in eval mode
-        self.chunk_size = rows_a_chunk(num_logits(loaded), chunk_size)
+        self.model = load_plain_causal_lm(model, vocab_size).train()  # `from_pretrained` leaves it in eval mode
+        self.chunk_size = rows_a_chunk(num_logits(self.model), chunk_size)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.means = StageMeans("nll")
 
@@ -89,18 +77,13 @@ class CausalLM(LightningModule):
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy of the next tokens that count, in nats, and their number."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-        backbone = cast(PreTrainedModel, self.model.base_model)
-        output = backbone(**accepted_inputs(backbone, inputs))
-        # Of several choices those that are wrong are not to be learned.
-        labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
+        mask, hidden, labels = counted_states(self.model, batch)
         head = cast(nn.Linear, self.model.get_output_embeddings())
 
         def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(at_least_float32(head(rows)), targets, reduction="sum")
 
-        rows, targets = output.last_hidden_state[mask], labels[mask].long()
-        return chunked_sum(cross_entropy, rows, targets, chunk_size=self.chunk_size), mask.sum()
+        return chunked_sum(cross_entropy, hidden, labels, chunk_size=self.chunk_size), mask.sum()
 
     # ------------------------------------------------------------------ training
 

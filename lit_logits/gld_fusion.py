@@ -18,20 +18,13 @@ from transformers import PreTrainedModel
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.gld_fusion import GraphNodes
-from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32, sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import FusionCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
-from lit_logits.modules.language_models.calls import accepted_inputs
-from lit_logits.modules.language_models.loading import (
-    ModelOrConfig,
-    Models,
-    check_plain_causal_lm,
-    load_causal_lm,
-    new_causal_lm,
-)
+from lit_logits.modules.language_models.calls import counted_states
+from lit_logits.modules.language_models.loading import ModelOrConfig, Models, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import add_lora, save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
@@ -176,7 +169,7 @@ class GLDFusionModule(LightningModule):
         Raises:
             ValueError: If tokens are another tokenizer's, a cache lacks a sample, or a source emits NaN.
         """
-        mask, hidden, labels = self._counted_states(batch)
+        mask, hidden, labels = counted_states(self._pivot, batch)
         if self.kd_weight == 0:
             (ce,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
             return FusionLosses(_mean_over_samples(ce, mask), {})
@@ -213,15 +206,6 @@ class GLDFusionModule(LightningModule):
         return source.read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
 
     # ------------------------------------------------------------------ the pivot
-
-    def _counted_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the mask (B, T) of positions that predict a label, and hidden states (N, d) and labels (N,) there."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-        backbone = cast(PreTrainedModel, self._pivot.base_model)
-        output = backbone(**accepted_inputs(backbone, inputs))
-        # Of several choices those that are wrong are not to be learned.
-        labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
-        return mask, output.last_hidden_state[mask], labels[mask].long()
 
     def _head(self, rows: Tensor) -> Tensor:
         return cast(nn.Linear, self._pivot.get_output_embeddings())(rows)
@@ -279,7 +263,7 @@ class GLDFusionModule(LightningModule):
         self._log_means("test")
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
-        _, hidden, labels = self._counted_states(batch)
+        _, hidden, labels = counted_states(self._pivot, batch)
         (nll,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
         self.means.update(stage, nll=nll)
 
@@ -331,11 +315,7 @@ def _has_modules(value: Any) -> bool:
 def _load_pivot(
     pivot: Any, vocab_size: int | None, lora: Mapping[str, Any] | None, gradient_checkpointing: bool
 ) -> PreTrainedModel:
-    if isinstance(pivot, dict):
-        model = new_causal_lm(pivot, vocab_size)
-    else:
-        model = load_causal_lm(pivot) if isinstance(pivot, str) else pivot
-        check_plain_causal_lm(model, vocab_size=vocab_size)
+    model = load_plain_causal_lm(pivot, vocab_size)
     if lora is not None:
         model = add_lora(model, lora)
     if gradient_checkpointing:

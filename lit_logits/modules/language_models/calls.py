@@ -2,18 +2,29 @@
 
 The key–value cache has two names: `cache` since transformers 5.24; `past_key_values` before, and in other models.
 
-Letters: B batch, T sequence.
+Letters: B batch, T sequence, N positions that predict a token that counts, d hidden size.
 """
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["CACHE_NAMES", "OUTPUT_CACHE_NAME", "accepted_inputs", "cache_argument", "read_with_cache"]
+from lit_logits.functional.labels import next_token_labels
+
+__all__ = [
+    "CACHE_NAMES",
+    "OUTPUT_CACHE_NAME",
+    "CountedStates",
+    "accepted_inputs",
+    "cache_argument",
+    "counted_states",
+    "read_with_cache",
+]
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -32,6 +43,37 @@ def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     known = _parameters(model)
     chosen = {name: value for name, value in inputs.items() if name in known and value is not None}
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
+
+
+class CountedStates(NamedTuple):
+    """Result of `counted_states`.
+
+    Attributes:
+        mask: (B, T) positions that predict a token that counts.
+        hidden: (N, d) last hidden states there.
+        labels: (N,) int64 the tokens to predict.
+    """
+
+    mask: Tensor
+    hidden: Tensor
+    labels: Tensor
+
+
+def counted_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> CountedStates:
+    """Run a causal language model up to its output layer, and keep the positions that predict a token that counts.
+
+    The output layer is left to the caller, who can apply it in chunks, so that (B, T, V) logits are never whole.
+
+    Args:
+        model: causal language model.
+        batch: `input_ids` and `labels` (B, T), optionally `attention_mask` (B, T) and `correct` (B,).
+    """
+    backbone = cast(PreTrainedModel, model.base_model)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    output = backbone(**accepted_inputs(backbone, inputs))
+    # A batch of multiple-choice questions holds every choice; only the right ones are learned.
+    labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
+    return CountedStates(mask, output.last_hidden_state[mask], labels[mask].long())
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ __all__ = [
     "is_plain_causal_lm",
     "load_backbone",
     "load_causal_lm",
+    "load_plain_causal_lm",
     "make_config",
     "new_causal_lm",
 ]
@@ -121,6 +122,25 @@ def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> Pr
     return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
 
 
+def load_plain_causal_lm(
+    model: str | dict[str, Any] | PreTrainedModel, vocab_size: int | None = None
+) -> PreTrainedModel:
+    """Load or make a causal language model whose logits are its output layer of its last hidden states.
+
+    Args:
+        model: as for `load_backbone`.
+        vocab_size: V of the tokenizer, as there.
+
+    Raises:
+        ValueError: If the model cannot be loaded or made, or `check_plain_causal_lm` refuses it.
+    """
+    if isinstance(model, dict):
+        return new_causal_lm(model, vocab_size)
+    loaded = load_causal_lm(model) if isinstance(model, str) else model
+    check_plain_causal_lm(loaded, vocab_size=vocab_size)
+    return loaded
+
+
 def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_size: int | None = None) -> CausalBackbone:
     """Split a causal language model into its backbone and its output layer.
 
@@ -139,8 +159,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         text_config = config.get_text_config()
         model = AutoModel.from_config(config)
         return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
-    causal_lm = load_causal_lm(backbone) if isinstance(backbone, str) else backbone
-    check_plain_causal_lm(causal_lm, vocab_size=vocab_size)
+    causal_lm = load_plain_causal_lm(backbone, vocab_size)
     output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     weight = output.weight.detach()
     bias = getattr(output, "bias", None)

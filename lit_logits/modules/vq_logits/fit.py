@@ -13,7 +13,7 @@ from lit_logits.functional.checks import check_finite
 from lit_logits.functional.code_tiers import stages_by_rank, stages_for_bytes
 from lit_logits.functional.residual_codes import MetricKind, ResidualCodes, fit_residual_codes, metric_matrix
 
-__all__ = ["default_stages", "fit_output_layer"]
+__all__ = ["check_codebook_size", "default_stages", "fit_output_layer"]
 
 
 # `VQLogitsHead.from_dense` and the head classes repeat these arguments: each is a public signature, for editors and for
@@ -100,6 +100,18 @@ def fit_output_layer(
         generator=generator,
         progress_bar=progress_bar,
     )
+
+
+def check_codebook_size(codebook_size: int, vocab_size: int) -> None:
+    """Raise unless there are at most as many codes as tokens.
+
+    Raises:
+        ValueError: If `codebook_size` is not in [1, vocab_size].
+    """
+    if not 1 <= codebook_size <= vocab_size:
+        raise ValueError(
+            f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
+        )
 
 
 def default_stages(num_stages: int | Mapping[int, int] | None, byte_budget: float | None) -> int | Mapping[int, int]:

@@ -36,7 +36,7 @@ from lit_logits.functional.vq_logits import (
     straight_through_vq_cross_entropy,
     vq_cross_entropy,
 )
-from lit_logits.modules.vq_logits.fit import fit_output_layer
+from lit_logits.modules.vq_logits.fit import check_codebook_size, fit_output_layer
 from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy, MovingCodes
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 from lit_logits.modules.vq_logits.start import HeadInit, choose_init, start_codes
@@ -108,10 +108,7 @@ class VQLogitsHead(MovingCodes):
         commitment_weight: float = 0.25,
     ) -> None:
         super().__init__()
-        if not 1 <= codebook_size <= vocab_size:
-            raise ValueError(
-                f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
-            )
+        check_codebook_size(codebook_size, vocab_size)
         _check_options(mapping, codebook_update, decay, reassign_every_n_steps, usage_decay)
         check_not_negative(count_power=count_power, commitment_weight=commitment_weight)
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size

@@ -28,7 +28,7 @@ from lit_logits.functional.residual_vq import (
     stage_codes,
 )
 from lit_logits.functional.vq_decoding import sample_logits
-from lit_logits.modules.vq_logits.fit import default_stages, fit_output_layer
+from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["ResidualVQLogitsHead"]
@@ -99,10 +99,7 @@ class ResidualVQLogitsHead(nn.Module):
         count_power: float = 0.75,
     ) -> None:
         super().__init__()
-        if not 1 <= codebook_size <= vocab_size:
-            raise ValueError(
-                f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
-            )
+        check_codebook_size(codebook_size, vocab_size)
         if num_groups < 1 or hidden_size % num_groups:
             raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
         if token_weights not in ("counts", "fisher"):
