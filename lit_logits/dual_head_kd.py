@@ -6,7 +6,7 @@ Letters: B batch, T sequence, N tokens that count, C classes (for a language mod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_logits.functional.checks import check_labels, check_not_negative
+from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
 from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.reductions import at_least_float32, reduce_tokens
-from lit_logits.modules.dual_head_kd.classifiers import (
-    classifier_logits,
-    find_classifier,
-    is_causal_lm,
-    load_classifier,
-)
+from lit_logits.modules.dual_head_kd.checks import Method, check_options, check_pair
+from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.language_models.saving import save_model_file, save_model_folder
@@ -36,8 +32,6 @@ __all__ = ["DualHeadKD"]
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 """Inputs of a causal language model; batches may hold more, such as row numbers."""
-
-Method = Literal["ce", "kd", "single_head", "dual_head"]
 
 
 class Losses(NamedTuple):
@@ -124,7 +118,7 @@ class DualHeadKD(LightningModule):
         super().__init__()
         modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        _check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
+        check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
         self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
@@ -142,7 +136,7 @@ class DualHeadKD(LightningModule):
         self.teacher: FrozenTeacher | None = None
         if method != "ce" and teacher is not None:
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
-            _check_pair(self.net, self.teacher.model)
+            check_pair(self.net, self.teacher.model)
         has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
         self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
 
@@ -374,40 +368,3 @@ def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy (N,) of each sample, and 1 where its most likely class is right."""
     nll = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
     return nll, (logits.argmax(-1) == targets).float()
-
-
-def _check_options(
-    method: str,
-    kd_loss: str | None,
-    temperature: float | None,
-    ce_weight: float,
-    kd_factor: float,
-    lr_interval: str,
-) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"Expected `method` to be 'ce', 'kd', 'single_head' or 'dual_head', but got {method!r}.")
-    if kd_loss is not None and kd_loss not in get_args(LogitLoss):
-        raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
-    if lr_interval not in ("epoch", "step"):
-        raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
-
-
-def _check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:
-    """Refuse a teacher of other classes. If its last layer is not found, the first batch tells."""
-    student, other = type(net.student).__name__, type(teacher).__name__
-    if teacher is net.student or not set(map(id, teacher.parameters())).isdisjoint(map(id, net.parameters())):
-        raise ValueError("Expected a teacher that shares no parameters with the student: it is frozen. Pass a copy.")
-    if is_causal_lm(teacher) != net.is_causal_lm:
-        raise ValueError(f"Expected two classifiers or two causal language models, but got {student} and {other}.")
-    try:
-        layer = teacher.get_submodule(find_classifier(teacher))
-    except ValueError:
-        return
-    if layer.out_features != net.num_classes:
-        raise ValueError(
-            f"Expected student and teacher to have the same classes, but {student} has {net.num_classes} and {other}"
-            f" has {layer.out_features}. Pass the same `num_classes` (or vocabulary) to both."
-        )

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from lit_logits.contracts import (
     Calibration,
     ExportableHead,
-    ImitatingHead,
     LearningHead,
     OutputLayer,
     StartingHead,
@@ -38,7 +37,7 @@ from lit_logits.modules.vq_logits.export import compact_model, dense_model
 from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
-from lit_logits.modules.vq_logits.parts import HeadFactory, head_recipe, make_head, most_likely
+from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely
 
 __all__ = ["VQLogitsLM"]
 
@@ -108,12 +107,8 @@ class VQLogitsLM(LightningModule):
             raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
         parts = load_backbone(backbone, vocab_size=vocab_size)
         made = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
-        if kd_weight and not (isinstance(made, ImitatingHead) and made.can_imitate):
-            raise ValueError(
-                "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
-                " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
-                f" {type(made).__name__}."
-            )
+        if kd_weight:
+            check_imitates(made)
 
         self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_logits.contracts import DecodingHead, ExportableHead, OutputHead
+from lit_logits.contracts import DecodingHead, ExportableHead, ImitatingHead, OutputHead
 from lit_logits.modules.vq_logits.dense import DenseLogitsHead
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["HeadFactory", "head_recipe", "make_head", "most_likely"]
+__all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely"]
 
 HeadFactory = Callable[[int, int], nn.Module]
 
@@ -58,6 +58,20 @@ def make_head(
     if has_bias and isinstance(made, ExportableHead) and made.token_bias is None:
         raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
     return made
+
+
+def check_imitates(head: Any) -> None:
+    """Raise unless a head can be trained to imitate the original output layer.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not (isinstance(head, ImitatingHead) and head.can_imitate):
+        raise ValueError(
+            "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
+            " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
+            f" {type(head).__name__}."
+        )
 
 
 def head_recipe(head: Any) -> Any:
