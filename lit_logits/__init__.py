@@ -8,8 +8,9 @@ from lit_logits.dynamic_fusion import DynamicFusionDecoder
 from lit_logits.gld_fusion import GLDFusionModule
 from lit_logits.vq_logits import VQLogitsLM
 
-# Recipes, and the hyper-parameters of checkpoints, are data: a mapping such as `backbone` stays one, whatever stands in
-# it, and no value names what runs programs or unpickles. jsonargparse denies those of the standard library itself.
+# Recipes, and the hyper-parameters of checkpoints, are data: a mapping such as `backbone` stays a mapping, whatever its
+# keys, and no value may name a function that runs programs or unpickles. jsonargparse itself denies those of the
+# standard library.
 set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
     import_path_denylist=[

@@ -1,4 +1,4 @@
-"""`CausalLM`: a plain causal language model, trained or fine-tuned, whole: what the methods start from and are held to.
+"""`CausalLM`: a plain causal language model, trained from scratch or fine-tuned; the methods are compared with it.
 
 Letters: B batch, T sequence, N tokens that count, V vocabulary.
 """
@@ -13,20 +13,13 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_sum, rows_a_chunk
-from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import counted_states
 from lit_logits.modules.language_models.inspect import num_logits
-from lit_logits.modules.language_models.loading import (
-    ModelOrConfig,
-    check_plain_causal_lm,
-    load_causal_lm,
-    new_causal_lm,
-)
+from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
@@ -36,7 +29,7 @@ __all__ = ["CausalLM"]
 
 
 class CausalLM(LightningModule):
-    """Train a causal language model of transformers by cross-entropy, from scratch or from pretrained weights.
+    """A causal language model of transformers, trained by cross-entropy from scratch or from pretrained weights.
 
     Labels of −100 do not count, so that prompts can be masked. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
     `test/ppl`. The callback `SavePretrained` writes the model for `from_pretrained`.
@@ -52,7 +45,7 @@ class CausalLM(LightningModule):
             monitored value for `ReduceLROnPlateau`.
 
     Raises:
-        ValueError: for a model that cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`.
+        ValueError: If the model cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`.
 
     Example:
         >>> lm = CausalLM({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -73,34 +66,24 @@ class CausalLM(LightningModule):
         super().__init__()
         plain = isinstance(model, (str, dict))
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["model"])])
-        if isinstance(model, dict):
-            loaded = new_causal_lm(model, vocab_size)
-        else:
-            loaded = load_causal_lm(model) if isinstance(model, str) else model
-            check_plain_causal_lm(loaded, vocab_size=vocab_size)
-        self.model: PreTrainedModel = loaded.train()  # `from_pretrained` leaves it in eval mode
-        self.chunk_size = rows_a_chunk(num_logits(loaded), chunk_size)
+        self.model = load_plain_causal_lm(model, vocab_size).train()  # `from_pretrained` leaves it in eval mode
+        self.chunk_size = rows_a_chunk(num_logits(self.model), chunk_size)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.means = StageMeans("nll")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token logits (B, T, V) in nats."""
+        """Return token logits (B, T, V) in nats."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the next tokens that count, summed in nats, and their number."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-        backbone = cast(PreTrainedModel, self.model.base_model)
-        output = backbone(**accepted_inputs(backbone, inputs))
-        # Of several choices those that are wrong are not to be learned.
-        labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
+        """Return the summed cross-entropy of the next tokens that count, in nats, and their number."""
+        mask, hidden, labels = counted_states(self.model, batch)
         head = cast(nn.Linear, self.model.get_output_embeddings())
 
         def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(at_least_float32(head(rows)), targets, reduction="sum")
 
-        rows, targets = output.last_hidden_state[mask], labels[mask].long()
-        return chunked_sum(cross_entropy, rows, targets, chunk_size=self.chunk_size), mask.sum()
+        return chunked_sum(cross_entropy, hidden, labels, chunk_size=self.chunk_size), mask.sum()
 
     # ------------------------------------------------------------------ training
 
@@ -108,20 +91,21 @@ class CausalLM(LightningModule):
         """Check the labels of the first batch, on an accelerator too."""
         if batch_idx == 0:
             size = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
-            check_labels(batch["labels"], size, wait=True)
+            check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the tokens that count; of none, a zero with a graph."""
+        """Return the mean cross-entropy over the tokens that count; a zero with a graph if none does."""
         total, count = self._loss_sum(batch)
         loss = total / count.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer and scheduler."""
+        """Return the injected optimizer and scheduler."""
         return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
 
     # ------------------------------------------------------------------ evaluation
+    # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum the loss over tokens."""

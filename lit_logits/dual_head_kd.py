@@ -1,12 +1,12 @@
-"""`DualHeadKD`: distillation of labels and of a teacher's logits through two heads, with the baselines beside it.
+"""`DualHeadKD`: labels and a teacher's logits distilled through two heads, and the baselines.
 
-Letters: B batch, T sequence, N tokens that count, C classes (of a language model its vocabulary), d features.
+Letters: B batch, T sequence, N tokens that count, C classes (for a language model its vocabulary), d features.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_logits.functional.checks import check_labels, check_not_negative
+from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
 from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.reductions import at_least_float32, reduce_tokens
-from lit_logits.modules.dual_head_kd.classifiers import (
-    classifier_logits,
-    find_classifier,
-    is_causal_lm,
-    load_classifier,
-)
+from lit_logits.modules.dual_head_kd.checks import Method, check_options, check_pair
+from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.language_models.saving import save_model_file, save_model_folder
@@ -35,43 +31,40 @@ from lit_logits.modules.optimization import make_optimizers
 __all__ = ["DualHeadKD"]
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-"""What a causal language model is given; batches may hold more, such as the numbers of their rows."""
-
-Method = Literal["ce", "kd", "single_head", "dual_head"]
+"""Inputs of a causal language model; batches may hold more, such as row numbers."""
 
 
 class Losses(NamedTuple):
-    """The two terms before weighting, means over what counts; `kd` is None for cross-entropy alone."""
+    """The two terms before weighting, means over the samples or tokens that count; `kd` is None without a teacher."""
 
     ce: Tensor
     kd: Tensor | None
 
 
 class DualHeadKD(LightningModule):
-    """Distil a teacher into a student of any class through an auxiliary head on the student's features [0].
+    """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
-    L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ sees the labels and the auxiliary head z₂ the teacher. Logs
-    `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head), `val/acc`, for language models
-    `val/ppl`, the same under `test/`, and where gradients are aligned `kd/grad_cosine` and `kd/conflict`.
+    L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
+    Logs `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head), `val/acc`, for language
+    models `val/ppl`, the same under `test/`, and with aligned gradients `kd/grad_cosine` and `kd/conflict`.
 
-    Optimisation stays Lightning's automatic one: with `grad_align` the `backward` hook keeps the two gradients apart
-    and the optimizer's closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP are the
-    Trainer's as ever.
+    Optimisation stays automatic: with `grad_align` the `backward` hook keeps the two gradients apart and the
+    optimizer's closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP stay the Trainer's.
 
-    A subclass may override `training_step`. It calls `losses(batch)` and returns a loss made of what that gives, such
-    as `ce + 0.5 * kd`, with weights and further terms of its own; `losses` names the distillation term to
-    `self.aligner`, and `backward` finds its weight in the loss. A step that computes its own distillation term passes
-    it to `self.aligner.keep_apart` before it returns the loss. A loss without a distillation term, in a warm-up
-    say, trains as it is.
+    A subclass may override `training_step`. It calls `losses(batch)` and returns a loss made of the two terms, such as
+    `ce + 0.5 * kd`, with weights and further terms of its own; `losses` names the distillation term to `self.aligner`,
+    and `backward` finds its weight in the loss. A step that computes its own distillation term passes it to
+    `self.aligner.keep_apart` before it returns the loss. A loss without a distillation term, for instance in a
+    warm-up, trains as it is.
 
     Args:
         student: any classifier as a module; a name of the zoo such as `resnet8x4`; a hub id or folder of transformers
             (image or sequence classifier, causal language model); or the config of a new transformers model as a
             mapping with `model_type`.
-        teacher: the same; needed to train by any method but `ce`, and for nothing else. It is frozen, in `eval`, and
-            in neither checkpoint nor optimizer.
+        teacher: the same; needed only to train by a method other than `ce`. It is frozen, in `eval`, and in neither
+            checkpoint nor optimizer.
         teacher_checkpoint: Lightning checkpoint or `state_dict` file for the teacher; see `load_weights`.
-        num_classes: C of models that are made here; also helps to find the last layer.
+        num_classes: C of models that are made here; it also helps to find the last layer.
         method: `ce`; `kd`: both terms on the one head; `single_head`: the same with BinaryKL or BinaryKL-Norm, the
             paper's collapse; `dual_head`.
         kd_loss: `kl` (default of `kd`), `binary_kl_norm` (default of the other two), `binary_kl`, `mse`, `l1` or
@@ -82,7 +75,7 @@ class DualHeadKD(LightningModule):
         grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
             the `backbone` or over `all`; costs one more backward pass.
         aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
-        classifier: dotted name of the student's last linear layer, where it is not found.
+        classifier: dotted name of the student's last linear layer, if it is not found.
         chunk_size: tokens of a language model whose logits are in memory at a time; None goes by the memory that they
             take.
         optimizer: callable that takes the parameters.
@@ -90,7 +83,7 @@ class DualHeadKD(LightningModule):
         lr_interval: step the scheduler every `epoch` or every optimizer `step`.
 
     Raises:
-        ValueError: for models that do not fit each other or an argument out of range; the message says what to pass.
+        ValueError: If the models do not fit each other or an argument is out of range; the message says what to pass.
 
     References:
         [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
@@ -125,7 +118,7 @@ class DualHeadKD(LightningModule):
         super().__init__()
         modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        _check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
+        check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
         self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
@@ -139,32 +132,32 @@ class DualHeadKD(LightningModule):
         )
         self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)
         aligner = GradientAligner(grad_align)
-        self.aligner = GradientAligner() if method == "ce" else aligner  # one loss has nothing to align
+        self.aligner = GradientAligner() if method == "ce" else aligner  # a single term has nothing to be aligned with
         self.teacher: FrozenTeacher | None = None
         if method != "ce" and teacher is not None:
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
-            _check_pair(self.net, self.teacher.model)
+            check_pair(self.net, self.teacher.model)
         has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
         self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
 
     @property
     def student(self) -> nn.Module:
-        """The student itself, of its own class; what `export` writes."""
+        """The student itself, of its own class, which `export` writes."""
         return self.net.student
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the student returns."""
+        """Return the student's own output."""
         return self.student(*args, **kwargs)
 
     # ------------------------------------------------------------------ losses
 
     def losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Cross-entropy of the main head and the distillation term, before weighting.
+        """Return the cross-entropy of the main head and the distillation term, before weighting.
 
         The distillation term is kept apart for `backward`, see `GradientAligner.keep_apart`.
 
         Raises:
-            ValueError: for a label out of range, or without a teacher to learn from.
+            ValueError: If a label is out of range, or there is no teacher to learn from.
         """
         self._check_teacher()
         check_labels(batch["labels"], self.net.num_classes)
@@ -174,7 +167,7 @@ class DualHeadKD(LightningModule):
         return terms
 
     def _sample_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Both terms over samples with a label each."""
+        """Return both terms over samples with one label each."""
         inputs, labels = self._inputs(batch), batch["labels"].long()
         output = self.net(inputs)
         ce = reduce_tokens(
@@ -186,13 +179,13 @@ class DualHeadKD(LightningModule):
         return Losses(ce, self._kd(logits, self.teacher(inputs)))
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of a batch the models see: all but the labels, or of a language model's batch its tokens."""
+        """Return the inputs of the models: the batch without its labels; for a language model its token inputs."""
         if self.net.is_causal_lm:
             return {name: batch[name] for name in TOKEN_INPUTS if name in batch}
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """The same over next tokens, in chunks of tokens: (N, C) logits of neither head nor teacher are held."""
+        """Return both terms over next tokens, in chunks, so that (N, C) logits of heads and teacher are never whole."""
         inputs = self._inputs(batch)
         labels, mask = next_token_labels(batch["labels"])
         hidden, targets = self.net.hidden_states(inputs)[mask], labels[mask].long()
@@ -220,7 +213,7 @@ class DualHeadKD(LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        """Forget gradients of a fit that was cut off between micro-batches, and refuse sharded ones."""
+        """Forget gradients of a fit that stopped between micro-batches, and refuse strategies that shard gradients."""
         self.aligner.reset()
         self._check_teacher()
         sharded = type(self.trainer.strategy).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel"))
@@ -238,7 +231,7 @@ class DualHeadKD(LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another method in words."""
+        """Refuse the checkpoint of another method, and say which one fits."""
         theirs = any(name.startswith("net.aux_head.") for name in checkpoint["state_dict"])
         if theirs != (self.net.aux_head is not None):
             given, own = ("with", "without") if theirs else ("without", "with")
@@ -250,10 +243,10 @@ class DualHeadKD(LightningModule):
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Check the labels of the first batch, on an accelerator too."""
         if batch_idx == 0:
-            check_labels(batch["labels"], self.net.num_classes, wait=True)
+            check_labels(batch["labels"], self.net.num_classes, wait=True)  # once: the host waits for the device
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Weighted sum of both terms."""
+        """Return the weighted sum of both terms."""
         ce, kd = self.losses(batch)
         loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
@@ -264,7 +257,11 @@ class DualHeadKD(LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """One pass, or two where the distillation gradient is kept apart from that of all the rest."""
+        """Run one backward pass, or two to keep the distillation gradient apart from that of all other terms.
+
+        The loss comes here as the Trainer made it: divided by the number of micro-batches, and scaled in float16. Both
+        gradients carry those factors, as `.grad` would.
+        """
         if self.aligner.is_active and self.teacher is not None:
             self.aligner.collect(loss, self._trained())
         else:
@@ -273,12 +270,16 @@ class DualHeadKD(LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Join the two gradients after the last micro-batch: before the loss is unscaled and gradients are clipped."""
+        """Join the two gradients after the last micro-batch, before gradients are unscaled and clipped."""
 
+        # The Trainer's closure zeroes `.grad` and runs the last micro-batch; unscaling and clipping follow it. Between
+        # them the sums over all micro-batches are complete, and what is written to `.grad` is treated like any other
+        # gradient. Aligning each micro-batch would give another result, because projection is not linear.
         def closure() -> Any:
             result = optimizer_closure() if optimizer_closure is not None else None
             aligned = self.aligner.join(self._trained(), self.net.head_parameters())
-            if aligned is not None and bool(aligned.cosine.isfinite()):  # not so where the loss scale was too large
+            # Not finite if the loss scale overflowed, when the step is skipped, or without a distillation term.
+            if aligned is not None and bool(aligned.cosine.isfinite()):
                 values = {"kd/grad_cosine": aligned.cosine, "kd/conflict": aligned.conflict}
                 self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
             return result
@@ -289,17 +290,18 @@ class DualHeadKD(LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer and scheduler."""
+        """Return the injected optimizer and scheduler."""
         return make_optimizers(self._trained(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     # ------------------------------------------------------------------ evaluation
+    # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss and accuracy of the main head, and accuracy of the auxiliary one."""
+        """Take in loss and accuracy of the main head, and the accuracy of the auxiliary one."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss and accuracy of the main head, and accuracy of the auxiliary one."""
+        """Take in loss and accuracy of the main head, and the accuracy of the auxiliary one."""
         self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
@@ -336,21 +338,21 @@ class DualHeadKD(LightningModule):
         self.log_dict(values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Logits of the main head, (B, C) or (B, T, C), and the class that is most likely."""
+        """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes."""
         logits = classifier_logits(self.student, self._inputs(batch))
         return {"logits": logits, "predictions": logits.argmax(-1)}
 
     # ------------------------------------------------------------------ export
 
     def export(self, path: str | Path, *, tokenizer: Any = None) -> Path:
-        """Write the student with its main head alone, as what it was before it came here; whole or not at all.
+        """Write the student without the auxiliary head, in its own format, as a whole or not at all; rank zero writes.
 
         A transformers student becomes a folder for `from_pretrained`, see `save_model_folder`; any other a file for
-        `load_state_dict` of its own class. Rank zero writes.
+        `load_state_dict` of its own class.
 
         Args:
             path: the folder, or the file.
-            tokenizer: saved with a language model; default the data module's, where a trainer is attached.
+            tokenizer: saved with a language model; default the data module's, if a trainer is attached.
 
         Raises:
             ValueError: If the folder holds anything but a saved model.
@@ -363,43 +365,6 @@ class DualHeadKD(LightningModule):
 
 
 def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy (N,) of each sample, and whether its most likely class is right."""
+    """Return the cross-entropy (N,) of each sample, and 1 where its most likely class is right."""
     nll = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
     return nll, (logits.argmax(-1) == targets).float()
-
-
-def _check_options(
-    method: str,
-    kd_loss: str | None,
-    temperature: float | None,
-    ce_weight: float,
-    kd_factor: float,
-    lr_interval: str,
-) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"Expected `method` to be 'ce', 'kd', 'single_head' or 'dual_head', but got {method!r}.")
-    if kd_loss is not None and kd_loss not in get_args(LogitLoss):
-        raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
-    if lr_interval not in ("epoch", "step"):
-        raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
-
-
-def _check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:
-    """Refuse a teacher of other classes, as far as its last layer is found; else the first batch tells."""
-    student, other = type(net.student).__name__, type(teacher).__name__
-    if teacher is net.student or not set(map(id, teacher.parameters())).isdisjoint(map(id, net.parameters())):
-        raise ValueError("Expected a teacher that shares no parameters with the student: it is frozen. Pass a copy.")
-    if is_causal_lm(teacher) != net.is_causal_lm:
-        raise ValueError(f"Expected two classifiers or two causal language models, but got {student} and {other}.")
-    try:
-        layer = teacher.get_submodule(find_classifier(teacher))
-    except ValueError:
-        return
-    if layer.out_features != net.num_classes:
-        raise ValueError(
-            f"Expected student and teacher to have the same classes, but {student} has {net.num_classes} and {other}"
-            f" has {layer.out_features}. Pass the same `num_classes` (or vocabulary) to both."
-        )

@@ -1,4 +1,4 @@
-"""`DynamicFusionDecoder`: a large model that small experts specialise at decoding time, weights found at every step.
+"""`DynamicFusionDecoder`: a large model that small experts specialise at decoding time, with new weights at each step.
 
 Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
 """
@@ -27,25 +27,25 @@ __all__ = ["DynamicFusionDecoder"]
 
 
 class DynamicFusionDecoder(LightningModule):
-    """Decode and score with a large model moved along what small experts learned [0]; nothing is trained.
+    """A large model whose logits are moved by what small experts learned, at decoding time [0]; nothing is trained.
 
     The fused logits are M^L + Σ_t α_t (M_t − M^S), with α chosen at every step so that the move is as far from the
     large model as the experts are from the base; see `functional.fusion_weights`.
 
     `predict` continues the prompts of the batches and gives a dict for each: `row`, `prompt`, `reference`, `text`,
-    `tokens`, `alpha` (by expert, one weight a token), `kl_forward`, `kl_reverse`, of which the last five are a list
-    `samples` where `num_return_sequences` is above 1. `JsonLinesWriter` keeps them.
+    `tokens`, `alpha` (by expert, one weight a token), `kl_forward`, `kl_reverse`. If `num_return_sequences` is above 1,
+    the last five stand in each dict of a list `samples`. `JsonLinesWriter` writes them.
 
     `test` scores the responses under the fused distribution and logs `test/loss` (nats a token), `test/ppl`,
     `fusion/alpha` (summed over experts), `fusion/kl_forward` and `fusion/kl_reverse`, all means over tokens; with
-    `exact_match` `test/exact_match`; where batches hold `choices`, `test/acc`: of the choice with the largest
-    log-likelihood a token.
+    `exact_match` also `test/exact_match`; for batches with `choices` also `test/acc`, where the answer is the choice
+    with the largest log-likelihood a token.
 
     Args:
         model: the large model: hub id, local folder, `.gguf` path, or from Python a loaded model of transformers.
         base: small model with the same tokenizer.
         experts: fine-tuned descendants of `base`. A list within the list is merged into one by task arithmetic. Without
-            experts it is the large model alone.
+            experts the large model decodes alone.
         tokenizer: of all models; default: the one beside them, or the data's.
         solver: `tilting`, or `grid`, the paper's search.
         mode: `single`, one expert acts at a step as in the paper, or `joint`.
@@ -53,16 +53,16 @@ class DynamicFusionDecoder(LightningModule):
         step: of the grid.
         static_alpha: fixed weights instead: one number for all experts, or a list; 1 is proxy tuning.
         merge_weight: λ of experts that are merged.
-        eos_token_id: ids that end a text, where those of the models differ.
+        eos_token_id: ids that end a text, if those of the models differ.
         generation: arguments of transformers' `generate` for `predict` and `exact_match`, such as `max_new_tokens`,
             `do_sample`, `temperature`.
-        exact_match: in `test`, also generate and compare the final answers, which takes a while.
-        answer_pattern: regular expression whose group is the final answer; see `modules.answers.extract_answer`.
+        exact_match: in `test`, also generate and compare the final answers, which is slow.
+        answer_pattern: regular expression whose group is the final answer; see `extract_answer`.
         model_kwargs: for `from_pretrained` of the large model, such as `dtype: bfloat16` and `device_map: auto`.
         small_kwargs: the same for base and experts.
 
     Raises:
-        ValueError: for models that do not fit each other or an argument out of range; the message says what to pass.
+        ValueError: If the models do not fit each other or an argument is out of range; the message says what to pass.
 
     References:
         [0]: On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion, 2024, arXiv 2406.15480.
@@ -102,6 +102,7 @@ class DynamicFusionDecoder(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=_without_names(model=model, base=base, experts=experts, tokenizer=tokenizer))
+        # The arguments of both parts are written out, here and there: the typed signature is what recipes are read by.
         parts = load_fusion_models(
             model,
             base,
@@ -138,11 +139,11 @@ class DynamicFusionDecoder(LightningModule):
     # ------------------------------------------------------------------ from Python
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Fused logits (B, T, V) in nats."""
+        """Return fused logits (B, T, V) in nats."""
         return self.fused(input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Continue prompts; see `FusedCausalLM.generate`. Of the module's arguments only `eos_token_id` has a say."""
+        """Continue prompts; see `FusedCausalLM.generate`. Of the module's arguments only `eos_token_id` holds here."""
         config = kwargs.get("generation_config")
         if self.eos_token_id is not None and getattr(config, "eos_token_id", None) is None:
             kwargs.setdefault("eos_token_id", self.eos_token_id)
@@ -151,13 +152,13 @@ class DynamicFusionDecoder(LightningModule):
         return self.fused.generate(input_ids, attention_mask, **kwargs)
 
     def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
-        """Log-probabilities of texts; see `FusedCausalLM.score`."""
+        """Return log-probabilities of texts; see `FusedCausalLM.score`."""
         return self.fused.score(input_ids, labels, attention_mask)
 
     # ------------------------------------------------------------------ test
 
     def setup(self, stage: str) -> None:
-        """Take the data's tokenizer, or see that it is the models'."""
+        """Take the data's tokenizer; refuse one that does not fit the models."""
         data = getattr(self.trainer, "datamodule", None)
         theirs = data.tokenizer if offers(data, HasTokenizer) else None
         if theirs is None:
@@ -172,7 +173,7 @@ class DynamicFusionDecoder(LightningModule):
         self.tokenizer = self.tokenizer or theirs
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Score the responses, judge choices and, with `exact_match`, generated answers."""
+        """Score the responses; with `choices` judge them, with `exact_match` judge generated answers."""
         scores = self.score(batch["input_ids"], batch["labels"], batch.get("attention_mask"))
         mask = scores.trace.mask
         if "choices" in batch:
@@ -193,7 +194,7 @@ class DynamicFusionDecoder(LightningModule):
                     self.matches.update(float(answer is not None and answer == right))
 
     def _judge_choices(self, batch: Mapping[str, Tensor], scores: FusedScores) -> None:
-        """Whether the choice of largest log-likelihood a token is the right one, for each example."""
+        """Count for each example whether the choice of largest log-likelihood a token is the right one."""
         means = scores.log_probs.sum(1) / scores.trace.mask.sum(1).clamp(min=1)
         for row in batch["rows"].unique():
             own = (batch["rows"] == row).to(means.device)
@@ -206,7 +207,7 @@ class DynamicFusionDecoder(LightningModule):
         if self.fused.num_experts:
             self.log_dict({f"fusion/{name}": value for name, value in means.items()})
         for name, metric in (("test/exact_match", self.matches), ("test/acc", self.choice_acc)):
-            if metric.update_called:  # on all ranks or none, as each gets a batch
+            if metric.update_called:  # on all ranks or on none, so `compute` does not wait: each rank gets a batch
                 self.log(name, metric.compute())
             metric.reset()
 
@@ -214,7 +215,7 @@ class DynamicFusionDecoder(LightningModule):
 
     @property
     def prediction_settings(self) -> dict[str, Any]:
-        """What decides which texts `predict` gives: digests of the models' weights, and the arguments that count."""
+        """Settings that the texts of `predict` depend on: digests of the models' weights, and arguments."""
         roles = ["model", "base", *(f"experts[{number}]" for number in range(self.fused.num_experts))]
         search: dict[str, Any] = {"static_alpha": self.fused.static_alpha}
         return {
@@ -225,7 +226,7 @@ class DynamicFusionDecoder(LightningModule):
         }
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Continue each prompt; the records of the class's docstring."""
+        """Continue each prompt and return the records that the class's docstring describes."""
         return self._continue(batch)
 
     def _continue(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -248,7 +249,7 @@ class DynamicFusionDecoder(LightningModule):
         return records
 
     def _sample(self, trace: FusionTrace, index: int) -> dict[str, Any]:
-        """One text of the trace, and its weights."""
+        """Return one text of the trace, its tokens and their weights."""
         kept, tokenizer = trace.mask[index], cast(PreTrainedTokenizerBase, self.tokenizer)
         tokens = trace.token_ids[index][kept].tolist()
         return {
@@ -269,7 +270,7 @@ class DynamicFusionDecoder(LightningModule):
         """Refuse to train.
 
         Raises:
-            ValueError: always.
+            ValueError: If it is called, as `fit` does.
         """
         raise ValueError(
             "Expected `test` or `predict`, because DynamicFusionDecoder trains nothing, but got `fit`. Experts are"
@@ -277,7 +278,7 @@ class DynamicFusionDecoder(LightningModule):
         )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """There is nothing to train; `configure_optimizers` says so before the first step."""
+        """Do nothing: Lightning asks for this hook before `configure_optimizers` refuses to train."""
 
 
 def _check_generation(config: Any, generation: Mapping[str, Any]) -> None:
@@ -302,7 +303,7 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One sequence for each example where batches hold several choices."""
+    """Return the batch with one sequence for each example, the right choice if there are several."""
     if "correct" not in batch:
         return dict(batch)
     right = batch["correct"].bool()
@@ -314,7 +315,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def _without_names(**arguments: Any) -> list[str]:
-    """The arguments that hold modules or other objects, which are no hyper-parameters."""
+    """Return the arguments that hold modules or other objects, which are not hyper-parameters."""
 
     def named(value: Any) -> bool:
         return value is None or isinstance(value, str) or (isinstance(value, Sequence) and all(map(named, value)))

@@ -1,4 +1,4 @@
-"""`GLDFusionModule`: several language models, of any tokenizer, fused into one by what their logits have in common.
+"""`GLDFusionModule`: several language models, of any tokenizer, fused into one by distillation of their logits.
 
 Letters: B samples, T positions, N of them that predict a label, S sources, V vocabulary, k `top_k`.
 """
@@ -18,20 +18,13 @@ from transformers import PreTrainedModel
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.gld_fusion import GraphNodes
-from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32, sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
-from lit_logits.modules.language_models.calls import accepted_inputs
-from lit_logits.modules.language_models.loading import (
-    ModelOrConfig,
-    Models,
-    check_plain_causal_lm,
-    load_causal_lm,
-    new_causal_lm,
-)
+from lit_logits.modules.language_models.calls import counted_states
+from lit_logits.modules.language_models.loading import ModelOrConfig, Models, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import add_lora, save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
@@ -41,7 +34,7 @@ __all__ = ["GLDFusionModule"]
 
 
 class GLDLosses(NamedTuple):
-    """The terms before weighting, means over samples of means over what counts in a sample.
+    """Terms of the loss before weighting: means over samples of the mean over the positions that count in a sample.
 
     Attributes:
         ce: cross-entropy of the next tokens of responses, in nats.
@@ -53,35 +46,35 @@ class GLDLosses(NamedTuple):
 
 
 class GLDFusionModule(LightningModule):
-    """Fuse frozen source models into a pivot by graph-on-logits distillation [0].
+    """A pivot model that learns from frozen source models by graph-on-logits distillation [0].
 
     L = (1 − λ) L_SFT + λ Σ_s ω_s (L_ULD^s + γ L_GLD^s): cross-entropy on the responses, the ℓ1 distance of the sorted
     top-k values where pivot and source have read the same text, and the sorted Gromov–Wasserstein bound between the
     co-activation graphs of their responses, which needs no alignment. Sources may have tokenizers of their own: those
-    that the data module names under `source_tokenizers` are given the text in their own tokens, the others read the
-    pivot's.
+    that the data module names under `source_tokenizers` read the text in their own tokens, the others in the pivot's.
 
-    Every term is a mean over the samples of a batch of what counts in each, so that the loss is the same however a
-    batch is padded or split over micro-batches and processes, with equally many samples in each. (`val/loss` is a mean
-    over tokens, as in `CausalLM`.)
+    Every term is a mean over the samples of a batch. The loss is therefore the same however a batch is padded, or split
+    over micro-batches and processes with equally many samples in each. (`val/loss` is a mean over tokens, as in
+    `CausalLM`.)
 
-    Logs `train/loss`, `train/loss_ce`, and for each source, behind its name where there are several, `train/loss_uld`,
-    `train/loss_gld`, `train/aligned`, all before weighting; `val/loss` (cross-entropy over tokens), `val/ppl`, and the
-    same under `test/`. `predict` gives the top-k logits of the sources, which the callback `LogitCacheWriter` writes to
-    a folder that can take the place of the model.
+    Logs `train/loss` and `train/loss_ce`; for each source `train/loss_uld`, `train/loss_gld` and `train/aligned`, with
+    `/<name>` appended if there are several sources, all before weighting; `val/loss` (cross-entropy over tokens) and
+    `val/ppl`; the same under `test/`. `predict` gives the top-k logits of the sources, which the callback
+    `LogitCacheWriter` writes to a folder that can take the place of the model.
 
     Args:
         pivot: the model that learns: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with
-            `model_type`; from Python also a loaded model. Predicting needs none.
+            `model_type`; from Python also a loaded model. Not needed to predict.
         sources: S models by names of your choice: hub id, local folder, `.gguf` path, the folder of a logit cache, or
-            from Python a loaded model. Frozen, in `eval`, and in neither checkpoint nor optimizer.
+            from Python a loaded model. They are frozen, in `eval`, and in neither checkpoint nor optimizer.
         vocab_size: V of the pivot's tokenizer; the CLI links it from the data. A pretrained pivot keeps its own
             (padded) vocabulary, which must not be smaller.
         source_weights: ω_s by name; default 1/S each.
         source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`. The latter pins it
-            to its device; one that is not pinned follows the batches. Of no use for a cache.
-        kd_weight: λ in [0, 1]; 0 is supervised fine-tuning and runs no source.
-        gld_weight: γ ≥ 0; the bound is a sum over nodes of strengths, which for `standardize` are tens.
+            to its device; one that is not pinned follows the batches. A cache ignores it.
+        kd_weight: λ in [0, 1]; 0 is supervised fine-tuning, which runs no source.
+        gld_weight: γ ≥ 0; small, because the bound sums strengths over nodes, each of the order of 10 with
+            `standardize`.
         top_k: k.
         temperature: τ of the softmax.
         uld_values: what the token-wise loss compares; see `top_k_values`.
@@ -94,8 +87,8 @@ class GLDFusionModule(LightningModule):
             monitored value for `ReduceLROnPlateau`.
 
     Raises:
-        ValueError: for models that cannot be loaded or do not fit the vocabulary, an argument out of range, weights or
-            settings of sources that there are not, a logit cache that is not complete or does not hold k logits at τ.
+        ValueError: If a model cannot be loaded or does not fit the vocabulary, an argument is out of range, weights or
+            settings name an unknown source, or a logit cache is incomplete or does not hold k logits at τ.
 
     References:
         [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
@@ -155,7 +148,7 @@ class GLDFusionModule(LightningModule):
         self.means = StageMeans("nll")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token logits (B, T, V) of the pivot in nats."""
+        """Return the pivot's token logits (B, T, V) in nats."""
         return self._pivot(input_ids=input_ids, attention_mask=attention_mask).logits
 
     @property
@@ -167,19 +160,20 @@ class GLDFusionModule(LightningModule):
     # ------------------------------------------------------------------ losses
 
     def losses(self, batch: Mapping[str, Any]) -> GLDLosses:
-        """Every term before weighting; without sources where λ = 0.
+        """Return every term before weighting; with λ = 0 the cross-entropy alone.
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels` (B, T); `response_ends` (B, T) and `sources` for sources
                 with other tokenizers, `sample_ids` (B,) for cached ones.
 
         Raises:
-            ValueError: for tokens of another tokenizer, samples that a cache does not hold, or a source that emits NaN.
+            ValueError: If tokens are another tokenizer's, a cache lacks a sample, or a source emits NaN.
         """
-        mask, hidden, labels = self._counted_states(batch)
+        mask, hidden, labels = counted_states(self._pivot, batch)
         if self.kd_weight == 0:
             (ce,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
             return GLDLosses(_mean_over_samples(ce, mask), {})
+        # One pass over the chunks for both: the (N, V) logits are never whole, and each chunk is made once.
         ce, *top = chunked_rows(self._cross_entropy_and_top_k, hidden, labels, chunk_size=self.chunk_size)
         pivot, ends = place_rows(TopKLogits(*top), mask), batch.get("response_ends")
         terms = {}
@@ -193,7 +187,7 @@ class GLDFusionModule(LightningModule):
         return GLDLosses(_mean_over_samples(ce, mask), terms)
 
     def _source_logits(self, name: str, batch: Mapping[str, Any]) -> SourceLogits:
-        """Of a source beside the pivot or on disk."""
+        """Return the top-k logits of a source, from the model itself or from its cache."""
         source, view = self.sources[name], view_of(batch, name)
         if isinstance(source, LogitSource):
             return source(batch, self.top_k, self.temperature)
@@ -213,15 +207,6 @@ class GLDFusionModule(LightningModule):
 
     # ------------------------------------------------------------------ the pivot
 
-    def _counted_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask (B, T) of the positions that predict a label, hidden states (N, d) and labels (N,) there."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-        backbone = cast(PreTrainedModel, self._pivot.base_model)
-        output = backbone(**accepted_inputs(backbone, inputs))
-        # Of several choices those that are wrong are not to be learned.
-        labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
-        return mask, output.last_hidden_state[mask], labels[mask].long()
-
     def _head(self, rows: Tensor) -> Tensor:
         return cast(nn.Linear, self._pivot.get_output_embeddings())(rows)
 
@@ -239,10 +224,10 @@ class GLDFusionModule(LightningModule):
         """Check the labels of the first batch, on an accelerator too."""
         if batch_idx == 0:
             size = cast(nn.Embedding, self._pivot.get_input_embeddings()).weight.shape[0]
-            check_labels(batch["labels"], size, wait=True)
+            check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The weighted sum of all terms; of samples where nothing counts, zeros with a graph."""
+        """Return the weighted sum of all terms; a zero with a graph if nothing counts."""
         losses = self.losses(batch)
         loss = (1 - self.kd_weight) * losses.ce
         self.log("train/loss_ce", losses.ce)
@@ -255,10 +240,11 @@ class GLDFusionModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer and scheduler."""
+        """Return the injected optimizer and scheduler."""
         return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
 
     # ------------------------------------------------------------------ evaluation
+    # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
@@ -277,17 +263,17 @@ class GLDFusionModule(LightningModule):
         self._log_means("test")
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
-        _, hidden, labels = self._counted_states(batch)
+        _, hidden, labels = counted_states(self._pivot, batch)
         (nll,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
         self.means.update(stage, nll=nll)
 
     def _log_means(self, stage: str) -> None:
         self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
 
-    # ------------------------------------------------------------------ the sources, for a cache, and the pivot, saved
+    # ------------------------------------------------------------------ prediction for a cache, and export
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Top-k logits of every source, for `LogitCacheWriter`."""
+        """Return the top-k logits of every source, for `LogitCacheWriter`."""
         if "sample_ids" not in batch:
             raise ValueError(
                 f"Expected batches with `sample_ids`, as InstructionDataModule gives them, but got {sorted(batch)}."
@@ -299,10 +285,10 @@ class GLDFusionModule(LightningModule):
 
     @property
     def cache_settings(self) -> dict[str, dict[str, Any]]:
-        """What the top-k logits of each source depend on.
+        """Settings that the top-k logits of each source depend on.
 
         Raises:
-            ValueError: If there is a source whose logits are in a cache already.
+            ValueError: If the logits of a source are in a cache already.
         """
         models = {name: source for name, source in self.sources.items() if isinstance(source, LogitSource)}
         if not models or len(models) < len(self.sources):
@@ -313,15 +299,12 @@ class GLDFusionModule(LightningModule):
         return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
-        """Write the pivot as a model of its own architecture, for `from_pretrained`; adapters are merged in.
-
-        See `save_model_folder`.
-        """
+        """Write the pivot in its own architecture, for `from_pretrained`, adapters merged; see `save_model_folder`."""
         save_model_folder(folder, partial(save_merged, self._pivot), tokenizer=tokenizer, trainer=self._trainer)
 
 
 def _mean_over_samples(rows: Tensor, mask: Tensor) -> Tensor:
-    """`sample_mean` of the (N,) values at the positions that count."""
+    """Return `sample_mean` of the (N,) values at the positions that count."""
     return sample_mean(rows.new_zeros(mask.shape).masked_scatter(mask, rows), mask)
 
 
@@ -332,20 +315,17 @@ def _has_modules(value: Any) -> bool:
 def _load_pivot(
     pivot: Any, vocab_size: int | None, lora: Mapping[str, Any] | None, gradient_checkpointing: bool
 ) -> PreTrainedModel:
-    if isinstance(pivot, dict):
-        model = new_causal_lm(pivot, vocab_size)
-    else:
-        model = load_causal_lm(pivot) if isinstance(pivot, str) else pivot
-        check_plain_causal_lm(model, vocab_size=vocab_size)
+    model = load_plain_causal_lm(pivot, vocab_size)
     if lora is not None:
         model = add_lora(model, lora)
     if gradient_checkpointing:
+        # The reentrant kind needs inputs that require a gradient, which frozen embeddings under LoRA do not give.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()  # `from_pretrained` leaves it in eval mode
 
 
 def _num_tokens(pivot: PreTrainedModel, vocab_size: int | None, top_k: int) -> int:
-    """Logits that belong to tokens, without padding."""
+    """Return how many logits of the pivot belong to tokens; the others are padding of its table."""
     rows = cast(nn.Linear, pivot.get_output_embeddings()).weight.shape[0]
     size = min(rows, vocab_size or rows)
     if top_k > size:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from lit_logits.contracts import (
     Calibration,
     ExportableHead,
-    ImitatingHead,
     LearningHead,
     OutputLayer,
     StartingHead,
@@ -28,7 +27,7 @@ from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
-from lit_logits.modules.language_models.loading import ModelOrConfig, load_backbone
+from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
@@ -38,7 +37,7 @@ from lit_logits.modules.vq_logits.export import compact_model, dense_model
 from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
-from lit_logits.modules.vq_logits.parts import HeadFactory, head_recipe, make_head, most_likely
+from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely
 
 __all__ = ["VQLogitsLM"]
 
@@ -46,7 +45,7 @@ _EXPORTS = {"compact": compact_model, "dense": dense_model}
 
 
 class VQLogitsLM(LightningModule):
-    """Train a causal language model with a vector-quantised output layer [0], or its dense baseline.
+    """A causal language model with a vector-quantised output layer [0], or with the dense one as its baseline.
 
     At the start of training the head may read `calibration_batches` batches: token counts start the bias and, if the
     backbone is pretrained, k-means turns the rows of its output layer into codes. Logs `train/loss`, `val/loss`,
@@ -57,7 +56,7 @@ class VQLogitsLM(LightningModule):
             From Python also a loaded transformers model.
         vocab_size: V of the tokenizer; the CLI links it from the data. A pretrained backbone keeps its own (padded)
             vocabulary, which must not be smaller.
-        head: makes the output layer from (hidden_size, vocab_size): `VQLogitsHead`, `ResidualVQLogitsHead`,
+        head: called with (hidden_size, vocab_size) to make the output layer: `VQLogitsHead`, `ResidualVQLogitsHead`,
             `DenseLogitsHead` for the (V, d) baseline, or a class of your own, see `lit_logits.contracts.OutputHead`;
             arguments are given by `functools.partial`, in a recipe by `class_path` and `init_args`.
         calibration_batches: training batches that each rank reads before the first step.
@@ -70,7 +69,7 @@ class VQLogitsLM(LightningModule):
             monitored value for `ReduceLROnPlateau`.
 
     Raises:
-        ValueError: for a backbone or an argument that does not fit; see `load_backbone` and `VQLogitsHead`.
+        ValueError: If the backbone or an argument does not fit; see `load_backbone` and `VQLogitsHead`.
 
     References:
         [0]: VQ-Logits, 2025, arXiv 2505.10202.
@@ -98,7 +97,8 @@ class VQLogitsLM(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        make, head = head, cast(Any, head_recipe(head))  # Lightning saves what the variables hold now
+        # `save_hyperparameters` reads the local variables: a checkpoint is to hold the head's recipe, which is data.
+        make, head = head, cast(Any, head_recipe(head))
         plain = isinstance(backbone, (str, dict))
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["backbone"])])
         if not 0 <= kd_weight <= 1:
@@ -106,6 +106,14 @@ class VQLogitsLM(LightningModule):
         if calibration_batches < 1:
             raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
         parts = load_backbone(backbone, vocab_size=vocab_size)
+        made = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
+        if kd_weight:
+            check_imitates(made)
+
+        self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.vocab_size = parts.vocab_size
+        self._generation_config, self._tied = parts.generation_config, parts.tied
         self.backbone = parts.model
         self._frozen: list[nn.Module] = []  # kept in `eval` mode
         num_frozen_layers = 0
@@ -113,32 +121,22 @@ class VQLogitsLM(LightningModule):
             self._frozen = freeze_first_layers(self.backbone, num_trainable_layers)
             num_frozen_layers = len(find_layers(self.backbone)[1]) - num_trainable_layers
         self.original = keep_original(parts, num_frozen_layers) if kd_weight else None
-        self.kd_weight, self.calibration_batches = kd_weight, calibration_batches
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.head: Any = made
+        self._prepare_head(parts)
+        self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
+        self.train()  # `from_pretrained` leaves the backbone in eval mode
 
-        self.head: Any = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
-        self.vocab_size = parts.vocab_size
-        if kd_weight and not (isinstance(self.head, ImitatingHead) and self.head.can_imitate):
-            raise ValueError(
-                "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
-                " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
-                f" {type(self.head).__name__}."
-            )
+    def _prepare_head(self, parts: CausalBackbone) -> None:
+        """Let the head take what it needs of the pretrained model, and note whether it has to start from data."""
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = OutputLayer(parts.output_weight, parts.output_bias)
-        is_ready = not isinstance(self.head, StartingHead) or self.head.prepare(
-            self._output_layer, cast(nn.Embedding, parts.model.get_input_embeddings())
-        )
-        self._starts = not is_ready
-        if is_ready:
+        table = cast(nn.Embedding, parts.model.get_input_embeddings())
+        self._starts = isinstance(self.head, StartingHead) and not self.head.prepare(self._output_layer, table)
+        if not self._starts:
             self._output_layer = OutputLayer(None, None)
-        self._generation_config, self._tied = parts.generation_config, parts.tied
-        self.register_buffer("head_ready", torch.tensor(is_ready))
-        self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
+        self.register_buffer("head_ready", torch.tensor(not self._starts))  # a buffer, so that checkpoints keep it
         if parts.tied and isinstance(self.head, ExportableHead):
             rank_zero_info(describe_untying(parts, self.head))
-
-        self.train()  # `from_pretrained` leaves the backbone in eval mode
 
     def train(self, mode: bool = True) -> "VQLogitsLM":
         """Switch between training and evaluation; a frozen backbone, or its frozen layers, stay in evaluation."""
@@ -149,7 +147,7 @@ class VQLogitsLM(LightningModule):
         return self
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the original weights of its own where the checkpoint changes what is shared with it."""
+        """Copy what the original shares with the backbone if the checkpoint is about to change it."""
         if self.original is None:
             return
         loaded = checkpoint["state_dict"]
@@ -160,21 +158,21 @@ class VQLogitsLM(LightningModule):
     # ------------------------------------------------------------------ forward
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Last hidden states (B, T, d) of the backbone for (B, T) token ids: what the head reads."""
+        """Return the backbone's last hidden states (B, T, d) for token ids (B, T), which the head reads."""
         return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token logits (B, T, V) in nats."""
+        """Return token logits (B, T, V) in nats."""
         return self.head(self.hidden_states(input_ids, attention_mask))
 
     def _loss(self, batch: Mapping[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the next token, and the (B, T) positions that count."""
+        """Return the cross-entropy of the next tokens, and the (B, T) positions that count."""
         labels, mask = next_token_labels(batch["labels"])
         hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))
         return self.head.loss(hidden, labels, **kwargs), mask
 
     def _losses(self, batch: Mapping[str, Tensor], original: OriginalOutput) -> tuple[ResidualVQLosses, Tensor]:
-        """Losses (B, T) of each next token beside those of the original model, and the positions that count."""
+        """Return losses (B, T) of the next tokens, the original's among them, and the positions that count."""
         input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
         with original.sharing_layers(self.backbone):
             hidden = self.hidden_states(input_ids, attention_mask)
@@ -185,21 +183,21 @@ class VQLogitsLM(LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
-        """Start the head from calibration batches, unless a checkpoint brought it along."""
+        """Start the head from calibration batches, unless a checkpoint has restored it."""
         if not self.head_ready:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self.initialize_head(
                 fresh_loader(self.trainer.train_dataloader if data is None else data.train_dataloader())
             )
-        self._output_layer = OutputLayer(None, None)  # no longer needed where a checkpoint brought the head along
+        self._output_layer = OutputLayer(None, None)  # frees the dense weights; a restored head never read them
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Check the labels of the first batch, on an accelerator too."""
         if batch_idx == 0:
-            check_labels(batch["labels"], self.vocab_size, wait=True)
+            check_labels(batch["labels"], self.vocab_size, wait=True)  # once, because the host waits for the device
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy; with latents the commitment loss, with an original model the divergence from it."""
+        """Return the cross-entropy, plus the commitment loss of latents or the divergence from the original model."""
         if self.original is not None:
             losses, mask = self._losses(batch, self.original)
             ce, kd = (reduce_tokens(values, mask) for values in losses[:2])
@@ -218,19 +216,22 @@ class VQLogitsLM(LightningModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move what gradients do not: before any checkpoint of this step is written."""
+        """Step, then move what gradients do not."""
         super().optimizer_step(*args, **kwargs)
+        # Here and not in `on_train_batch_end`: once for each optimizer step, whatever the accumulation, and before a
+        # callback writes the checkpoint of this step.
         if isinstance(self.head, LearningHead):
             self.head.after_step()
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer and scheduler."""
+        """Return the injected optimizer and scheduler."""
         return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
 
     # ------------------------------------------------------------------ evaluation
+    # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
     def on_validation_start(self) -> None:
-        """Say so when an untouched head is evaluated."""
+        """Warn if the head that is evaluated was neither started nor loaded."""
         if not self.head_ready and not self.trainer.sanity_checking:
             rank_zero_warn(
                 "The output head has not been initialised: `fit` first, load a checkpoint, or call"
@@ -273,11 +274,12 @@ class VQLogitsLM(LightningModule):
         self.log_dict(values, prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Loss of each next token in nats (0 where ignored) and the most likely next token, both (B, T − 1)."""
+        """Return the loss of each next token in nats (0 where ignored) and the most likely one, both (B, T − 1)."""
         hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
         losses = self.head.loss(hidden, batch["labels"][:, 1:], reduction="none")
         return {"nll": losses, "greedy": most_likely(self.head, hidden)}
 
+    # `continue_prompts` is public too; arguments and their descriptions are repeated there for editors.
     @torch.no_grad()
     def generate(
         self,
@@ -296,7 +298,7 @@ class VQLogitsLM(LightningModule):
             attention_mask: (B, T), 0 at padding; default all 1.
             max_new_tokens: how many tokens to add to each.
             temperature: 0 for the most likely token, else sample.
-            eos_token_id: token that ends a text; what would follow it is the same token. Stops when all have ended.
+            eos_token_id: token that ends a text; texts that have ended are filled with it. Stops when all have ended.
             generator: source of randomness, on the device of the model.
 
         Returns:
@@ -323,7 +325,7 @@ class VQLogitsLM(LightningModule):
     def initialize_head(self, dataloader: Iterable[Mapping[str, Tensor]]) -> None:
         """Start codes and bias from the first `calibration_batches` batches; every rank must call it.
 
-        `fit` does so by itself. Call it before `fit` where parameters are sharded (FSDP).
+        `fit` does so by itself. If parameters are sharded (FSDP), call it before `fit`.
         """
         show = self.global_rank == 0
 
@@ -349,9 +351,9 @@ class VQLogitsLM(LightningModule):
     # ------------------------------------------------------------------ export
 
     def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
-        """The model as one of transformers, sharing its tensors: `generate`, `save_pretrained` and the rest are there.
+        """Return the model as one of transformers, which shares its tensors and has `generate`, `save_pretrained` etc.
 
-        It is in `eval` mode, and so are the parts that it shares, until `train()` is called.
+        The model is in `eval` mode, and so are the shared parts of this one until `train()` is called.
 
         Args:
             head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
@@ -359,7 +361,7 @@ class VQLogitsLM(LightningModule):
 
         Raises:
             ValueError: If `head` is neither, the model's head cannot be written so, or the original architecture has no
-                place for its token bias.
+                bias that could take the token bias.
         """
         if head not in _EXPORTS:
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
@@ -384,12 +386,12 @@ class VQLogitsLM(LightningModule):
             dtype: of the weights, such as `torch.bfloat16`; default theirs.
 
         Raises:
-            ValueError: as `to_pretrained`; for a folder that holds anything else.
+            ValueError: If `to_pretrained` refuses, or the folder holds anything but a saved model.
         """
         was_training = self.training
         model = self.to_pretrained(head)
         if dtype is not None:
-            model = copy.deepcopy(model)
+            model = copy.deepcopy(model)  # it shares its tensors with the model in training, which keep their dtype
             nn.Module.to(model, dtype)
         self.train(was_training)
         save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=self._trainer)

@@ -1,4 +1,4 @@
-"""Parts for users: heads, criteria, sources, models. Inside the package imports name the room."""
+"""Parts for users: heads, criteria, sources, models. Code inside the package imports from the submodules instead."""
 
 from lit_logits.modules.dual_head_kd.classifiers import (
     MODEL_ZOO,

@@ -1,4 +1,4 @@
-"""Means over all tokens of all ranks, and what is logged of them."""
+"""Means over all tokens of all ranks, and the values that are logged from them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,10 @@ STAGES = ("val", "test")
 
 
 class TokenMean(Metric):
-    """Σ w v / Σ w over all values, updates and ranks; NaN where there were none, and where a value is NaN.
+    """Weighted mean Σ w v / Σ w over all values, updates and ranks; NaN if there are no values, or one of them is NaN.
 
     A diverged model must not look healthy, so NaN is not left out. The sums stay float32 in a module that is cast to
-    bfloat16, whose eight bits would soon stop counting.
+    bfloat16: its 8 bits of precision would soon swallow every further value.
 
     Example:
         >>> mean = TokenMean().to(torch.bfloat16)
@@ -36,19 +36,19 @@ class TokenMean(Metric):
             self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
-        """Follow to devices, and to no dtype."""
+        """Follow to devices, but not to other dtypes."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
     def update(self, values: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Take in `values` (any shape, on any device), each of `weight` (broadcast)."""
         values = torch.as_tensor(values).to(self.total)
         weight = torch.as_tensor(weight).to(self.total).expand_as(values)
-        # Not in place: what was reset under `inference_mode` cannot be changed in place outside of it.
+        # Not in place: a state that was reset under `inference_mode` must not be changed in place outside of it.
         self.total = self.total + (values * weight).sum()
         self.weight = self.weight + weight.sum()
 
     def compute(self) -> Tensor:
-        """The mean."""
+        """Return the mean."""
         return self.total / self.weight
 
 
@@ -73,9 +73,9 @@ class StageMeans(nn.Module):
             metric.update(*(value if isinstance(value, tuple) else (value,)))
 
     def compute(self, stage: str) -> dict[str, Tensor]:
-        """Return the means, NaN where nothing was taken in, and begin the next ones.
+        """Return the means, NaN where nothing was taken in, and reset them.
 
-        All ranks must call it, because the sums are joined here.
+        All ranks must call it, because it adds up their sums.
         """
         means = {name: metric.compute() for name, metric in self._of(stage).items()}
         for metric in self._of(stage).values():
@@ -87,5 +87,5 @@ class StageMeans(nn.Module):
 
 
 def loss_and_perplexity(stage: str, nll: Tensor) -> dict[str, Tensor]:
-    """Return what every language model logs of its mean negative log-likelihood, in nats a token."""
+    """Return the log entries of a mean negative log-likelihood in nats a token: itself and its exponential."""
     return {f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}

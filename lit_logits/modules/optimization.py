@@ -1,4 +1,4 @@
-"""Optimizer and schedule as Lightning wants them from `configure_optimizers`."""
+"""Optimizer and schedule in the form that Lightning expects from `configure_optimizers`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -15,13 +15,14 @@ def make_optimizers(
     lr_scheduler: Callable[[Optimizer], Any] | None = None,
     interval: Literal["epoch", "step"] = "step",
 ) -> Any:
-    """The optimizer of the parameters that are trained, with its schedule if there is one.
+    """Make the optimizer of the parameters that are trained, and its schedule if there is one.
 
     Args:
-        parameters: those that need no gradient are left out.
-        optimizer: takes the parameters.
-        lr_scheduler: takes the optimizer; one with a `monitor` (`ReduceLROnPlateau`) is stepped once an epoch on it.
-        interval: how often any other is stepped.
+        parameters: of the module; frozen ones are left out.
+        optimizer: callable that takes the parameters.
+        lr_scheduler: callable that takes the optimizer; a schedule with a `monitor` (`ReduceLROnPlateau`) is stepped
+            once an epoch on that value.
+        interval: how often any other schedule is stepped.
 
     Example:
         >>> from torch.optim import SGD

@@ -31,7 +31,7 @@ MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
 def load_classifier(
     model: nn.Module | str | dict[str, Any], num_classes: int | None = None, *, new_head: bool = False
 ) -> nn.Module:
-    """Make a classifier or causal language model, in float32.
+    """Load or make a classifier or causal language model, in float32.
 
     Args:
         model: a module, which is returned as it is; a name of `MODEL_ZOO`; a hub id or local folder of transformers;
@@ -42,8 +42,8 @@ def load_classifier(
             trained; otherwise that is an error.
 
     Raises:
-        ValueError: for a name that is none of these, a mapping without `model_type`, a missing `num_classes`, or
-            pretrained weights without a last layer.
+        ValueError: If the name cannot be loaded, a mapping has no `model_type`, `num_classes` is missing, or pretrained
+            weights lack the last layer.
 
     Example:
         >>> load_classifier("resnet8", num_classes=10).fc
@@ -78,17 +78,19 @@ def load_classifier(
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether `model` predicts next tokens: a generating transformers model that is no encoder-decoder."""
+    """Return whether `model` predicts next tokens: a transformers model that generates and has no encoder."""
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
         return False
     return model.can_generate() and isinstance(model.get_output_embeddings(), nn.Linear)
 
 
 def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of any classifier: inputs go by keyword to transformers models, a single one by position to others.
+    """Return the logits of any classifier.
+
+    Inputs go by keyword to transformers models, a single one by position to others.
 
     Raises:
-        TypeError: If what comes back is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
+        TypeError: If the output is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
     """
     by_keyword = isinstance(model, PreTrainedModel) or len(inputs) > 1
     output = model(**inputs) if by_keyword else model(*inputs.values())
@@ -101,13 +103,13 @@ def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: int | None = None) -> str:
-    """Dotted name of the linear layer that gives the logits.
+    """Find the dotted name of the linear layer that gives the logits.
 
-    Where no name is given it is what transformers' `get_output_embeddings` or timm's `get_classifier` tells, else the
-    only linear layer of `num_classes` outputs (default: those of the last layer).
+    Without `name` it is the layer that transformers' `get_output_embeddings` or timm's `get_classifier` returns, else
+    the only linear layer of `num_classes` outputs (default: those of the last layer).
 
     Raises:
-        ValueError: If `name` is no linear layer, there is none, or there are several that could be it.
+        ValueError: If `name` is not a linear layer, the model has none, or several fit.
 
     Example:
         >>> find_classifier(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
@@ -118,7 +120,7 @@ def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: i
     if not linears:
         raise ValueError(
             f"Expected a classifier whose last layer is an nn.Linear, but {owner} has none. Distillation reads the"
-            " features in front of it: replace a 1 × 1 convolution by pooling and an nn.Linear."
+            " features before it: replace a 1 × 1 convolution by pooling and an nn.Linear."
         )
     if name is not None:
         if name not in linears:
@@ -144,7 +146,7 @@ def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: i
 
 @contextmanager
 def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect (input, output) of every call of `linear`; the hook is gone afterwards.
+    """Collect (input, output) of every call of `linear` within the context.
 
     Example:
         >>> import torch
@@ -175,7 +177,10 @@ def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module
 
 
 def _class_for(config: Any) -> Any:
-    """The auto class of a config: by its `architectures` where they are known, else image, then text, then label."""
+    """Return the auto class of a config: by its `architectures` if it names them, else by its type.
+
+    A type may serve several tasks; image classifiers come first, then decoders, then sequence classifiers.
+    """
     known = (getattr(config, "architectures", None) or [""])[0]
     for suffix, auto_class in (
         ("ForImageClassification", transformers.AutoModelForImageClassification),
@@ -193,6 +198,6 @@ def _class_for(config: Any) -> Any:
 
 
 def _listed(linears: Mapping[str, nn.Linear], most: int = 6) -> str:
-    """The last few layers with their number of outputs."""
+    """Return the last few layers with their numbers of outputs, for errors."""
     shown = [f"`{key}` ({module.out_features})" for key, module in linears.items()]
     return ", ".join((["..."] if len(shown) > most else []) + shown[-most:])

@@ -1,4 +1,4 @@
-"""The student of dual-head distillation: any classifier with an auxiliary head on its features, and its two gradients.
+"""The student of dual-head distillation: a classifier with an auxiliary head on its features, and the two gradients.
 
 Letters: B batch, T sequence, C classes, d features.
 """
@@ -20,16 +20,16 @@ GradAlign = Literal["none", "backbone", "all"]
 
 
 class AuxiliaryHead(nn.Module):
-    """Second head [0], which learns from the teacher and is dropped at export.
+    """Second head [0], which learns from the teacher and is left out at export.
 
     Args:
         num_features: d.
         num_classes: C.
-        kind: `linear`, where teacher and student are of one family of architectures; else `nonlinear`, which is
+        kind: `linear`, if teacher and student are of one family of architectures; else `nonlinear`, which is
             Linear(d → 200) · Dropout(0.1) · BatchNorm · ReLU · Linear(200 → C).
 
     Raises:
-        ValueError: for another kind.
+        ValueError: If the kind is unknown.
 
     References:
         [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
@@ -49,11 +49,12 @@ class AuxiliaryHead(nn.Module):
         self.classifier = nn.Linear(num_features if kind == "linear" else 200, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (..., C) of features (..., d)."""
+        """Return logits (..., C) of features (..., d)."""
         return self.classifier(self.hidden(features))
 
     def hidden(self, features: Tensor) -> Tensor:
-        """Input of the last layer. Of a single row there is no batch statistic, so the running ones serve it."""
+        """Return the input of the last layer."""
+        # A single row, such as the last batch may have, has no variance: batch normalisation takes its running one.
         if not self.training or len(features) > 1:
             return self.trunk(features)
         self.trunk.eval()
@@ -78,12 +79,12 @@ class DualHeadOutput(NamedTuple):
 
 
 class DualHeadClassifier(nn.Module):
-    """A student as it is, with an auxiliary head that taps the input of its last linear layer.
+    """A student, unchanged, with an auxiliary head that reads the input of its last linear layer.
 
     Args:
-        student: classifier or causal language model; its class and its names stay its own.
-        num_classes: C, where it helps to find the layer.
-        classifier: dotted name of that layer; default `find_classifier`.
+        student: classifier or causal language model; class and parameter names stay its own.
+        num_classes: C, which helps to find the layer.
+        classifier: dotted name of that layer; default the one that `find_classifier` finds.
         aux_head: kind of the auxiliary head, or None.
 
     Raises:
@@ -122,7 +123,7 @@ class DualHeadClassifier(nn.Module):
         return self.student.get_submodule(self.classifier_name)  # type: ignore[return-value]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> DualHeadOutput:
-        """Logits of both heads and the features, for the batch without its labels."""
+        """Return the logits of both heads and the features, for a batch without its labels."""
         with tap_features(self.main_head) as calls:
             logits = classifier_logits(self.student, inputs)
         if not calls:
@@ -134,17 +135,21 @@ class DualHeadClassifier(nn.Module):
         return DualHeadOutput(logits, None if self.aux_head is None else self.aux_head(features), features)
 
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Of a causal language model: the (B, T, d) input of its output layer."""
+        """Return the input (B, T, d) of a causal language model's output layer."""
         return self.student.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
 
     def head_parameters(self) -> set[nn.Parameter]:
-        """Parameters of both heads, a tied input embedding among them; every other one belongs to the backbone."""
+        """Return the parameters of both heads, a tied input embedding among them; all others are the backbone's."""
         aux = set() if self.aux_head is None else set(self.aux_head.parameters())
         return set(self.main_head.parameters()) | aux
 
     def _pooled(self, features: Tensor, outputs: Tensor, logits: Tensor) -> Tensor:
-        """Features (B, d) behind logits (B, C): a decoder that classifies scores every position and picks one."""
+        """Return the features (B, d) that gave the logits (B, C).
+
+        A decoder-based classifier scores every position and returns one; find which.
+        """
         if outputs.dim() == 3 and logits.dim() == 2:
+            # By value: no interface tells which position it took, and models choose it by padding in different ways.
             same = (outputs == logits.unsqueeze(1)) | (outputs.isnan() & logits.isnan().unsqueeze(1))
             picked = same.all(-1)
             if bool(picked.any(1).all()):
@@ -158,18 +163,18 @@ class DualHeadClassifier(nn.Module):
 
 
 class GradientAligner(nn.Module):
-    """Collects the gradients of two losses over micro-batches and joins them when the optimizer steps.
+    """Gradients of two parts of a loss, collected over micro-batches and joined when the optimizer steps.
 
-    A step passes its distillation term to `keep_apart` and returns any loss that is made of it and of other terms;
-    `collect` differentiates both parts of that loss. Both gradients are means over ranks before that of the
-    distillation gives up what opposes the other.
+    A step passes its distillation term to `keep_apart` and returns any loss that is made of it and of other terms.
+    `collect` differentiates both parts of that loss. `join` averages both gradients over ranks and then removes from
+    the distillation gradient what opposes the other.
 
     Args:
-        mode: parameters over which the conflict is judged and ended: of the `backbone`, `all`, or `none`, where the
-            two gradients are just added.
+        mode: parameters over which the two gradients are compared and aligned: of the `backbone`, or `all`; with
+            `none` they are just added.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: If the mode is unknown.
     """
 
     def __init__(self, mode: GradAlign = "none") -> None:
@@ -188,35 +193,35 @@ class GradientAligner(nn.Module):
 
     @property
     def measuring(self) -> bool:
-        """Whether the angle of the two gradients is asked for and not yet taken; ask by `measure_next_step`."""
+        """Whether `measure_next_step` has asked for the angle of the two gradients and no step has come since."""
         return self._measuring
 
     def measure_next_step(self) -> None:
-        """Take the angle of the two gradients over the optimizer step to come, also where they are not aligned.
+        """Measure the angle of the two gradients over the next optimizer step, even if they are not aligned.
 
-        The next `join` ends it. It costs a backward pass a micro-batch; the update stays the same.
+        The next `join` ends it. It costs another backward pass for each micro-batch; the update stays the same.
         """
         self._measuring = True
 
     def keep_apart(self, kd: Tensor) -> None:
-        """Name a term of the loss to come as distillation; its weight in the loss is found by `collect`.
+        """Mark a term of the coming loss as distillation; `collect` finds its weight in the loss.
 
         Args:
-            kd: the scalar that goes into the loss, with its graph (one without is left out); not one that is made of
-                another term that was kept apart, whose share would count twice.
+            kd: the scalar that goes into the loss, with its graph (one without is ignored). It must not be made of
+                another term that was kept apart, which would count twice.
         """
         if self.is_active and kd.requires_grad:
             self._terms.append(kd)
 
     def collect(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Add the gradients of the terms of `loss` that were kept apart and of all the rest: two backward passes.
+        """Differentiate the marked terms of `loss` and the rest, in two backward passes, and add up the gradients.
 
-        What was done to the terms since, such as weighting, loss scaling and division by the number of micro-batches,
-        is done to both. A term that is not in this loss counts for nothing; one pass is enough where none is. No hook
-        of DDP is called: gradients stay this rank's own until `join`.
+        Weighting, loss scaling and division by the number of micro-batches apply to both parts. A marked term that is
+        not in this loss is ignored; if none is in it, one pass is enough. DDP's hooks are not called: gradients stay
+        this rank's own until `join`.
 
         Raises:
-            ValueError: where gradients are to be aligned and no term was kept apart.
+            ValueError: If gradients are to be aligned and no term was marked.
         """
         terms, self._terms = self._terms, []
         if self.mode != "none" and not terms:
@@ -224,11 +229,17 @@ class GradientAligner(nn.Module):
                 f"Expected a step with grad_align={self.mode!r} to return a loss made of the terms that `losses(batch)`"
                 " gives, or of one that it passes to `aligner.keep_apart`, but it named no distillation term."
             )
+        # The derivative of the loss by a term is the weight of that term in it, with every factor that has been applied
+        # since: the module's weight, 1 / micro-batches, the loss scale. `torch.autograd.grad` leaves `.grad` alone and
+        # does not reach the hooks by which DDP would start to reduce an unfinished gradient.
         weights = torch.autograd.grad(loss, terms, retain_graph=True, allow_unused=True) if terms else ()
         parts = [w * term for w, term in zip(weights, terms, strict=True) if w is not None]
         kd = torch.stack(parts).sum() if parts else None
-        rest = loss if kd is None else loss - kd  # what comes back to the terms is exactly 0
+        # In the rest, the gradient that reaches each term is its weight minus its weight: exactly 0.
+        rest = loss if kd is None else loss - kd
         passes = [_gradients(rest, parameters, keep=kd is not None), _gradients(kd, parameters)]
+        # Two sums over micro-batches, kept apart to the end: to align each micro-batch would give another result,
+        # because projection is not linear.
         if self._collected is not None:
             passes = [
                 [_add(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(self._collected, passes, strict=True)
@@ -236,18 +247,20 @@ class GradientAligner(nn.Module):
         self._collected = (passes[0], passes[1])
 
     def reset(self) -> None:
-        """Forget what was collected: a training that stopped between two micro-batches would reach into the next."""
+        """Forget what was collected, so that a fit that stopped between micro-batches does not reach into the next."""
         self._collected, self._terms, self._measuring = None, [], False
 
     def join(self, parameters: Sequence[nn.Parameter], heads: set[nn.Parameter]) -> AlignedGradients | None:
-        """Write the aligned sum to `.grad` of the parameters; None if nothing was collected.
+        """Write the sum of both gradients, aligned by the mode, to `.grad`; return None if nothing was collected.
 
-        The cosine is NaN where no distillation term was in the loss of any rank. A parameter that neither term reaches
-        keeps the `.grad` it has, as after a plain backward: with zeros there, an optimizer would decay its weights.
+        The cosine is NaN if no distillation term was in the loss of any rank. A parameter that neither term reaches
+        keeps its `.grad`, as after a plain backward: with zeros there, an optimizer would decay its weights.
         """
         collected, self._collected, self._measuring = self._collected, None, False
         if collected is None:
             return None
+        # In the place of DDP's reduction. A parameter that any rank reaches gets a gradient on all of them, else the
+        # ranks' weights would drift apart. The loss scale is still in both gradients; it cancels in the projection.
         has_grad = [grad is not None for part in collected for grad in part]
         by_rest, by_kd = _halves(any_over_ranks(has_grad, parameters[0].device))
         references, grads = (average_over_ranks(_filled(part, parameters)) for part in collected)
@@ -267,7 +280,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _gradients(loss: Tensor | None, parameters: Sequence[nn.Parameter], keep: bool = False) -> list[Tensor | None]:
-    """One backward pass; `keep` the graph for another. None for each parameter that the loss does not reach."""
+    """Return the gradients of one backward pass, None where the loss does not reach; `keep` the graph for another."""
     if loss is None:
         return [None] * len(parameters)
     return list(torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True))
@@ -278,5 +291,5 @@ def _halves(flags: list[bool]) -> tuple[list[bool], list[bool]]:
 
 
 def _filled(grads: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Zeros where a term does not reach a parameter."""
+    """Return the gradients with zeros in place of None."""
     return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, grads, strict=True)]

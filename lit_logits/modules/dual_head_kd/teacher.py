@@ -1,4 +1,4 @@
-"""A frozen teacher, and its weights from whatever file they are in.
+"""A frozen teacher, and the loading of its weights from files of several formats.
 
 Letters: B batch, T sequence, C classes, d features.
 """
@@ -19,12 +19,12 @@ from lit_logits.modules.language_models.loading import check_plain_causal_lm
 
 __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
 
-
+# Keys under which training loops save a state dict, in the order in which they are tried.
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "student", "weights")
 
 
 class FrozenTeacher(FrozenModels):
-    """A classifier or causal language model, held out of training, that gives its logits.
+    """A classifier or causal language model that is held out of training and gives its logits.
 
     Args:
         model: frozen in place.
@@ -45,32 +45,32 @@ class FrozenTeacher(FrozenModels):
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B, C), without a graph."""
+        """Return logits (B, C), without a graph."""
         return classifier_logits(self.model, inputs)
 
     @torch.no_grad()
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Of a causal language model: the (B, T, d) input of its output layer."""
+        """Return the input (B, T, d) of a causal language model's output layer."""
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
 
     @property
     def output_layer(self) -> nn.Linear:
-        """Of a causal language model."""
+        """The output layer of a causal language model."""
         return self.model.get_output_embeddings()  # type: ignore[operator]
 
 
 def load_teacher(
     teacher: nn.Module | str | dict[str, Any], checkpoint: str | None = None, num_classes: int | None = None
 ) -> FrozenTeacher:
-    """Make a teacher and put its weights in.
+    """Make a teacher and load its weights.
 
     Args:
-        teacher: as `load_classifier` takes it.
+        teacher: as for `load_classifier`.
         checkpoint: file for `load_weights`; a model of random weights needs one.
         num_classes: C of a model that is made here.
 
     Raises:
-        ValueError: for a model that would keep random weights, or a file that does not fit.
+        ValueError: If the model would keep random weights, or the file does not fit.
     """
     new = isinstance(teacher, dict) or (isinstance(teacher, str) and teacher in MODEL_ZOO)
     if new and checkpoint is None:
@@ -87,53 +87,67 @@ def load_teacher(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a model's weights from a Lightning checkpoint or a `state_dict` file, whatever prefix its names carry.
+    """Load a model's weights from a Lightning checkpoint or a `state_dict` file, whatever prefix its names have.
 
-    Names may stand behind any common prefix (`module.` of DDP, `net.student.` of a Lightning module). Under the prefix
-    the file must hold the model's tensors, all of them and no others.
+    Names may have any common prefix (`module.` of DDP, `net.student.` of a Lightning module). Under the prefix the file
+    must hold all of the model's tensors and no others.
 
     Raises:
-        ValueError: for a file of another architecture or class count; the message names the first differences.
+        ValueError: If the file is of another architecture or class count; the error names the first differences.
     """
     weights = read_weights(path)
-    own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key in own:
-        for name in weights:
-            if name == key or name.endswith(f".{key}"):
-                prefix = name[: len(name) - len(key)]
-                found.setdefault(prefix, {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
-        break  # the first tensor tells the prefixes
+    own = _without_counters(model.state_dict())
     owner = type(model).__name__
     reasons = [
         f"it has {len(weights)} tensors such as {_shapes(weights)}, {owner} has {len(own)} such as {_shapes(own)}"
     ]
-    for prefix in sorted(found, key=len):
-        tensors = {key: tensor for key, tensor in found[prefix].items() if not key.endswith("num_batches_tracked")}
-        wrong = {key: tensors[key] for key in own if key in tensors and tensors[key].shape != own[key].shape}
-        missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-        if not (wrong or missing or extra):
-            model.load_state_dict(tensors, strict=False)  # all but the counters of batches, which BN needs not
+    for prefix in _prefixes(next(iter(own), None), weights):
+        named = {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
+        tensors = _without_counters(named)
+        differences = _differences(own, tensors)
+        if not differences:
+            model.load_state_dict(tensors, strict=False)  # not strict, because of the counters that are left out
             return
-        if wrong:
-            first = next(iter(wrong))
-            reason = f"`{first}` is {tuple(wrong[first].shape)} there and {tuple(own[first].shape)} here"
-            reasons.append(f"{reason} ({len(wrong)} of {len(own)} tensors differ in shape)")
-        if missing:
-            reasons.append(f"{len(missing)} tensors such as `{min(missing)}` are missing")
-        if extra:
-            reasons.append(f"it has {len(extra)} more, such as `{min(extra)}`")
+        reasons += differences
     raise ValueError(
         f"Expected {str(path)!r} to hold the weights of this {owner}, but they are of another architecture or number"
         f" of classes: {'; '.join(reasons)}. Pass the model that the file was saved from."
     )
 
 
+def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors but the counters of batch normalisation, which old files lack and frozen models ignore."""
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+
+
+def _prefixes(key: str | None, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the prefixes, shortest first, under which `weights` has the model's tensor `key`."""
+    if key is None:
+        return []
+    return sorted({name[: -len(key)] for name in weights if name == key or name.endswith(f".{key}")}, key=len)
+
+
+def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return in words how tensors differ from a model's own in shapes and names; nothing if they fit."""
+    wrong = {key: tensors[key] for key in own if key in tensors and tensors[key].shape != own[key].shape}
+    missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    found = []
+    if wrong:
+        first = next(iter(wrong))
+        reason = f"`{first}` is {tuple(wrong[first].shape)} there and {tuple(own[first].shape)} here"
+        found.append(f"{reason} ({len(wrong)} of {len(own)} tensors differ in shape)")
+    if missing:
+        found.append(f"{len(missing)} tensors such as `{min(missing)}` are missing")
+    if extra:
+        found.append(f"it has {len(extra)} more, such as `{min(extra)}`")
+    return found
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file by name: of `.safetensors`, or of `torch.save` where nothing but data is unpickled.
+    """Read the tensors of a file by name: `.safetensors`, or a file of `torch.save`, of which only data is unpickled.
 
     Raises:
-        ValueError: If there is no such file, or it holds no tensors or more than data.
+        ValueError: If there is no such file, it holds no tensors, or unpickling it would run code.
     """
     file = Path(os.path.expanduser(path))
     if not file.is_file():
@@ -157,7 +171,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"Expected {str(path)!r} to be a file of `torch.save`, but reading it failed: {error}"
         ) from error
-    # Lightning's `state_dict`, the `model` of hand-written loops: beside it there may be an accuracy that is a tensor.
+    # Dicts are entered before tensors are looked for: beside the weights there may be an accuracy that is a tensor.
     while isinstance(loaded, dict):
         inner = next((key for key in _WEIGHT_KEYS if isinstance(loaded.get(key), dict)), None)
         if inner is None:

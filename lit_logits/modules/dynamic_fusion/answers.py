@@ -6,19 +6,19 @@ from decimal import Decimal, InvalidOperation
 __all__ = ["GSM8K_PATTERN", "extract_answer"]
 
 GSM8K_PATTERN = r"####[^\S\n]*(\S[^\n]*)"
-"""The rest of the line behind `####`, as GSM8K marks its answers."""
+"""The rest of the line after `####`, which marks the answers of GSM8K."""
 
 _NUMBER = re.compile(r"(?<![\d.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def extract_answer(text: str, pattern: str = GSM8K_PATTERN) -> str | None:
-    r"""The final answer: what the first match of `pattern` captures, or else the last number; None without either.
+    r"""Return the final answer: the group of the first match of `pattern`, else the last number, else None.
 
-    Numbers lose signs of currency and commas, so that `$1,200.00` and `1200` are equal; other answers lose case and
-    space around them.
+    Numbers lose currency signs and commas, so that `$1,200.00` and `1200` are equal; other answers lose case and
+    surrounding space.
 
     Args:
-        text: response, of a model or of the data.
+        text: response of a model or of the data.
         pattern: regular expression with one group.
 
     Example:

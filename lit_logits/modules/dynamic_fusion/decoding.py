@@ -31,7 +31,7 @@ class FusionTrace(NamedTuple):
 
     Attributes:
         token_ids: (B, N) the tokens, generated or scored.
-        mask: (B, N) True where the token belongs to the text: not behind its end, not ignored.
+        mask: (B, N) True where the token belongs to the text: not after its end, and not ignored.
         alpha: (S, B, N) weight of each expert.
         kl_forward: (B, N) KL(P~ ‖ P) of the fused and the large model's distribution, in nats.
         kl_reverse: (B, N) KL(P ‖ P~) in nats.
@@ -54,12 +54,12 @@ class FusedStep(NamedTuple):
 
 
 class SmallModels:
-    """Base and experts during one `generate`: a forward hook feeds them what the large model reads.
+    """Base and experts during one `generate`: a forward hook feeds them the input of the large model.
 
     Args:
-        models: base and experts, each with its own device, dtype and cache; none is allowed.
+        models: base and experts, each with its own device, dtype and cache; may be empty.
         fuse: takes logits (B, V) of the large model and those of `models`, on its device.
-        vocab_size: V, the first ids of each model; fused logits of others are −inf.
+        vocab_size: V; the first V ids of each model are fused, and the logits of the others become −inf.
         prompt_length: P.
     """
 
@@ -80,7 +80,7 @@ class SmallModels:
 
     @contextmanager
     def attached_to(self, large: PreTrainedModel) -> Iterator[None]:
-        """Hook the large model for as long as the context lasts."""
+        """Hook the large model within the context."""
         handle = large.register_forward_hook(self._after_forward, with_kwargs=True)
         try:
             yield
@@ -89,8 +89,9 @@ class SmallModels:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the logits of the last position by fused ones."""
-        if self.is_busy:  # the large model is a small one too
+        if self.is_busy:  # the large model is a base or expert too, and is being called as such
             return output
+        # With a cache each call reads the tokens since the last one, without it the whole text again.
         uses_cache = bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHE_NAMES)
         read = kwargs["input_ids"].shape[1]
         self.length = self.length + read if uses_cache else read
@@ -100,18 +101,19 @@ class SmallModels:
             rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
         finally:
             self.is_busy = False
-        if self.length < self.prompt_length:  # a chunk of a long prompt, behind which nothing is drawn
+        if self.length < self.prompt_length:  # a chunk of a long prompt, after which no token is drawn
             return output
         size = self.vocab_size
         step = self.fuse(large[:, :size], [row[:, :size].to(large.device) for row in rows])
-        self.steps[self.length] = step[1:]
+        self.steps[self.length] = step[1:]  # by length, so that a position that is read again counts once
         output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
         return output
 
     def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool) -> Tensor:
-        """Logits (B, V) of a small model for the next token."""
+        """Return the logits (B, V) of a small model for the next token."""
         model, ids, mask = self.models[index], kwargs["input_ids"], kwargs.get("attention_mask")
         inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
+        # From the large model or from the mask: a model that counts by itself counts the padding on the left too.
         inputs["position_ids"] = kwargs.get("position_ids")
         if inputs["position_ids"] is None and mask is not None:
             inputs["position_ids"] = position_ids_of(mask)[:, -ids.shape[1] :]
@@ -122,22 +124,23 @@ class SmallModels:
         return output.logits[:, -1]
 
     def trace(self, token_ids: Tensor, eos_token_id: int | Iterable[int], pad_token_id: int | None) -> FusionTrace:
-        """Weights and divergences of the tokens (B, N) that were kept; steps that `generate` undid are left out."""
+        """Return weights and divergences of the tokens (B, N) that were kept, without steps that `generate` undid."""
         steps = [self.steps[self.prompt_length + i] for i in range(token_ids.shape[1])]
         alpha, forward, reverse = (torch.stack(values, -1) for values in zip(*steps, strict=True))
         ids = torch.as_tensor([*eos_token_id] if isinstance(eos_token_id, set) else eos_token_id).flatten().tolist()
         ends = torch.isin(token_ids, token_ids.new_tensor(ids))
         mask = (ends.cumsum(1) - ends.long()) == 0  # up to the end token, which counts
-        if pad_token_id is not None and pad_token_id not in ids:  # other ways to stop leave padding only
+        # A text that ended in another way, such as by a stop string, has no end token, only padding after it.
+        if pad_token_id is not None and pad_token_id not in ids:
             mask = mask & ((token_ids != pad_token_id).long().flip(1).cumsum(1).flip(1) > 0)
         return FusionTrace(token_ids, mask, alpha, forward, reverse)
 
 
 def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
-    """The generation config that `model.generate(**kwargs)` would use, if small models can follow it.
+    """Return the generation config that `model.generate(**kwargs)` would use, if small models can follow it.
 
     Raises:
-        ValueError: for beams, assistants, caches or inputs that they cannot follow.
+        ValueError: If it asks for beams, assistants, caches or inputs that small models cannot follow.
     """
     config = deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
@@ -163,12 +166,12 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
 
 
 def position_ids_of(mask: Tensor) -> Tensor:
-    """Position of each token (B, T) among those that are not padding."""
+    """Return the position of each token (B, T) among those that are not padding."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def split_prompts(batch: Mapping[str, Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """The prompts of a batch, left-padded, and their attention mask: all tokens in front of the first label.
+    """Return the prompts of a batch, all tokens before the first label, left-padded, and their attention mask.
 
     Args:
         batch: `input_ids` (B, T), optionally `attention_mask` and `labels` (−100 at prompt and padding).

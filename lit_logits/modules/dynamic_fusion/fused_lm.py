@@ -45,16 +45,16 @@ class FusedScores(NamedTuple):
 
 
 class FusedCausalLM(FrozenModels):
-    """Softmax of M^L + Σ_t α_t (M_t − M^S), with new weights for every token; see `fusion_weights`.
+    """Language model with logits M^L + Σ_t α_t (M_t − M^S) and new weights for every token; see `fusion_weights`.
 
-    The models are held as `FrozenModels` holds them, and keep their dtype.
+    The models are held as in `FrozenModels`, and keep their dtype.
 
     Args:
         large: the model to specialise.
         base: small model.
-        experts: S fine-tuned descendants of `base`; none leaves the large model as it is.
+        experts: S fine-tuned descendants of `base`; without experts the logits are the large model's.
         expert_names: one for each expert, for logs.
-        vocab_size: ids that all models have; logits of others are −inf. None: all.
+        vocab_size: V, the ids that all models have; the logits of others are −inf. Default the smallest output layer.
         solver: of `fusion_weights`.
         mode: of `fusion_weights`.
         bounds: of `fusion_weights`.
@@ -64,7 +64,7 @@ class FusedCausalLM(FrozenModels):
         chunk_size: positions of `score` whose logits are fused at a time; None goes by the memory that they take.
 
     Raises:
-        ValueError: for an argument that is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class FusedCausalLM(FrozenModels):
         self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
         self.static_alpha = _check_static_alpha(static_alpha, len(experts))
         self._trace_hooks: OrderedDict[int, Callable[[FusionTrace], Any]] = OrderedDict()
-        if experts:  # a wrong argument is to be seen before the first token
+        if experts:  # wrong arguments of the search are refused now, not at the first token
             zeros = torch.zeros(1, 2)
             fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
 
@@ -140,14 +140,14 @@ class FusedCausalLM(FrozenModels):
     # ------------------------------------------------------------------ fusing
 
     def fuse(self, large_logits: Tensor, small_logits: Sequence[Tensor]) -> FusedStep:
-        """Fused logits, weights and divergences of some positions.
+        """Return the fused logits, weights and divergences of some positions.
 
         Args:
             large_logits: (R, V).
-            small_logits: (R, V) of the base and of each expert; none leaves the large model as it is.
+            small_logits: (R, V) of the base and of each expert; if empty, the logits stay the large model's.
 
         Raises:
-            ValueError: naming the model that emits NaN or +inf.
+            ValueError: If a model emits NaN or +inf; the error names it.
         """
         large = at_least_float32(large_logits)
         if not small_logits or len(large) == 0:
@@ -158,7 +158,7 @@ class FusedCausalLM(FrozenModels):
         if self.static_alpha is None:
             try:
                 found = fusion_weights(large, base, experts, **self.search)
-            except ValueError:
+            except ValueError:  # it checks the numbers too, but does not know whose they are
                 self._blame(large, base, *experts)
                 raise
             return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
@@ -180,14 +180,14 @@ class FusedCausalLM(FrozenModels):
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Fused logits (B, T, V) in nats of token ids (B, T), from one pass of each model over whole sequences."""
+        """Return fused logits (B, T, V) in nats of token ids (B, T), by one pass of each model over whole sequences."""
         keep = torch.ones_like(input_ids, dtype=torch.bool)
         steps = list(self._fuse_positions(input_ids, attention_mask, keep))
         return torch.cat([step.logits for step in steps]).view(*input_ids.shape, -1)
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
-        """Log-probabilities of given texts under the fused distribution: one pass of each model, no loop over tokens.
+        """Return log-probabilities of given texts under the fused distribution, by one pass of each model.
 
         Args:
             input_ids: (B, T).
@@ -195,8 +195,8 @@ class FusedCausalLM(FrozenModels):
             attention_mask: (B, T), 0 at padding, on either side; default all 1.
 
         Raises:
-            ValueError: for a label outside of the models' vocabulary, sequences longer than a model's context, or a
-                model that emits NaN.
+            ValueError: If a label is outside the models' vocabulary, a sequence is longer than a model's context, or a
+                model emits NaN.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(
@@ -222,7 +222,7 @@ class FusedCausalLM(FrozenModels):
         return FusedScores(_scatter(log_probs, mask), self._hand_out(trace))
 
     def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[FusedStep]:
-        """Fused logits at the positions (B, T) where `keep` is true, in chunks and row by row."""
+        """Yield the fused steps of the positions (B, T) where `keep` is true, in chunks of rows."""
         mask = self._check_ids(input_ids, attention_mask)
         self._check_context(mask, 0)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
@@ -233,7 +233,7 @@ class FusedCausalLM(FrozenModels):
             yield self.fuse(chunk[0], chunk[1:])
 
     def _rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Tensor) -> Tensor:
-        """Logits (R, V) of one model on the large model's device."""
+        """Return the logits (R, V) of one model, on the large model's device."""
         logits = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits
         return logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device)
 
@@ -243,8 +243,8 @@ class FusedCausalLM(FrozenModels):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
 
-        Base and experts read what the large model reads, each with a key–value cache of its own; temperature, top-k,
-        top-p, penalties and stopping then see the fused logits.
+        Base and experts read what the large model reads, each with its own key–value cache; temperature, top-k, top-p,
+        penalties and stopping then act on the fused logits.
 
         Args:
             input_ids: (B, P) prompts, left-padded where they differ in length.
@@ -252,12 +252,12 @@ class FusedCausalLM(FrozenModels):
             **kwargs: of `transformers.GenerationMixin.generate`, for greedy search and sampling.
 
         Returns:
-            What `generate` returns: (B, at most P + N) ids, or with `return_dict_in_generate` its output, which also
-            has `trace`, a `FusionTrace` of the N tokens, and the `alpha`, `kl_forward` and `kl_reverse` in it.
+            Ids (B, at most P + N), or with `return_dict_in_generate` the output of `generate`, which then also has
+            `trace`, a `FusionTrace` of the N tokens, and its `alpha`, `kl_forward` and `kl_reverse`.
 
         Raises:
-            ValueError: for an empty prompt, one that is longer than a model's context, a way to decode that is neither
-                greedy nor sampling, or a model that emits NaN.
+            ValueError: If a prompt is empty or longer than a model's context, decoding is neither greedy nor by
+                sampling, or a model emits NaN.
         """
         config = check_decoding(self.large, kwargs)
         mask = self._check_ids(input_ids, attention_mask)
@@ -281,7 +281,7 @@ class FusedCausalLM(FrozenModels):
         return output
 
     def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The mask; refuses ids and shapes that do not fit."""
+        """Return the mask, default all 1; refuse ids and shapes that do not fit."""
         if input_ids.ndim != 2:
             raise ValueError(f"Expected `input_ids` of shape (B, T), but got {tuple(input_ids.shape)}.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -311,7 +311,7 @@ class FusedCausalLM(FrozenModels):
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Values (..., R) to the places (B, N) where `mask` is true; 0 elsewhere."""
+    """Put values (..., R) where `mask` (B, N) is true, and 0 elsewhere."""
     spread = values.new_zeros(*values.shape[:-1], *mask.shape)
     spread[..., mask] = values
     return spread

@@ -1,4 +1,4 @@
-"""The models of dynamic logit fusion: loaded, merged, and held to one vocabulary.
+"""The models of dynamic logit fusion: loaded, merged, and checked for one vocabulary.
 
 Letters: V vocabulary.
 """
@@ -26,12 +26,12 @@ class FusionModels(NamedTuple):
 
     Attributes:
         large: the model to specialise.
-        base: small model, or None where there are no experts.
+        base: small model, or None without experts.
         experts: fine-tuned from `base`.
         expert_names: one for each expert.
-        vocab_size: V, the ids that all have.
-        tokenizer: theirs, where one was given or found.
-        notes: what a user should know about them.
+        vocab_size: V, the ids that all models have.
+        tokenizer: of all models, if one was given or found.
+        notes: sentences for the user's log.
     """
 
     large: PreTrainedModel
@@ -54,76 +54,100 @@ def load_fusion_models(
     large_kwargs: Mapping[str, Any] | None = None,
     small_kwargs: Mapping[str, Any] | None = None,
 ) -> FusionModels:
-    """Load a large model, a small base and its experts, and see that their tokens are the same.
+    """Load a large model, a small base and its experts, and check that their tokens are the same.
 
     Args:
         large: hub id, local folder, `.gguf` path, or a loaded causal language model.
-        base: the same; needed where there are experts.
+        base: the same; needed with experts.
         experts: the same for each; a list of several is merged into one expert by task arithmetic.
-        tokenizer: of all models. Each model that is given by name is held to it by its own tokenizer; without it those
-            are compared with each other.
-        eos_token_id: ids that end a text; needed where the models' own differ.
+        tokenizer: of all models. The tokenizer beside each model that is given by name must agree with it; without it
+            those are compared with each other.
+        eos_token_id: ids that end a text; needed if the models' own differ.
         merge_weight: λ of the task vectors that are merged.
         large_kwargs: for `from_pretrained` of the large model, such as `dtype` and `device_map`.
         small_kwargs: the same for base and experts.
 
     Raises:
-        ValueError: for models that cannot be loaded, vocabularies, tokenizers or end tokens that disagree, or experts
-            without a base.
+        ValueError: If a model cannot be loaded, vocabularies, tokenizers or end tokens disagree, or experts have no
+            base.
     """
     if isinstance(experts, str | nn.Module) and not isinstance(experts, nn.ModuleList):
         raise ValueError(f"Expected `experts` to be a list of models, but got {model_label(experts)}.")
     if experts and base is None:
         raise ValueError(f"Expected `base`, which the {len(experts)} expert(s) were fine-tuned from, but got None.")
-    notes: list[str] = []
-    own_tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-    loaded: dict[str, PreTrainedModel] = {}
-
-    def load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
-        if isinstance(model, str):
-            found = find_tokenizer(model)
-            if found is not None:
-                own_tokenizers[label] = found
-        loaded[label] = _load(model, label, kwargs)
-        return loaded[label]
-
-    large_model = load(large, "model", large_kwargs)
-    base_model = None if base is None else load(base, "base", small_kwargs)
+    loaded = _Loaded()
+    large_model = loaded.load(large, "model", large_kwargs)
+    base_model = None if base is None else loaded.load(base, "base", small_kwargs)
     expert_models, names = [], []
     for number, expert in enumerate(experts):
         several = isinstance(expert, Sequence) and not isinstance(expert, str)
-        parts = list(cast(Sequence[Model], expert)) if several else [cast(Model, expert)]
+        if several:
+            parts = list(cast(Sequence[Model], expert))
+            merged = loaded.load_merged(parts, number, cast(PreTrainedModel, base_model), merge_weight, small_kwargs)
+            expert_models.append(merged)
+        else:
+            parts = [cast(Model, expert)]
+            expert_models.append(loaded.load(parts[0], f"experts[{number}]", small_kwargs))
+        names.append(_name(parts, number))
+    shared, known = loaded.agree(tokenizer)
+    vocab_size, notes = _common_vocabulary(loaded.models, shared, known)
+    if eos_token_id is None:
+        _check_eos(loaded.models)
+    return FusionModels(large_model, base_model, expert_models, _unique(names), vocab_size, shared, notes)
+
+
+class _Loaded:
+    """The models loaded so far and the tokenizers found beside them, both by the label that errors use."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, PreTrainedModel] = {}
+        self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    def load(self, model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
+        """Load a model, and the tokenizer beside it if it is given by name."""
+        if isinstance(model, str):
+            found = find_tokenizer(model)
+            if found is not None:
+                self.tokenizers[label] = found
+        loaded = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
+        check_causal_lm(loaded, f"`{label}`")
+        self.models[label] = cast(PreTrainedModel, loaded)
+        return self.models[label]
+
+    def load_merged(
+        self,
+        parts: Sequence[Model],
+        number: int,
+        base: PreTrainedModel,
+        weight: float,
+        kwargs: Mapping[str, Any] | None,
+    ) -> PreTrainedModel:
+        """Load several models and merge them into one expert, which takes their place."""
         if not parts:
             raise ValueError(
                 f"Expected expert {number} to be a model or a list of models to merge, but got an empty list."
             )
-        labels = [f"experts[{number}]" + (f"[{i}]" if several else "") for i in range(len(parts))]
-        models = [load(part, label, small_kwargs) for part, label in zip(parts, labels, strict=True)]
-        if several:
-            assert base_model is not None
-            expert_models.append(_merge(base_model, models, merge_weight))
-            loaded[labels[0]] = expert_models[-1]  # the parts are done with
-            for label in labels[1:]:
-                del loaded[label]
-        else:
-            expert_models.append(models[0])
-        names.append(_name(parts, number))
-    given = find_tokenizer(tokenizer, required=True) if isinstance(tokenizer, str) else tokenizer
-    shared = given or next(iter(own_tokenizers.values()), None)
-    reference = "`tokenizer`" if given is not None else f"`{next(iter(own_tokenizers), '')}`"
-    for label, own in own_tokenizers.items():
-        check_same_tokenizer(shared, own, reference, f"`{label}`")  # type: ignore[arg-type]
-    known = set(loaded) if given is not None else {label for label in loaded if label in own_tokenizers}
-    vocab_size = _common_vocabulary(loaded, shared, known, notes)
-    if eos_token_id is None:
-        _check_eos(loaded)
-    return FusionModels(large_model, base_model, expert_models, _unique(names), vocab_size, shared, notes)
+        labels = [f"experts[{number}][{i}]" for i in range(len(parts))]
+        merged = _merge(
+            base, [self.load(part, label, kwargs) for part, label in zip(parts, labels, strict=True)], weight
+        )
+        # Vocabulary and end tokens are compared once for the expert; its tokenizers are still all compared.
+        for label in labels[1:]:
+            del self.models[label]
+        self.models[labels[0]] = merged
+        return merged
 
+    def agree(self, tokenizer: str | PreTrainedTokenizerBase | None) -> tuple[PreTrainedTokenizerBase | None, set[str]]:
+        """Return the tokenizer of all models, and the labels of the models that are known to use it.
 
-def _load(model: Model, label: str, kwargs: Mapping[str, Any] | None) -> PreTrainedModel:
-    loaded = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
-    check_causal_lm(loaded, f"`{label}`")
-    return cast(PreTrainedModel, loaded)
+        If a tokenizer is given, the user says that all models use it; else only those with one of their own are known.
+        """
+        given = find_tokenizer(tokenizer, required=True) if isinstance(tokenizer, str) else tokenizer
+        shared = given or next(iter(self.tokenizers.values()), None)
+        reference = "`tokenizer`" if given is not None else f"`{next(iter(self.tokenizers), '')}`"
+        for label, own in self.tokenizers.items():
+            check_same_tokenizer(shared, own, reference, f"`{label}`")  # type: ignore[arg-type]
+        return shared, set(self.models) if given is not None else self.models.keys() & self.tokenizers.keys()
 
 
 def _merge(base: PreTrainedModel, experts: list[PreTrainedModel], weight: float) -> PreTrainedModel:
@@ -145,9 +169,11 @@ def _common_vocabulary(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None,
     known: set[str],
-    notes: list[str],
-) -> int:
-    """The ids that all models have; sizes may differ by padding only, which a tokenizer must tell."""
+) -> tuple[int, list[str]]:
+    """Return how many ids all models have, and a note if they have different ones.
+
+    Sizes may differ by padding only, and that cannot be told without a tokenizer that is known to be of all models.
+    """
     sizes = {label: num_logits(model) for label, model in models.items()}
     smallest = min(sizes.values())
     listed = ", ".join(f"{label} {size}" for label, size in sizes.items())
@@ -163,14 +189,16 @@ def _common_vocabulary(
                 f"Expected models of one vocabulary, but their output layers have: {listed}. If the sizes differ by"
                 " padding only, pass the `tokenizer` that all of them use."
             )
-        notes.append(
+        note = (
             f"Output layers differ in size ({listed}): fused over the {smallest} ids that all have, of which the"
             f" tokenizer uses {len(tokenizer)}."
         )
-    return smallest
+        return smallest, [note]
+    return smallest, []
 
 
 def _check_eos(models: dict[str, PreTrainedModel]) -> None:
+    """Raise if models end a text with different tokens: the fused model could not tell where a text ends."""
     ends = {label: eos_token_ids(model) for label, model in models.items()}
     ends = {label: ids for label, ids in ends.items() if ids}
     if len({frozenset(ids) for ids in ends.values()}) > 1:

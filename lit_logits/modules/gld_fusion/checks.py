@@ -1,4 +1,4 @@
-"""What the arguments of `GLDFusionModule` must be."""
+"""Checks of the arguments of `GLDFusionModule`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,15 +35,8 @@ def check_options(
     kd_weight: float,
     gld_weight: float,
 ) -> dict[str, float]:
-    """The weight of each source, once all is in range."""
-    if not isinstance(sources, dict) or (not sources and kd_weight > 0):
-        raise ValueError(f"Expected `sources` to map names to models, at least one for λ > 0, but got {sources!r}.")
-    wrong = sorted(name for name in sources if not name or not set(name).isdisjoint("./"))
-    if wrong:
-        raise ValueError(f"Expected names of sources without '.' and '/', but got {wrong}.")
-    for argument, given in (("source_weights", source_weights or {}), ("source_kwargs", source_kwargs or {})):
-        if unknown := sorted(set(given) - set(sources)):
-            raise ValueError(f"Expected `{argument}` for the sources {sorted(sources)}, but got {unknown}.")
+    """Return the weight of each source, once all arguments are in range."""
+    _check_names(sources, source_weights, source_kwargs, needed=kd_weight > 0)
     if not 0 <= kd_weight <= 1 or not 0 <= gld_weight < float("inf"):
         raise ValueError(f"Expected `kd_weight` in [0, 1] and `gld_weight` ≥ 0, but got {kd_weight} and {gld_weight}.")
     weights = {name: 1 / len(sources) for name in sources} if source_weights is None else dict(source_weights)
@@ -52,3 +45,22 @@ def check_options(
     if any(not 0 <= weight < float("inf") for weight in weights.values()):
         raise ValueError(f"Expected `source_weights` to be at least 0 and finite, but got {weights}.")
     return weights
+
+
+def _check_names(
+    sources: Mapping[str, Any],
+    source_weights: Mapping[str, float] | None,
+    source_kwargs: Mapping[str, Any] | None,
+    *,
+    needed: bool,
+) -> None:
+    """Refuse names that cannot be used, and weights or settings of sources that do not exist."""
+    if not isinstance(sources, dict) or (not sources and needed):
+        raise ValueError(f"Expected `sources` to map names to models, at least one for λ > 0, but got {sources!r}.")
+    # Names become parts of log keys and of paths in a cache.
+    wrong = sorted(name for name in sources if not name or not set(name).isdisjoint("./"))
+    if wrong:
+        raise ValueError(f"Expected names of sources without '.' and '/', but got {wrong}.")
+    for argument, given in (("source_weights", source_weights or {}), ("source_kwargs", source_kwargs or {})):
+        if unknown := sorted(set(given) - set(sources)):
+            raise ValueError(f"Expected `{argument}` for the sources {sorted(sources)}, but got {unknown}.")

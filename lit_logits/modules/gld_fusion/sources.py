@@ -1,4 +1,4 @@
-"""The frozen models that a pivot learns from: each reads the text in its own tokens, or was written to disk before.
+"""Sources that a pivot learns from: frozen models, which read the text in their own tokens, or caches of their logits.
 
 Letters: B batch, T sequence, N positions that count, d hidden size, V vocabulary, k `top_k`.
 """
@@ -26,21 +26,21 @@ Model = nn.Module | str
 
 
 class LogitSource(FrozenModels):
-    """A frozen causal language model that gives the top-k logits of responses, chunk by chunk.
+    """A frozen causal language model that gives the top-k logits of responses, in chunks.
 
-    It keeps its dtype, whatever the autocast, and follows its batches to their device, unless it is pinned.
+    It keeps its dtype under autocast too, and follows its batches to their device unless it is pinned.
 
     Args:
         model: causal language model of transformers; frozen in place.
-        name: what errors and logs call it.
+        name: of the source, in errors and logs.
         origin: hub id or path that it came from, for the cache.
-        tokenizer: its own, where it is known: batches of another one are refused then, and logits beyond its tokens
+        tokenizer: its own, if it is known: then batches of another one are refused, and logits beyond its tokens
             (padding of the vocabulary) are left out.
         pinned: leave it where it is; default for a model that is not on the CPU.
         chunk_size: positions whose logits are in memory at a time; None goes by the memory that they take.
 
     Raises:
-        ValueError: for a model that is no causal language model.
+        ValueError: If the model is not a causal language model.
     """
 
     def __init__(
@@ -71,18 +71,19 @@ class LogitSource(FrozenModels):
 
     @torch.no_grad()
     def forward(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
-        """Top-k logits of the positions that predict a response.
+        """Return the top-k logits of the positions that predict a response.
 
         Args:
-            batch: with `sources[name]` in this model's tokens, or in its tokens itself.
+            batch: with `sources[name]` in this model's tokens, or itself in its tokens.
             top_k: k.
             temperature: τ.
 
         Returns:
-            Of each sample the positions that count, without gaps, padded behind; on the device of `batch["input_ids"]`.
+            The positions of each sample that count, without gaps, padded at the end; on the device of
+            `batch["input_ids"]`.
 
         Raises:
-            ValueError: for tokens of another tokenizer, a k above the vocabulary, or logits that are not finite.
+            ValueError: If tokens are another tokenizer's, k is above the vocabulary, or logits are not finite.
         """
         view = view_of(batch, self.name)
         self._check(view)
@@ -93,7 +94,7 @@ class LogitSource(FrozenModels):
         inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
         with torch.autocast(device.type, enabled=False):
             hidden = self._hidden(inputs)
-            hidden = hidden[mask.to(hidden.device)]  # of a model on several devices the last one
+            hidden = hidden[mask.to(hidden.device)]  # of a model on several devices, the output is on the last one
             top = chunked_rows(
                 lambda rows: top_k_logits(self._logits(rows), top_k, temperature=temperature),
                 hidden,
@@ -107,14 +108,14 @@ class LogitSource(FrozenModels):
                 " another dtype (float16 overflows in models that were trained in bfloat16)."
             )
         ends = view.get("response_ends", torch.full_like(view["input_ids"], -1))[mask]
-        # Without gaps, as a cache gives them: sums over positions are then the same to the bit.
+        # Without gaps, as a cache stores them: then sums over positions are the same to the bit, model or cache.
         counts = mask.sum(-1, keepdim=True)
         dense = torch.arange(max(1, int(counts.max())), device=home) < counts
         placed = torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
         return SourceLogits(place_rows(rows, dense), dense, placed)
 
     def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
-        """What a cache of its logits depends on."""
+        """Return the settings that a cache of its logits depends on."""
         return {
             "model": self.origin,
             "model_digest": digest_model(self.model),
@@ -125,7 +126,7 @@ class LogitSource(FrozenModels):
         }
 
     def _check(self, view: Mapping[str, Tensor]) -> None:
-        """Raise if the tokens cannot be this model's; on an accelerator, which would wait, at the first batch only."""
+        """Raise if the tokens cannot be this model's; on an accelerator, where the host would wait, only at first."""
         device = view["input_ids"].device.type
         if device != "cpu" and device in self._checked:
             return
@@ -145,10 +146,10 @@ class LogitSource(FrozenModels):
         self._checked.add(device)
 
     def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What `_logits` takes, (B, T, ...)."""
+        """Return what `_logits` takes: hidden states (B, T, d), or the logits of a model that changes them."""
         if self.is_plain:
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.model(**inputs, use_cache=False).logits  # it changes its logits behind the output layer
+        return self.model(**inputs, use_cache=False).logits  # whole, because only the model knows what it does to them
 
     def _logits(self, rows: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(rows) if self.is_plain else rows
@@ -158,16 +159,16 @@ class LogitSource(FrozenModels):
 def load_source(
     source: Model, name: str, kwargs: Mapping[str, Any] | None = None, *, chunk_size: int | None = None
 ) -> LogitSource | LogitCache:
-    """Load a source.
+    """Load a source: a model, or a cache of its logits.
 
     Args:
         source: hub id, local folder, `.gguf` path, a loaded causal language model, or the folder of a logit cache.
-        name: what to call it.
+        name: of the source, in errors and logs.
         kwargs: for `from_pretrained`, such as `dtype` and `device_map`.
         chunk_size: positions whose logits are in memory at a time; None goes by the memory that they take.
 
     Raises:
-        ValueError: If it is none of these, or a cache that is not complete.
+        ValueError: If the source cannot be loaded, or the cache is incomplete.
     """
     if not isinstance(source, str):
         return LogitSource(cast(PreTrainedModel, source), name=name, chunk_size=chunk_size)
@@ -182,14 +183,14 @@ def load_source(
 
 
 def view_of(batch: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
-    """The batch in the tokens of a source."""
+    """Return the batch in the tokens of a source: its own view of the text, or the batch itself."""
     return batch.get("sources", {}).get(name, batch)
 
 
 def counted_positions(view: Mapping[str, Tensor]) -> Tensor:
-    """Return the (B, T) positions that predict a label and have read no more than the response.
+    """Return the mask (B, T) of positions that predict a label and have read no more than the response.
 
-    `response_ends` tells the latter, where it is there.
+    Without `response_ends` in the view, every position that predicts a label counts.
     """
     mask = next_token_labels(view["labels"]).mask
     return mask & (view["response_ends"] >= 0) if "response_ends" in view else mask

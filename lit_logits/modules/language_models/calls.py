@@ -1,19 +1,30 @@
-"""Calling models of transformers by the names that their `forward` has.
+"""Calls of transformers' models by the argument names that their `forward` has.
 
-The key–value cache has two: `cache` since transformers 5.24, `past_key_values` before and in models of others.
+The key–value cache has two names: `cache` since transformers 5.24; `past_key_values` before, and in other models.
 
-Letters: B batch, T sequence.
+Letters: B batch, T sequence, N positions that predict a token that counts, d hidden size.
 """
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-__all__ = ["CACHE_NAMES", "OUTPUT_CACHE_NAME", "accepted_inputs", "cache_argument", "read_with_cache"]
+from lit_logits.functional.labels import next_token_labels
+
+__all__ = [
+    "CACHE_NAMES",
+    "OUTPUT_CACHE_NAME",
+    "CountedStates",
+    "accepted_inputs",
+    "cache_argument",
+    "counted_states",
+    "read_with_cache",
+]
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -24,21 +35,52 @@ OUTPUT_CACHE_NAME = next(
 
 
 def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that the model's `forward` names, on its device; None is left out.
+    """Return the inputs that the model's `forward` has arguments for, on its device; None is left out.
 
-    For what a model may do without, such as position ids, which some find by themselves. A cache is not among that: see
-    `cache_argument`.
+    It is meant for inputs that a model can do without, such as position ids, which some models find by themselves. A
+    cache is not one of them; see `cache_argument`.
     """
     known = _parameters(model)
     chosen = {name: value for name, value in inputs.items() if name in known and value is not None}
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
 
 
+class CountedStates(NamedTuple):
+    """Result of `counted_states`.
+
+    Attributes:
+        mask: (B, T) positions that predict a token that counts.
+        hidden: (N, d) last hidden states there.
+        labels: (N,) int64 the tokens to predict.
+    """
+
+    mask: Tensor
+    hidden: Tensor
+    labels: Tensor
+
+
+def counted_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> CountedStates:
+    """Run a causal language model up to its output layer, and keep the positions that predict a token that counts.
+
+    The output layer is left to the caller, who can apply it in chunks, so that (B, T, V) logits are never whole.
+
+    Args:
+        model: causal language model.
+        batch: `input_ids` and `labels` (B, T), optionally `attention_mask` (B, T) and `correct` (B,).
+    """
+    backbone = cast(PreTrainedModel, model.base_model)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    output = backbone(**accepted_inputs(backbone, inputs))
+    # A batch of multiple-choice questions holds every choice; only the right ones are learned.
+    labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
+    return CountedStates(mask, output.last_hidden_state[mask], labels[mask].long())
+
+
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A key–value cache under the name that the model's `forward` has for it.
+    """Return a key–value cache under the name that the model's `forward` has for it.
 
     Raises:
-        ValueError: for a model that takes none.
+        ValueError: If the model takes no cache.
     """
     known = _parameters(model)
     for name in CACHE_NAMES:
@@ -52,20 +94,20 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, num_read: int) -> tuple[Any, Any]:
-    """Let a model read on from where its cache ends.
+    """Call a model on further tokens, after those that its cache holds.
 
     Args:
         model: of transformers.
-        inputs: `input_ids` (B, T) of the tokens to read, and whatever else the model may take.
+        inputs: `input_ids` (B, T) of the tokens to read, and other inputs that the model may take.
         cache: of the tokens before, as the last call gave it; None at the start.
-        num_read: how many tokens a sequence the cache holds in the end, padding included.
+        num_read: how many tokens a sequence the cache is to hold after the call, padding included.
 
     Returns:
         The model's output, and its cache.
 
     Raises:
-        ValueError: for a model that takes or gives no cache, or whose cache does not hold what was read: its next token
-            would come from a part of the text alone.
+        ValueError: If the model takes or gives no cache, or its cache does not hold all that was read: the next token
+            would then depend on a part of the text only.
     """
     given = cache
     output = model(**accepted_inputs(model, {**inputs, "use_cache": True}), **cache_argument(model, given))
@@ -75,6 +117,8 @@ def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, 
             f"Expected {type(model).__name__} to give a key–value cache, but its output has {list(output)}. Decode"
             " with a model that has one, or with `use_cache=False` where that is offered."
         )
+    # A model that ignores the cache it is given returns one of the new tokens only, and would go on without an error. A
+    # cache that does not know its length must at least be the object that was passed in, updated in place.
     length = _length(cache)
     if length not in (None, num_read) or (length is None and given is not None and given is not cache):
         raise ValueError(
@@ -86,7 +130,7 @@ def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, 
 
 
 def _length(cache: Any) -> int | None:
-    """How many tokens a cache holds; None where it does not know, as one of recurrent layers alone."""
+    """Return how many tokens a cache holds; None if it does not know, as when all layers are recurrent."""
     try:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):
@@ -94,7 +138,7 @@ def _length(cache: Any) -> int | None:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    # Adapters of peft pass on whatever they do not name themselves.
+    # The `forward` of peft's wrappers is `(*args, **kwargs)`: the names are those of the model inside.
     unwrap = getattr(model, "get_base_model", None)
     inner: Any = model if unwrap is None else unwrap()
     return set(inspect.signature(inner.forward).parameters)

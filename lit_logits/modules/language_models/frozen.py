@@ -1,4 +1,4 @@
-"""Models that are held and not trained: teachers, sources, originals, and what decodes together."""
+"""Models that are held and not trained: teachers, sources, originals, and models that decode together."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ __all__ = ["FrozenModels", "input_device"]
 
 
 class FrozenModels(nn.Module):
-    """Hold models out of `parameters()`, `state_dict()` and `train()`; they are in neither checkpoint nor optimizer.
+    """Models that are held out of `parameters()`, `state_dict()` and `train()`, so out of checkpoint and optimizer.
 
     They stay in `eval` mode without gradients, and follow this module to other devices and dtypes. A model that
     accelerate has spread (`device_map`) or that was put elsewhere stays where it is.
 
     Args:
         *models: frozen in place.
-        keep_dtype: follow to devices only. It is for models that read token ids: what reads images, or hidden states
-            of a model that is trained, must have the dtype of those.
-        pinned: follow nowhere.
+        keep_dtype: follow to devices only, as models that read token ids may; one that reads images, or hidden states
+            of the trained model, must have their dtype.
+        pinned: do not follow.
 
     Example:
         >>> held = FrozenModels(nn.Linear(4, 3)).train()
@@ -35,7 +35,8 @@ class FrozenModels(nn.Module):
             model.eval().requires_grad_(False)
         self._held = models  # in a tuple, so that they are not registered here
         self._keep_dtype, self.pinned = keep_dtype, pinned
-        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells where this module is
+        # Without parameters or buffers a module does not know its device; this one knows where it is by the anchor.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     @property
     def models(self) -> tuple[Any, ...]:
@@ -48,6 +49,7 @@ class FrozenModels(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenModels":
         """Take along the models that are where this module is."""
+        # Every move and cast (`to`, `half`, `cuda`) comes through here, and it does not reach what is not registered.
         before = self.anchor.device
         super()._apply(fn, recurse)
         for model in self._held:
@@ -61,9 +63,9 @@ class FrozenModels(nn.Module):
 
 
 def input_device(model: nn.Module) -> torch.device | None:
-    """Return where a model takes its input: of one that accelerate has spread, where its embedding is computed.
+    """Return where a model takes its input; for one that accelerate has spread, where its embedding is computed.
 
-    None is a model without tensors.
+    None is returned for a model without tensors.
     """
     first: nn.Module = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model  # type: ignore[operator]
     device = getattr(getattr(first, "_hf_hook", None), "execution_device", None)

@@ -1,4 +1,4 @@
-"""What a loaded model of transformers is: its layers, its output layer, its end tokens, its digest.
+"""Properties of a loaded transformers model: its layers, its output layer, its end tokens, its digest.
 
 Letters: V vocabulary.
 """
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def eos_token_ids(model: PreTrainedModel) -> set[int]:
-    """Ids that end the model's texts; empty where it does not say."""
+    """Return the ids that end the model's texts; empty if its configs name none."""
     config = model.generation_config
     ids = config.eos_token_id if config is not None else None
     if ids is None:
@@ -32,7 +32,7 @@ def eos_token_ids(model: PreTrainedModel) -> set[int]:
 
 
 def digest_model(model: PreTrainedModel) -> str:
-    """A name for the model: 16 hexadecimal digits from its config and up to 64 values of each tensor."""
+    """Return a name for the model: 16 hexadecimal digits from its config and up to 64 values of each tensor."""
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
@@ -59,12 +59,12 @@ def check_causal_lm(model: Any, label: str) -> None:
 
 
 def model_label(model: Any) -> str:
-    """What an error calls a model that was given: its name, or its class."""
+    """Return what errors call a model that was given: its name, or its class."""
     return repr(model) if isinstance(model, str) else type(model).__name__
 
 
 def num_logits(model: PreTrainedModel) -> int:
-    """Rows of the output layer, padding included."""
+    """Return the number of rows of the output layer, padding included."""
     return model.get_output_embeddings().weight.shape[0]
 
 
@@ -72,7 +72,10 @@ _ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert"
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """Layers of a backbone, its longest `nn.ModuleList`, behind the module that holds them; an empty list if none.
+    """Find the layers of a backbone, its longest `nn.ModuleList`.
+
+    Returns:
+        The module that holds the list, and the list, which is empty if the backbone has none.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Identity(), nn.Identity()]))
@@ -86,17 +89,17 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]:
-    """Freeze all but the last layers and the norm behind them; with 0 layers that too.
+    """Freeze all but the last layers and the norm after them; with 0 layers, the norm too.
 
     Args:
         model: backbone; see `find_layers`.
         num_trainable: how many of the last layers to train; 0 freezes everything.
 
     Returns:
-        What is frozen as a whole, to be kept in `eval` mode: no dropout where nothing learns.
+        Modules that are frozen as a whole, to be kept in `eval` mode: no dropout where nothing learns.
 
     Raises:
-        ValueError: for more layers than there are, or a model without such a list.
+        ValueError: If there are fewer layers, or the model has no list of layers.
     """
     parent, layers = find_layers(model)
     if not 0 <= num_trainable <= len(layers):
@@ -112,6 +115,7 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]
     for name, child in parent.named_children():
         if child is layers:
             continue
+        # The norm beside the layers is the last one; that of an embedding comes before them.
         if "norm" in type(child).__name__.lower() and "emb" not in name:
             child.requires_grad_(True)
         else:
@@ -120,5 +124,5 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]
 
 
 def is_encoder(config: Any) -> bool:
-    """Whether a model of this config reads in both directions: BERT and its like, unless `is_decoder` is set."""
+    """Return whether a model of this config reads in both directions: BERT and its like, unless `is_decoder` is set."""
     return config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)

@@ -1,4 +1,4 @@
-"""Causal language models of transformers, taken apart into a backbone that gives hidden states and an output layer.
+"""Causal language models of transformers: loaded or made, checked, and split into backbone and output layer.
 
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
@@ -24,12 +24,13 @@ __all__ = [
     "is_plain_causal_lm",
     "load_backbone",
     "load_causal_lm",
+    "load_plain_causal_lm",
     "make_config",
     "new_causal_lm",
 ]
 
-# What a model is given as. Code may pass a loaded one too. If the types said so at run time, the parser of recipes
-# would offer to make one of any class.
+# Code may pass a loaded model too. If the types said so at run time, the parser of recipes would offer to make a model
+# of any class.
 if TYPE_CHECKING:
     ModelOrConfig: TypeAlias = str | dict[str, Any] | PreTrainedModel
     Models: TypeAlias = Mapping[str, str] | Mapping[str, PreTrainedModel] | Mapping[str, str | PreTrainedModel]
@@ -37,7 +38,8 @@ else:
     ModelOrConfig, Models = str | dict[str, Any], dict[str, str]
 
 
-# Models that change the logits after the output layer, which no other head behind them would know.
+# Settings of models that change the logits after the output layer, with the value that changes nothing. Another head
+# would not apply them.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
 
@@ -48,7 +50,7 @@ class CausalBackbone(NamedTuple):
         model: module whose output has `last_hidden_state` (B, T, d), the input of the output layer.
         output_weight: (V, d) rows of the pretrained output layer, or None for a model that was built from a config.
         output_bias: (V,) bias of the pretrained output layer, or None.
-        tied: whether the output layer was the input embedding.
+        tied: whether output layer and input embedding were one tensor.
         hidden_size: d of the output layer.
         vocab_size: V of the output layer, padding included.
         generation_config: of the pretrained model, or None.
@@ -73,9 +75,8 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: If there is no such model; the message says what was tried.
     """
-    kwargs["dtype"] = (
-        kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
-    )  # the former is its old name
+    # `torch_dtype` is the old name. Without either transformers takes the dtype of the file, often bfloat16.
+    kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
     path = os.path.expanduser(name_or_path)
     try:
         if not path.endswith(".gguf"):
@@ -101,7 +102,7 @@ def _load_gguf(path: str, **kwargs: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, **kwargs)
     except ImportError as error:
         raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
-    except Exception as error:  # of a file that is cut off or made up, whatever its parser stumbles over
+    except Exception as error:  # the parser raises errors of any kind on a file that is cut off or made up
         raise ValueError(
             f"Expected {path!r} to be the GGUF file of a language model that transformers knows, but reading it failed:"
             f" {type(error).__name__}: {error}"
@@ -109,20 +110,39 @@ def _load_gguf(path: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> PreTrainedModel:
-    """A causal language model of random weights, output layer included.
+    """Make a causal language model of random weights, output layer included.
 
     Args:
         settings: config as a mapping with `model_type`, any of transformers such as `llama`.
-        vocab_size: V of the tokenizer, taken over.
+        vocab_size: V of the tokenizer; settings that have another are refused.
 
     Raises:
-        ValueError: for settings that the type does not have, or a type that is no causal language model.
+        ValueError: If the type does not have a setting, or is not that of a causal language model.
     """
     return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
 
 
+def load_plain_causal_lm(
+    model: str | dict[str, Any] | PreTrainedModel, vocab_size: int | None = None
+) -> PreTrainedModel:
+    """Load or make a causal language model whose logits are its output layer of its last hidden states.
+
+    Args:
+        model: as for `load_backbone`.
+        vocab_size: V of the tokenizer, as there.
+
+    Raises:
+        ValueError: If the model cannot be loaded or made, or `check_plain_causal_lm` refuses it.
+    """
+    if isinstance(model, dict):
+        return new_causal_lm(model, vocab_size)
+    loaded = load_causal_lm(model) if isinstance(model, str) else model
+    check_plain_causal_lm(loaded, vocab_size=vocab_size)
+    return loaded
+
+
 def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_size: int | None = None) -> CausalBackbone:
-    """Split a causal language model into the backbone and what its output layer was.
+    """Split a causal language model into its backbone and its output layer.
 
     Args:
         backbone: hub id, local folder, `.gguf` path, a loaded model, or a config as a mapping with `model_type` (any
@@ -131,16 +151,15 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
             table may be padded).
 
     Raises:
-        ValueError: for a model that cannot be loaded, has no output layer or changes the logits behind it, a mapping
-            without `model_type`, or a vocabulary that does not fit.
+        ValueError: If the model cannot be loaded, has no output layer or changes the logits after it, a mapping has no
+            `model_type`, or the vocabulary does not fit.
     """
     if isinstance(backbone, dict):
         config = _make_causal_config(backbone, vocab_size)
         text_config = config.get_text_config()
         model = AutoModel.from_config(config)
         return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
-    causal_lm = load_causal_lm(backbone) if isinstance(backbone, str) else backbone
-    check_plain_causal_lm(causal_lm, vocab_size=vocab_size)
+    causal_lm = load_plain_causal_lm(backbone, vocab_size)
     output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     weight = output.weight.detach()
     bias = getattr(output, "bias", None)
@@ -163,8 +182,8 @@ def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> None:
         vocab_size: V of the tokenizer; the output layer must have at least as many rows.
 
     Raises:
-        ValueError: for a model without an output layer, or that changes hidden states in front of it or logits after
-            it, or with too few rows.
+        ValueError: If the model has no output layer, changes hidden states before it or logits after it, or has too
+            few rows.
     """
     output = model.get_output_embeddings()
     if output is None:
@@ -180,7 +199,7 @@ def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> None:
 
 
 def is_plain_causal_lm(model: Any) -> bool:
-    """Whether a model's logits are its output layer of its last hidden states."""
+    """Return whether a model's logits are its output layer of its last hidden states."""
     try:
         check_plain_causal_lm(model)
     except ValueError:
@@ -189,13 +208,13 @@ def is_plain_causal_lm(model: Any) -> bool:
 
 
 def make_config(settings: Mapping[str, Any]) -> Any:
-    """A transformers config from a mapping with `model_type`.
+    """Make a transformers config from a mapping with `model_type`.
 
-    Special tokens that lie outside of a small vocabulary are left out.
+    Special tokens outside the vocabulary are left out: a small vocabulary need not hold the type's default ids.
 
     Raises:
-        ValueError: without `model_type`, for a type that transformers does not know, or for a setting that the type
-            does not have, which transformers would take without a word.
+        ValueError: If there is no `model_type`, transformers does not know it, or it does not have a setting, which
+            transformers would accept silently.
 
     Example:
         >>> make_config({"model_type": "llama", "hiden_size": 8})
@@ -262,7 +281,8 @@ def _check_logits_are_plain(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_head_reads_last_hidden_state(model: PreTrainedModel) -> None:
-    """Some models transform hidden states in front of their output layer, which no other head would know."""
+    """Raise if the model transforms hidden states before its output layer: another head would not do so."""
+    # No config tells this of every model, so two tokens are run both ways.
     table, output = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
     if output.weight.device.type == "meta":
         return

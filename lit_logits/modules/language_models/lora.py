@@ -18,7 +18,7 @@ from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["add_lora", "has_lora", "merged_state_dict", "save_merged"]
 
-# Of peft's LoraConfig those whose adapters are a sum with the weights, W + s·B·A, in a model of the same architecture.
+# Settings of peft's LoraConfig whose adapters can be merged: W + s·B·A is a weight of the same architecture.
 _SETTINGS = (
     "r",
     "lora_alpha",
@@ -33,21 +33,21 @@ _SETTINGS = (
     "init_lora_weights",
 )
 
-# What FSDP and activation checkpointing put into the names of modules, but not into those of state dicts.
+# Prefixes that FSDP and activation checkpointing put into the names of modules, but not into those of state dicts.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
     """Put LoRA adapters [0] into the layers of a model, in place, and train nothing else.
 
-    y = W x + s·B·A·dropout(x); B starts at zero, so the model is as before. It stays the same object with the same
-    `base_model`, `get_output_embeddings` and `generate`; its state dict has other names, which `merged_state_dict`
-    turns back.
+    y = W x + s·B·A·dropout(x); B starts at zero, so the model computes what it did before. It stays the same object
+    with the same `base_model`, `get_output_embeddings` and `generate`. Its state dict has other names, which
+    `merged_state_dict` turns back.
 
     Args:
         model: causal language model of transformers; frozen but for the adapters.
         settings: of peft's `LoraConfig`: `r`, `lora_alpha` (s = lora_alpha / r), `lora_dropout`, `target_modules` (ends
-            of the names of layers, a pattern, or `all-linear`; without, peft's choice for the architecture),
+            of the names of layers, a pattern, or `all-linear`; default peft's choice for the architecture),
             `exclude_modules`, `layers_to_transform`, `layers_pattern`, `rank_pattern`, `alpha_pattern`, `use_rslora`,
             `init_lora_weights`.
 
@@ -55,8 +55,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
         The model.
 
     Raises:
-        ValueError: for another setting, without peft, for a model that has adapters, for layers that there are not,
-            are neither linear nor embeddings, or whose weight is tied to another layer's.
+        ValueError: If a setting is unknown, peft is missing, the model has adapters already, or a target does not
+            exist, is neither linear nor an embedding, or has a weight that is tied to another layer's.
 
     References:
         [0]: LoRA: low-rank adaptation of large language models, 2021, arXiv 2106.09685.
@@ -91,7 +91,7 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Whether there are adapters in a model.
+    """Return whether there are adapters in a model.
 
     Example:
         >>> has_lora(nn.Linear(2, 2))
@@ -101,17 +101,17 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merged_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of a model's own plain architecture, adapters added to the weights: W + s·B·A, and no other name.
+    """Return the state dict of a model's plain architecture, with adapters added to the weights: W + s·B·A.
 
     The model stays as it is. A merged weight is summed in float32 at least, layer by layer, has W's dtype and is on the
     CPU; all others are the model's own tensors.
 
     Args:
         model: with or without adapters, also inside FSDP's wrappers.
-        state_dict: the weights, where a strategy gathered them; None takes the model's.
+        state_dict: the weights, if a strategy gathered them; None takes the model's.
 
     Raises:
-        ValueError: for adapters that `add_lora` does not make.
+        ValueError: If the model has adapters that `add_lora` does not make.
     """
     _check_layers(model)
     layers = _adapted_layers(model)
@@ -131,21 +131,21 @@ def merged_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
 
 
 def save_merged(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write a model as one of its own plain architecture, for `from_pretrained`; adapters are merged in.
+    """Write a model in its plain architecture, for `from_pretrained`; adapters are merged into the weights.
 
     Args:
         model: with or without adapters; stays as it is.
-        folder: what to write.
-        state_dict: the weights, where a strategy gathered them; None takes the model's.
+        folder: to write to.
+        state_dict: the weights, if a strategy gathered them; None takes the model's.
 
     Raises:
-        ValueError: for adapters that `add_lora` does not make.
+        ValueError: If the model has adapters that `add_lora` does not make.
     """
     saved: Any = model
     if has_lora(model):
         state_dict = merged_state_dict(model, state_dict)
         saved = copy.copy(model)
-        saved._hf_peft_config_loaded = False  # of transformers' `add_adapter`, which saves the adapters alone
+        saved._hf_peft_config_loaded = False  # set by transformers' `add_adapter`; it would save the adapters alone
     saved.save_pretrained(folder, state_dict=state_dict)
 
 
@@ -153,8 +153,8 @@ def save_merged(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers of peft by their names in a state dict."""
-    if "peft" not in sys.modules:  # who has none need not wait for the import
+    """Return the layers of peft by their names in a state dict."""
+    if "peft" not in sys.modules:  # then there are no adapters, and its slow import is not worth the wait
         return {}
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -173,7 +173,7 @@ def _plain(name: str) -> str:
 
 
 def _split(key: str, layers: Mapping[str, Any]) -> tuple[str, str]:
-    """The layer that a name of a state dict belongs to, and what follows."""
+    """Split a name of a state dict into the adapted layer that it belongs to, or "", and the rest."""
     parts = key.split(".")
     for at in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:at])
@@ -184,10 +184,10 @@ def _split(key: str, layers: Mapping[str, Any]) -> tuple[str, str]:
 
 @torch.no_grad()
 def _merge(layer: Any, weight: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:
-    """W + s·B·A of the active adapters; the sides of an embedding and of GPT-2's layers are the other way round."""
+    """Return W + s·B·A of the active adapters; embeddings and GPT-2's layers hold W transposed, so they add (B·A)ᵀ."""
     total = at_least_float32(weight)
     for name in layer.active_adapters:
-        if name in layer.merged_adapters:
+        if name in layer.merged_adapters:  # peft has added it to W already
             continue
         is_embedding = f"lora_embedding_A.{name}" in adapters
         a = adapters[f"lora_embedding_A.{name}" if is_embedding else f"lora_A.{name}.weight"]
@@ -198,7 +198,7 @@ def _merge(layer: Any, weight: Tensor, adapters: Mapping[str, Tensor]) -> Tensor
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Modules that share their weight with another."""
+    """Return the names of modules that share their weight with another."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -206,7 +206,7 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
 
 
 def _check_layers(model: nn.Module, tied: set[str] | frozenset[str] = frozenset()) -> None:
-    """Refuse adapters that are no sum with one weight."""
+    """Refuse adapters that cannot be added to one weight."""
     layers = _adapted_layers(model)
     if not layers:
         return

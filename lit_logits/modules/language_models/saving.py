@@ -1,4 +1,4 @@
-"""Writing a model: its folder, or the file of its weights."""
+"""Writing of models: a folder, or a file of weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +19,14 @@ def save_model_folder(
     Args:
         folder: new, empty, or a saved model, which is replaced.
         save: writes config and weights into the folder that it is given.
-        tokenizer: saved with it; default the data module's, where a trainer is attached and has one.
+        tokenizer: saved with it; default the data module's, if a trainer is attached and has one.
         trainer: of Lightning, or None.
 
     Returns:
         The folder's full path.
 
     Raises:
-        ValueError: If the folder holds anything else; nothing is written then.
+        ValueError: If the folder holds anything but a saved model; nothing is written then.
     """
     path = Path(folder).expanduser().resolve()
     check_model_folder(path)
@@ -62,5 +62,5 @@ def _on_rank_zero(trainer: Any, path: Path, write: Callable[[], None]) -> None:
     if trainer is None or trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         write()
-    if trainer is not None:  # nobody reads what is not there yet
+    if trainer is not None:  # other ranks may read the files as soon as they return
         trainer.strategy.barrier()

@@ -1,4 +1,4 @@
-"""Tokenizers of models: found, compared, and named by their vocabulary."""
+"""Tokenizers of models: found, compared, and identified by their vocabulary."""
 
 import hashlib
 from pathlib import Path
@@ -9,17 +9,17 @@ __all__ = ["check_same_tokenizer", "find_tokenizer", "tokenizer_id"]
 
 
 def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a model: of a hub id, a local folder or a `.gguf` file; None if there is none.
+    """Load the tokenizer beside a model: a hub id, a local folder or a `.gguf` file; return None if there is no such.
 
     Raises:
-        ValueError: If there is none and it is `required`.
+        ValueError: If it is `required` and cannot be loaded.
     """
     path = Path(name).expanduser()
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except Exception as error:  # of a damaged file, whatever its parser stumbles over
+    except Exception as error:  # parsers of damaged files raise errors of any kind
         if required:
             raise ValueError(
                 f"Expected `tokenizer` to be a hub id, a local folder or a .gguf file, but got {name!r}: {error}"
@@ -33,7 +33,7 @@ def check_same_tokenizer(
     """Raise unless both give every token the same id.
 
     Raises:
-        ValueError: with the first token, special ones first, that has two ids or that one of them lacks.
+        ValueError: If a token has two ids or one of them lacks it; the error names the first, special tokens first.
     """
     first, second = one.get_vocab(), other.get_vocab()
     if first == second:
@@ -50,7 +50,7 @@ def check_same_tokenizer(
 
 
 def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A number for the vocabulary, the same as the data modules give to batches."""
+    """Return a number that identifies the vocabulary, the one that data modules put into batches."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     text = "\n".join(f"{number} {token}" for token, number in tokens).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1  # 63 bits, to fit an int64 tensor

@@ -1,1 +1,1 @@
-"""Output layers of `VQLogitsLM`: heads, how they start, and how a model with one is saved."""
+"""Output layers of `VQLogitsLM`: heads, their start, and the export of a model with one."""

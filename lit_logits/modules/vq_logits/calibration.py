@@ -1,4 +1,4 @@
-"""One pass over some batches: how often tokens occur, which directions hidden states take, which logits matter.
+"""Statistics of some batches, in one pass: token counts, second moments of hidden states, information of logits.
 
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
@@ -37,9 +37,8 @@ def calibrate(
 ) -> Calibration:
     """Count targets and, with a `backbone`, average h hᵀ over the first `num_batches` batches of every rank.
 
-    With its `output_layer` too, the information of each token's logit is averaged: a product with (V, d) more.
-
-    Every rank must call it; sums are taken over all of them.
+    With its `output_layer` too, the information of each token's logit is averaged, which costs another product with
+    (V, d). Every rank must call it; sums are taken over all of them.
 
     Args:
         batches: dicts with `input_ids`, `labels` (unshifted) and, if there is padding, `attention_mask`, all (B, T).
@@ -52,7 +51,7 @@ def calibrate(
         progress_bar: show one line of progress on a terminal.
 
     Raises:
-        ValueError: for a label outside the vocabulary, or if no batch has a target.
+        ValueError: If a label is outside the vocabulary, or no batch has a target.
     """
     counts = torch.zeros(vocab_size, device=device)
     moment: Tensor | None = None
@@ -60,7 +59,7 @@ def calibrate(
     was_training = backbone is not None and backbone.training
     if backbone is not None:
         backbone.eval()
-    length = num_batches if num_batches < 1 << 31 else None
+    length = num_batches if num_batches < 1 << 31 else None  # a huge number means all batches; how many is unknown
     for batch in tqdm(
         islice(batches, num_batches), "calibration", total=length, disable=None if progress_bar else True, leave=False
     ):
@@ -79,6 +78,7 @@ def calibrate(
                 information.add(hidden)
     if backbone is not None:
         backbone.train(was_training)
+    # Sums first, then the division: ranks may have read different numbers of tokens.
     all_reduce_sum_(counts)
     if not bool(counts.any()):
         raise ValueError("Expected calibration batches with targets, but none of their labels counts.")
@@ -91,7 +91,7 @@ def calibrate(
 
 
 class _Information:
-    """Sums over positions of p (1 − p) for each token, and of h hᵀ weighted by its sum over tokens."""
+    """Sums over positions of p (1 − p) for each token, and of h hᵀ weighted by the sum of p (1 − p) over tokens."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
         self.weight, self.bias = weight, bias
@@ -108,9 +108,10 @@ class _Information:
 
 
 def fresh_loader(loader: Any) -> Any:
-    """A loader to read ahead of training; persistent workers are one iterator, which training must keep to itself."""
+    """Return a loader to read before training, which leaves the persistent workers of the given one alone."""
     if not (isinstance(loader, DataLoader) and loader.persistent_workers):
         return loader
+    # Persistent workers keep one iterator in the loader. To read from it would move the position where training starts.
     loader = copy.copy(loader)
     loader._iterator = None
     return loader

@@ -19,7 +19,7 @@ __all__ = ["DenseLogitsHead"]
 
 
 class DenseLogitsHead(nn.Module):
-    """The (V, d) output layer behind the methods of `VQLogitsHead`: the baseline.
+    """The (V, d) output layer with the methods of `VQLogitsHead`, as the baseline.
 
     Args:
         hidden_size: d.
@@ -39,13 +39,13 @@ class DenseLogitsHead(nn.Module):
         self.register_load_state_dict_pre_hook(_check_vocabulary)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Token logits (..., V) in nats of hidden states (..., d)."""
+        """Return token logits (..., V) in nats of hidden states (..., d)."""
         return F.linear(hidden, self.weight, self.token_bias)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> Tensor:
-        """Cross-entropy in nats; makes the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
+        """Return the cross-entropy in nats, by way of the (N, V) logits; arguments as in `VQLogitsHead.loss`."""
         check_labels(labels, self.weight.shape[0], ignore_index=ignore_index)
         logits = at_least_float32(self(hidden)).reshape(-1, self.vocab_size)
         losses = F.cross_entropy(logits, labels.flatten().long(), ignore_index=ignore_index, reduction="none")
@@ -53,7 +53,7 @@ class DenseLogitsHead(nn.Module):
 
     @torch.no_grad()
     def copy_output_layer(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Take over the rows (V, d) and bias (V,) of a pretrained output layer; what is None stays."""
+        """Copy the rows (V, d) and bias (V,) of a pretrained output layer; None leaves the tensor as it is."""
         if weight is not None:
             self.weight.copy_(weight)
         if bias is None:
@@ -63,30 +63,30 @@ class DenseLogitsHead(nn.Module):
         self.token_bias.copy_(bias)
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
-        """Take over a pretrained layer, which needs no start then. See `StartingHead`."""
+        """Copy a pretrained layer; the head is then ready without data. See `StartingHead`."""
         self.copy_output_layer(*layer)
         return layer.weight is not None
 
     @torch.no_grad()
     def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
-        """Start the bias from token counts, as that of a new `VQLogitsHead`; a pretrained layer has its own start."""
+        """Start the bias from token counts, as a new `VQLogitsHead` does; a pretrained layer stays as it is."""
         if self.token_bias is not None and layer.weight is None:
             self.token_bias.copy_(unigram_bias(calibrate().token_counts))
 
     def greedy(self, hidden: Tensor) -> Tensor:
-        """Most likely tokens (...) of hidden states (..., d)."""
+        """Return the most likely tokens (...) of hidden states (..., d)."""
         return self(hidden).argmax(dim=-1)
 
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
+        """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
         return sample_logits(self(hidden), temperature, generator)
 
     def dense_weight(self) -> Tensor:
-        """The weight, as compressed heads decode theirs."""
+        """Return the weight (V, d); compressed heads decode theirs."""
         return self.weight
 
     def footprint(self) -> Footprint:
-        """Parameters and bytes, beside those of the dense head without a bias."""
+        """Return parameters and bytes, and those of the dense head without a bias."""
         dense = self.weight.numel()
         size = dense + (0 if self.token_bias is None else self.token_bias.numel())
         itemsize = self.weight.dtype.itemsize
@@ -94,7 +94,7 @@ class DenseLogitsHead(nn.Module):
 
 
 def _check_vocabulary(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Refuse a checkpoint of another vocabulary with a message that says what to do."""
+    """Refuse a checkpoint of another vocabulary, and say what to do."""
     loaded, own = state_dict.get(prefix + "weight"), module.vocab_size
     if loaded is not None and loaded.shape[0] != own:
         raise ValueError(

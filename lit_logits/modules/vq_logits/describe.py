@@ -1,4 +1,4 @@
-"""What a head and a model with it take, in sentences for the log.
+"""Sizes of a head and of a model with it, in sentences for the log.
 
 Letters: d hidden size, V vocabulary.
 """
@@ -14,7 +14,7 @@ __all__ = ["describe_head", "describe_model", "describe_untying"]
 
 
 def describe_head(head: ExportableHead) -> str:
-    """One line on the size of a head beside the dense one, and its floor if it has one."""
+    """Return one line on the size of a head against the dense one, and its perplexity floor if it has one."""
     size = head.footprint()
     text = (
         f"Output head: {size.parameters:,} parameters ({size.parameters / size.dense_parameters:.2%} of dense),"
@@ -26,7 +26,7 @@ def describe_head(head: ExportableHead) -> str:
 
 
 def describe_untying(parts: CausalBackbone, head: ExportableHead) -> str:
-    """What breaking the tie of input and output embedding costs."""
+    """Return what it costs to break the tie of input and output embedding."""
     table = parts.vocab_size * parts.hidden_size
     backbone = sum(parameter.numel() for parameter in parts.model.parameters())
     size: Footprint = head.footprint()
@@ -38,10 +38,10 @@ def describe_untying(parts: CausalBackbone, head: ExportableHead) -> str:
 
 
 def describe_model(backbone: nn.Module, head: ExportableHead, *, tied: bool) -> str:
-    """What the whole model takes with this head and with its own dense layer, the input table counted in both.
+    """Return the size of the whole model with this head and with its dense layer, both with the input table.
 
     Args:
-        backbone: whose parameters hold the input table.
+        backbone: the model without its output layer; its parameters include the input table.
         head: its output layer.
         tied: whether the dense layer was the input table, so that it cost nothing.
     """

@@ -1,4 +1,4 @@
-"""`VQLogitsForCausalLM`: a compressed model as one of transformers', to save, load and generate with.
+"""`VQLogitsForCausalLM`: a compressed model as a class of transformers, to save, load and generate with.
 
 Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained(folder)` finds it.
 
@@ -65,17 +65,17 @@ class VQLogitsConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Vocabulary size V."""
         return self.text_config.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """Of the backbone, d."""
+        """Hidden size of the backbone, d."""
         return self.text_config.hidden_size
 
 
 class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal backbone of transformers, of those whose cache is one of attention, with a `ResidualVQLogitsHead`.
+    """A causal backbone of transformers with a `ResidualVQLogitsHead`; recurrent backbones are left out.
 
     Args:
         config: see `VQLogitsConfig`.
@@ -95,7 +95,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         text = config.text_config
         self.model = AutoModel.from_config(text)
         stages = torch.zeros(text.vocab_size, dtype=torch.int64, device="cpu")
-        for size in config.stage_sizes:  # sizes alone count here; which tokens own a stage is in the weights
+        for size in config.stage_sizes:  # to make buffers of the right sizes; the weights tell which tokens own a stage
             stages[:size] += 1
         self.head = ResidualVQLogitsHead(
             text.hidden_size,
@@ -113,7 +113,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a folder that `save_pretrained` wrote, and refuse a mapping that does not fit.
 
         Raises:
-            ValueError: for weights that are cut off, or codes of another head.
+            ValueError: If weights are cut off, or codes are another head's.
         """
         with_info = kwargs.pop("output_loading_info", False)
         try:
@@ -136,27 +136,27 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"Expected the folder to hold the compressed head, but {missing} are missing in its weights."
             )
-        if model.head.packed_codes.device.type != "meta":
+        if model.head.packed_codes.device.type != "meta":  # unpacking checks the codes
             model.head.stages()
         return (model, info) if with_info else model
 
     def get_input_embeddings(self) -> nn.Module:
-        """Of the backbone."""
+        """Return the input embedding of the backbone."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Of the backbone."""
+        """Set the input embedding of the backbone."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> None:
-        """None: there is no dense output layer."""
+        """Return None: there is no dense output layer."""
         return
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
-        """Not possible: codes of new tokens would have to be fitted.
+        """Refuse another size: codes of new tokens would have to be fitted.
 
         Raises:
-            ValueError: for another size than it has.
+            ValueError: If the size differs from the present one.
         """
         if new_num_tokens in (None, self.head.vocab_size):
             return self.get_input_embeddings()
@@ -179,9 +179,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As of any causal language model; `labels` (B, T) are unshifted, −100 is ignored.
+        """Run the model as any causal language model; `labels` (B, T) are unshifted, −100 is ignored.
 
-        `past_key_values` is what transformers below 5.24 call the `cache`.
+        `past_key_values` is the name of the `cache` in transformers below 5.24.
         """
         cache = past_key_values if cache is None else cache
         output = self.model(
@@ -208,10 +208,10 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> VQLogitsForCausalLM:
     """Join a backbone and a `VQLogitsHead` or `ResidualVQLogitsHead` to a model of transformers, in `eval` mode.
 
-    Tensors are shared, not copied, but for those of a `VQLogitsHead`.
+    Tensors are shared, not copied, except those of a `VQLogitsHead`, which are converted.
 
     Raises:
-        ValueError: If the head is another one, or the backbone is recurrent: `generate` could not be given its cache.
+        ValueError: If the head is of another class, or the backbone is recurrent: `generate` cannot pass on its cache.
     """
     if not isinstance(head, VQLogitsHead | ResidualVQLogitsHead):
         advice = " Use head='dense'." if isinstance(head, ExportableHead) else ""
@@ -236,7 +236,7 @@ def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config:
         head_bias=residual.token_bias is not None,
         dtype=backbone.dtype,
     )
-    with torch.device("meta"):
+    with torch.device("meta"):  # both parts are replaced, so no memory is spent on their weights
         model = VQLogitsForCausalLM(config)
     model.model, model.head = backbone, residual
     if generation_config is not None:
@@ -249,7 +249,7 @@ def dense_model(backbone: PreTrainedModel, head: nn.Module, generation_config: A
     """Put the decoded rows of a head into the original architecture, in `eval` mode; backbone tensors are shared.
 
     Raises:
-        ValueError: If the head is not an `ExportableHead`, or has a token bias that the architecture has no place for.
+        ValueError: If the head is not an `ExportableHead`, or has a token bias and the architecture no output bias.
     """
     if not isinstance(head, ExportableHead):
         raise ValueError(
@@ -257,7 +257,7 @@ def dense_model(backbone: PreTrainedModel, head: nn.Module, generation_config: A
             f" {type(head).__name__}."
         )
     config = copy.deepcopy(backbone.config)
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = False  # the decoded rows are not the input table, which loading would put there
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=backbone.dtype)
     output = cast(nn.Linear, model.get_output_embeddings())

@@ -1,4 +1,4 @@
-"""Residual codes fitted to the output layer of a pretrained model, in its bytes.
+"""Residual codes fitted to the output layer of a pretrained model, within a budget of bytes.
 
 Letters: d hidden size, V vocabulary, K codes, G groups, S stages.
 """
@@ -13,9 +13,11 @@ from lit_logits.functional.checks import check_finite
 from lit_logits.functional.code_tiers import stages_by_rank, stages_for_bytes
 from lit_logits.functional.residual_codes import MetricKind, ResidualCodes, fit_residual_codes, metric_matrix
 
-__all__ = ["default_stages", "fit_output_layer"]
+__all__ = ["check_codebook_size", "default_stages", "fit_output_layer"]
 
 
+# `VQLogitsHead.from_dense` and the head classes repeat these arguments: each is a public signature, for editors and for
+# the command line.
 @torch.no_grad()
 def fit_output_layer(
     weight: Tensor,
@@ -32,7 +34,7 @@ def fit_output_layer(
     generator: torch.Generator | None = None,
     progress_bar: bool = False,
 ) -> ResidualCodes:
-    """Codes of a dense output layer that keep the logits that occur; see `fit_residual_codes`.
+    """Fit codes to a dense output layer so that its logits of typical hidden states are kept; see `fit_residual_codes`.
 
     Args:
         weight: (V, d) rows of the output (or tied input) embedding.
@@ -43,18 +45,18 @@ def fit_output_layer(
         byte_budget: share of the dense layer's bytes in bfloat16 that codebooks (in bfloat16) and mapping may take, in
             (0, 1]: tiers are chosen to fit it, with up to `num_stages` stages.
         keep_stages: count the codebooks of all `num_stages` in the budget, also of stages that no token gets.
-        token_counts: (V,), how often each token occurs, or is expected to; default all alike. Or what an error in its
-            logit costs, `Calibration.token_information`, with a `count_power` of 1.
+        token_counts: (V,), how often each token occurs, or is expected to; default all alike. With a `count_power` of 1
+            it may be what an error in its logit costs, `Calibration.token_information`.
         hidden_second_moment: (d, d) E[h hᵀ] of the hidden states that the head will read; default the identity.
         metric: what of the second moment is used.
-        count_power: exponent of the counts. A token that was not counted weighs as half of the rarest that was,
-            and none less than 1e-7 of the most frequent.
+        count_power: exponent of the counts. A token without counts weighs as one of half the smallest positive count;
+            no count is taken as less than 1e-7 of the largest.
         generator: source of randomness, on the device of `weight`.
         progress_bar: show one line of progress on a terminal.
 
     Raises:
-        ValueError: for counts or a second moment of another size or not finite, a K or G that does not fit, or a
-            budget that no tiers meet.
+        ValueError: If counts or second moment have another size or are not finite, K or G does not fit, or no tiers
+            meet the budget.
 
     Example:
         >>> fit = fit_output_layer(torch.randn(100, 8), codebook_size=32, num_groups=4, num_stages={20: 3, 100: 1})
@@ -79,6 +81,7 @@ def fit_output_layer(
         raise ValueError(
             f"Expected `hidden_second_moment` to be ({hidden_size}, {hidden_size}), but got {tuple(moment.shape)}."
         )
+    # A token that calibration did not meet still occurs: with weight 0 its codes would be arbitrary.
     least = float(counts[counts > 0].min()) / 2 if bool((counts > 0).any()) else 1.0
     weights = counts.clamp(min=max(least, 1e-7 * float(counts.max()))).pow(count_power)
     if byte_budget is None:
@@ -99,8 +102,20 @@ def fit_output_layer(
     )
 
 
+def check_codebook_size(codebook_size: int, vocab_size: int) -> None:
+    """Raise unless there are at most as many codes as tokens.
+
+    Raises:
+        ValueError: If `codebook_size` is not in [1, vocab_size].
+    """
+    if not 1 <= codebook_size <= vocab_size:
+        raise ValueError(
+            f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
+        )
+
+
 def default_stages(num_stages: int | Mapping[int, int] | None, byte_budget: float | None) -> int | Mapping[int, int]:
-    """`num_stages`, or one stage; with a budget, which buys what it can, up to five."""
+    """Return `num_stages`; default one stage, or with a budget up to five."""
     return (1 if byte_budget is None else 5) if num_stages is None else num_stages
 
 
@@ -120,7 +135,8 @@ def _affordable_stages(
     if not 0 < byte_budget <= 1:
         raise ValueError(f"Expected `byte_budget` to be a share in (0, 1], but got {byte_budget}.")
     stages: Tensor | None = None
-    for most in range(num_stages, 0, -1):  # a stage that nobody buys leaves the bytes of its codebooks to others
+    # From the most stages down: if no token gets the last stage, the bytes of its codebooks are better spent on others.
+    for most in range(num_stages, 0, -1):
         codebooks = most * codebook_size * hidden_size * 2
         try:
             stages = stages_for_bytes(

@@ -1,4 +1,4 @@
-"""Generation without token logits, for heads that find the next token themselves.
+"""Generation without token logits, for heads with `greedy` and `sample` of their own.
 
 Letters: B batch, T sequence.
 """
@@ -33,7 +33,7 @@ def continue_prompts(
         attention_mask: (B, T), 0 at padding; default all 1.
         max_new_tokens: how many tokens to add to each.
         temperature: 0 for the most likely token, else sample.
-        eos_token_id: token that ends a text; what would follow it is the same token. Stops when all have ended.
+        eos_token_id: token that ends a text; texts that have ended are filled with it. Stops when all have ended.
         generator: source of randomness, on the device of the model.
 
     Returns:
@@ -45,7 +45,7 @@ def continue_prompts(
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
         inputs = {"input_ids": fresh, "attention_mask": mask}
-        if padded:
+        if padded:  # positions count from the first token of each text; without padding the model's own are right
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
         output, cache = read_with_cache(backbone, inputs, cache, num_read=mask.shape[1])
         hidden = output.last_hidden_state[:, -1]

@@ -36,7 +36,7 @@ from lit_logits.functional.vq_logits import (
     straight_through_vq_cross_entropy,
     vq_cross_entropy,
 )
-from lit_logits.modules.vq_logits.fit import fit_output_layer
+from lit_logits.modules.vq_logits.fit import check_codebook_size, fit_output_layer
 from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy, MovingCodes
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 from lit_logits.modules.vq_logits.start import HeadInit, choose_init, start_codes
@@ -50,16 +50,16 @@ _INIT_STD = 0.02
 class VQLogitsHead(MovingCodes):
     """Output layer made of a small codebook and a token → code mapping [0].
 
-    `loss` never makes the (N, V) logits, nor do `greedy` and `sample`; calling the head does, as every other output
-    layer would. Call `after_step` after each optimizer step: it moves what gradients do not (mapping, EMA codebook).
-    It starts from a random codebook and a random mapping of equal cluster sizes; `set_codes` puts others in.
+    `loss`, `greedy` and `sample` never make the (N, V) logits; calling the head does, as any other output layer would.
+    Call `after_step` after each optimizer step: it moves what gradients do not (mapping, EMA codebook). The head starts
+    from a random codebook and a random mapping of equal cluster sizes; `set_codes` replaces them.
 
     Args:
         hidden_size: d.
         vocab_size: V.
         codebook_size: K, in [1, V].
-        bias: learn a bias for each token, so that tokens of one code differ; without it they are always equally
-            likely (the paper's head).
+        bias: learn a bias for each token, so that tokens of one code differ; without it they are equally likely (the
+            paper's head).
         init: how `start` finds the codes: `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
             `weighted_kmeans` of the rows of a pretrained output layer. Default: `weighted_kmeans` with a pretrained
             layer, else `frequency`.
@@ -80,7 +80,7 @@ class VQLogitsHead(MovingCodes):
         token_counts: (V,) float32 buffer, running counts of the targets of all ranks.
 
     Raises:
-        ValueError: for a codebook larger than the vocabulary, or an argument out of range.
+        ValueError: If the codebook is larger than the vocabulary, or an argument is out of range.
 
     References:
         [0]: VQ-Logits, 2025, arXiv 2505.10202.
@@ -108,10 +108,7 @@ class VQLogitsHead(MovingCodes):
         commitment_weight: float = 0.25,
     ) -> None:
         super().__init__()
-        if not 1 <= codebook_size <= vocab_size:
-            raise ValueError(
-                f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
-            )
+        check_codebook_size(codebook_size, vocab_size)
         _check_options(mapping, codebook_update, decay, reassign_every_n_steps, usage_decay)
         check_not_negative(count_power=count_power, commitment_weight=commitment_weight)
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
@@ -131,7 +128,8 @@ class VQLogitsHead(MovingCodes):
         if codebook_update == "ema":
             self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size))
             self.register_buffer("ema_mass", torch.empty(codebook_size))
-        self._token_table: tuple[nn.Embedding, ...] = ()  # in a tuple, so that it is not registered here
+        # In a tuple, so that it is not registered here: it is the backbone's, and would be in the checkpoint twice.
+        self._token_table: tuple[nn.Embedding, ...] = ()
         self._tables = TableCache()
         self.register_load_state_dict_pre_hook(_check_vocabulary)
         self._restart_latents()
@@ -153,12 +151,12 @@ class VQLogitsHead(MovingCodes):
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
     ) -> "VQLogitsHead | ResidualVQLogitsHead":
-        """Compress a pretrained output layer: a head whose logits are near h Wᵀ + b for the hidden states that occur.
+        """Compress a pretrained output layer into a head whose logits are near h Wᵀ + b for typical hidden states.
 
         One group and one stage give this class, the paper's head, with a bias that splits each code among its tokens
-        if there are counts (under DDP every rank must call it then, and gets the codes of rank 0); all else gives a
-        `ResidualVQLogitsHead`. `fit_output_layer` describes the arguments; `bias` (V,) is kept. The head has the dtype
-        of `weight`.
+        if there are counts (under DDP every rank must call it then, and gets the codes of rank 0). Other settings give
+        a `ResidualVQLogitsHead`. `fit_output_layer` describes the arguments; `bias` (V,) is kept. The head has the
+        dtype of `weight`.
 
         Example:
             >>> weight = torch.randn(100, 8)
@@ -199,13 +197,13 @@ class VQLogitsHead(MovingCodes):
     # ------------------------------------------------------------------ logits and loss
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Token logits (..., V) in nats of hidden states (..., d)."""
+        """Return token logits (..., V) in nats of hidden states (..., d)."""
         return scatter_code_logits(code_logits(hidden, self.codebook), self.token_to_code, self.token_bias)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> Tensor:
-        """Cross-entropy in nats in O(N·K); in training mode it also counts the labels and feeds the latents.
+        """Return the cross-entropy in nats, in O(N·K); in training mode also count the labels and feed the latents.
 
         Args:
             hidden: (..., d).
@@ -214,7 +212,7 @@ class VQLogitsHead(MovingCodes):
             reduction: `mean` over the tokens that count, `sum` or `none`.
 
         Raises:
-            ValueError: for a label out of range (checked in host memory only).
+            ValueError: If a label is out of range (checked in host memory only).
         """
         args = (hidden, self.codebook, self.token_to_code, labels)
         if not self.training:
@@ -231,9 +229,10 @@ class VQLogitsHead(MovingCodes):
     def imitation_losses(
         self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
     ) -> ResidualVQLosses:
-        """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.
+        """Return cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.
 
-        The target costs O(N·V·d), so this does not use the collapse; in training mode it counts the labels.
+        The target's logits cost O(N·V·d) anyway, so nothing is gained by scoring codes alone, as `loss` does. In
+        training mode it counts the labels.
         """
         if self.training:
             self._count(labels, ignore_index)
@@ -248,7 +247,7 @@ class VQLogitsHead(MovingCodes):
         )
 
     def commitment_loss(self) -> Tensor:
-        """Mean squared distance of latents to their codes, whose gradient moves the latents; 0 without latents."""
+        """Return the mean squared distance of latents to their codes, which moves the latents; 0 without latents."""
         if self.latents is None:
             return self.codebook.new_zeros(())
         return commitment_loss(self.latents, self.codebook, self.token_to_code)
@@ -256,12 +255,12 @@ class VQLogitsHead(MovingCodes):
     # ------------------------------------------------------------------ decoding
 
     def greedy(self, hidden: Tensor) -> Tensor:
-        """Most likely tokens (...) of hidden states (..., d), exactly; ties within a code go to the lowest id."""
+        """Return the most likely tokens (...) of hidden states (..., d), exactly; ties in a code go to the lower id."""
         tables = self._table("greedy", lambda: greedy_tables(self.token_to_code, self.codebook_size, self.token_bias))
         return vq_greedy(hidden, self.codebook, cast(GreedyTables, tables))
 
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
+        """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
         tables = self._table(
             f"sampling at {temperature}",
             lambda: sampling_tables(self.token_to_code, self.codebook_size, self.token_bias, temperature=temperature),
@@ -271,12 +270,12 @@ class VQLogitsHead(MovingCodes):
         )
 
     def train(self, mode: bool = True) -> "VQLogitsHead":
-        """Switch between training and evaluation, and forget the decoding tables."""
+        """Switch between training and evaluation, and forget the decoding tables; see `TableCache`."""
         self._tables.clear()
         return super().train(mode)
 
     def _table(self, name: str, make: Callable[[], Any]) -> Any:
-        """Of mapping and bias; kept until one of them changes."""
+        """Return a table made from mapping and bias; it is kept until one of them changes."""
         sources = [self.token_to_code] if self.token_bias is None else [self.token_to_code, self.token_bias]
         with torch.no_grad():
             return self._tables.get(name, sources, make)
@@ -284,16 +283,16 @@ class VQLogitsHead(MovingCodes):
     # ------------------------------------------------------------------ inspection
 
     def dense_weight(self) -> Tensor:
-        """Rows C_{M(v)} of the dense (V, d) layer that gives the same logits, bias aside."""
+        """Return the rows C_{M(v)} of the dense (V, d) layer that gives the same logits, bias aside."""
         return self.codebook[self.token_to_code]
 
     def ppl_floor(self) -> Tensor:
-        """Perplexity that no backbone gets below on the counted targets; NaN before any were counted."""
+        """Return the perplexity that no backbone can go below on the counted targets; NaN before any were counted."""
         bias = None if self.token_bias is None else self.token_bias.detach()
         return ppl_floor(self.token_counts, self.token_to_code, self.codebook_size, bias)
 
     def footprint(self) -> Footprint:
-        """Parameters and bytes after export, beside those of the dense head in the same dtype."""
+        """Return parameters and bytes after export, and those of the dense head in the same dtype."""
         return vq_footprint(
             self.hidden_size,
             self.vocab_size,
@@ -305,13 +304,14 @@ class VQLogitsHead(MovingCodes):
     # ------------------------------------------------------------------ start, and what training asks for
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
-        """Choose the start and bind the token table; data must be read. See `StartingHead`."""
+        """Choose the start and bind the token table; return False, as data must be read. See `StartingHead`."""
         self.init = choose_init(self.init, pretrained=layer.weight is not None)
         self.bind_token_table(table)
         return False
 
     def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
-        """Put codes, mapping, bias and counts in; see `start_codes`. All ranks get those of rank 0."""
+        """Set codes, mapping, bias and counts by `start_codes`; all ranks get those of rank 0."""
+        # Only the weighted start needs hidden states; the others count labels, without a pass through the backbone.
         init = self.init or choose_init(None, pretrained=layer.weight is not None)
         calibration = calibrate(second_moment=init == "weighted_kmeans")
         found = start_codes(
@@ -329,16 +329,16 @@ class VQLogitsHead(MovingCodes):
         )
 
     def penalties(self) -> dict[str, tuple[float, Tensor]]:
-        """The commitment loss of latents."""
+        """Return the commitment loss of latents with its weight, if there are latents."""
         return {} if self.latents is None else {"commitment": (self.commitment_weight, self.commitment_loss())}
 
     @property
     def can_imitate(self) -> bool:
-        """Latents are fed by the cross-entropy alone."""
+        """Whether there are no latents, which only the cross-entropy feeds."""
         return self.latents is None
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """Return the settings that `print(module)` shows."""
         return (
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
             f" bias={self.token_bias is not None}, mapping={self.mapping!r}, codebook_update={self.codebook_update!r}"
@@ -360,7 +360,7 @@ def _check_options(
 
 
 def _check_vocabulary(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Refuse a checkpoint of another vocabulary or codebook, or of a mapping that is none, and say what to do."""
+    """Refuse a checkpoint of another vocabulary or codebook size, or with an invalid mapping, and say what to do."""
     for name, what in (("token_to_code", "vocab_size"), ("codebook", "codebook_size")):
         loaded, own = state_dict.get(prefix + name), getattr(module, name)
         if loaded is not None and loaded.shape[0] != own.shape[0]:

@@ -1,4 +1,4 @@
-"""Codes that move: what training and revival change in a codebook and its mapping beside gradients.
+"""Codes that move: changes of codebook and mapping in training and revival that no gradient makes.
 
 Letters: V vocabulary, d hidden size, K codes.
 """
@@ -45,7 +45,7 @@ class MovingCodes(nn.Module):
     # ------------------------------------------------------------------ changing the codes
 
     def bind_token_table(self, table: nn.Embedding) -> None:
-        """Name the (V, ·) embedding that says which tokens are alike; it stays its owner's, also in checkpoints."""
+        """Set the (V, ·) embedding that tells which tokens are alike; it stays its owner's, also in checkpoints."""
         if table.weight.shape[0] < self.vocab_size:
             raise ValueError(
                 f"Expected `table` to have at least {self.vocab_size} rows, one a token, but got"
@@ -54,7 +54,7 @@ class MovingCodes(nn.Module):
         self._token_table = (table,)
 
     def token_vectors(self) -> Tensor | None:
-        """Vectors (V, ·) that say which tokens are alike: latents, else the bound table, else None."""
+        """Return vectors (V, ·) that tell which tokens are alike: latents, else the bound table, else None."""
         if self.latents is not None:
             return self.latents.detach()
         if self._token_table:
@@ -71,7 +71,7 @@ class MovingCodes(nn.Module):
         token_counts: Tensor | None = None,
         latents: Tensor | None = None,
     ) -> None:
-        """Put other codes in: those of rank 0 on every rank. What is None stays.
+        """Replace codes, on every rank by those of rank 0; None leaves a tensor as it is.
 
         Args:
             codebook: (K, d).
@@ -81,7 +81,7 @@ class MovingCodes(nn.Module):
             latents: (V, d) to start the latents from; without them they restart around their codes.
 
         Raises:
-            ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
+            ValueError: If a shape differs, a code is out of range or a value is not finite; nothing is written then.
         """
         if token_to_code is not None:
             check_token_to_code(token_to_code, self.vocab_size, self.codebook_size)
@@ -94,7 +94,7 @@ class MovingCodes(nn.Module):
         }
         pairs = [(name, getattr(self, name), value) for name, value in given.items() if value is not None]
         pairs = [(name, target, value) for name, target, value in pairs if target is not None]
-        for name, target, value in pairs:  # all of them before the first is written
+        for name, target, value in pairs:  # all checks before the first write
             if value.shape != target.shape:
                 raise ValueError(
                     f"Expected `{name}` to have shape {tuple(target.shape)}, but got {tuple(value.shape)}."
@@ -106,6 +106,8 @@ class MovingCodes(nn.Module):
         if latents is None:
             self._restart_latents()
         self._restart_ema()
+        # DDP broadcasts parameters once, when it wraps the model, and that is before the head starts. Each rank has
+        # fitted its own codes, which may differ by seed or by rounding.
         broadcast_(*(tensor for tensor in self.state_dict().values()))
 
     @torch.no_grad()
@@ -119,11 +121,11 @@ class MovingCodes(nn.Module):
             self._reassign()
 
     def usage(self) -> Tensor:
-        """Running share (K,) of the targets that each code carries; zeros before any training."""
+        """Return the running share (K,) of the targets that each code carries; zeros before any training."""
         return code_usage(self.token_counts, self.token_to_code, self.codebook_size)
 
     def dead_codes(self, min_usage: float = 0.0) -> Tensor:
-        """Codes (D,) that own no token or carry less than `min_usage` of an even share 1/K of the counted targets."""
+        """Return codes (D,) that own no token, or carry less than `min_usage` times an even share of the targets."""
         dead = torch.bincount(self.token_to_code, minlength=self.codebook_size) == 0
         if bool(self.token_counts.any()):
             dead |= self.usage() * self.codebook_size < min_usage
@@ -131,19 +133,19 @@ class MovingCodes(nn.Module):
 
     @torch.no_grad()
     def revive(self, dead: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Give each dead code one half of a heavy code, and reset the codes' own running state.
+        """Give each dead code one half of a heavy code, and reset the running state of the codes that change.
 
         A revived code starts as a copy of the code that it was split from, so the logits of that code's tokens do not
-        change. With latents both halves move to the mean of their latents instead, which is what keeps the tokens
-        there. All ranks end with the codes of rank 0. Moments of an optimizer are the caller's to reset.
+        change. With latents both halves move to the mean of their latents instead; otherwise the next assignment would
+        give the tokens back. All ranks end with the codes of rank 0. The caller resets the moments of the optimizer.
 
         Args:
             dead: (D,) int64 codes.
             generator: source of randomness, on the device of the head.
 
         Returns:
-            int64 codes whose vectors changed, in rising order: the revived and, with latents, those they were split
-            from.
+            int64 codes whose vectors changed, in rising order: the revived ones and, with latents, those that they were
+            split from.
         """
         split = split_heavy_codes(
             self.token_to_code,
@@ -162,6 +164,7 @@ class MovingCodes(nn.Module):
         else:
             means, _ = code_means(self.latents, self.token_to_code, self.codebook_size)
             self.codebook[changed] = means[changed].to(self.codebook.dtype)
+        # As a mask, because `changed` may have another length on another rank, and a broadcast needs one shape.
         is_changed = torch.zeros(self.codebook_size, dtype=torch.uint8, device=self.codebook.device)
         is_changed[changed] = 1
         broadcast_(self.codebook, self.token_to_code, is_changed)
@@ -173,6 +176,8 @@ class MovingCodes(nn.Module):
 
     @torch.no_grad()
     def _count(self, labels: Tensor, ignore_index: int) -> None:
+        # Of fixed shape, without `labels[mask]`, for which the host would wait for the device in every step. DDP copies
+        # the buffers of rank 0 to all: counts must be sums over ranks before.
         mask = (labels != ignore_index).flatten()
         tokens = labels.flatten().masked_fill(~mask, 0)
         counts = torch.zeros_like(self.token_counts).index_add_(0, tokens, mask.to(self.token_counts))
@@ -181,12 +186,13 @@ class MovingCodes(nn.Module):
     @torch.no_grad()
     def _restart_latents(self) -> None:
         if self.latents is not None:
+            # Near their codes, so that the mapping holds; apart, so that tokens of one code can go different ways.
             noise = torch.randn_like(self.latents) * 0.1 * self.codebook.std(correction=0)
             self.latents.copy_(self.codebook[self.token_to_code] + noise)
         self._restart_ema()
 
     def _restart_ema(self, codes: Tensor | None = None) -> None:
-        """Let the running sums of `codes` (default all) start from their codes as they are."""
+        """Restart the running sums of `codes` (default all) from the codes as they are."""
         if self.codebook_update != "ema":
             return
         sizes = torch.bincount(self.token_to_code, minlength=self.codebook_size).to(self.ema_mass)
@@ -195,13 +201,15 @@ class MovingCodes(nn.Module):
         self.ema_sums[rows] = self.codebook[rows].detach().to(self.ema_sums) * sizes[rows].unsqueeze(1)
 
     def _update_ema(self) -> None:
+        # Sums and masses decay alike, so each code is a mean of its tokens' latents over past steps, in which recent
+        # ones weigh more. A code without tokens keeps its vector: its sum and mass both tend to 0.
         latents = cast(Tensor, self.latents)
         means, mass = code_means(latents.float(), self.token_to_code, self.codebook_size)
         self.ema_mass.lerp_(mass, 1 - self.decay)
         self.ema_sums.lerp_(means * mass.unsqueeze(1), 1 - self.decay)
         alive = mass > 0
         self.codebook[alive] = (self.ema_sums[alive] / self.ema_mass[alive].unsqueeze(1)).to(self.codebook.dtype)
-        broadcast_(self.codebook)  # DDP carries buffers and gradients, and this is neither
+        broadcast_(self.codebook)  # DDP carries buffers and gradients, and a parameter without a gradient is neither
 
     def _reassign(self) -> None:
         vectors = self.token_vectors()
@@ -214,4 +222,4 @@ class MovingCodes(nn.Module):
             )
         else:
             self.token_to_code.copy_(reassign_tokens(vectors, self.token_to_code, self.codebook_size))
-        broadcast_(self.token_to_code)
+        broadcast_(self.token_to_code)  # distances that nearly tie may round to another code on another rank

@@ -1,4 +1,4 @@
-"""The original model of a compressed one: what its head is trained to imitate.
+"""The original of a compressed model, which the new head is trained to imitate.
 
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
@@ -20,15 +20,15 @@ __all__ = ["OriginalOutput", "keep_original"]
 
 
 class OriginalOutput(FrozenModels):
-    """A dense output layer, and the backbone it belongs to, held out of training.
+    """A dense output layer and its backbone, held out of training.
 
     Args:
         weight: (V, d) rows; not copied.
         bias: (V,) in nats, or None.
-        backbone: what the layer reads, frozen in place; None where the backbone of the compressed model is not trained,
-            so that its hidden states serve both.
-        num_shared_layers: how many of the first layers of `backbone` are those of the compressed model, frozen; see
-            `sharing_layers`.
+        backbone: gives the hidden states that the layer reads; frozen in place. None if the backbone of the compressed
+            model is not trained, so that its hidden states serve both.
+        num_shared_layers: how many of the first layers of `backbone` are frozen and the same in the compressed model;
+            see `sharing_layers`.
 
     Example:
         >>> original = OriginalOutput(torch.zeros(5, 3))
@@ -48,16 +48,18 @@ class OriginalOutput(FrozenModels):
         self._rows = _Rows(weight, bias)
         self._shared: list[Any] = []  # the last output of the shared layers
         if backbone is not None and num_shared_layers:
+            # An attribute of the instance takes precedence over the method of its class. `backbone` is a copy whose
+            # layers share only parameters with the trained model, so that model still runs its own `forward`.
             for layer in find_layers(backbone)[1][:num_shared_layers]:
                 layer.forward = _Replay(self._shared, layer.forward)
         self.num_shared_layers = num_shared_layers
 
     @torch.no_grad()
     def target(self, hidden: Tensor, **inputs: Any) -> DenseTarget:
-        """Return what to imitate.
+        """Return the target to imitate.
 
         Args:
-            hidden: (B, T, d) of the compressed model, taken over where there is no backbone.
+            hidden: (B, T, d) of the compressed model, used if there is no backbone here.
             **inputs: of the backbone.
         """
         for backbone in self.models:
@@ -66,7 +68,7 @@ class OriginalOutput(FrozenModels):
 
     @contextlib.contextmanager
     def sharing_layers(self, backbone: nn.Module) -> Iterator[None]:
-        """Within, the shared layers run once: the original goes on from where the last run of `backbone` left them.
+        """Run the shared layers once: within the context the original continues from their output in `backbone`.
 
         Args:
             backbone: of the compressed model.
@@ -74,6 +76,8 @@ class OriginalOutput(FrozenModels):
         if not self.num_shared_layers:
             yield
             return
+        # All shared layers of the original return the output of the last one: each passes it on, and the first layer
+        # that is not shared reads what it would have read.
         last = find_layers(backbone)[1][self.num_shared_layers - 1]
         handle = last.register_forward_hook(lambda *given: self._shared.append(given[-1]))
         try:
@@ -83,10 +87,10 @@ class OriginalOutput(FrozenModels):
             self._shared.clear()
 
     def separate(self, backbone: nn.Module) -> "OriginalOutput":
-        """Return the same with tensors of its own, where `backbone`, of the compressed model, is about to change.
+        """Return a copy that shares no tensor with `backbone`, which is about to change.
 
         Args:
-            backbone: as it still is; it serves where this holds none.
+            backbone: of the compressed model, still unchanged; it is copied if this holds none.
         """
         own = copy.deepcopy(self.models[0] if self.models else backbone)
         weight, bias = self._rows.weight, self._rows.bias
@@ -94,7 +98,7 @@ class OriginalOutput(FrozenModels):
 
 
 class _Rows(nn.Module):
-    """Rows of an output layer that follow to devices and dtypes, and are in no checkpoint."""
+    """Rows of an output layer that follow to devices and dtypes and stay out of checkpoints."""
 
     weight: Tensor
     bias: Tensor | None
@@ -106,14 +110,15 @@ class _Rows(nn.Module):
 
 
 def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> OriginalOutput:
-    """A model as it is before training, to be imitated; what is frozen serves both.
+    """Keep a model as it is before training, to be imitated; frozen parameters are shared, the others copied.
 
     Args:
-        parts: of the model that is about to be trained; what is frozen in it is frozen already.
-        num_frozen_layers: how many of the first layers are frozen, as is all in front of them; see `sharing_layers`.
+        parts: of the model that is about to be trained; its frozen parameters are frozen already.
+        num_frozen_layers: how many of the first layers are frozen, with all that comes before them; see
+            `sharing_layers`.
 
     Raises:
-        ValueError: for a model of random weights, which says nothing.
+        ValueError: If the model has random weights: there is nothing to imitate.
     """
     if parts.output_weight is None:
         raise ValueError(
@@ -123,9 +128,11 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
     frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
     if len(frozen) == len(list(parts.model.parameters())):
         return OriginalOutput(parts.output_weight, parts.output_bias)
+    # Cloned, because a tied output layer is the input table, which is trained.
     weight = parts.output_weight.clone()
     bias = None if parts.output_bias is None else parts.output_bias.clone()
     for num_shared_layers in (num_frozen_layers, 0):
+        # `deepcopy` takes what its memo holds as copied already: frozen parameters stay one tensor.
         backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
         original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers)
         if num_shared_layers == 0 or _goes_on(original, parts.model):
@@ -135,7 +142,10 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
 
 @torch.no_grad()
 def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
-    """Whether the original can start after the shared layers: in some models a layer reads more than the one before."""
+    """Return whether the original can start after the shared layers: in some models later layers read earlier ones too.
+
+    Before training both must give the same hidden states to the bit, so one short text decides.
+    """
     weight = next(backbone.parameters())
     if weight.is_meta:
         return False
@@ -152,7 +162,7 @@ def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
 
 
 class _Replay:
-    """A layer's `forward` that gives the last of `outputs`, and runs the layer where there is none."""
+    """A layer's `forward` that returns the last of `outputs`, or runs the layer if there is none."""
 
     def __init__(self, outputs: list[Any], forward: Callable[..., Any]) -> None:
         self.outputs, self.forward = outputs, forward

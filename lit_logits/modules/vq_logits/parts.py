@@ -1,4 +1,4 @@
-"""Heads as parts: made from what a model is given, checked, and named in checkpoints.
+"""Heads as parts of a model: made from its argument `head`, checked, and kept in checkpoints as a recipe.
 
 Letters: d hidden size, V vocabulary.
 """
@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_logits.contracts import DecodingHead, ExportableHead, OutputHead
+from lit_logits.contracts import DecodingHead, ExportableHead, ImitatingHead, OutputHead
 from lit_logits.modules.vq_logits.dense import DenseLogitsHead
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["HeadFactory", "head_recipe", "make_head", "most_likely"]
+__all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely"]
 
 HeadFactory = Callable[[int, int], nn.Module]
 
@@ -33,7 +33,7 @@ def make_head(
         has_bias: whether the layer that it replaces has a bias.
 
     Raises:
-        ValueError: for what is no head, or a head without a place for the bias.
+        ValueError: If `head` does not make a head, or makes one without a bias that has to take the layer's.
     """
     if isinstance(head, Mapping) and str(head.get("class_path")).rpartition(".")[2] in _HEADS:
         head = partial(_HEADS[head["class_path"].rpartition(".")[2]], **head.get("init_args", {}))
@@ -60,9 +60,23 @@ def make_head(
     return made
 
 
+def check_imitates(head: Any) -> None:
+    """Raise unless a head can be trained to imitate the original output layer.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not (isinstance(head, ImitatingHead) and head.can_imitate):
+        raise ValueError(
+            "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
+            " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
+            f" {type(head).__name__}."
+        )
+
+
 def head_recipe(head: Any) -> Any:
-    """What a checkpoint keeps of a head: class and arguments of this library's; None for what only code can make."""
-    if not callable(head):  # a recipe as it was kept, or what `make_head` refuses
+    """Return what a checkpoint keeps of a head: class and arguments of this library's; None for one that needs code."""
+    if not callable(head):  # a recipe from a checkpoint, or something that `make_head` refuses
         return head
     plain = isinstance(head, partial) and not head.args
     made, arguments = (head.func, dict(head.keywords)) if plain else (head, {})
@@ -71,5 +85,5 @@ def head_recipe(head: Any) -> Any:
 
 
 def most_likely(head: Any, hidden: Tensor) -> Tensor:
-    """Most likely tokens (...) of hidden states (..., d), by the head's own way where it has one."""
+    """Return the most likely tokens (...) of hidden states (..., d), by the head's own `greedy` if it has one."""
     return head.greedy(hidden) if isinstance(head, DecodingHead) else head(hidden).argmax(-1)

@@ -28,13 +28,15 @@ from lit_logits.functional.residual_vq import (
     stage_codes,
 )
 from lit_logits.functional.vq_decoding import sample_logits
-from lit_logits.modules.vq_logits.fit import default_stages, fit_output_layer
+from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["ResidualVQLogitsHead"]
 
 _INIT_STD = 0.02
-_MAX_LOOKUPS = 256  # rows; with more, decoding the codes once and multiplying is faster
+# Hidden states; a look-up costs the same for each of them, while decoding the codes to rows is paid once. With more of
+# them a matrix product is faster.
+_MAX_LOOKUPS = 256
 
 
 class ResidualVQLogitsHead(nn.Module):
@@ -42,8 +44,8 @@ class ResidualVQLogitsHead(nn.Module):
 
         W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
 
-    One group and one stage is the paper's head. The mapping is kept as it is stored: packed to ⌈log2 K⌉ bits a code.
-    `VQLogitsHead.from_dense` fits one to a pretrained layer; here codes start at random.
+    With one group and one stage it is the paper's head. The mapping is kept as it is stored: packed to ⌈log2 K⌉ bits a
+    code. `VQLogitsHead.from_dense` fits one to a pretrained layer; here codes start at random.
 
     Args:
         hidden_size: d.
@@ -53,12 +55,13 @@ class ResidualVQLogitsHead(nn.Module):
         num_stages: S, which all tokens own, or tiers {frequency rank: stages}; see `stages_by_rank`. Default 1, or up
             to 5 with a budget.
         byte_budget: share of the bfloat16 dense layer that the head may take; `start` chooses the tiers by it.
-        token_stages: S_v of each token (V,), or the same for all, where it is known; at most S.
+        token_stages: S_v of each token (V,), or one number for all, if it is known; at most S.
         bias: learn a bias for each token.
         metric: what of E[h hᵀ] `start` uses; see `metric_matrix`.
-        token_weights: what an error in the row of a token weighs in `start`: `counts`, how often it occurs, to the
-            power `count_power`; or `fisher`, the information of its logit, E[p (1 − p)] under the original, which keeps
-            the divergence lowest and is the better start for `kd_weight: 1`. It also decides who gets more stages.
+        token_weights: weight of an error in the row of a token in `start`: `counts`, how often it occurs, to the power
+            `count_power`; or `fisher`, the information of its logit, E[p (1 − p)] under the original, which keeps the
+            divergence lowest and is the better start for `kd_weight: 1`. The weights also decide which tokens get more
+            stages.
         count_power: exponent of the token counts.
 
     Attributes:
@@ -68,7 +71,7 @@ class ResidualVQLogitsHead(nn.Module):
         packed_stages: uint8 buffer of S_v − 1 in ⌈log2 S⌉ bits each; empty where all tokens own all stages.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> head = ResidualVQLogitsHead(hidden_size=8, vocab_size=100, codebook_size=16, num_groups=4, token_stages=2)
@@ -96,10 +99,7 @@ class ResidualVQLogitsHead(nn.Module):
         count_power: float = 0.75,
     ) -> None:
         super().__init__()
-        if not 1 <= codebook_size <= vocab_size:
-            raise ValueError(
-                f"Expected `codebook_size` to be in [1, {vocab_size}], the vocabulary size, but got {codebook_size}."
-            )
+        check_codebook_size(codebook_size, vocab_size)
         if num_groups < 1 or hidden_size % num_groups:
             raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
         if token_weights not in ("counts", "fisher"):
@@ -134,10 +134,10 @@ class ResidualVQLogitsHead(nn.Module):
     # ------------------------------------------------------------------ logits and loss
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Token logits (..., V) in nats of hidden states (..., d).
+        """Return token logits (..., V) in nats of hidden states (..., d).
 
-        A few rows without a gradient, as in decoding, are looked up; see `packed_lookup_logits`. Others are multiplied
-        with rows that are decoded a chunk at a time.
+        A few hidden states without a gradient, as in decoding, are looked up; see `packed_lookup_logits`. Others are
+        multiplied with rows that are decoded a chunk at a time.
         """
         if self._is_decoding(hidden):
             return packed_lookup_logits(hidden, self._layout()).to(hidden.dtype)
@@ -146,14 +146,14 @@ class ResidualVQLogitsHead(nn.Module):
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> Tensor:
-        """Cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
+        """Return the cross-entropy in nats, without the (N, V) logits; arguments as in `VQLogitsHead.loss`."""
         losses = self.imitation_losses(hidden, labels, ignore_index=ignore_index).cross_entropy
         return reduce_tokens(losses, labels != ignore_index, reduction)
 
     def imitation_losses(
         self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = -100
     ) -> ResidualVQLosses:
-        """Cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token."""
+        """Return cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token."""
         return residual_vq_losses(
             hidden,
             self.codebook,
@@ -168,30 +168,31 @@ class ResidualVQLogitsHead(nn.Module):
 
     @torch.no_grad()
     def greedy(self, hidden: Tensor) -> Tensor:
-        """Most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
+        """Return the most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
         if self._is_decoding(hidden):
             return lookup_greedy(hidden, self._layout())
         return residual_vq_greedy(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
+        """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d)."""
         return sample_logits(self(hidden), temperature, generator)
 
     def _is_decoding(self, hidden: Tensor) -> bool:
+        # The look-up is CPU code without a backward.
         few = hidden.device.type == "cpu" and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
         tensors = (hidden, *self.parameters())
         return few and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
     def _layout(self) -> LookupLayout:
-        """The head as the look-up takes it, made anew when any of it was written to since."""
+        """Return the head in the layout of the look-up, made again if any part of it was written to."""
         bias = () if self.token_bias is None else (self.token_bias,)
         sources = (self.codebook, self.packed_codes, self.packed_stages, *bias)
         return self._tables.get("layout", sources, self._make_layout)
 
     def _make_layout(self) -> LookupLayout:
         stages = self.stages()
-        missing = self.num_stages - len(stages)  # stages that no token owns
+        missing = self.num_stages - len(stages)  # last stages that no token owns
         codebook = self.codebook.detach()[: self.num_stages - missing]
         bias = None if self.token_bias is None else self.token_bias.detach()
         return lookup_layout(codebook, [stage.codes for stage in stages], [stage.members for stage in stages], bias)
@@ -199,7 +200,7 @@ class ResidualVQLogitsHead(nn.Module):
     def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
         """Switch between training and evaluation, and forget what was unpacked.
 
-        Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version.
+        Writing through `.data`, as some optimizers do, does not change a tensor's version, which the cache goes by.
         """
         self._tables.clear()
         return super().train(mode)
@@ -207,13 +208,13 @@ class ResidualVQLogitsHead(nn.Module):
     # ------------------------------------------------------------------ the mapping
 
     def token_stages(self) -> Tensor:
-        """Number of stages S_v (V,) int64 that each token owns."""
+        """Return the number of stages S_v (V,) int64 that each token owns."""
         if self.packed_stages.numel() == 0:
             return torch.full((self.vocab_size,), self.num_stages, device=self.packed_codes.device)
         return unpack_bits(self.packed_stages, code_bits(self.num_stages), self.vocab_size).long() + 1
 
     def stages(self) -> list[StageCodes]:
-        """The mapping, unpacked; kept until it is written to."""
+        """Return the mapping, unpacked; it is kept until the buffers are written to."""
         return self._tables.get("stages", (self.packed_codes, self.packed_stages), self._unpack)
 
     def _unpack(self) -> list[StageCodes]:
@@ -241,16 +242,16 @@ class ResidualVQLogitsHead(nn.Module):
     def set_codes(
         self, codebook: Tensor, codes: Tensor, token_stages: Tensor, *, token_bias: Tensor | None = None
     ) -> None:
-        """Put other codes in. No rank talks to another here.
+        """Replace codes, on this rank only.
 
         Args:
-            codebook: (S, G, K, d/G); stages that are missing behind the last are zero.
+            codebook: (S, G, K, d/G); last stages that are missing become zero.
             codes: (Σ_v S_v · G,) integers in [0, K), as `fit_residual_codes` gives them.
-            token_stages: (V,) S_v in [1, S], which may be others than before.
-            token_bias: (V,) in nats; None stays.
+            token_stages: (V,) S_v in [1, S], which may differ from those before.
+            token_bias: (V,) in nats; None leaves it as it is.
 
         Raises:
-            ValueError: for another shape, a code out of range or a value that is not finite; nothing is written then.
+            ValueError: If a shape differs, a code is out of range or a value is not finite; nothing is written then.
         """
         _check_stages(token_stages, self.vocab_size)
         count = int(token_stages.sum()) * self.num_groups
@@ -282,7 +283,7 @@ class ResidualVQLogitsHead(nn.Module):
     # ------------------------------------------------------------------ start
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
-        """Refuse a model of random weights: there is nothing to fit to. See `StartingHead`."""
+        """Refuse a model of random weights, as there is nothing to fit to; return False. See `StartingHead`."""
         if layer.weight is None:
             raise ValueError(
                 "Expected a pretrained backbone for residual product codes, which are fitted to its output layer, but"
@@ -295,12 +296,12 @@ class ResidualVQLogitsHead(nn.Module):
         if layer.weight is None:
             raise ValueError(
                 "Expected the rows of the pretrained output layer, but they were freed when the head was initialised."
-                " Make the module anew to start again."
+                " Make a new module to start again."
             )
         calibration = calibrate(second_moment=True, information=self.token_weights == "fisher")
         device, count_power = self.codebook.device, self.count_power
         weights, moment = calibration.token_counts, calibration.hidden_second_moment
-        if calibration.token_information is not None:
+        if calibration.token_information is not None:  # already what an error costs, so its exponent is 1
             weights, moment, count_power = calibration.token_information, calibration.informed_second_moment, 1.0
         fit = fit_output_layer(
             layer.weight.to(device),
@@ -308,7 +309,7 @@ class ResidualVQLogitsHead(nn.Module):
             num_groups=self.num_groups,
             num_stages=self.planned_stages,
             byte_budget=self.byte_budget,
-            keep_stages=True,  # the parameters of the head are there already
+            keep_stages=True,  # the optimizer holds the codebooks of all stages, whether tokens own them or not
             token_counts=weights,
             hidden_second_moment=moment,
             metric=self.metric,
@@ -318,29 +319,31 @@ class ResidualVQLogitsHead(nn.Module):
         )
         bias = None if self.token_bias is None else layer.bias
         self.set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
+        # Codes may differ by seed or by rounding. The tiers, which give the buffers their sizes, do not: they follow
+        # from counts that are summed over ranks.
         broadcast_(*(tensor for tensor in self.state_dict().values() if tensor.numel()))
         self.train(self.training)  # forgets what was unpacked of this rank's codes
 
     @property
     def can_imitate(self) -> bool:
-        """Always."""
+        """Whether it can be trained to imitate: always."""
         return True
 
-    # ------------------------------------------------------------------ what a person asks
+    # ------------------------------------------------------------------ inspection
 
     def dense_weight(self) -> Tensor:
-        """Rows W_v of the dense (V, d) layer that gives the same logits, bias aside."""
+        """Return the rows W_v of the dense (V, d) layer that gives the same logits, bias aside."""
         return decode_rows(self.codebook, self.stages(), self.vocab_size)
 
     def footprint(self) -> Footprint:
-        """Parameters and bytes as stored, beside those of the dense head in the same dtype."""
+        """Return parameters and bytes as stored, and those of the dense head in the same dtype."""
         parameters = self.codebook.numel() + (0 if self.token_bias is None else self.token_bias.numel())
         itemsize, dense = self.codebook.dtype.itemsize, self.vocab_size * self.hidden_size
         mapping = self.packed_codes.numel() + self.packed_stages.numel()
         return Footprint(parameters, parameters * itemsize + mapping, dense, dense * itemsize)
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """Return the settings that `print(module)` shows."""
         return (
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
             f" num_groups={self.num_groups}, num_stages={self.num_stages}, bias={self.token_bias is not None}"
@@ -356,7 +359,7 @@ def _check_stages(stages: Tensor, vocab_size: int) -> None:
 
 
 def _take_over_sizes(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """The mapping's sizes are those of the checkpoint, as tiers may be; another vocabulary or codebook is refused."""
+    """Give the mapping the sizes of the checkpoint, whose tiers may differ; refuse another vocabulary or codebook."""
     module._tables.clear()
     codebook = state_dict.get(prefix + "codebook")
     if codebook is not None and codebook.shape != module.codebook.shape:

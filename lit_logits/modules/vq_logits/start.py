@@ -1,4 +1,4 @@
-"""How the paper's head starts: from token counts and, where there is one, from the pretrained output layer.
+"""Start of the paper's head: from token counts and, if there is one, from the pretrained output layer.
 
 Letters: d hidden size, V vocabulary, K codes.
 """
@@ -19,10 +19,10 @@ HeadInit = Literal["random", "frequency", "kmeans", "weighted_kmeans"]
 
 
 def choose_init(init: HeadInit | None, *, pretrained: bool) -> HeadInit:
-    """`init`, or the default: `weighted_kmeans` for a pretrained output layer, else `frequency`.
+    """Return `init`, or the default: `weighted_kmeans` for a pretrained output layer, else `frequency`.
 
     Raises:
-        ValueError: for another name, or k-means without pretrained rows to cluster.
+        ValueError: If the name is unknown, or there are no pretrained rows for k-means.
     """
     if init is None:
         return "weighted_kmeans" if pretrained else "frequency"
@@ -39,7 +39,7 @@ def choose_init(init: HeadInit | None, *, pretrained: bool) -> HeadInit:
 
 
 class VQStart(NamedTuple):
-    """Result of `start_codes`: codebook (K, d), mapping (V,) and latents (V, d), None where they stay; bias (V,)."""
+    """Result of `start_codes`: codebook (K, d), mapping (V,), latents (V, d), each None to stay as it is; bias (V,)."""
 
     codebook: Tensor | None
     token_to_code: Tensor | None
@@ -57,24 +57,26 @@ def start_codes(
     count_power: float = 0.75,
     progress_bar: bool = False,
 ) -> VQStart:
-    """Codes, mapping and bias of a `VQLogitsHead`, from counts and the rows of a pretrained layer.
+    """Find codes, mapping and bias of a `VQLogitsHead` from counts and the rows of a pretrained layer.
 
-    The bias starts from token counts: as a unigram model where the codes say nothing yet, and as the split of each
-    code among its tokens where they come from a pretrained layer.
+    The bias starts from token counts: as a unigram model if the codes are random, and as the split of each code among
+    its tokens if they come from a pretrained layer.
 
     Args:
         init: see `VQLogitsHead`.
         calibration: counts (V,) and, for `weighted_kmeans`, the second moment (d, d).
-        layer: of the pretrained model; the k-means kinds need its rows, and its bias is added.
+        layer: of the pretrained model; k-means needs its rows, and then its bias is added.
         codebook_size: K.
         device: of the head.
         count_power: exponent of the counts in `weighted_kmeans`.
         progress_bar: show one line of progress on a terminal.
 
     Raises:
-        ValueError: for k-means without rows, or `weighted_kmeans` without a second moment.
+        ValueError: If k-means has no rows, or `weighted_kmeans` no second moment.
     """
     counts = calibration.token_counts
+    # Seeded by `seed_everything`, on the device of the rows, and apart from the global stream, so that the batches and
+    # dropout that follow do not depend on `init`. Ranks may be seeded differently: `set_codes` broadcasts the result.
     generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
     codebook, token_to_code, latents = None, None, None
     if init == "frequency":
@@ -82,7 +84,7 @@ def start_codes(
     elif init != "random":
         if layer.weight is None:
             raise ValueError(f"Expected the rows of a pretrained output layer for init={init!r}, but got None.")
-        latents = layer.weight.to(device)
+        latents = layer.weight.to(device)  # the rows themselves, for heads that learn their mapping
         if init == "kmeans":
             result = kmeans(latents, codebook_size, generator=generator, progress_bar=progress_bar)
         else:
@@ -100,6 +102,7 @@ def start_codes(
                 progress_bar=progress_bar,
             )
         codebook, token_to_code = result.centroids, result.assignments
+    # A code of a pretrained layer already scores how often its tokens occur together; random codes score nothing.
     bias = unigram_bias(counts) if codebook is None else unigram_bias(counts, token_to_code, codebook_size)
     if layer.bias is not None and codebook is not None:
         bias = bias + layer.bias.to(bias)

@@ -1,4 +1,4 @@
-"""Tables that decoding makes of mapping and bias, kept as long as they hold."""
+"""A cache of the tables that decoding makes from mapping and bias, valid until these change."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ _MAX_TABLES = 8
 
 
 class TableCache:
-    """Keeps what was made of tensors until one of them is replaced or written to.
+    """Cache of values computed from tensors, each kept until one of its tensors is replaced or written to.
 
-    Writing through `.data`, as some optimizers do, leaves no trace in a tensor's version: `clear` then.
+    Writing through `.data`, as some optimizers do, does not change a tensor's version: call `clear` then.
 
     Example:
         >>> import torch
@@ -29,12 +29,12 @@ class TableCache:
         self._kept: dict[str, tuple[list[Tensor], object, Any]] = {}
 
     def get(self, name: str, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        """What `make` makes of the sources: the one that is kept under the name, where it still holds."""
+        """Return the value of `make()`: the one kept under the name, if the sources have not changed since."""
         if any(source.is_inference() for source in sources):  # such tensors do not count their versions
             return make()
         key = [(source.data_ptr(), source._version) for source in sources]
         kept, found, value = self._kept.get(name, ([], None, None))
-        # The tensors themselves are kept: the address of one that is gone may be given to another.
+        # The tensors themselves are kept: the address of one that is freed may be given to another.
         if found != key or any(one is not other for one, other in zip(kept, sources, strict=True)):
             if name not in self._kept and len(self._kept) >= _MAX_TABLES:
                 self._kept.clear()

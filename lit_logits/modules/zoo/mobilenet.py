@@ -1,24 +1,23 @@
-"""MobileNetV2 of half width for 32 × 32 images, the one that the tables of the distillation literature use.
+"""MobileNetV2 of half width for 32 × 32 images, as in the tables of the distillation literature.
 
 Parameters are named as in the checkpoints of that literature, so such a file loads.
 
 References:
     [0]: MobileNetV2, 2018, arXiv 1801.04381, Table 2.
-
 """
 
 from torch import Tensor, nn
 
 __all__ = ["MobileNetV2", "mobilenetv2"]
 
-# Expansion, channels at full width, blocks, stride of the first.
+# Expansion, channels at full width, blocks, stride of the first block.
 _STAGES = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
 
 
 class MobileNetV2(nn.Module):
     """Inverted residual blocks between a stem and 1,280 features; head `classifier.0`.
 
-    Departures from [0], those of the tables: the second stage keeps the size.
+    It departs from [0] as the tables do: the second stage keeps the size.
 
     Args:
         num_classes: C.
@@ -53,7 +52,7 @@ class MobileNetV2(nn.Module):
         nn.init.zeros_(classifier.bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W)."""
+        """Return logits (B, C) of images (B, 3, H, W)."""
         x = self.conv1(pixel_values)
         for stage in self.blocks:
             x = stage(x)
@@ -82,5 +81,5 @@ def _conv(in_channels: int, channels: int, kernel: int, *, stride: int = 1, grou
 
 
 def mobilenetv2(num_classes: int = 100) -> MobileNetV2:
-    """MobileNetV2 of half width; 812,836 parameters with 100 classes."""
+    """Make MobileNetV2 of half width; 812,836 parameters with 100 classes."""
     return MobileNetV2(num_classes)

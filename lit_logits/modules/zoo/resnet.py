@@ -1,13 +1,12 @@
 """Residual networks for 32 × 32 images, as the tables of the distillation literature use them.
 
 `resnet20` has 6n + 2 layers in three stages of n blocks, 16, 32 and 64 channels wide; `resnet8x4` and `resnet32x4` are
-four times as wide behind a stem of 32. Shortcuts that change the shape are 1 × 1 convolutions. Parameters are named as
+four times as wide after a stem of 32. Shortcuts that change the shape are 1 × 1 convolutions. Parameters are named as
 in the teacher checkpoints that those tables come from, so such a file loads.
 
 References:
     [0]: Deep Residual Learning, 2015, arXiv 1512.03385, Sec. 4.2.
     [1]: Contrastive Representation Distillation, 2019, arXiv 1910.10699 (the models of the tables).
-
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ class CifarResNet(nn.Module):
         num_classes: C.
 
     Raises:
-        ValueError: for a depth that is not 6n + 2.
+        ValueError: If the depth is not 6n + 2.
 
     Example:
         >>> import torch
@@ -52,7 +51,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W)."""
+        """Return logits (B, C) of images (B, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(pixel_values)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
@@ -81,35 +80,35 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 
 def resnet8(num_classes: int = 100) -> CifarResNet:
-    """ResNet-8; 83,892 parameters with 100 classes."""
+    """Make ResNet-8; 83,892 parameters with 100 classes."""
     return CifarResNet(8, num_classes=num_classes)
 
 
 def resnet20(num_classes: int = 100) -> CifarResNet:
-    """ResNet-20; 278,324 parameters with 100 classes."""
+    """Make ResNet-20; 278,324 parameters with 100 classes."""
     return CifarResNet(20, num_classes=num_classes)
 
 
 def resnet32(num_classes: int = 100) -> CifarResNet:
-    """ResNet-32; 472,756 parameters with 100 classes."""
+    """Make ResNet-32; 472,756 parameters with 100 classes."""
     return CifarResNet(32, num_classes=num_classes)
 
 
 def resnet56(num_classes: int = 100) -> CifarResNet:
-    """ResNet-56; 861,620 parameters with 100 classes."""
+    """Make ResNet-56; 861,620 parameters with 100 classes."""
     return CifarResNet(56, num_classes=num_classes)
 
 
 def resnet110(num_classes: int = 100) -> CifarResNet:
-    """ResNet-110; 1,736,564 parameters with 100 classes."""
+    """Make ResNet-110; 1,736,564 parameters with 100 classes."""
     return CifarResNet(110, num_classes=num_classes)
 
 
 def resnet8x4(num_classes: int = 100) -> CifarResNet:
-    """ResNet-8, four times as wide; 1,233,540 parameters with 100 classes."""
+    """Make ResNet-8, four times as wide; 1,233,540 parameters with 100 classes."""
     return CifarResNet(8, (32, 64, 128, 256), num_classes)
 
 
 def resnet32x4(num_classes: int = 100) -> CifarResNet:
-    """ResNet-32, four times as wide; 7,433,860 parameters with 100 classes."""
+    """Make ResNet-32, four times as wide; 7,433,860 parameters with 100 classes."""
     return CifarResNet(32, (32, 64, 128, 256), num_classes)

@@ -1,4 +1,4 @@
-"""ShuffleNets for 32 × 32 images, those that the tables of the distillation literature use.
+"""ShuffleNets for 32 × 32 images, as in the tables of the distillation literature.
 
 The stem is a 1 × 1 convolution of 24 channels and keeps the size. Parameters are named as in the checkpoints of that
 literature, so such a file loads.
@@ -6,7 +6,6 @@ literature, so such a file loads.
 References:
     [0]: ShuffleNet, 2017, arXiv 1707.01083.
     [1]: ShuffleNet V2, 2018, arXiv 1807.11164.
-
 """
 
 import torch
@@ -45,13 +44,13 @@ class ShuffleNetV1(nn.Module):
         return nn.Sequential(first, *(_Bottleneck(channels, channels, 1, groups) for _ in range(blocks - 1)))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W)."""
+        """Return logits (B, C) of images (B, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(pixel_values)))
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
 class ShuffleNetV2(nn.Module):
-    """Blocks that work on one half of the channels and shuffle [1], at width 1; head `linear`.
+    """Blocks that change one half of the channels and shuffle them [1], at width 1; head `linear`.
 
     Args:
         num_classes: C.
@@ -73,7 +72,7 @@ class ShuffleNetV2(nn.Module):
         self.linear = nn.Linear(1024, num_classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W)."""
+        """Return logits (B, C) of images (B, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(pixel_values)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
@@ -145,10 +144,10 @@ def _shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 def shufflenetv1(num_classes: int = 100) -> ShuffleNetV1:
-    """ShuffleNetV1 with three groups; 949,258 parameters with 100 classes."""
+    """Make ShuffleNetV1 with three groups; 949,258 parameters with 100 classes."""
     return ShuffleNetV1(num_classes)
 
 
 def shufflenetv2(num_classes: int = 100) -> ShuffleNetV2:
-    """ShuffleNetV2 at width 1; 1,355,528 parameters with 100 classes."""
+    """Make ShuffleNetV2 at width 1; 1,355,528 parameters with 100 classes."""
     return ShuffleNetV2(num_classes)

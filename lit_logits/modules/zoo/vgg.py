@@ -4,7 +4,6 @@ Parameters are named as in the teacher checkpoints of the distillation literatur
 
 References:
     [0]: Very Deep Convolutional Networks, 2014, arXiv 1409.1556.
-
 """
 
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ class CifarVGG(nn.Module):
             for width in block:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
                 channels = width
-            # What activates a block's output stands in front of the next one.
+            # The last activation of a block is applied in `forward`, as in the models that the checkpoints come from.
             self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
         self.classifier = nn.Linear(channels, num_classes)
         for module in self.modules():
@@ -47,10 +46,10 @@ class CifarVGG(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W), H and W at least 8."""
+        """Return logits (B, C) of images (B, 3, H, W), H and W at least 8."""
         x = pixel_values
         for index in range(5):
-            # Images of 64 pixels and more are halved once again in front of the last block.
+            # Images of 64 pixels and more are halved once again before the last block.
             if index in (1, 2, 3) or (index == 4 and x.shape[-1] > 4):
                 x = F.max_pool2d(x, 2)
             x = F.relu(self.get_submodule(f"block{index}")(x))
@@ -58,10 +57,10 @@ class CifarVGG(nn.Module):
 
 
 def vgg8(num_classes: int = 100) -> CifarVGG:
-    """VGG-8; 3,965,028 parameters with 100 classes."""
+    """Make VGG-8; 3,965,028 parameters with 100 classes."""
     return CifarVGG([[64], [128], [256], [512], [512]], num_classes)
 
 
 def vgg13(num_classes: int = 100) -> CifarVGG:
-    """VGG-13; 9,462,180 parameters with 100 classes."""
+    """Make VGG-13; 9,462,180 parameters with 100 classes."""
     return CifarVGG([[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]], num_classes)

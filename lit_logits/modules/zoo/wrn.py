@@ -4,7 +4,6 @@ Parameters are named as in the teacher checkpoints of the distillation literatur
 
 References:
     [0]: Wide Residual Networks, 2016, arXiv 1605.07146.
-
 """
 
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ class WideResNet(nn.Module):
         num_classes: C.
 
     Raises:
-        ValueError: for a depth that is not 6n + 4.
+        ValueError: If the depth is not 6n + 4.
 
     Example:
         >>> import torch
@@ -48,13 +47,13 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, 3, H, W)."""
+        """Return logits (B, C) of images (B, 3, H, W)."""
         x = self.block3(self.block2(self.block1(self.conv1(pixel_values))))
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
 
 class _Block(nn.Module):
-    """Normalise, activate, convolve, twice; where the shape changes the shortcut starts behind the activation."""
+    """Normalise, activate and convolve, twice; if the shape changes, the shortcut starts after the first activation."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -81,15 +80,15 @@ class _Stage(nn.Module):
 
 
 def wrn_16_2(num_classes: int = 100) -> WideResNet:
-    """WRN-16-2; 703,284 parameters with 100 classes."""
+    """Make WRN-16-2; 703,284 parameters with 100 classes."""
     return WideResNet(16, 2, num_classes)
 
 
 def wrn_40_1(num_classes: int = 100) -> WideResNet:
-    """WRN-40-1; 569,780 parameters with 100 classes."""
+    """Make WRN-40-1; 569,780 parameters with 100 classes."""
     return WideResNet(40, 1, num_classes)
 
 
 def wrn_40_2(num_classes: int = 100) -> WideResNet:
-    """WRN-40-2; 2,255,156 parameters with 100 classes."""
+    """Make WRN-40-2; 2,255,156 parameters with 100 classes."""
     return WideResNet(40, 2, num_classes)

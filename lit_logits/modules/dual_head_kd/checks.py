@@ -1,0 +1,52 @@
+"""Checks of the arguments of `DualHeadKD`."""
+
+from typing import Literal, get_args
+
+from torch import nn
+
+from lit_logits.functional.checks import check_not_negative
+from lit_logits.functional.dual_head_kd import LogitLoss
+from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm
+from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
+
+__all__ = ["Method", "check_options", "check_pair"]
+
+Method = Literal["ce", "kd", "single_head", "dual_head"]
+
+
+def check_options(
+    method: str,
+    kd_loss: str | None,
+    temperature: float | None,
+    ce_weight: float,
+    kd_factor: float,
+    lr_interval: str,
+) -> None:
+    """Refuse arguments out of range."""
+    if method not in get_args(Method):
+        raise ValueError(f"Expected `method` to be 'ce', 'kd', 'single_head' or 'dual_head', but got {method!r}.")
+    if kd_loss is not None and kd_loss not in get_args(LogitLoss):
+        raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
+    check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
+    if lr_interval not in ("epoch", "step"):
+        raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
+
+
+def check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:
+    """Refuse a teacher of other classes. If its last layer is not found, the first batch tells."""
+    student, other = type(net.student).__name__, type(teacher).__name__
+    if teacher is net.student or not set(map(id, teacher.parameters())).isdisjoint(map(id, net.parameters())):
+        raise ValueError("Expected a teacher that shares no parameters with the student: it is frozen. Pass a copy.")
+    if is_causal_lm(teacher) != net.is_causal_lm:
+        raise ValueError(f"Expected two classifiers or two causal language models, but got {student} and {other}.")
+    try:
+        layer = teacher.get_submodule(find_classifier(teacher))
+    except ValueError:
+        return
+    if layer.out_features != net.num_classes:
+        raise ValueError(
+            f"Expected student and teacher to have the same classes, but {student} has {net.num_classes} and {other}"
+            f" has {layer.out_features}. Pass the same `num_classes` (or vocabulary) to both."
+        )
