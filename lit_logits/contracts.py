@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.functional.codebook import Footprint
+from lit_logits.functional.cooccurrence import PairCounts
 from lit_logits.functional.reductions import Reduction
 from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses
 
@@ -55,12 +56,14 @@ class Calibration(NamedTuple):
         token_information: (V,) float32 E[p_v (1 − p_v)] under the output layer over the same positions: the Fisher
             information of each token's logit, which is what an error there costs in KL to second order. Or None.
         informed_second_moment: (d, d) float32 E[h hᵀ] with each position weighted by its Σ_v p_v (1 − p_v), or None.
+        pairs: how often tokens occurred with the tokens before them, or None.
     """
 
     token_counts: Tensor
     hidden_second_moment: Tensor | None
     token_information: Tensor | None = None
     informed_second_moment: Tensor | None = None
+    pairs: PairCounts | None = None
 
 
 class OutputLayer(NamedTuple):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.contracts import (
-    Calibration,
     ExportableHead,
     LearningHead,
     OutputLayer,
@@ -31,7 +30,7 @@ from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrCo
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
-from lit_logits.modules.vq_logits.calibration import calibrate, fresh_loader
+from lit_logits.modules.vq_logits.calibration import calibrator, fresh_loader
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
 from lit_logits.modules.vq_logits.export import compact_model, dense_model
 from lit_logits.modules.vq_logits.generation import continue_prompts
@@ -47,8 +46,9 @@ _EXPORTS = {"compact": compact_model, "dense": dense_model}
 class VQLogitsLM(LightningModule):
     """A causal language model with a vector-quantised output layer [0], or with the dense one as its baseline.
 
-    At the start of training the head may read `calibration_batches` batches: token counts start the bias and, if the
-    backbone is pretrained, k-means turns the rows of its output layer into codes. Logs `train/loss`, `val/loss`,
+    At the start of training the head reads data. With a new backbone it reads the text once, so that tokens of like
+    contexts share a code; with a pretrained one it reads `calibration_batches` batches, and k-means turns the rows of
+    the output layer into codes. Token counts start the bias. Logs `train/loss`, `val/loss`,
     `val/ppl`, `test/loss`, `test/ppl`.
 
     Args:
@@ -59,7 +59,8 @@ class VQLogitsLM(LightningModule):
         head: called with (hidden_size, vocab_size) to make the output layer: `VQLogitsHead`, `ResidualVQLogitsHead`,
             `DenseLogitsHead` for the (V, d) baseline, or a class of your own, see `lit_logits.contracts.OutputHead`;
             arguments are given by `functools.partial`, in a recipe by `class_path` and `init_args`.
-        calibration_batches: training batches that each rank reads before the first step.
+        calibration_batches: training batches that each rank reads before the first step, where the start needs hidden
+            states or counts alone.
         kd_weight: share of KL(original ‖ ours) in the loss, in [0, 1]; the rest is cross-entropy. The original model is
             kept frozen and out of checkpoints; validation then logs `val/kl`, and `val/ppl_ratio` to it.
         num_trainable_layers: how many of the last layers of the backbone are trained, with what follows them; 0 trains
@@ -323,24 +324,20 @@ class VQLogitsLM(LightningModule):
     # ------------------------------------------------------------------ start of the head
 
     def initialize_head(self, dataloader: Iterable[Mapping[str, Tensor]]) -> None:
-        """Start codes and bias from the first `calibration_batches` batches; every rank must call it.
+        """Start codes and bias from batches, as many as the head asks for; every rank must call it.
 
         `fit` does so by itself. If parameters are sharded (FSDP), call it before `fit`.
         """
         show = self.global_rank == 0
-
-        def read(*, second_moment: bool = False, information: bool = False) -> Calibration:
-            weight, bias = self._output_layer
-            return calibrate(
-                dataloader,
-                num_batches=self.calibration_batches,
-                vocab_size=self.vocab_size,
-                device=self.device,
-                backbone=self.backbone if second_moment else None,
-                output_layer=(weight, bias) if weight is not None and information else None,
-                progress_bar=show,
-            )
-
+        read = calibrator(
+            dataloader,
+            self.backbone,
+            self._output_layer,
+            num_batches=self.calibration_batches,
+            vocab_size=self.vocab_size,
+            device=self.device,
+            progress_bar=show,
+        )
         if self._starts and isinstance(self.head, StartingHead):
             self.head.start(read, self._output_layer, progress_bar=show)
         self.head_ready.fill_(True)

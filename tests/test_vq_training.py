@@ -105,10 +105,11 @@ class Losses(Callback):
 VARIANTS = [
     ("dense", {"head": DenseLogitsHead}),
     *(
-        (f"{m} {u}", {"mapping": m, "codebook_update": u})
+        (f"{m} {u}", {"mapping": m, "codebook_update": u, "init": "frequency"})
         for m, u in product(("fixed", "learned", "reassigned"), ("gradient", "ema"))
     ),
-    ("no bias", {"bias": False}),
+    ("no bias", {"bias": False, "init": "frequency"}),
+    ("cooccurrence", {"init": "cooccurrence"}),
     ("random", {"init": "random"}),
 ]
 

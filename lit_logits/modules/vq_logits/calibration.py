@@ -4,7 +4,7 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -14,13 +14,48 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lit_logits.contracts import Calibration
+from lit_logits.contracts import Calibrate, Calibration, OutputLayer
 from lit_logits.functional.checks import check_labels
+from lit_logits.functional.cooccurrence import PairCounts, count_pairs, merge_pairs, sum_pairs_of_ranks
 from lit_logits.functional.distributed import all_reduce_sum_
+from lit_logits.functional.labels import IGNORE_INDEX
 
-__all__ = ["calibrate", "fresh_loader"]
+__all__ = ["calibrate", "calibrator", "count_text", "fresh_loader"]
 
+_PAIRS_AT_ONCE = 1 << 20
 _CHUNK_ELEMENTS = 1 << 25  # probabilities a chunk: 128 MiB in float32
+
+
+def calibrator(
+    batches: Iterable[Mapping[str, Tensor]],
+    backbone: nn.Module,
+    layer: OutputLayer,
+    *,
+    num_batches: int,
+    **options: Any,
+) -> Calibrate:
+    """Return what a head is given to read its data with: `count_text` or `calibrate`, as it asks.
+
+    Args:
+        batches: of training; as many as the head asks for are read, from the first one on.
+        backbone: makes the hidden states.
+        layer: pretrained output layer, whose logits tell which tokens matter.
+        num_batches: how many are read where hidden states, or counts alone, are asked for.
+        **options: `vocab_size`, `device` and `progress_bar` of both.
+    """
+
+    def read(*, second_moment: bool = False, information: bool = False, pair_tokens: int | None = None) -> Calibration:
+        if pair_tokens is not None:
+            return count_text(batches, num_tokens=pair_tokens, **options)
+        return calibrate(
+            batches,
+            num_batches=num_batches,
+            backbone=backbone if second_moment else None,
+            output_layer=(layer.weight, layer.bias) if layer.weight is not None and information else None,
+            **options,
+        )
+
+    return read
 
 
 @torch.no_grad()
@@ -32,7 +67,7 @@ def calibrate(
     device: torch.device,
     backbone: nn.Module | None = None,
     output_layer: tuple[Tensor, Tensor | None] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     progress_bar: bool = False,
 ) -> Calibration:
     """Count targets and, with a `backbone`, average h hᵀ over the first `num_batches` batches of every rank.
@@ -88,6 +123,54 @@ def calibrate(
         return Calibration(counts, mean)
     tokens, informed = (all_reduce_sum_(values) for values in (information.tokens, information.moment))
     return Calibration(counts, mean, tokens / total, informed / tokens.sum().clamp(min=1e-30))
+
+
+def count_text(
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    device: torch.device,
+    ignore_index: int = IGNORE_INDEX,
+    progress_bar: bool = False,
+) -> Calibration:
+    """Count targets, and pairs of tokens that stand near each other, in one pass over the text.
+
+    Every rank must call it; sums are taken over all of them. Memory grows with the number of different pairs.
+
+    Args:
+        batches: dicts with `input_ids` and `labels` (unshifted), both (B, T).
+        num_tokens: tokens that each rank reads at most.
+        vocab_size: V.
+        device: where to compute.
+        ignore_index: label of positions that do not count.
+        progress_bar: show one line of progress on a terminal.
+
+    Raises:
+        ValueError: If a label is outside the vocabulary, or no batch has a target.
+    """
+    counts = torch.zeros(vocab_size, device=device)
+    parts: list[PairCounts] = []
+    size = read = 0
+    length = len(batches) if isinstance(batches, Sized) else None
+    for batch in tqdm(batches, "pairs of tokens", length, disable=None if progress_bar else True, leave=False):
+        input_ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+        check_labels(labels, vocab_size, ignore_index=ignore_index, wait=True)
+        targets = labels[:, 1:]
+        counts += torch.bincount(targets[targets != ignore_index], minlength=vocab_size)
+        parts.append(count_pairs(input_ids, labels, vocab_size, ignore_index=ignore_index))
+        # Merged whenever what came since the last time outweighs it, so that each pair is sorted a few times only.
+        if len(parts) > 1 and sum(len(part.keys) for part in parts[1:]) > max(size, _PAIRS_AT_ONCE):
+            parts = [merge_pairs(parts)]
+            size = len(parts[0].keys)
+        read += input_ids.numel()
+        if read >= num_tokens:
+            break
+    all_reduce_sum_(counts)
+    if not bool(counts.any()):
+        raise ValueError("Expected batches with targets, but none of their labels counts.")
+    none = PairCounts(torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device))
+    return Calibration(counts, None, pairs=sum_pairs_of_ranks(merge_pairs([none, *parts])))
 
 
 class _Information:

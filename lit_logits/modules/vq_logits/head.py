@@ -39,7 +39,7 @@ from lit_logits.functional.vq_logits import (
 from lit_logits.modules.vq_logits.fit import check_codebook_size, fit_output_layer
 from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy, MovingCodes
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
-from lit_logits.modules.vq_logits.start import HeadInit, choose_init, start_codes
+from lit_logits.modules.vq_logits.start import PAIR_TOKENS, HeadInit, choose_init, start_codes
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["VQLogitsHead"]
@@ -60,9 +60,11 @@ class VQLogitsHead(MovingCodes):
         codebook_size: K, in [1, V].
         bias: learn a bias for each token, so that tokens of one code differ; without it they are equally likely (the
             paper's head).
-        init: how `start` finds the codes: `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
+        init: how `start` finds the codes: `cooccurrence`, tokens that follow the same contexts share one, see
+            `cooccurrence_assignment`; `random`; `frequency`, runs of tokens by frequency rank; `kmeans` or
             `weighted_kmeans` of the rows of a pretrained output layer. Default: `weighted_kmeans` with a pretrained
-            layer, else `frequency`.
+            layer, else `cooccurrence`.
+        start_tokens: tokens of text that `cooccurrence` reads on each rank at most, ahead of training.
         count_power: exponent of the token counts in `weighted_kmeans`.
         mapping: `fixed`; `learned`: each token owns a trained latent (V, d) and belongs to the nearest code;
             `reassigned`: one k-means step of the token table every `reassign_every_n_steps`.
@@ -99,6 +101,7 @@ class VQLogitsHead(MovingCodes):
         *,
         bias: bool = True,
         init: HeadInit | None = None,
+        start_tokens: int = PAIR_TOKENS,
         count_power: float = 0.75,
         mapping: MappingStrategy = "fixed",
         codebook_update: CodebookUpdate = "gradient",
@@ -111,11 +114,14 @@ class VQLogitsHead(MovingCodes):
         check_codebook_size(codebook_size, vocab_size)
         _check_options(mapping, codebook_update, decay, reassign_every_n_steps, usage_decay)
         check_not_negative(count_power=count_power, commitment_weight=commitment_weight)
+        if start_tokens < 1:
+            raise ValueError(f"Expected `start_tokens` to be at least 1, but got {start_tokens}.")
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
         self.mapping, self.codebook_update = mapping, codebook_update
         self.decay, self.usage_decay = decay, usage_decay
         self.reassign_every_n_steps = reassign_every_n_steps
-        self.init, self.count_power, self.commitment_weight = init, count_power, commitment_weight
+        self.init, self.start_tokens = init, start_tokens
+        self.count_power, self.commitment_weight = count_power, commitment_weight
 
         self.codebook = nn.Parameter(torch.randn(codebook_size, hidden_size) * _INIT_STD)
         self.codebook.requires_grad_(codebook_update == "gradient")
@@ -313,7 +319,10 @@ class VQLogitsHead(MovingCodes):
         """Set codes, mapping, bias and counts by `start_codes`; all ranks get those of rank 0."""
         # Only the weighted start needs hidden states; the others count labels, without a pass through the backbone.
         init = self.init or choose_init(None, pretrained=layer.weight is not None)
-        calibration = calibrate(second_moment=init == "weighted_kmeans")
+        if init == "cooccurrence":
+            calibration = calibrate(pair_tokens=self.start_tokens)
+        else:
+            calibration = calibrate(second_moment=init == "weighted_kmeans")
         found = start_codes(
             init,
             calibration,

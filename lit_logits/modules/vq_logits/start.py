@@ -3,7 +3,7 @@
 Letters: d hidden size, V vocabulary, K codes.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,29 +11,31 @@ from torch import Tensor
 from lit_logits.contracts import Calibration, OutputLayer
 from lit_logits.functional.code_assignment import frequency_assignment, weighted_kmeans
 from lit_logits.functional.codebook import unigram_bias
+from lit_logits.functional.cooccurrence import cooccurrence_assignment
 from lit_logits.functional.kmeans import kmeans
 
-__all__ = ["HeadInit", "VQStart", "choose_init", "start_codes"]
+__all__ = ["PAIR_TOKENS", "HeadInit", "VQStart", "choose_init", "start_codes"]
 
-HeadInit = Literal["random", "frequency", "kmeans", "weighted_kmeans"]
+PAIR_TOKENS = 50_000_000
+"""How much text a `cooccurrence` start reads on each rank: enough for the contexts of rare tokens, a few minutes."""
+
+HeadInit = Literal["random", "frequency", "cooccurrence", "kmeans", "weighted_kmeans"]
 
 
 def choose_init(init: HeadInit | None, *, pretrained: bool) -> HeadInit:
-    """Return `init`, or the default: `weighted_kmeans` for a pretrained output layer, else `frequency`.
+    """Return `init`, or the default: `weighted_kmeans` for a pretrained output layer, else `cooccurrence`.
 
     Raises:
         ValueError: If the name is unknown, or there are no pretrained rows for k-means.
     """
     if init is None:
-        return "weighted_kmeans" if pretrained else "frequency"
-    if init not in ("random", "frequency", "kmeans", "weighted_kmeans"):
-        raise ValueError(
-            f"Expected `init` to be 'random', 'frequency', 'kmeans' or 'weighted_kmeans', but got {init!r}."
-        )
+        return "weighted_kmeans" if pretrained else "cooccurrence"
+    if init not in get_args(HeadInit):
+        raise ValueError(f"Expected `init` to be one of {', '.join(map(repr, get_args(HeadInit)))}, but got {init!r}.")
     if init.endswith("kmeans") and not pretrained:
         raise ValueError(
             f"Expected a pretrained backbone for init={init!r}, which clusters the rows of its output layer, but the"
-            " backbone is a config with random weights. Use 'frequency' or 'random'."
+            " backbone is a config with random weights. Use 'cooccurrence', 'frequency' or 'random'."
         )
     return init
 
@@ -81,6 +83,12 @@ def start_codes(
     codebook, token_to_code, latents = None, None, None
     if init == "frequency":
         token_to_code = frequency_assignment(counts, codebook_size)
+    elif init == "cooccurrence":
+        if calibration.pairs is None:
+            raise ValueError("Expected a calibration with pairs of tokens for init='cooccurrence', but got None.")
+        token_to_code = cooccurrence_assignment(
+            calibration.pairs, counts, codebook_size, generator=generator, progress_bar=progress_bar
+        )
     elif init != "random":
         if layer.weight is None:
             raise ValueError(f"Expected the rows of a pretrained output layer for init={init!r}, but got None.")
