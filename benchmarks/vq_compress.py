@@ -125,7 +125,7 @@ def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:
     weight = bench.model.get_output_embeddings().weight.detach()
     settings = {"codebook_size": 256, "num_groups": weight.shape[1] // 8, **options}
     counts: Tensor | None
-    counts, moment, information, informed_moment = bench.calibration
+    counts, moment, information, informed_moment, _ = bench.calibration
     if bench.weights == "fisher" and settings["num_groups"] > 1:
         counts, moment = information, informed_moment
         settings["count_power"] = 1.0

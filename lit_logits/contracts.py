@@ -76,8 +76,13 @@ class OutputLayer(NamedTuple):
 class Calibrate(Protocol):
     """A function that reads the training data for a head; all ranks must make the same calls."""
 
-    def __call__(self, *, second_moment: bool = False, information: bool = False) -> Calibration:
-        """Return token counts and, if asked for, the moments of hidden states and the information of logits."""
+    def __call__(
+        self, *, second_moment: bool = False, information: bool = False, pair_tokens: int | None = None
+    ) -> Calibration:
+        """Return counts and, where asked for, the moments of hidden states and the information of logits.
+
+        With `pair_tokens`, return counts and pairs of as much of the text: as many tokens a rank, or all there are.
+        """
         ...
 
 
