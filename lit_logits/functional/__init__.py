@@ -10,6 +10,7 @@ from lit_logits.functional.bit_packing import (
     pack_bits,
     unpack_bits,
 )
+from lit_logits.functional.capped_clusters import capped_assignment
 from lit_logits.functional.checks import (
     check_finite,
     check_labels,
@@ -46,6 +47,7 @@ from lit_logits.functional.cooccurrence import (
     PairCounts,
     context_vectors,
     cooccurrence_assignment,
+    cooccurrence_hierarchy,
     count_pairs,
     merge_pairs,
     positive_pmi,
@@ -98,6 +100,14 @@ from lit_logits.functional.gromov_wasserstein import (
     edge_gw_bound,
     gw_objective,
     gw_over_permutations,
+)
+from lit_logits.functional.hierarchical_vq import (
+    ClusterLayout,
+    cluster_layout,
+    hierarchical_cross_entropy,
+    hierarchical_greedy,
+    hierarchical_log_probs,
+    hierarchical_sample,
 )
 from lit_logits.functional.kmeans import (
     KMeansResult,
@@ -185,6 +195,7 @@ __all__ = [
     "IGNORE_INDEX",
     "AlignedGradients",
     "ClassMoments",
+    "ClusterLayout",
     "CodeSplit",
     "DenseTarget",
     "Footprint",
@@ -222,12 +233,14 @@ __all__ = [
     "binary_kl",
     "binary_kl_norm",
     "broadcast_",
+    "capped_assignment",
     "check_finite",
     "check_labels",
     "check_token_to_code",
     "chunked_rows",
     "chunked_sum",
     "class_moments",
+    "cluster_layout",
     "co_activation_graph",
     "code_bits",
     "code_log_mass",
@@ -239,6 +252,7 @@ __all__ = [
     "common_span",
     "context_vectors",
     "cooccurrence_assignment",
+    "cooccurrence_hierarchy",
     "cosine_logit_loss",
     "cosine_matrix",
     "count_pairs",
@@ -255,6 +269,10 @@ __all__ = [
     "gw_objective",
     "gw_over_permutations",
     "head_struct",
+    "hierarchical_cross_entropy",
+    "hierarchical_greedy",
+    "hierarchical_log_probs",
+    "hierarchical_sample",
     "kd_kl_divergence",
     "kmeans",
     "l1_logit_loss",

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_logits.functional.capped_clusters import capped_assignment
 from lit_logits.functional.distributed import all_gather_rows
 from lit_logits.functional.kmeans import kmeans
 from lit_logits.functional.labels import IGNORE_INDEX
@@ -31,6 +32,7 @@ __all__ = [
     "PairCounts",
     "context_vectors",
     "cooccurrence_assignment",
+    "cooccurrence_hierarchy",
     "count_pairs",
     "merge_pairs",
     "positive_pmi",
@@ -180,6 +182,47 @@ def cooccurrence_assignment(
     vectors = context_vectors(pairs, len(token_counts), dim).to(token_counts.device)
     weights = token_counts.to(vectors).clamp(min=0.5).sqrt()
     return kmeans(vectors, codebook_size, weights=weights, generator=generator, progress_bar=progress_bar).assignments
+
+
+def cooccurrence_hierarchy(
+    pairs: PairCounts,
+    token_counts: Tensor,
+    codebook_sizes: Sequence[int],
+    *,
+    max_cluster_size: int,
+    dim: int = 64,
+    generator: torch.Generator | None = None,
+    progress_bar: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Assign tokens to clusters by `context_vectors`, and in all clusters to codes by what the clusters leave of them.
+
+    Args:
+        pairs: how often tokens occurred with contexts.
+        token_counts: (V,), how often each token occurred.
+        codebook_sizes: number of clusters, and of the codes of each further stage.
+        max_cluster_size: tokens a cluster.
+        dim: of the vectors.
+        generator: source of randomness, on the device of `token_counts`.
+        progress_bar: show one line of progress on a terminal.
+
+    Returns:
+        Clusters (V,) and codes (V, S), int64.
+    """
+    vectors = context_vectors(pairs, len(token_counts), dim).to(token_counts.device)
+    weights = token_counts.to(vectors).clamp(min=0.5).sqrt()
+    clusters, *stages = codebook_sizes
+    options: dict[str, Any] = {"weights": weights, "generator": generator, "progress_bar": progress_bar}
+    centroids = kmeans(vectors, clusters, **options).centroids
+    token_to_cluster = capped_assignment(vectors, centroids, max_cluster_size, weights=weights)
+    mass = torch.zeros_like(centroids[:, 0]).index_add_(0, token_to_cluster, weights)
+    sums = torch.zeros_like(centroids).index_add_(0, token_to_cluster, vectors * weights.unsqueeze(1))
+    rest = vectors - (sums / mass.clamp(min=1e-30).unsqueeze(1))[token_to_cluster]
+    codes = []
+    for size in stages:
+        found = kmeans(rest, size, **options)
+        codes.append(found.assignments)
+        rest = rest - found.centroids[found.assignments]
+    return token_to_cluster, torch.stack(codes, 1)
 
 
 def _sum_equal(keys: Tensor, counts: Tensor) -> PairCounts:

@@ -74,6 +74,7 @@ from lit_logits.modules.vq_logits.generation import (
     continue_prompts,
 )
 from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy
 from lit_logits.modules.vq_logits.original import (
     OriginalOutput,
@@ -103,6 +104,7 @@ __all__ = [
     "GradientAligner",
     "GraphAlignment",
     "HeadInit",
+    "HierarchicalVQLogitsHead",
     "LogitCache",
     "LogitSource",
     "MappingStrategy",

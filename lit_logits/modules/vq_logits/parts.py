@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from lit_logits.contracts import DecodingHead, ExportableHead, ImitatingHead, OutputHead
 from lit_logits.modules.vq_logits.dense import DenseLogitsHead
 from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
 __all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely"]
 
 HeadFactory = Callable[[int, int], nn.Module]
 
-_HEADS: dict[str, Any] = {head.__name__: head for head in (VQLogitsHead, ResidualVQLogitsHead, DenseLogitsHead)}
+_HEADS: dict[str, Any] = {
+    head.__name__: head for head in (VQLogitsHead, HierarchicalVQLogitsHead, ResidualVQLogitsHead, DenseLogitsHead)
+}
 
 
 def make_head(

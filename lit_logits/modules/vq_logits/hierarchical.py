@@ -1,0 +1,219 @@
+"""`HierarchicalVQLogitsHead`: tokens in clusters, with codes of their own in each; exact, and cheap at any vocabulary.
+
+Letters: d hidden size, V vocabulary, K clusters, S stages.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lit_logits.contracts import Calibrate, OutputLayer
+from lit_logits.functional.code_assignment import random_assignment
+from lit_logits.functional.codebook import unigram_bias
+from lit_logits.functional.cooccurrence import cooccurrence_hierarchy
+from lit_logits.functional.distributed import broadcast_
+from lit_logits.functional.hierarchical_vq import (
+    ClusterLayout,
+    cluster_layout,
+    hierarchical_cross_entropy,
+    hierarchical_greedy,
+    hierarchical_log_probs,
+    hierarchical_sample,
+)
+from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.reductions import Reduction
+from lit_logits.functional.vq_decoding import sample_logits
+from lit_logits.modules.vq_logits.start import PAIR_TOKENS
+from lit_logits.modules.vq_logits.tables import TableCache
+
+__all__ = ["HierarchicalVQLogitsHead"]
+
+HierarchyInit = Literal["cooccurrence", "random"]
+
+_INIT_STD = 0.02
+
+
+class HierarchicalVQLogitsHead(nn.Module):
+    """Output layer of two levels of codes: a token belongs to a cluster, and owns codes that all clusters share.
+
+    See `functional.hierarchical_vq` for the formulas. Where tokens of one code of a `VQLogitsHead` differ by a bias
+    alone, each token has logits of its own here, for hardly more time: the loss looks at the tokens of one cluster, not
+    at all. It starts from random codes; `fit` calls `start`, which clusters tokens by the contexts that they follow.
+
+    Args:
+        hidden_size: d.
+        vocab_size: V.
+        codebook_sizes: number of clusters K, and of the codes of each further stage, whose logits are added: two
+            numbers or more.
+        bias: learn a bias for each token in its cluster; without it tokens of equal codes are equally likely.
+        init: how `start` finds clusters and codes: `cooccurrence`, see `cooccurrence_hierarchy`, or `random`.
+        start_tokens: tokens of text that `cooccurrence` reads on each rank at most, ahead of training.
+        max_cluster_size: tokens a cluster; it bounds the time of the loss. Default twice the mean, 2 ⌈V/K⌉.
+
+    Attributes:
+        clusters: (K, d) parameter.
+        codes: (Σ K_s, d) parameter, the codebooks of the stages one after another.
+        cluster_bias: (K,) parameter in nats.
+        token_bias: (V,) parameter in nats, or None.
+        token_to_cluster: (V,) int64 buffer.
+        token_codes: (V, S) int64 buffer.
+
+    Raises:
+        ValueError: If a codebook is larger than the vocabulary, or an argument is out of range.
+
+    Example:
+        >>> head = HierarchicalVQLogitsHead(hidden_size=8, vocab_size=100, codebook_sizes=(10, 10))
+        >>> head(torch.randn(2, 8)).exp().sum(-1).round(decimals=4), head.greedy(torch.randn(2, 8)).shape
+        (tensor([1., 1.], grad_fn=<RoundBackward1>), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        codebook_sizes: Sequence[int] = (256, 256),
+        *,
+        bias: bool = True,
+        init: HierarchyInit = "cooccurrence",
+        start_tokens: int = PAIR_TOKENS,
+        max_cluster_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        num_clusters, *stage_sizes = codebook_sizes
+        if not stage_sizes or not all(1 <= size <= vocab_size for size in codebook_sizes):
+            raise ValueError(
+                f"Expected `codebook_sizes` to be two numbers or more in [1, {vocab_size}], the vocabulary size, but"
+                f" got {tuple(codebook_sizes)}."
+            )
+        if init not in get_args(HierarchyInit):
+            raise ValueError(f"Expected `init` to be 'cooccurrence' or 'random', but got {init!r}.")
+        if start_tokens < 1:
+            raise ValueError(f"Expected `start_tokens` to be at least 1, but got {start_tokens}.")
+        mean = -(-vocab_size // num_clusters)
+        if max_cluster_size is not None and max_cluster_size < mean:
+            raise ValueError(
+                f"Expected `max_cluster_size` to be at least {mean}, so that {num_clusters} clusters hold {vocab_size}"
+                f" tokens, but got {max_cluster_size}."
+            )
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.init, self.start_tokens = init, start_tokens
+        self.max_cluster_size = max_cluster_size or min(vocab_size, 2 * mean)
+        self.clusters = nn.Parameter(torch.randn(num_clusters, hidden_size) * _INIT_STD)
+        self.codes = nn.Parameter(torch.randn(sum(stage_sizes), hidden_size) * _INIT_STD)
+        self.cluster_bias = nn.Parameter(torch.zeros(num_clusters))
+        self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.register_buffer("token_to_cluster", random_assignment(vocab_size, num_clusters))
+        codes = [random_assignment(vocab_size, size) for size in stage_sizes]
+        self.register_buffer("token_codes", torch.stack(codes, 1))
+        self._tables = TableCache()
+
+    token_to_cluster: Tensor
+    token_codes: Tensor
+
+    # ------------------------------------------------------------------ logits and loss
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return log-probabilities (..., V) in nats of hidden states (..., d): logits that are normalised already."""
+        return hierarchical_log_probs(hidden, *self._arguments, **self._biases)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Return the cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
+        options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
+        return hierarchical_cross_entropy(hidden, *self._arguments, labels, **self._biases, **options)
+
+    # ------------------------------------------------------------------ decoding
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """Return the most likely tokens (...) of hidden states (..., d), exactly, from the likeliest clusters alone."""
+        return hierarchical_greedy(hidden, *self._arguments, **self._biases)
+
+    @torch.no_grad()
+    def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
+        if temperature == 1.0:
+            return hierarchical_sample(hidden, *self._arguments, **self._biases, generator=generator)
+        # At another temperature the probability of a cluster depends on all of its tokens.
+        return sample_logits(self(hidden), temperature, generator)
+
+    @property
+    def _arguments(self) -> tuple[Tensor, Tensor, ClusterLayout]:
+        return self.clusters, self.codes, self._layout()
+
+    @property
+    def _biases(self) -> dict[str, Any]:
+        return {"cluster_bias": self.cluster_bias, "token_bias": self.token_bias}
+
+    def _layout(self) -> ClusterLayout:
+        """Return the tables of the mapping; they are kept until it changes."""
+        sources = [self.token_to_cluster, self.token_codes]
+
+        def make() -> ClusterLayout:
+            return cluster_layout(*sources, len(self.clusters), self.codebook_sizes[1:])
+
+        return cast(ClusterLayout, self._tables.get("layout", sources, make))
+
+    # ------------------------------------------------------------------ start
+
+    def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
+        """Return False: counts are read in any case. See `StartingHead`."""
+        return False
+
+    def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
+        """Set clusters, codes and biases from the text; all ranks get those of rank 0."""
+        calibration = calibrate(pair_tokens=self.start_tokens) if self.init == "cooccurrence" else calibrate()
+        clusters, codes = self.token_to_cluster, self.token_codes
+        if calibration.pairs is not None:
+            device = self.clusters.device
+            clusters, codes = cooccurrence_hierarchy(
+                calibration.pairs,
+                calibration.token_counts.to(device),
+                self.codebook_sizes,
+                max_cluster_size=self.max_cluster_size,
+                generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
+                progress_bar=progress_bar,
+            )
+        self.set_codes(clusters, codes, token_bias=unigram_bias(calibration.token_counts))
+
+    @torch.no_grad()
+    def set_codes(self, token_to_cluster: Tensor, token_codes: Tensor, *, token_bias: Tensor | None = None) -> None:
+        """Replace the mapping, on every rank by that of rank 0.
+
+        Args:
+            token_to_cluster: (V,) int64 in [0, K).
+            token_codes: (V, S) int64, of stage s in [0, K_s).
+            token_bias: (V,) log-probabilities of tokens, split into those of the clusters and of tokens in them.
+
+        Raises:
+            ValueError: If a shape differs or a code is out of range; nothing is written then.
+        """
+        for name, value in (("token_to_cluster", token_to_cluster), ("token_codes", token_codes)):
+            if value.shape != getattr(self, name).shape:
+                raise ValueError(
+                    f"Expected `{name}` to have shape {tuple(getattr(self, name).shape)}, but got {tuple(value.shape)}."
+                )
+        cluster_layout(token_to_cluster, token_codes, len(self.clusters), self.codebook_sizes[1:])
+        self.token_to_cluster.copy_(token_to_cluster)
+        self.token_codes.copy_(token_codes)
+        if token_bias is not None:
+            sizes = torch.bincount(self.token_to_cluster, minlength=len(self.clusters))
+            mass = token_bias.new_zeros(len(sizes)).index_add_(0, self.token_to_cluster, token_bias.exp())
+            # Clusters without members have no mass, and no place in the softmax either.
+            log_mass = mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+            self.cluster_bias.copy_(torch.where(sizes > 0, log_mass, 0))
+            if self.token_bias is not None:
+                self.token_bias.copy_(token_bias - log_mass[self.token_to_cluster])
+        self._tables.clear()
+        # DDP broadcasts parameters when it wraps the model, and that is before the head starts.
+        broadcast_(*self.state_dict().values())
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print(module)` shows."""
+        return (
+            f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_sizes={self.codebook_sizes},"
+            f" bias={self.token_bias is not None}, max_cluster_size={self.max_cluster_size}"
+        )

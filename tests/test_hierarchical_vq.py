@@ -1,0 +1,315 @@
+"""Two levels of codes: every result against a loop over the definition, and the head in `VQLogitsLM`."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from lit_logits import VQLogitsLM
+from lit_logits.contracts import DecodingHead, OutputHead, StartingHead
+from lit_logits.functional import capped_assignment, unigram_bias
+from lit_logits.functional.hierarchical_vq import (
+    cluster_layout,
+    hierarchical_cross_entropy,
+    hierarchical_greedy,
+    hierarchical_log_probs,
+    hierarchical_sample,
+)
+from lit_logits.modules import HierarchicalVQLogitsHead
+
+V, D, K, SIZES = 23, 5, 6, (4, 3)
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+LLAMA |= {"num_attention_heads": 2}
+
+
+def problem(seed, *, bias=True, num_tokens=7, scale=1.0):
+    """Clusters of any sizes, one of them maybe empty."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    owner = torch.randint(K - 1, (V,), generator=generator)
+    codes = torch.stack([torch.randint(size, (V,), generator=generator) for size in SIZES], 1)
+    arguments = (randn(num_tokens, D), randn(K, D), randn(sum(SIZES), D), cluster_layout(owner, codes, K, SIZES))
+    biases = {"cluster_bias": randn(K), "token_bias": randn(V) if bias else None}
+    return arguments, biases, owner, codes
+
+
+def by_definition(arguments, biases, owner, codes):
+    """log p(v | h), token by token."""
+    hidden, clusters, table, _ = arguments
+    rows = []
+    for h in hidden:
+        used = sorted(set(owner.tolist()))
+        outer = {k: float(h @ clusters[k] + biases["cluster_bias"][k]) for k in used}
+        total = math.log(sum(math.exp(value) for value in outer.values()))
+        inner = []
+        for v in range(V):
+            z = float(h @ table[codes[v, 0]] + h @ table[SIZES[0] + codes[v, 1]])
+            inner.append(z + (0.0 if biases["token_bias"] is None else float(biases["token_bias"][v])))
+        row = []
+        for v in range(V):
+            mates = [u for u in range(V) if owner[u] == owner[v]]
+            within = inner[v] - math.log(sum(math.exp(inner[u]) for u in mates))
+            row.append(outer[int(owner[v])] - total + within)
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------- functional
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_log_probs_are_the_definition_and_sum_to_one(seed, bias):
+    arguments, biases, owner, codes = problem(seed, bias=bias)
+    found = hierarchical_log_probs(*arguments, **biases)
+    torch.testing.assert_close(found, by_definition(arguments, biases, owner, codes))
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_is_that_of_the_log_probs_in_value_and_gradient(bias, monkeypatch):
+    for values_a_chunk in (2**26, 200):
+        monkeypatch.setattr("lit_logits.functional.chunks.VALUES_A_CHUNK", values_a_chunk)
+        arguments, biases, *_ = problem(3, bias=bias)
+        labels = torch.tensor([0, 5, -100, 22, 7, 7, 1])
+        leaves = [
+            tensor.requires_grad_() for tensor in (*arguments[:3], *filter(lambda b: b is not None, biases.values()))
+        ]
+        loss = hierarchical_cross_entropy(*arguments, labels, **biases)
+        log_probs = hierarchical_log_probs(*arguments, **biases)
+        expected = torch.nn.functional.nll_loss(log_probs, labels)
+        torch.testing.assert_close(loss, expected)
+        for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+            torch.testing.assert_close(one, other)
+            assert one.isfinite().all()
+        each = hierarchical_cross_entropy(*arguments, labels, **biases, reduction="none")
+        assert each[2] == 0
+        torch.testing.assert_close(
+            each.sum(), hierarchical_cross_entropy(*arguments, labels, **biases, reduction="sum")
+        )
+
+
+def test_gradcheck():
+    arguments, biases, *_ = problem(4, num_tokens=3)
+    labels = torch.tensor([3, -100, 20])
+
+    def loss(hidden, clusters, codes, cluster_bias, token_bias):
+        options = {"cluster_bias": cluster_bias, "token_bias": token_bias}
+        return hierarchical_cross_entropy(hidden, clusters, codes, arguments[3], labels, **options)
+
+    leaves = [tensor.requires_grad_() for tensor in (*arguments[:3], *biases.values())]
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_no_label_that_counts_is_a_zero_with_a_graph():
+    arguments, biases, *_ = problem(0)
+    arguments[1].requires_grad_()
+    loss = hierarchical_cross_entropy(*arguments, torch.full((7,), -100), **biases)
+    loss.backward()
+    assert loss == 0
+    assert not arguments[1].grad.any()
+
+
+def test_a_wrong_label_is_named():
+    arguments, biases, *_ = problem(0)
+    with pytest.raises(ValueError, match="23"):
+        hierarchical_cross_entropy(*arguments, torch.full((7,), V), **biases)
+    with pytest.raises(ValueError, match=r"`labels` to have shape \(7,\)"):
+        hierarchical_cross_entropy(*arguments, torch.zeros(3, dtype=torch.long), **biases)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_greedy_is_the_argmax(seed, scale, bias):
+    arguments, biases, *_ = problem(seed, scale=scale, bias=bias, num_tokens=9)
+    log_probs = hierarchical_log_probs(*arguments, **biases)
+    found = hierarchical_greedy(*arguments, **biases)
+    best = log_probs.max(-1).values
+    torch.testing.assert_close(log_probs.gather(1, found.unsqueeze(1)).squeeze(1), best)
+
+
+def test_greedy_opens_few_clusters(monkeypatch):
+    opened = []
+    generator = torch.Generator().manual_seed(0)
+    owner, codes = torch.arange(4000) % 80, torch.randint(8, (4000, 1), generator=generator)
+    layout = cluster_layout(owner, codes, 80, [8])
+    from lit_logits.functional import hierarchical_vq
+
+    real = hierarchical_vq._member_logits
+    monkeypatch.setattr(hierarchical_vq, "_member_logits", lambda *a: opened.append(len(a[1])) or real(*a))
+    hidden = 3 * torch.randn(16, 8, generator=generator)
+    arguments = (hidden, torch.randn(80, 8, generator=generator), torch.randn(8, 8, generator=generator), layout)
+    found = hierarchical_greedy(*arguments, cluster_bias=torch.zeros(80))
+    assert sum(opened) < 16 * 80 / 2
+    log_probs = hierarchical_log_probs(*arguments, cluster_bias=torch.zeros(80))
+    torch.testing.assert_close(log_probs.gather(1, found.unsqueeze(1)).squeeze(1), log_probs.max(-1).values)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_samples_follow_the_probabilities(bias):
+    arguments, biases, *_ = problem(5, bias=bias, num_tokens=1)
+    many = (arguments[0].expand(40_000, -1), *arguments[1:])
+    drawn = hierarchical_sample(*many, **biases, generator=torch.Generator().manual_seed(0))
+    expected = hierarchical_log_probs(*arguments, **biases).exp()[0]
+    shares = torch.bincount(drawn, minlength=V) / len(drawn)
+    torch.testing.assert_close(shares, expected.float(), atol=0.012, rtol=0)
+
+
+def test_a_cluster_for_each_token_is_a_dense_layer_and_one_cluster_too():
+    """The ends of the scale: all of the softmax in the outer level, or all of it in the inner one."""
+    hidden, rows = torch.randn(4, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
+    expected = (hidden @ rows.T).log_softmax(-1)
+    zeros = torch.zeros(1, D, dtype=torch.float64)
+    outer = cluster_layout(torch.arange(V), torch.zeros(V, 1, dtype=torch.long), V, [1])
+    found = hierarchical_log_probs(hidden, rows, zeros, outer, cluster_bias=torch.zeros(V, dtype=torch.float64))
+    torch.testing.assert_close(found, expected)
+    inner = cluster_layout(torch.zeros(V, dtype=torch.long), torch.arange(V).unsqueeze(1), 1, [V])
+    found = hierarchical_log_probs(hidden, zeros, rows, inner, cluster_bias=torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------------- clusters of bounded size
+
+
+@given(st.integers(0, 10_000), st.integers(5, 12))
+@settings(max_examples=30, deadline=None)
+def test_no_cluster_is_over_full_and_none_would_rather_have_another_point(seed, max_size):
+    generator = torch.Generator().manual_seed(seed)
+    points, centroids = torch.randn(40, 3, generator=generator), torch.randn(8, 3, generator=generator)
+    weights = torch.rand(40, generator=generator) + 0.1
+    found = capped_assignment(points, centroids, max_size, weights=weights)
+    sizes = torch.bincount(found, minlength=8)
+    assert int(sizes.max()) <= max_size
+    distances = torch.cdist(points, centroids)
+    for point in range(40):  # whatever is nearer than what a point got is full
+        nearer = distances[point] < distances[point, found[point]] - 1e-6
+        assert (sizes[nearer] == max_size).all()
+
+
+def test_clusters_that_are_not_over_full_are_the_nearest():
+    points, centroids = torch.randn(30, 2), torch.randn(4, 2)
+    assert torch.equal(capped_assignment(points, centroids, 30), torch.cdist(points, centroids).argmin(1))
+    with pytest.raises(ValueError, match="`max_size` to be at least 8"):
+        capped_assignment(points, centroids, 7)
+
+
+# ---------------------------------------------------------------------- the head
+
+
+def test_the_head_keeps_the_contracts():
+    head = HierarchicalVQLogitsHead(8, 40, (5, 4))
+    torch.nn.init.normal_(head.token_bias)  # tokens of equal codes differ then
+    assert isinstance(head, OutputHead)
+    assert isinstance(head, DecodingHead)
+    assert isinstance(head, StartingHead)
+    hidden = torch.randn(3, 2, 8)
+    assert head(hidden).shape == (3, 2, 40)
+    assert torch.equal(head.greedy(hidden), head(hidden).argmax(-1))
+    for temperature in (1.0, 0.5):
+        assert head.sample(hidden, temperature).shape == (3, 2)
+    cold = head.sample(20 * hidden, 0.01)
+    assert torch.equal(cold, head.greedy(20 * hidden))
+
+
+def test_a_start_bias_is_a_unigram_model():
+    head = HierarchicalVQLogitsHead(8, 40, (5, 4))
+    bias = unigram_bias(torch.arange(40.0))
+    head.set_codes(head.token_to_cluster.clone(), head.token_codes.clone(), token_bias=bias)
+    torch.testing.assert_close(head(torch.zeros(8)), bias.log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_tables_follow_the_mapping():
+    head, hidden = HierarchicalVQLogitsHead(8, 40, (5, 4)), torch.randn(6, 8)
+    before = head(hidden)
+    other = HierarchicalVQLogitsHead(8, 40, (5, 4))
+    head.load_state_dict(other.state_dict())
+    assert torch.equal(head(hidden), other(hidden))
+    assert not torch.equal(head(hidden), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codebook_sizes": (5,)}, r"`codebook_sizes` to be two numbers or more in \[1, 40\]"),
+        ({"codebook_sizes": (5, 41)}, r"`codebook_sizes` to be two numbers or more"),
+        ({"codebook_sizes": (5, 4), "init": "kmeans"}, "`init` to be 'cooccurrence' or 'random', but got 'kmeans'"),
+        ({"codebook_sizes": (5, 4), "start_tokens": 0}, "`start_tokens` to be at least 1"),
+        ({"codebook_sizes": (5, 4), "max_cluster_size": 7}, "`max_cluster_size` to be at least 8"),
+    ],
+)
+def test_an_argument_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HierarchicalVQLogitsHead(8, 40, **arguments)
+
+
+def test_codes_that_do_not_fit_are_refused_and_nothing_is_written():
+    head = HierarchicalVQLogitsHead(8, 40, (5, 4))
+    before = head.token_to_cluster.clone()
+    with pytest.raises(ValueError, match=r"`token_codes` to have shape \(40, 1\)"):
+        head.set_codes(torch.zeros(40, dtype=torch.long), torch.zeros(40, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="4"):
+        head.set_codes(torch.zeros(40, dtype=torch.long), torch.full((40, 1), 4))
+    assert torch.equal(head.token_to_cluster, before)
+
+
+# ---------------------------------------------------------------------- in training
+
+
+def rows(num=48, length=12):
+    generator = torch.Generator().manual_seed(0)
+    kind = (torch.arange(length) + torch.arange(num).unsqueeze(1)) % 4
+    return 5 * kind + torch.randint(5, (num, length), generator=generator)
+
+
+def make_trainer(tmp_path, **kwargs):
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=tmp_path, **options, **kwargs)
+
+
+def loader():
+    return DataLoader([{"input_ids": row, "labels": row} for row in rows()], batch_size=8)
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (4, 3, 3)])
+def test_fit_starts_the_head_learns_resumes_and_generates(sizes, tmp_path):
+    torch.manual_seed(0)
+    head = partial(HierarchicalVQLogitsHead, codebook_sizes=sizes)
+    model = VQLogitsLM(LLAMA, 20, head=head, optimizer=partial(torch.optim.Adam, lr=0.02))
+    trainer = make_trainer(tmp_path, max_epochs=8)
+    trainer.fit(model, loader(), loader())
+    owner = model.head.token_to_cluster.view(4, 5)
+    assert (owner == owner[:, :1]).all()  # words that follow the same words are in one cluster
+    assert len(set(owner[:, 0].tolist())) == 4
+    assert float(trainer.callback_metrics["val/loss"]) < math.log(20) - 0.9 * math.log(4)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = VQLogitsLM.load_from_checkpoint(tmp_path / "last.ckpt")
+    ids = rows()[:3, :4]
+    assert type(again.head) is HierarchicalVQLogitsHead
+    torch.testing.assert_close(again.eval()(ids), model.eval()(ids))
+    text = model.generate(ids, max_new_tokens=6)
+    kinds = text // 5
+    assert ((kinds[:, 1:] - kinds[:, :-1]) % 4 == 1).all()
+
+
+def test_what_it_cannot_do_is_said(tmp_path):
+    model = VQLogitsLM(LLAMA, 20, head=partial(HierarchicalVQLogitsHead, codebook_sizes=(4, 5)))
+    for form in ("compact", "dense"):
+        with pytest.raises(ValueError, match=f"for head='{form}', but got HierarchicalVQLogitsHead"):
+            model.to_pretrained(form)
+
+
+def test_bfloat16():
+    head = HierarchicalVQLogitsHead(8, 40, (5, 4)).bfloat16()
+    hidden, labels = torch.randn(6, 8, dtype=torch.bfloat16), torch.arange(6)
+    loss = head.loss(hidden, labels)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert head.codes.grad.dtype == torch.bfloat16
