@@ -123,8 +123,17 @@ class HierarchicalVQLogitsHead(nn.Module):
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return the cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
-        options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
-        return hierarchical_cross_entropy(hidden, *self._arguments, labels, **self._biases, **options)
+        return hierarchical_cross_entropy(
+            hidden,
+            self.clusters,
+            self.codes,
+            self._layout(),
+            labels,
+            cluster_bias=self.cluster_bias,
+            token_bias=self.token_bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
 
     # ------------------------------------------------------------------ decoding
 
@@ -150,12 +159,11 @@ class HierarchicalVQLogitsHead(nn.Module):
 
     def _layout(self) -> ClusterLayout:
         """Return the tables of the mapping; they are kept until it changes."""
-        sources = [self.token_to_cluster, self.token_codes]
 
         def make() -> ClusterLayout:
-            return cluster_layout(*sources, len(self.clusters), self.codebook_sizes[1:])
+            return cluster_layout(self.token_to_cluster, self.token_codes, len(self.clusters), self.codebook_sizes[1:])
 
-        return cast(ClusterLayout, self._tables.get("layout", sources, make))
+        return cast(ClusterLayout, self._tables.get("layout", [self.token_to_cluster, self.token_codes], make))
 
     # ------------------------------------------------------------------ start
 
