@@ -156,7 +156,7 @@ def _draw_seeds(points: Tensor, num_clusters: int, weights: Tensor, generator: t
 def _draw_candidates(
     points: Tensor, count: int, weights: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Draw distinct points with odds of weight times squared distance to those so far, and sum the weights near each."""
+    """Draw points with odds of weight times squared distance to those so far, and sum up the weights nearest to each."""
     if count == points.shape[0]:
         return points, weights
     drawn = _draw_distinct(weights, 1, None, generator)
@@ -198,7 +198,7 @@ def _draw_distinct(odds: Tensor, size: int, taken: Tensor | None, generator: tor
 
     By Gumbel top-k: `torch.multinomial` stops at 2²⁴ categories.
     """
-    # −log of an exponential variate is a Gumbel variate. Odds of 0 come last, and among them no taken ones: there may be
+    # −log of an exponential variate is a Gumbel variate. Odds of 0 come last, before those that are taken: there may be
     # fewer distinct points than clusters.
     tiny = torch.finfo(odds.dtype).tiny
     noise = torch.empty_like(odds).exponential_(generator=generator).clamp_(min=tiny)

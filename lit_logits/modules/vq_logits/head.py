@@ -148,6 +148,7 @@ class VQLogitsHead(MovingCodes):
         bias: Tensor | None = None,
         metric: MetricKind = "full",
         count_power: float = 0.75,
+        num_sweeps: int = 2,
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
     ) -> "VQLogitsHead | ResidualVQLogitsHead":
@@ -176,6 +177,7 @@ class VQLogitsHead(MovingCodes):
             hidden_second_moment=hidden_second_moment,
             metric=metric,
             count_power=count_power,
+            num_sweeps=num_sweeps,
             generator=generator,
             progress_bar=progress_bar,
         )
