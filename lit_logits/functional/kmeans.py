@@ -156,7 +156,7 @@ def _draw_seeds(points: Tensor, num_clusters: int, weights: Tensor, generator: t
 def _draw_candidates(
     points: Tensor, count: int, weights: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Draw points with odds of weight times squared distance to those so far, and sum up the weights nearest to each."""
+    """Draw points with odds of weight times squared distance to those so far, and sum the weights nearest to each."""
     if count == points.shape[0]:
         return points, weights
     drawn = _draw_distinct(weights, 1, None, generator)
