@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -33,7 +34,8 @@ class CodebookReinit(Callback):
         seed: of the 2-means that split a code; the step is added.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; at the start of fit, if weights are averaged and nothing stops the
+            revivals.
 
     Example:
         >>> CodebookReinit(every_n_steps=100, min_usage=0.01).every_n_steps
@@ -52,6 +54,15 @@ class CodebookReinit(Callback):
         """Warn if the model has no head with codes."""
         if not find_parts(pl_module, VQLogitsHead):
             rank_zero_warn("CodebookReinit found no VQLogitsHead in the model and will do nothing.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to revive codes while their weights are averaged: a mean would mix a code with the one it becomes."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and self.stop_step is None:
+                raise ValueError(
+                    f"Expected `stop_step` to be set with {type(callback).__name__}, to a step before it starts to"
+                    " average: a mean over steps would mix a code with what it is revived as."
+                )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Look for dead codes when a multiple of `every_n_steps` has just been reached."""

@@ -46,7 +46,7 @@ class GWApproximationLogger(Callback):
 
     TensorBoard also gets `gw/scatter`, exact over sorted of those pairs, and `gw/graph`, both graphs of the first
     sample. With several sources, all but `gw/scatter` carry their names: `gw/sorted/NAME`. If the part is called
-    several times for one source, the last call counts. Needs POT: `pip install lit-logits[ot]`.
+    several times for one source, the last call counts. Needs POT: `pip install -e ".[ot]"` in a checkout.
 
     Args:
         every_n_steps: optimizer steps between looks.

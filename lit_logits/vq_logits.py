@@ -4,12 +4,13 @@ Letters: B batch, T sequence, d hidden size, V vocabulary, K codes.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ from lit_logits.modules.language_models.inspect import find_layers, freeze_first
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
-from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.optimization import counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import calibrator, fresh_loader
+from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
 from lit_logits.modules.vq_logits.export import compact_model, dense_model
 from lit_logits.modules.vq_logits.generation import continue_prompts
@@ -147,8 +149,16 @@ class VQLogitsLM(LightningModule):
             module.eval()
         return self
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the pretrained rows that a head which has not started yet will start from."""
+        if not self.head_ready:
+            checkpoint["output_layer"] = tuple(self._output_layer)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Copy what the original shares with the backbone if the checkpoint is about to change it."""
+        """Take back the rows to start from, and copy what the original shares with the backbone if it will change."""
+        # A search for a learning rate or a batch size trains a little, which frees the rows, and then loads such a
+        # checkpoint.
+        self._output_layer = OutputLayer(*checkpoint.get("output_layer", self._output_layer))
         if self.original is None:
             return
         loaded = checkpoint["state_dict"]
@@ -183,6 +193,13 @@ class VQLogitsLM(LightningModule):
 
     # ------------------------------------------------------------------ training
 
+    def on_fit_start(self) -> None:
+        """Refuse averages of weights that would be other codes."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                with_buffers = getattr(callback, "_use_buffers", False)
+                check_averages(self, type(callback).__name__, with_buffers=with_buffers)
+
     def on_train_start(self) -> None:
         """Start the head from calibration batches, unless a checkpoint has restored it."""
         if not self.head_ready:
@@ -191,6 +208,9 @@ class VQLogitsLM(LightningModule):
                 fresh_loader(self.trainer.train_dataloader if data is None else data.train_dataloader())
             )
         self._output_layer = OutputLayer(None, None)  # frees the dense weights; a restored head never read them
+        warning = check_steps(self.head, steps_left(self.trainer))
+        if warning:
+            rank_zero_warn(warning)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Check the labels of the first batch, on an accelerator too."""
@@ -216,12 +236,15 @@ class VQLogitsLM(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move what gradients do not."""
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then move what gradients do not, unless the loss scaler left the step out."""
+        with counted_steps(optimizer) as steps:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Here and not in `on_train_batch_end`: once for each optimizer step, whatever the accumulation, and before a
         # callback writes the checkpoint of this step.
-        if isinstance(self.head, LearningHead):
+        if steps.taken and isinstance(self.head, LearningHead):
             self.head.after_step()
 
     def configure_optimizers(self) -> Any:

@@ -196,3 +196,13 @@ def test_a_planted_violation_is_caught(module, source):
 )
 def test_an_allowed_import_passes(module, source):
     assert violations(source, module) == []
+
+
+def test_no_text_installs_the_package_from_an_index():
+    """It is on none: what stands in texts and errors works from a checkout."""
+    kinds = {".py", ".md", ".yaml", ".cfg", ".toml", ".txt"}
+    folders = [ROOT, *(ROOT / name for name in (*FOLDERS, "configs", "docs", "benchmarks"))]
+    paths = {path for folder in folders for path in (folder.glob("*") if folder == ROOT else folder.rglob("*"))}
+    texts = {path: path.read_text() for path in paths if path.suffix in kinds and path.is_file()}
+    assert len(texts) > 100
+    assert [path.name for path, text in texts.items() if "pip install lit-logits" in text] == []

@@ -563,7 +563,7 @@ def test_a_part_that_configure_model_makes():
 
 def test_without_pot(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(ValueError, match=r"Expected POT.*pip install lit-logits\[ot\]"):
+    with pytest.raises(ValueError, match=r"Expected POT.*pip install -e \"\.\[ot\]\""):
         fit(Toy(), GWApproximationLogger())
 
 

@@ -265,5 +265,5 @@ def test_without_peft(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     assert not has_lora(tiny())
-    with pytest.raises(ValueError, match=r"pip install lit-logits\[peft\]"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[peft\]"'):
         add_lora(tiny(), {"r": 2})

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_logits.contracts import Calibration, OutputLayer
 from lit_logits.functional import (
     DenseTarget,
     decode_rows,
@@ -26,6 +27,7 @@ from lit_logits.functional import (
     weighted_kmeans,
 )
 from lit_logits.modules import ResidualVQLogitsHead, VQLogitsHead
+from lit_logits.modules.vq_logits.fit import fit_output_layer
 
 residual_module = importlib.import_module("lit_logits.functional.residual_vq")
 
@@ -271,6 +273,35 @@ def test_a_fuller_metric_leaves_less_error_and_so_do_more_stages_and_sweeps():
     assert error("full") < 0.8 * error("block") < 0.8 * error("identity")
     assert error("full", num_sweeps=3) < error("full", num_sweeps=0)
     assert error(stages=2 * ones) < 0.5 * error(stages=stages_by_rank(counts, {50: 2, 400: 1})) < 0.5 * error()
+
+
+def test_more_sweeps_are_an_argument_of_everything_that_fits():
+    """The default of 2 could not be changed from outside."""
+    weight, moment, counts = correlated()
+    options = {"codebook_size": 16, "num_groups": 4, "token_counts": counts, "hidden_second_moment": moment}
+
+    def error(rows):
+        return logit_error(weight, rows.detach(), moment, counts.pow(0.75))
+
+    def rng():
+        return torch.Generator().manual_seed(0)
+
+    few, many = (fit_output_layer(weight, **options, num_sweeps=n, generator=rng()) for n in (2, 16))
+    assert float(many.error) < 0.995 * float(few.error)
+    assert torch.equal(fit_output_layer(weight, **options, generator=rng()).codes, few.codes)
+    head = VQLogitsHead.from_dense(weight, **options, num_sweeps=16, generator=rng())
+    assert error(head.dense_weight()) == pytest.approx(error(fitted_rows(many, 4)), rel=1e-5)
+    started = []
+    for num_sweeps in (0, 16):
+        torch.manual_seed(0)
+        own = ResidualVQLogitsHead(16, 400, 16, num_groups=4, num_sweeps=num_sweeps)
+        own.start(lambda **_: Calibration(counts, moment), OutputLayer(weight, None))
+        started.append(error(own.dense_weight()))
+    assert started[1] < 0.95 * started[0]
+    with pytest.raises(ValueError, match="Expected `num_sweeps` to be non-negative, but got -1"):
+        ResidualVQLogitsHead(16, 400, 16, num_groups=4, num_sweeps=-1)
+    with pytest.raises(ValueError, match="Expected `num_sweeps` to be non-negative, but got -1"):
+        fit_output_layer(weight, **options, num_sweeps=-1)
 
 
 def test_error_feedback_is_no_worse_than_fitting_in_the_rotated_space():

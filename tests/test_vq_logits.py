@@ -517,6 +517,42 @@ def test_ema_codebook_against_a_loop():
     assert not head.codebook.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["cast", "default", "loaded", "assigned"])
+def test_running_counts_and_sums_stay_float32(dtype, way):
+    """In bfloat16 counts stopped at 256, which gave shares that were off by 38 %, and the EMA codebook failed."""
+    whole, _ = make_head("fixed", "ema", decay=0.99, usage_decay=0.999)
+    torch.set_default_dtype(dtype if way == "default" else torch.float32)
+    try:
+        head, _ = make_head("fixed", "ema", decay=0.99, usage_decay=0.999)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    head.load_state_dict(whole.state_dict())
+    if way != "default":
+        head.to(dtype)
+    if way in ("loaded", "assigned"):
+        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in whole.state_dict().items()}
+        head.load_state_dict(state, assign=way == "assigned")
+    assert {name: b.dtype for name, b in head.named_buffers() if b.is_floating_point()} == dict.fromkeys(
+        ("token_counts", "ema_sums", "ema_mass"), torch.float32
+    )
+    assert head.codebook.dtype == dtype
+    for seed in range(30):
+        hidden, _, _, labels, _ = problem(seed, dtype=torch.float32)
+        for one in (whole, head):
+            one.loss(hidden.to(one.codebook.dtype), labels)
+            one.after_step()
+    torch.testing.assert_close(head.token_counts, whole.token_counts)
+    torch.testing.assert_close(head.usage(), whole.usage())
+    torch.testing.assert_close(head.codebook.float(), whole.codebook, rtol=0.02, atol=1e-3)
+
+
+def test_an_ema_codebook_in_float64():
+    head, _ = make_head("fixed", "ema")
+    head.double().after_step()
+    assert head.ema_sums.dtype == head.codebook.dtype == torch.float64
+
+
 def test_ema_forgets_a_revived_code():
     """Vector, sum and mass go together: an old running mean would pull the revived code back."""
     head, _ = make_head("fixed", "ema")

@@ -3,6 +3,7 @@
 Letters: N positions, d hidden size, V vocabulary, K codes, G groups, S stages.
 """
 
+import ctypes
 import functools
 import warnings
 from types import SimpleNamespace
@@ -305,6 +306,20 @@ def test_the_library_is_built_once(monkeypatch, tmp_path):
     assert vq_lookup_kernel._compile() == library
     assert library.stat().st_mtime_ns == made
     assert [path.name for path in (tmp_path / "lit_logits").iterdir()] == [library.name]
+
+
+def test_a_library_that_is_cut_off_is_built_again(monkeypatch, tmp_path):
+    """A full disk or a torn copy of the home left one, and loading it ended the process with a bus error."""
+    if vq_lookup_kernel.lookup_kernel() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = vq_lookup_kernel._compile()
+    whole = library.read_bytes()
+    with library.open("r+b") as file:
+        file.truncate(5000)
+    again = vq_lookup_kernel._compile()
+    assert again.stat().st_size == len(whole)
+    assert ctypes.CDLL(str(again)).lookup_logits
 
 
 CODEBOOKS, CODES, MEMBERS, BIAS = head(7, (1.0, 0.5))

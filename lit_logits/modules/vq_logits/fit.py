@@ -31,6 +31,7 @@ def fit_output_layer(
     hidden_second_moment: Tensor | None = None,
     metric: MetricKind = "full",
     count_power: float = 0.75,
+    num_sweeps: int = 2,
     generator: torch.Generator | None = None,
     progress_bar: bool = False,
 ) -> ResidualCodes:
@@ -51,6 +52,7 @@ def fit_output_layer(
         metric: what of the second moment is used.
         count_power: exponent of the counts. A token without counts weighs as one of half the smallest positive count;
             no count is taken as less than 1e-7 of the largest.
+        num_sweeps: passes that renew all codes after the first fit; 16 take 1 to 3 % off its error, in more time.
         generator: source of randomness, on the device of `weight`.
         progress_bar: show one line of progress on a terminal.
 
@@ -97,6 +99,7 @@ def fit_output_layer(
         token_stages=stages,
         token_weights=weights,
         metric=metric_matrix(moment.to(weight.device), metric, num_groups),
+        num_sweeps=num_sweeps,
         generator=generator,
         progress_bar=progress_bar,
     )

@@ -19,7 +19,7 @@ from lit_logits.functional.codebook import (
     unigram_bias,
     vq_footprint,
 )
-from lit_logits.functional.reductions import Reduction
+from lit_logits.functional.reductions import Reduction, at_least_float32
 from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, StageCodes, residual_vq_losses
 from lit_logits.functional.vq_decoding import (
@@ -79,7 +79,7 @@ class VQLogitsHead(MovingCodes):
         token_to_code: (V,) int64 buffer.
         token_bias: (V,) parameter in nats, or None.
         latents: (V, d) parameter kept for training only, or None.
-        token_counts: (V,) float32 buffer, running counts of the targets of all ranks.
+        token_counts: (V,) buffer, running counts of the targets of all ranks; at least float32 in any module.
 
     Raises:
         ValueError: If the codebook is larger than the vocabulary, or an argument is out of range.
@@ -129,11 +129,12 @@ class VQLogitsHead(MovingCodes):
         has_latents = mapping == "learned" or codebook_update == "ema"
         self.latents = nn.Parameter(torch.empty(vocab_size, hidden_size)) if has_latents else None
         self.register_buffer("token_to_code", random_assignment(vocab_size, codebook_size))
-        self.register_buffer("token_counts", torch.zeros(vocab_size))
+        running = torch.promote_types(torch.get_default_dtype(), torch.float32)  # whatever the dtype of the weights
+        self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         if codebook_update == "ema":
-            self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size))
-            self.register_buffer("ema_mass", torch.empty(codebook_size))
+            self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size, dtype=running))
+            self.register_buffer("ema_mass", torch.empty(codebook_size, dtype=running))
         # In a tuple, so that it is not registered here: it is the backbone's, and would be in the checkpoint twice.
         self._token_table: tuple[nn.Embedding, ...] = ()
         self._tables = TableCache()
@@ -154,6 +155,7 @@ class VQLogitsHead(MovingCodes):
         bias: Tensor | None = None,
         metric: MetricKind = "full",
         count_power: float = 0.75,
+        num_sweeps: int = 2,
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
     ) -> "VQLogitsHead | ResidualVQLogitsHead":
@@ -182,6 +184,7 @@ class VQLogitsHead(MovingCodes):
             hidden_second_moment=hidden_second_moment,
             metric=metric,
             count_power=count_power,
+            num_sweeps=num_sweeps,
             generator=generator,
             progress_bar=progress_bar,
         )
@@ -377,6 +380,9 @@ def _check_vocabulary(module: Any, state_dict: dict[str, Any], prefix: str, *_: 
                 f"Expected a checkpoint with `{what}` {own.shape[0]}, but this one has {loaded.shape[0]}. Use the"
                 " tokenizer and the codebook size that it was trained with."
             )
+    for name in module.running_buffers():  # also where tensors are taken over as they are, with `assign=True`
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = at_least_float32(state_dict[prefix + name])
     mapping = state_dict.get(prefix + "token_to_code")
     if mapping is not None and mapping.device.type != "meta":
         check_token_to_code(mapping, module.vocab_size, module.codebook_size)

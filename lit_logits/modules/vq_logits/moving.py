@@ -3,6 +3,7 @@
 Letters: V vocabulary, d hidden size, K codes.
 """
 
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -174,6 +175,20 @@ class MovingCodes(nn.Module):
 
     # ------------------------------------------------------------------ inside
 
+    def running_buffers(self) -> list[str]:
+        """Return the names of running counts, sums and masses."""
+        return [name for name in ("token_counts", "ema_sums", "ema_mass") if name in self._buffers]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MovingCodes":
+        """Move all tensors, but keep running counts and sums at least float32: in bfloat16 they would stop at 256."""
+        kept = {name: getattr(self, name) for name in self.running_buffers()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device, torch.promote_types(moved.dtype, torch.float32)))
+        return self
+
     @torch.no_grad()
     def _count(self, labels: Tensor, ignore_index: int) -> None:
         # Of fixed shape, without `labels[mask]`, for which the host would wait for the device in every step. DDP copies
@@ -204,7 +219,7 @@ class MovingCodes(nn.Module):
         # Sums and masses decay alike, so each code is a mean of its tokens' latents over past steps, in which recent
         # ones weigh more. A code without tokens keeps its vector: its sum and mass both tend to 0.
         latents = cast(Tensor, self.latents)
-        means, mass = code_means(latents.float(), self.token_to_code, self.codebook_size)
+        means, mass = code_means(latents.to(self.ema_sums), self.token_to_code, self.codebook_size)
         self.ema_mass.lerp_(mass, 1 - self.decay)
         self.ema_sums.lerp_(means * mass.unsqueeze(1), 1 - self.decay)
         alive = mass > 0

@@ -63,6 +63,7 @@ class ResidualVQLogitsHead(nn.Module):
             divergence lowest and is the better start for `kd_weight: 1`. The weights also decide which tokens get more
             stages.
         count_power: exponent of the token counts.
+        num_sweeps: passes of `start` that renew all codes after the first fit; see `fit_output_layer`.
 
     Attributes:
         codebook: (S, G, K, d/G) parameter.
@@ -97,6 +98,7 @@ class ResidualVQLogitsHead(nn.Module):
         metric: MetricKind = "full",
         token_weights: Literal["counts", "fisher"] = "counts",
         count_power: float = 0.75,
+        num_sweeps: int = 2,
     ) -> None:
         super().__init__()
         check_codebook_size(codebook_size, vocab_size)
@@ -104,7 +106,7 @@ class ResidualVQLogitsHead(nn.Module):
             raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
         if token_weights not in ("counts", "fisher"):
             raise ValueError(f"Expected `token_weights` to be 'counts' or 'fisher', but got {token_weights!r}.")
-        check_not_negative(count_power=count_power)
+        check_not_negative(count_power=count_power, num_sweeps=num_sweeps)
         planned = default_stages(num_stages, byte_budget)
         if token_stages is None:
             stages = stages_by_rank(torch.ones(vocab_size, device="cpu"), planned)
@@ -117,6 +119,7 @@ class ResidualVQLogitsHead(nn.Module):
         self.num_groups = num_groups
         self.planned_stages, self.byte_budget = planned, byte_budget
         self.metric, self.token_weights, self.count_power = metric, token_weights, count_power
+        self.num_sweeps = num_sweeps
         self.num_stages = num_stages if isinstance(num_stages, int) else int(stages.max())
         if self.num_stages < int(stages.max()):
             raise ValueError(
@@ -314,6 +317,7 @@ class ResidualVQLogitsHead(nn.Module):
             hidden_second_moment=moment,
             metric=self.metric,
             count_power=count_power,
+            num_sweeps=self.num_sweeps,
             generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
             progress_bar=progress_bar,
         )
