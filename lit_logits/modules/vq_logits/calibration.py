@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from lit_logits.contracts import Calibration
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.distributed import all_reduce_sum_
+from lit_logits.modules.language_models.calls import accepted_inputs
 
 __all__ = ["calibrate", "fresh_loader"]
 
@@ -32,6 +33,7 @@ def calibrate(
     device: torch.device,
     backbone: nn.Module | None = None,
     output_layer: tuple[Tensor, Tensor | None] | None = None,
+    hidden_scale: float = 1.0,
     ignore_index: int = -100,
     progress_bar: bool = False,
 ) -> Calibration:
@@ -41,12 +43,13 @@ def calibrate(
     (V, d). Every rank must call it; sums are taken over all of them.
 
     Args:
-        batches: dicts with `input_ids`, `labels` (unshifted) and, if there is padding, `attention_mask`, all (B, T).
+        batches: dicts with `input_ids`, `labels` (unshifted) and maybe `attention_mask` and `position_ids`, all (B, T).
         num_batches: how many of them each rank reads.
         vocab_size: V.
         device: where to compute.
         backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
         output_layer: weight (V, d) and bias (V,) or None of the layer that reads those hidden states.
+        hidden_scale: factor of the hidden states that the layer reads.
         ignore_index: label of positions that do not count.
         progress_bar: show one line of progress on a terminal.
 
@@ -68,10 +71,13 @@ def calibrate(
         counts += torch.bincount(labels[labels != ignore_index], minlength=vocab_size)
         if backbone is not None:
             mask = batch.get("attention_mask")
+            optional = accepted_inputs(backbone, {"position_ids": batch.get("position_ids"), "use_cache": False})
             output = backbone(
-                input_ids=batch["input_ids"].to(device), attention_mask=None if mask is None else mask.to(device)
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                **optional,
             )
-            hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float()
+            hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float() * hidden_scale
             moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
             if output_layer is not None:
                 information = information or _Information(*output_layer, hidden)
