@@ -44,9 +44,8 @@ class OutputRule(NamedTuple):
         cap: c of the soft cap c · tanh(z / c), or None.
 
     Example:
-        >>> rule = OutputRule(logit_scale=0.5, cap=2.0)
-        >>> rule.logits(nn.Identity(), torch.tensor([0.002, 100.0]))
-        tensor([0.0010, 2.0000])
+        >>> OutputRule(logit_scale=0.5, cap=2.0).logits(nn.Identity(), torch.tensor([0.5, 100.0]))
+        tensor([0.2487, 2.0000])
     """
 
     hidden_scale: float = 1.0
