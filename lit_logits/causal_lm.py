@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_sum, rows_a_chunk
 from lit_logits.functional.reductions import at_least_float32
-from lit_logits.modules.language_models.calls import counted_states
+from lit_logits.modules.language_models.calls import accepted_inputs, counted_states
 from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import save_merged
@@ -66,14 +66,18 @@ class CausalLM(LightningModule):
         super().__init__()
         plain = isinstance(model, (str, dict))
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["model"])])
-        self.model = load_plain_causal_lm(model, vocab_size).train()  # `from_pretrained` leaves it in eval mode
+        self.model, self.output_rule = load_plain_causal_lm(model, vocab_size)
+        self.model.train()  # `from_pretrained` leaves it in eval mode
         self.chunk_size = rows_a_chunk(num_logits(self.model), chunk_size)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.means = StageMeans("nll")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return token logits (B, T, V) in nats."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return token logits (B, T, V) in nats; position ids are for models that take them."""
+        positions = accepted_inputs(self.model, {"position_ids": position_ids})
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **positions).logits
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy of the next tokens that count, in nats, and their number."""
@@ -81,7 +85,7 @@ class CausalLM(LightningModule):
         head = cast(nn.Linear, self.model.get_output_embeddings())
 
         def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(head(rows)), targets, reduction="sum")
+            return F.cross_entropy(at_least_float32(self.output_rule.logits(head, rows)), targets, reduction="sum")
 
         return chunked_sum(cross_entropy, hidden, labels, chunk_size=self.chunk_size), mask.sum()
 

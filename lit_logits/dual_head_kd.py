@@ -192,16 +192,16 @@ class DualHeadKD(LightningModule):
         count = mask.sum().clamp(min=1)
 
         def ce(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(self.net.main_head(rows)), targets, reduction="sum")
+            return F.cross_entropy(at_least_float32(self.net.main_logits(rows)), targets, reduction="sum")
 
         ce_term = chunked_sum(ce, hidden, targets, chunk_size=self.chunk_size) / count
         if self.teacher is None:
             return Losses(ce_term, None)
-        aux, teacher_head = self.net.aux_head, self.teacher.output_layer
-        head = self.net.main_head if aux is None else aux.classifier
+        aux, teacher_logits = self.net.aux_head, self.teacher.output_logits
+        head = self.net.main_logits if aux is None else aux.classifier
 
         def kd(rows: Tensor, teacher_rows: Tensor) -> Tensor:
-            return self._kd(head(rows), teacher_head(teacher_rows), reduction="sum")
+            return self._kd(head(rows), teacher_logits(teacher_rows), reduction="sum")
 
         rows = hidden if aux is None else aux.hidden(hidden)
         teacher_rows = self.teacher.hidden_states(inputs)[mask]
@@ -319,7 +319,7 @@ class DualHeadKD(LightningModule):
             hidden, targets = self.net.hidden_states(self._inputs(batch))[mask], labels[mask].long()
 
             def judge(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-                return _judge(self.net.main_head(rows), targets)
+                return _judge(self.net.main_logits(rows), targets)
 
             nll, acc = chunked_rows(judge, hidden, targets, chunk_size=self.chunk_size)
         else:

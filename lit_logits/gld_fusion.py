@@ -24,8 +24,9 @@ from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import counted_states
-from lit_logits.modules.language_models.loading import ModelOrConfig, Models, load_plain_causal_lm
+from lit_logits.modules.language_models.loading import ModelOrConfig, Models, PlainCausalLM, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import add_lora, save_merged
+from lit_logits.modules.language_models.probes import OutputRule
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
@@ -135,7 +136,9 @@ class GLDFusionModule(LightningModule):
         self.kd_weight, self.gld_weight, self.top_k, self.temperature = kd_weight, gld_weight, top_k, temperature
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
-        self.pivot = None if pivot is None else _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
+        self.pivot, self.output_rule = None, OutputRule()
+        if pivot is not None:
+            self.pivot, self.output_rule = _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
         self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         kwargs = source_kwargs or {}
@@ -208,7 +211,7 @@ class GLDFusionModule(LightningModule):
     # ------------------------------------------------------------------ the pivot
 
     def _head(self, rows: Tensor) -> Tensor:
-        return cast(nn.Linear, self._pivot.get_output_embeddings())(rows)
+        return self.output_rule.logits(cast(nn.Linear, self._pivot.get_output_embeddings()), rows)
 
     def _cross_entropy(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (F.cross_entropy(at_least_float32(self._head(rows)), labels, reduction="none"),)
@@ -314,14 +317,14 @@ def _has_modules(value: Any) -> bool:
 
 def _load_pivot(
     pivot: Any, vocab_size: int | None, lora: Mapping[str, Any] | None, gradient_checkpointing: bool
-) -> PreTrainedModel:
-    model = load_plain_causal_lm(pivot, vocab_size)
+) -> PlainCausalLM:
+    model, rule = load_plain_causal_lm(pivot, vocab_size)
     if lora is not None:
         model = add_lora(model, lora)
     if gradient_checkpointing:
         # The reentrant kind needs inputs that require a gradient, which frozen embeddings under LoRA do not give.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()  # `from_pretrained` leaves it in eval mode
+    return PlainCausalLM(model.train(), rule)  # `from_pretrained` leaves it in eval mode
 
 
 def _num_tokens(pivot: PreTrainedModel, vocab_size: int | None, top_k: int) -> int:

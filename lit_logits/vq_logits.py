@@ -4,7 +4,7 @@ Letters: B batch, T sequence, d hidden size, V vocabulary, K codes.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,6 +26,7 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
+from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
@@ -117,6 +118,7 @@ class VQLogitsLM(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.vocab_size = parts.vocab_size
         self._generation_config, self._tied = parts.generation_config, parts.tied
+        self.output_rule = parts.rule  # its factors multiply the hidden states that the head reads
         self.backbone = parts.model
         self._frozen: list[nn.Module] = []  # kept in `eval` mode
         num_frozen_layers = 0
@@ -168,26 +170,35 @@ class VQLogitsLM(LightningModule):
 
     # ------------------------------------------------------------------ forward
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the backbone's last hidden states (B, T, d) for token ids (B, T), which the head reads."""
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return what the head reads for token ids (B, T): last hidden states (B, T, d) by the architecture's factor.
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        Position ids (B, T), as of packed sequences, are for backbones that take them.
+        """
+        optional = accepted_inputs(self.backbone, {"position_ids": position_ids, "use_cache": False})
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **optional)
+        return self.output_rule.scale_hidden(output.last_hidden_state)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Return token logits (B, T, V) in nats."""
-        return self.head(self.hidden_states(input_ids, attention_mask))
+        return self.head(self.hidden_states(input_ids, attention_mask, position_ids))
 
     def _loss(self, batch: Mapping[str, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of the next tokens, and the (B, T) positions that count."""
         labels, mask = next_token_labels(batch["labels"])
-        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))
+        hidden = self.hidden_states(**_inputs(batch))
         return self.head.loss(hidden, labels, **kwargs), mask
 
     def _losses(self, batch: Mapping[str, Tensor], original: OriginalOutput) -> tuple[ResidualVQLosses, Tensor]:
         """Return losses (B, T) of the next tokens, the original's among them, and the positions that count."""
-        input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
+        inputs = _inputs(batch)
         with original.sharing_layers(self.backbone):
-            hidden = self.hidden_states(input_ids, attention_mask)
-            target = original.target(hidden, input_ids=input_ids, attention_mask=attention_mask)
+            hidden = self.hidden_states(**inputs)
+            target = original.target(hidden, **inputs)
         labels, mask = next_token_labels(batch["labels"])
         return self.head.imitation_losses(hidden, labels, target=target), mask
 
@@ -298,10 +309,15 @@ class VQLogitsLM(LightningModule):
         self.log_dict(values, prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of each next token in nats (0 where ignored) and the most likely one, both (B, T − 1)."""
-        hidden = self.hidden_states(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
-        losses = self.head.loss(hidden, batch["labels"][:, 1:], reduction="none")
-        return {"nll": losses, "greedy": most_likely(self.head, hidden)}
+        """Return the loss of each next token in nats (0 where ignored) and the most likely one, both (B, T − 1).
+
+        A batch without labels gets the most likely tokens alone.
+        """
+        hidden = self.hidden_states(**_inputs(batch))[:, :-1]
+        greedy = {"greedy": most_likely(self.head, hidden)}
+        if "labels" not in batch:
+            return greedy
+        return {"nll": self.head.loss(hidden, batch["labels"][:, 1:], reduction="none"), **greedy}
 
     # `continue_prompts` is public too; arguments and their descriptions are repeated there for editors.
     @torch.no_grad()
@@ -312,7 +328,7 @@ class VQLogitsLM(LightningModule):
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue prompts with a KV cache and without dropout.
@@ -322,7 +338,8 @@ class VQLogitsLM(LightningModule):
             attention_mask: (B, T), 0 at padding; default all 1.
             max_new_tokens: how many tokens to add to each.
             temperature: 0 for the most likely token, else sample.
-            eos_token_id: token that ends a text; texts that have ended are filled with it. Stops when all have ended.
+            eos_token_id: token that ends a text, or several; texts that have ended are filled with the first. Stops
+                when all have ended.
             generator: source of randomness, on the device of the model.
 
         Returns:
@@ -340,6 +357,7 @@ class VQLogitsLM(LightningModule):
                 temperature=temperature,
                 eos_token_id=eos_token_id,
                 generator=generator,
+                hidden_scale=self.output_rule.bias_free_scale,
             )
         finally:
             self.train(was_training)
@@ -356,6 +374,7 @@ class VQLogitsLM(LightningModule):
             dataloader,
             self.backbone,
             self._output_layer,
+            hidden_scale=self.output_rule.bias_free_scale,
             num_batches=self.calibration_batches,
             vocab_size=self.vocab_size,
             device=self.device,
@@ -385,7 +404,7 @@ class VQLogitsLM(LightningModule):
         """
         if head not in _EXPORTS:
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
-        return _EXPORTS[head](self.backbone, self.head, self._generation_config)
+        return _EXPORTS[head](self.backbone, self.head, self._generation_config, rule=self.output_rule)
 
     def save_pretrained(
         self,
@@ -415,3 +434,8 @@ class VQLogitsLM(LightningModule):
             nn.Module.to(model, dtype)
         self.train(was_training)
         save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=self._trainer)
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the backbone's inputs of a batch."""
+    return {name: batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lit_logits.functional.gradients import AlignedGradients, align_gradients, any_over_ranks, average_over_ranks
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, find_classifier, is_causal_lm, tap_features
-from lit_logits.modules.language_models.loading import check_plain_causal_lm
+from lit_logits.modules.language_models.loading import check_plain_causal_lm, check_trainable
+from lit_logits.modules.language_models.probes import OutputRule
 
 __all__ = ["AuxHeadKind", "AuxiliaryHead", "DualHeadClassifier", "DualHeadOutput", "GradAlign", "GradientAligner"]
 
@@ -108,8 +109,10 @@ class DualHeadClassifier(nn.Module):
         self.student = student
         self.classifier_name = find_classifier(student, classifier, num_classes=num_classes)
         self.is_causal_lm = is_causal_lm(student)
+        self.output_rule = OutputRule()
         if self.is_causal_lm:
-            check_plain_causal_lm(student)
+            self.output_rule = check_plain_causal_lm(student)
+            check_trainable(student.config)
         main = self.main_head
         self.num_features, self.num_classes = main.in_features, main.out_features
         self.aux_head = None
@@ -137,6 +140,10 @@ class DualHeadClassifier(nn.Module):
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the input (B, T, d) of a causal language model's output layer."""
         return self.student.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+
+    def main_logits(self, hidden: Tensor) -> Tensor:
+        """Return a causal language model's logits (..., C) of the input (..., d) of its output layer."""
+        return self.output_rule.logits(self.main_head, hidden)
 
     def head_parameters(self) -> set[nn.Parameter]:
         """Return the parameters of both heads, a tied input embedding among them; all others are the backbone's."""

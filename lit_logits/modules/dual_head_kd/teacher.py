@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.loading import check_plain_causal_lm
+from lit_logits.modules.language_models.probes import OutputRule
 
 __all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
 
@@ -28,6 +29,7 @@ class FrozenTeacher(FrozenModels):
 
     Args:
         model: frozen in place.
+        output_rule: how a causal language model makes logits of its last hidden states.
 
     Example:
         >>> teacher = FrozenTeacher(nn.Linear(4, 3)).train()
@@ -35,8 +37,9 @@ class FrozenTeacher(FrozenModels):
         (0, False, torch.Size([2, 3]))
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, output_rule: OutputRule | None = None) -> None:
         super().__init__(model)
+        self.output_rule = output_rule or OutputRule()
 
     @property
     def model(self) -> nn.Module:
@@ -53,10 +56,9 @@ class FrozenTeacher(FrozenModels):
         """Return the input (B, T, d) of a causal language model's output layer."""
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
 
-    @property
-    def output_layer(self) -> nn.Linear:
-        """The output layer of a causal language model."""
-        return self.model.get_output_embeddings()  # type: ignore[operator]
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """Return a causal language model's logits (..., C) of the input (..., d) of its output layer."""
+        return self.output_rule.logits(self.model.get_output_embeddings(), hidden)  # type: ignore[operator]
 
 
 def load_teacher(
@@ -81,9 +83,7 @@ def load_teacher(
     model = load_classifier(teacher, num_classes)
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    if is_causal_lm(model):
-        check_plain_causal_lm(model)
-    return FrozenTeacher(model)
+    return FrozenTeacher(model, check_plain_causal_lm(model) if is_causal_lm(model) else None)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

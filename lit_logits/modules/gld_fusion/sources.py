@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
+from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.frozen import FrozenModels, input_device
 from lit_logits.modules.language_models.inspect import check_causal_lm, digest_model, num_logits
 from lit_logits.modules.language_models.loading import is_plain_causal_lm, load_causal_lm
@@ -40,7 +41,7 @@ class LogitSource(FrozenModels):
         chunk_size: positions whose logits are in memory at a time; None goes by the memory that they take.
 
     Raises:
-        ValueError: If the model is not a causal language model.
+        ValueError: If the model is not a causal language model; see `check_causal_lm`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LogitSource(FrozenModels):
             self.to(home)
         device = cast(torch.device, input_device(self.model))
         inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
+        inputs |= accepted_inputs(self.model, {"position_ids": view.get("position_ids")})
         with torch.autocast(device.type, enabled=False):
             hidden = self._hidden(inputs)
             hidden = hidden[mask.to(hidden.device)]  # of a model on several devices, the output is on the last one

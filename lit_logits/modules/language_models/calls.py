@@ -66,10 +66,12 @@ def counted_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> CountedS
 
     Args:
         model: causal language model.
-        batch: `input_ids` and `labels` (B, T), optionally `attention_mask` (B, T) and `correct` (B,).
+        batch: `input_ids` and `labels` (B, T), optionally `attention_mask` and `position_ids` (B, T), which a model
+            without an argument for them does not get, and `correct` (B,).
     """
     backbone = cast(PreTrainedModel, model.base_model)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    optional = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+    inputs = {"input_ids": batch["input_ids"], **optional, "use_cache": False}
     output = backbone(**accepted_inputs(backbone, inputs))
     # A batch of multiple-choice questions holds every choice; only the right ones are learned.
     labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))

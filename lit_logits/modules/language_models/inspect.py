@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_logits.modules.language_models.probes import check_causal
+
 __all__ = [
     "check_causal_lm",
     "digest_model",
@@ -44,7 +46,9 @@ def digest_model(model: PreTrainedModel) -> str:
 
 
 def check_causal_lm(model: Any, label: str) -> None:
-    """Raise unless `model`, called `label` in the error, is a decoder of transformers with its output layer.
+    """Raise unless `model`, called `label` in the error, is a causal decoder of transformers with its output layer.
+
+    See `check_causal` for what it costs.
 
     Raises:
         ValueError: If it is not.
@@ -56,6 +60,7 @@ def check_causal_lm(model: Any, label: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"Expected {label} to be decoder-only, but {type(model).__name__} has an encoder.")
+    check_causal(model, label)
 
 
 def model_label(model: Any) -> str:

@@ -9,18 +9,28 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lit_logits.modules.language_models.inspect import is_encoder
+from lit_logits.modules.language_models.lora import has_lora
+from lit_logits.modules.language_models.probes import (
+    OutputRule,
+    check_finite_weights,
+    probe_backbone,
+    probe_causal_lm,
+)
 
 __all__ = [
     "CausalBackbone",
     "ModelOrConfig",
     "Models",
+    "PlainCausalLM",
     "check_plain_causal_lm",
+    "check_trainable",
+    "check_transformers_model",
     "is_plain_causal_lm",
     "load_backbone",
     "load_causal_lm",
@@ -38,22 +48,18 @@ else:
     ModelOrConfig, Models = str | dict[str, Any], dict[str, str]
 
 
-# Settings of models that change the logits after the output layer, with the value that changes nothing. Another head
-# would not apply them.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
-
-
 class CausalBackbone(NamedTuple):
     """Result of `load_backbone`.
 
     Attributes:
         model: module whose output has `last_hidden_state` (B, T, d), the input of the output layer.
         output_weight: (V, d) rows of the pretrained output layer, or None for a model that was built from a config.
-        output_bias: (V,) bias of the pretrained output layer, or None.
+        output_bias: (V,) bias of the pretrained output layer in nats, the architecture's factor included, or None.
         tied: whether output layer and input embedding were one tensor.
         hidden_size: d of the output layer.
         vocab_size: V of the output layer, padding included.
         generation_config: of the pretrained model, or None.
+        rule: how the architecture makes logits; its factors belong to the hidden states that another head reads.
     """
 
     model: PreTrainedModel
@@ -63,6 +69,14 @@ class CausalBackbone(NamedTuple):
     hidden_size: int
     vocab_size: int
     generation_config: Any = None
+    rule: OutputRule = OutputRule()
+
+
+class PlainCausalLM(NamedTuple):
+    """Result of `load_plain_causal_lm`: the model, and how it makes logits of its last hidden states."""
+
+    model: PreTrainedModel
+    rule: OutputRule
 
 
 def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -122,23 +136,27 @@ def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> Pr
     return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
 
 
-def load_plain_causal_lm(
-    model: str | dict[str, Any] | PreTrainedModel, vocab_size: int | None = None
-) -> PreTrainedModel:
-    """Load or make a causal language model whose logits are its output layer of its last hidden states.
+def load_plain_causal_lm(model: str | dict[str, Any] | PreTrainedModel, vocab_size: int | None = None) -> PlainCausalLM:
+    """Load or make a causal language model whose logits follow from its output layer of its last hidden states.
 
     Args:
         model: as for `load_backbone`.
         vocab_size: V of the tokenizer, as there.
 
     Raises:
-        ValueError: If the model cannot be loaded or made, or `check_plain_causal_lm` refuses it.
+        ValueError: If the model cannot be loaded or made, `check_plain_causal_lm` refuses it, or its training needs
+            more than the cross-entropy.
     """
     if isinstance(model, dict):
-        return new_causal_lm(model, vocab_size)
-    loaded = load_causal_lm(model) if isinstance(model, str) else model
-    check_plain_causal_lm(loaded, vocab_size=vocab_size)
-    return loaded
+        loaded = new_causal_lm(model, vocab_size)
+        vocab_size = None  # the config has taken it over
+    else:
+        loaded = load_causal_lm(model) if isinstance(model, str) else model
+        check_transformers_model(loaded)
+        check_finite_weights(loaded)
+    rule = check_plain_causal_lm(loaded, vocab_size=vocab_size)
+    check_trainable(loaded.config)
+    return PlainCausalLM(loaded, rule)
 
 
 def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_size: int | None = None) -> CausalBackbone:
@@ -151,60 +169,102 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
             table may be padded).
 
     Raises:
-        ValueError: If the model cannot be loaded, has no output layer or changes the logits after it, a mapping has no
-            `model_type`, or the vocabulary does not fit.
+        ValueError: If the model cannot be loaded, has no output layer, changes the logits after it by more than a
+            factor, or sees the tokens that follow; a mapping has no `model_type`, or the vocabulary does not fit.
     """
     if isinstance(backbone, dict):
         config = _make_causal_config(backbone, vocab_size)
-        text_config = config.get_text_config()
+        check_trainable(config)
         model = AutoModel.from_config(config)
-        return CausalBackbone(model, None, None, False, text_config.hidden_size, text_config.vocab_size)
-    causal_lm = load_plain_causal_lm(backbone, vocab_size)
+        rule, hidden_size, vocab_size = probe_backbone(model)
+        _check_no_cap(rule, config.model_type)
+        return CausalBackbone(model, None, None, False, hidden_size, vocab_size, rule=rule)
+    causal_lm, rule = load_plain_causal_lm(backbone, vocab_size)
+    _check_no_cap(rule, causal_lm.config.model_type)
+    if has_lora(causal_lm):
+        raise ValueError(
+            f"Expected a backbone without adapters, but {type(causal_lm).__name__} has some, which an exported model"
+            " could not hold. Merge them into the weights first, as peft's `merge_and_unload` and `save_merged` do."
+        )
     output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     weight = output.weight.detach()
     bias = getattr(output, "bias", None)
     return CausalBackbone(
         model=cast(PreTrainedModel, causal_lm.base_model),
         output_weight=weight,
-        output_bias=None if bias is None else bias.detach(),
+        output_bias=None if bias is None else bias.detach() * rule.logit_scale,
         tied=output.weight is table.weight,
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0],
         generation_config=getattr(causal_lm, "generation_config", None),
+        rule=rule,
     )
 
 
-def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> None:
-    """Raise unless a model's logits are its output layer of its last hidden states.
+def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> OutputRule:
+    """Return how a model makes logits of its last hidden states; raise unless its output layer does.
 
     Args:
         model: causal language model of transformers.
         vocab_size: V of the tokenizer; the output layer must have at least as many rows.
 
     Raises:
-        ValueError: If the model has no output layer, changes hidden states before it or logits after it, or has too
-            few rows.
+        ValueError: If the model has an encoder or no output layer, sees the tokens that follow, transforms hidden
+            states before it or logits after it (but for a factor and a soft cap), or has too few rows.
     """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"Expected a decoder-only language model, but {name} has an encoder. Take a causal one.")
     output = model.get_output_embeddings()
     if output is None:
-        raise ValueError(f"Expected a causal language model with an output layer, but {type(model).__name__} has none.")
-    _check_logits_are_plain(model)
-    _check_head_reads_last_hidden_state(model)
+        raise ValueError(f"Expected a causal language model with an output layer, but {name} has none.")
+    rule = probe_causal_lm(model)
     rows = output.weight.shape[0]
     if vocab_size is not None and vocab_size > rows:
         raise ValueError(
             f"Expected a backbone of at least {vocab_size} tokens, the vocabulary of the tokenizer, but its output"
             f" layer has {rows} rows. Use the tokenizer that belongs to the model."
         )
+    return rule
 
 
 def is_plain_causal_lm(model: Any) -> bool:
-    """Return whether a model's logits are its output layer of its last hidden states."""
+    """Return whether a model's logits are its output layer of its last hidden states, with no factor and no cap."""
     try:
-        check_plain_causal_lm(model)
+        return check_plain_causal_lm(model) == OutputRule()
     except ValueError:
         return False
-    return True
+
+
+def check_transformers_model(model: Any) -> None:
+    """Raise unless a model that was given as an object is one of transformers, not a wrapper around one.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"Expected a model of transformers, but {type(model).__name__} is peft's wrapper around one. Pass"
+            " `model.merge_and_unload()`; `GLDFusionModule` trains adapters by its argument `lora`."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "Expected a hub id, a folder, a `.gguf` path, a mapping with `model_type` or a model of transformers, but"
+            f" got {type(model).__name__}."
+        )
+
+
+def check_trainable(config: Any) -> None:
+    """Raise if training a model of this config needs more than the cross-entropy.
+
+    Raises:
+        ValueError: If its routers are to be trained by an auxiliary loss.
+    """
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"Expected `output_router_logits: false`, but {config.model_type!r} sets it: the auxiliary loss of its"
+            " routers is not part of the loss here. Set it to false in the config (`model.config` of a loaded model)."
+        )
 
 
 def make_config(settings: Mapping[str, Any]) -> Any:
@@ -246,6 +306,15 @@ def make_config(settings: Mapping[str, Any]) -> Any:
     return config
 
 
+def _check_no_cap(rule: OutputRule, model_type: str) -> None:
+    if rule.cap is not None:
+        raise ValueError(
+            f"Expected an architecture without a cap on its logits, because other heads have none, but {model_type!r}"
+            f" caps them at {rule.cap:g}. The config switches it off (`final_logit_softcapping: null`, or by the"
+            " architecture's own name for it), which a pretrained model was not trained for."
+        )
+
+
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), 1)
     return f". Did you mean {close[0]!r}?" if close else "."
@@ -261,41 +330,15 @@ def _make_causal_config(backbone: dict[str, Any], vocab_size: int | None) -> Any
             )
         settings["vocab_size"] = vocab_size
     config = make_config(settings)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"Expected the `model_type` of a causal language model (such as llama, gpt2, qwen2), but got"
+            f" {config.model_type!r}, which has an encoder."
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder(config):
         raise ValueError(
             f"Expected the `model_type` of a causal language model (such as llama, gpt2, qwen2), but got"
-            f" {config.model_type!r}, whose tokens see those that follow. BERT and its like take `is_decoder: true`."
+            f" {config.model_type!r}, whose tokens see those that follow. A BERT with `is_decoder: true` has another"
+            " output layer; `bert-generation` with it is a causal language model."
         )
     return config
-
-
-def _check_logits_are_plain(model: nn.Module) -> None:
-    for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(model.config, name, neutral)
-        if value not in (None, neutral):
-            raise ValueError(
-                f"Expected a model whose logits are its output layer's, but {type(model).__name__} sets"
-                f" {name}={value}, which changes them afterwards."
-            )
-
-
-@torch.no_grad()
-def _check_head_reads_last_hidden_state(model: PreTrainedModel) -> None:
-    """Raise if the model transforms hidden states before its output layer: another head would not do so."""
-    # No config tells this of every model, so two tokens are run both ways.
-    table, output = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
-    if output.weight.device.type == "meta":
-        return
-    was_training = model.training
-    model.eval()
-    try:
-        ids = torch.arange(2, device=table.weight.device).unsqueeze(0)
-        hidden = model.base_model(input_ids=ids).last_hidden_state
-        logits, own = model(input_ids=ids).logits, output(hidden.to(output.weight.device))
-    finally:
-        model.train(was_training)
-    if own.shape != logits.shape or not torch.allclose(own.to(logits), logits, rtol=1e-2, atol=1e-2):
-        raise ValueError(
-            f"Expected a model whose output layer reads the backbone's last hidden state, but {type(model).__name__}"
-            " transforms it in between."
-        )

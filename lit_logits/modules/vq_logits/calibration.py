@@ -19,6 +19,7 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.cooccurrence import PairCounts, count_pairs, merge_pairs, sum_pairs_of_ranks
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.modules.language_models.calls import accepted_inputs
 
 __all__ = ["calibrate", "calibrator", "count_text", "fresh_loader"]
 
@@ -32,6 +33,7 @@ def calibrator(
     layer: OutputLayer,
     *,
     num_batches: int,
+    hidden_scale: float = 1.0,
     **options: Any,
 ) -> Calibrate:
     """Return what a head is given to read its data with: `count_text` or `calibrate`, as it asks.
@@ -40,6 +42,7 @@ def calibrator(
         batches: of training; as many as the head asks for are read, from the first one on.
         backbone: makes the hidden states.
         layer: pretrained output layer, whose logits tell which tokens matter.
+        hidden_scale: of the hidden states that the head reads; see `calibrate`.
         num_batches: how many are read where hidden states, or counts alone, are asked for.
         **options: `vocab_size`, `device` and `progress_bar` of both.
     """
@@ -51,6 +54,7 @@ def calibrator(
             batches,
             num_batches=num_batches,
             backbone=backbone if second_moment else None,
+            hidden_scale=hidden_scale,
             output_layer=(layer.weight, layer.bias) if layer.weight is not None and information else None,
             **options,
         )
@@ -67,6 +71,7 @@ def calibrate(
     device: torch.device,
     backbone: nn.Module | None = None,
     output_layer: tuple[Tensor, Tensor | None] | None = None,
+    hidden_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
     progress_bar: bool = False,
 ) -> Calibration:
@@ -76,12 +81,13 @@ def calibrate(
     (V, d). Every rank must call it; sums are taken over all of them.
 
     Args:
-        batches: dicts with `input_ids`, `labels` (unshifted) and, if there is padding, `attention_mask`, all (B, T).
+        batches: dicts with `input_ids`, `labels` (unshifted) and maybe `attention_mask` and `position_ids`, all (B, T).
         num_batches: how many of them each rank reads.
         vocab_size: V.
         device: where to compute.
         backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
         output_layer: weight (V, d) and bias (V,) or None of the layer that reads those hidden states.
+        hidden_scale: factor of the hidden states that the layer reads.
         ignore_index: label of positions that do not count.
         progress_bar: show one line of progress on a terminal.
 
@@ -103,10 +109,13 @@ def calibrate(
         counts += torch.bincount(labels[labels != ignore_index], minlength=vocab_size)
         if backbone is not None:
             mask = batch.get("attention_mask")
+            optional = accepted_inputs(backbone, {"position_ids": batch.get("position_ids"), "use_cache": False})
             output = backbone(
-                input_ids=batch["input_ids"].to(device), attention_mask=None if mask is None else mask.to(device)
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                **optional,
             )
-            hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float()
+            hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float() * hidden_scale
             moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
             if output_layer is not None:
                 information = information or _Information(*output_layer, hidden)

@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
+from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
@@ -39,6 +40,7 @@ class VQLogitsConfig(PreTrainedConfig):
         num_groups: G.
         stage_sizes: how many tokens own each of the S stages, V first.
         head_bias: whether there is a token bias.
+        hidden_scale: factor of the hidden states that the head reads.
     """
 
     model_type = "vq_logits"
@@ -51,12 +53,14 @@ class VQLogitsConfig(PreTrainedConfig):
         num_groups: int = 1,
         stage_sizes: list[int] | None = None,
         head_bias: bool = False,
+        hidden_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
         self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
+        self.hidden_scale = hidden_scale
         self.stage_sizes = [self.text_config.vocab_size] if stage_sizes is None else list(stage_sizes)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
@@ -193,7 +197,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             **({} if cache is None else cache_argument(self.model, cache)),
             **kwargs,
         )
-        hidden = output.last_hidden_state
+        hidden = output.last_hidden_state * self.config.hidden_scale
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None if labels is None else self.head.loss(hidden[:, :-1], labels[:, 1:].to(hidden.device))
         return CausalLMOutputWithPast(
@@ -205,10 +209,18 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
 
-def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> VQLogitsForCausalLM:
+def compact_model(
+    backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None, *, rule: OutputRule | None = None
+) -> VQLogitsForCausalLM:
     """Join a backbone and a `VQLogitsHead` or `ResidualVQLogitsHead` to a model of transformers, in `eval` mode.
 
     Tensors are shared, not copied, except those of a `VQLogitsHead`, which are converted.
+
+    Args:
+        backbone: of transformers.
+        head: its output layer, which reads the hidden states by the factor of `rule`.
+        generation_config: of the original model.
+        rule: how the architecture makes logits; None finds out.
 
     Raises:
         ValueError: If the head is of another class, or the backbone is recurrent: `generate` cannot pass on its cache.
@@ -234,6 +246,7 @@ def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config:
         num_groups=residual.num_groups,
         stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
         head_bias=residual.token_bias is not None,
+        hidden_scale=(rule or probe_backbone(backbone)[0]).bias_free_scale,
         dtype=backbone.dtype,
     )
     with torch.device("meta"):  # both parts are replaced, so no memory is spent on their weights
@@ -245,8 +258,13 @@ def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config:
 
 
 @torch.no_grad()
-def dense_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> PreTrainedModel:
+def dense_model(
+    backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None, *, rule: OutputRule | None = None
+) -> PreTrainedModel:
     """Put the decoded rows of a head into the original architecture, in `eval` mode; backbone tensors are shared.
+
+    The architecture multiplies what the head read multiplied, so the rows stay as they are; arguments as for
+    `compact_model`.
 
     Raises:
         ValueError: If the head is not an `ExportableHead`, or has a token bias and the architecture no output bias.
@@ -264,6 +282,7 @@ def dense_model(backbone: PreTrainedModel, head: nn.Module, generation_config: A
     output.weight = nn.Parameter(head.dense_weight().detach().to(backbone.dtype), requires_grad=False)
     if output.bias is not None:
         bias = output.weight.new_zeros(len(output.weight)) if head.token_bias is None else head.token_bias.detach()
+        bias = bias / (rule or probe_backbone(backbone)[0]).logit_scale  # the architecture multiplies it
         output.bias = nn.Parameter(bias.to(backbone.dtype), requires_grad=False)
     elif head.token_bias is not None:
         raise ValueError(

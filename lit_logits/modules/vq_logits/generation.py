@@ -3,6 +3,8 @@
 Letters: B batch, T sequence.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +23,9 @@ def continue_prompts(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    hidden_scale: float = 1.0,
 ) -> Tensor:
     """Continue prompts with a KV cache, a token at a time, by the head's `greedy` or `sample`.
 
@@ -33,14 +36,17 @@ def continue_prompts(
         attention_mask: (B, T), 0 at padding; default all 1.
         max_new_tokens: how many tokens to add to each.
         temperature: 0 for the most likely token, else sample.
-        eos_token_id: token that ends a text; texts that have ended are filled with it. Stops when all have ended.
+        eos_token_id: token that ends a text, or several; texts that have ended are filled with the first. Stops when
+            all have ended.
         generator: source of randomness, on the device of the model.
+        hidden_scale: factor of the hidden states that the head reads.
 
     Returns:
         (B, at most T + max_new_tokens) token ids.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padded = not bool(mask.all())
+    ends = input_ids.new_tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or []))
     fresh, cache = input_ids, None
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -48,11 +54,11 @@ def continue_prompts(
         if padded:  # positions count from the first token of each text; without padding the model's own are right
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
         output, cache = read_with_cache(backbone, inputs, cache, num_read=mask.shape[1])
-        hidden = output.last_hidden_state[:, -1]
+        hidden = output.last_hidden_state[:, -1] * hidden_scale
         token = _next_token(head, hidden, temperature, generator)
-        if eos_token_id is not None:
-            token = token.masked_fill(ended, eos_token_id)
-            ended |= token == eos_token_id
+        if len(ends):
+            token = token.masked_fill(ended, int(ends[0]))
+            ended |= torch.isin(token, ends)
         fresh = token.unsqueeze(1)
         input_ids, mask = torch.cat([input_ids, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
         if bool(ended.all()):

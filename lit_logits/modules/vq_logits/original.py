@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.functional.residual_vq import DenseTarget
+from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import find_layers
 from lit_logits.modules.language_models.loading import CausalBackbone
@@ -29,6 +30,7 @@ class OriginalOutput(FrozenModels):
             model is not trained, so that its hidden states serve both.
         num_shared_layers: how many of the first layers of `backbone` are frozen and the same in the compressed model;
             see `sharing_layers`.
+        hidden_scale: factor of the hidden states of `backbone` that the layer reads.
 
     Example:
         >>> original = OriginalOutput(torch.zeros(5, 3))
@@ -43,8 +45,10 @@ class OriginalOutput(FrozenModels):
         backbone: nn.Module | None = None,
         *,
         num_shared_layers: int = 0,
+        hidden_scale: float = 1.0,
     ) -> None:
         super().__init__(*([] if backbone is None else [backbone]))
+        self.hidden_scale = hidden_scale
         self._rows = _Rows(weight, bias)
         self._shared: list[Any] = []  # the last output of the shared layers
         if backbone is not None and num_shared_layers:
@@ -59,11 +63,12 @@ class OriginalOutput(FrozenModels):
         """Return the target to imitate.
 
         Args:
-            hidden: (B, T, d) of the compressed model, used if there is no backbone here.
-            **inputs: of the backbone.
+            hidden: (B, T, d) that the head of the compressed model reads, used if there is no backbone here.
+            **inputs: of the backbone; those that it has no argument for are left out.
         """
         for backbone in self.models:
-            hidden = backbone(**inputs, use_cache=False).last_hidden_state
+            output = backbone(**accepted_inputs(backbone, {**inputs, "use_cache": False}))
+            hidden = output.last_hidden_state * self.hidden_scale
         return DenseTarget(hidden.detach(), self._rows.weight, self._rows.bias)
 
     @contextlib.contextmanager
@@ -94,7 +99,9 @@ class OriginalOutput(FrozenModels):
         """
         own = copy.deepcopy(self.models[0] if self.models else backbone)
         weight, bias = self._rows.weight, self._rows.bias
-        return OriginalOutput(weight.clone(), None if bias is None else bias.clone(), own)
+        return OriginalOutput(
+            weight.clone(), None if bias is None else bias.clone(), own, hidden_scale=self.hidden_scale
+        )
 
 
 class _Rows(nn.Module):
@@ -125,16 +132,17 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
             "Expected a pretrained backbone for `kd_weight`, which imitates its output layer, but the backbone is a"
             " config with random weights."
         )
+    scale = parts.rule.bias_free_scale
     frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
     if len(frozen) == len(list(parts.model.parameters())):
-        return OriginalOutput(parts.output_weight, parts.output_bias)
+        return OriginalOutput(parts.output_weight, parts.output_bias, hidden_scale=scale)
     # Cloned, because a tied output layer is the input table, which is trained.
     weight = parts.output_weight.clone()
     bias = None if parts.output_bias is None else parts.output_bias.clone()
     for num_shared_layers in (num_frozen_layers, 0):
         # `deepcopy` takes what its memo holds as copied already: frozen parameters stay one tensor.
         backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
-        original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers)
+        original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers, hidden_scale=scale)
         if num_shared_layers == 0 or _goes_on(original, parts.model):
             break
     return original
@@ -154,7 +162,7 @@ def _goes_on(original: OriginalOutput, backbone: nn.Module) -> bool:
     try:
         with original.sharing_layers(backbone.eval()):
             whole = backbone(input_ids=ids, use_cache=False).last_hidden_state
-            return torch.equal(original.target(whole, input_ids=ids).hidden, whole)
+            return torch.equal(original.target(whole, input_ids=ids).hidden, whole * original.hidden_scale)
     except (RuntimeError, TypeError, LookupError, AttributeError):
         return False
     finally:

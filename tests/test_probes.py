@@ -1,0 +1,375 @@
+"""What models do with hidden states and logits, found by running them: scales, caps, causality; and what is refused."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
+from lit_logits.modules import DenseLogitsHead, LogitSource, ResidualVQLogitsHead, VQLogitsHead, load_backbone
+from lit_logits.modules.language_models.loading import is_plain_causal_lm, new_causal_lm
+from lit_logits.modules.language_models.probes import OutputRule, check_causal, probe_causal_lm
+
+V, D = 40, 16
+SHAPE = {"hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GQA = {**SHAPE, "num_key_value_heads": 2}
+LLAMA = {"model_type": "llama", **GQA}
+SCALED = {
+    "cohere": {"model_type": "cohere", **GQA, "logit_scale": 0.0625},
+    "cohere2": {"model_type": "cohere2", **GQA, "logit_scale": 0.25},
+    "granite": {"model_type": "granite", **GQA, "logits_scaling": 6.0},
+    "granitemoe": {"model_type": "granitemoe", **GQA, "logits_scaling": 3.0, "num_local_experts": 2},
+    "minicpm3": {
+        **{"model_type": "minicpm3", **GQA, "q_lora_rank": 8, "kv_lora_rank": 8},
+        **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
+    },
+}
+CAPPED = {
+    "gemma2": {"model_type": "gemma2", **GQA, "head_dim": 8, "final_logit_softcapping": 0.2},
+    "vaultgemma": {"model_type": "vaultgemma", **GQA, "head_dim": 8},
+    "nanochat": {"model_type": "nanochat", **GQA},
+    "recurrent_gemma": {
+        **{"model_type": "recurrent_gemma", "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 3},
+        **{"num_attention_heads": 2, "lru_width": D, "head_dim": 8, "logits_soft_cap": 0.5},
+    },
+    "xlstm": {"model_type": "xlstm", "hidden_size": 32, "num_heads": 2, "num_blocks": 1, "embedding_dim": 32},
+}
+BIDIRECTIONAL = {
+    "bert-generation": {"model_type": "bert-generation", **SHAPE},
+    "xlnet": {"model_type": "xlnet", "d_model": D, "n_layer": 1, "n_head": 2, "d_inner": 16},
+    "xlm": {"model_type": "xlm", "emb_dim": D, "n_layers": 1, "n_heads": 2},
+    "data2vec-text": {"model_type": "data2vec-text", **SHAPE},
+    "roberta-prelayernorm": {"model_type": "roberta-prelayernorm", **SHAPE},
+    "big_bird": {"model_type": "big_bird", **SHAPE},
+    "bert": {"model_type": "bert", **SHAPE},
+}
+ENCODERS = {
+    name: {"model_type": name, "d_model": D, "encoder_layers": 1, "decoder_layers": 1}
+    for name in ("bart", "mbart", "plbart")
+}
+DENSE = partial(DenseLogitsHead, bias=False)
+IDS = torch.arange(14).view(2, 7)
+
+
+def make(config, seed=0, scale=10.0):
+    """A model of random weights, whose output rows are large enough for a cap to show."""
+    torch.manual_seed(seed)
+    model = new_causal_lm(dict(config), V).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale)
+    return model
+
+
+def batch(ids=IDS, **kwargs):
+    return {"input_ids": ids, "labels": ids.clone(), **kwargs}
+
+
+def own_loss(model, ids=IDS):
+    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def quiet(module):
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    return module
+
+
+# ---------------------------------------------------------------------- scales and caps
+
+
+@pytest.mark.parametrize("name", [*SCALED, *CAPPED])
+@pytest.mark.parametrize("scale", [1e-4, 10.0])
+def test_the_rule_gives_the_models_own_logits_however_small_they_are(name, scale):
+    model = make({**SCALED, **CAPPED}[name], scale=scale)
+    rule = probe_causal_lm(model)
+    assert rule != OutputRule()
+    assert (rule.cap is None) == (name in SCALED)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=IDS, use_cache=False).last_hidden_state
+        logits = model(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(rule.logits(model.get_output_embeddings(), hidden), logits, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_models_have_no_rule():
+    assert probe_causal_lm(make(LLAMA)) == OutputRule()
+    assert is_plain_causal_lm(make(LLAMA))
+    assert not is_plain_causal_lm(make(SCALED["granite"]))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_pretrained_model_with_a_scale_is_itself_in_every_form(name, tmp_path):
+    """Forward, loss, greedy, sampling, generation and both exports against the architecture's own logits."""
+    own = make(SCALED[name])
+    own.save_pretrained(tmp_path)
+    model = quiet(VQLogitsLM(str(tmp_path), V, head=DENSE).eval())
+    logits = own(input_ids=IDS).logits
+    torch.testing.assert_close(model(IDS), logits)
+    torch.testing.assert_close(model.training_step(batch(), 0), own_loss(own))
+    assert torch.equal(model.predict_step(batch(), 0)["greedy"], logits.argmax(-1)[:, :-1])
+    ours = model.generate(IDS, max_new_tokens=5)
+    theirs = own.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(model.to_pretrained("dense")(input_ids=IDS).logits, logits)
+    model.save_pretrained(tmp_path / "dense", "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(again(input_ids=IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_new_model_with_a_scale_exports_what_it_trained(name, tmp_path):
+    torch.manual_seed(0)
+    model = VQLogitsLM(dict(SCALED[name]), V, head=partial(VQLogitsHead, codebook_size=8, bias=False)).eval()
+    with torch.no_grad():
+        model.head.codebook.mul_(50)
+    dense = model.to_pretrained("dense")
+    torch.testing.assert_close(dense(input_ids=IDS).logits, model(IDS))
+    model.save_pretrained(tmp_path)
+    compact = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(compact(input_ids=IDS).logits, model(IDS))
+    torch.testing.assert_close(compact(input_ids=IDS, labels=IDS).loss, own_loss(dense))
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(compact.generate(IDS, **greedy), model.generate(IDS, max_new_tokens=4))
+
+
+def test_a_compressed_model_with_a_scale_starts_from_and_imitates_the_scaled_logits():
+    own = make(SCALED["granite"])
+    head = partial(ResidualVQLogitsHead, codebook_size=8, num_groups=2, token_weights="fisher")
+    model = VQLogitsLM(copy.deepcopy(own), V, head=head, kd_weight=1.0)
+    hidden = model.eval().hidden_states(IDS)
+    target = model.original.target(hidden, input_ids=IDS)
+    torch.testing.assert_close(target.hidden @ target.weight.T, own(input_ids=IDS).logits)
+    seen = {}
+    model.head.start = lambda calibrate, layer, **_: seen.update(c=calibrate(second_moment=True, information=True))
+    model.initialize_head([batch()])
+    probs = own(input_ids=IDS).logits[:, :-1].flatten(0, 1).softmax(-1)
+    torch.testing.assert_close(seen["c"].token_information, (probs * (1 - probs)).mean(0))
+
+
+def test_a_bias_under_a_scale(monkeypatch):
+    """No architecture here has both, so one is made: its layer's bias is multiplied too."""
+    own = make(SCALED["cohere"])
+    own.lm_head = torch.nn.Linear(D, V)
+    own.lm_head.bias.data.normal_()
+    parts = load_backbone(own)
+    torch.testing.assert_close(parts.output_bias, own.lm_head.bias.detach() * 0.0625)
+    model = VQLogitsLM(own, V, head=DenseLogitsHead).eval()
+    torch.testing.assert_close(model(IDS), own(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("config", CAPPED.values(), ids=CAPPED)
+def test_heads_without_a_cap_refuse_capped_models(config):
+    for backbone in (dict(config), make(config, scale=1e-4)):
+        with pytest.raises(ValueError, match=r"without a cap on its logits.* caps them at"):
+            VQLogitsLM(backbone, V)
+
+
+def test_the_cap_that_is_switched_off_is_gone():
+    config = {**CAPPED["gemma2"], "final_logit_softcapping": None}
+    assert load_backbone(config, vocab_size=V).rule == OutputRule()
+
+
+def test_other_changes_of_logits_are_refused():
+    model = make(LLAMA, scale=1e-4)
+    forward = model.forward
+
+    def shifted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits.relu()
+        return output
+
+    model.forward = shifted
+    with pytest.raises(ValueError, match="but for a factor and a soft cap"):
+        CausalLM(model)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "minicpm3"])
+def test_losses_of_the_other_methods_are_those_of_the_architecture(name):
+    config = {**SCALED, **CAPPED}[name]
+    own = make(config)
+    expected = own_loss(own)
+    rows = batch(attention_mask=torch.ones_like(IDS))
+    torch.testing.assert_close(quiet(CausalLM(copy.deepcopy(own)).eval()).training_step(rows, 0), expected)
+    fusion = GLDFusionModule(copy.deepcopy(own), {"other": make(config, seed=1)}, V).eval()
+    torch.testing.assert_close(fusion.losses(rows).ce, expected)
+    kd = DualHeadKD(copy.deepcopy(own), make(config, seed=1), method="kd", kd_loss="kl", temperature=1.0).eval()
+    losses = kd.losses(rows)
+    torch.testing.assert_close(losses.ce, expected)
+    logits, others = (m(input_ids=IDS).logits[:, :-1].log_softmax(-1) for m in (own, kd.teacher.model))
+    divergence = (others.exp() * (others - logits)).sum(-1).mean()
+    torch.testing.assert_close(losses.kd, divergence)
+
+
+# ---------------------------------------------------------------------- models that see the future
+
+
+@pytest.mark.parametrize("config", [*BIDIRECTIONAL.values(), *ENCODERS.values()], ids=[*BIDIRECTIONAL, *ENCODERS])
+@pytest.mark.parametrize("method", [VQLogitsLM, CausalLM, partial(GLDFusionModule, kd_weight=0.0)])
+def test_configs_that_see_the_future_are_refused(config, method):
+    with pytest.raises(ValueError, match=r"^Expected .*(causal|output layer)"):
+        method(dict(config), vocab_size=V)
+
+
+@pytest.mark.parametrize("name", ["bert-generation", "xlnet", "xlm"])
+def test_objects_that_see_the_future_are_refused_everywhere(name):
+    make_one = partial(make, BIDIRECTIONAL[name], scale=1.0)
+    advice = {"xlnet": "", "xlm": "Set `causal: true`", "bert-generation": "Set `is_decoder: true`"}[name]
+    message = f"hidden states depend on the tokens that follow.*{advice}"
+    for refuse in (
+        lambda: VQLogitsLM(make_one()),
+        lambda: CausalLM(make_one()),
+        lambda: GLDFusionModule(make_one(), {"s": make(LLAMA)}),
+        lambda: GLDFusionModule(make(LLAMA), {"s": make_one()}),
+        lambda: LogitSource(make_one()),
+        lambda: DualHeadKD(make_one(), method="ce"),
+        lambda: DynamicFusionDecoder(make_one()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+
+
+def test_a_decoder_of_that_kind_is_taken():
+    assert load_backbone({**BIDIRECTIONAL["bert-generation"], "is_decoder": True}, vocab_size=V).rule == OutputRule()
+    assert load_backbone({**BIDIRECTIONAL["xlm"], "causal": True}, vocab_size=V).rule == OutputRule()
+
+
+def test_encoder_decoders_are_refused_in_words():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=D, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    for refuse in (VQLogitsLM, CausalLM, DynamicFusionDecoder, partial(GLDFusionModule, kd_weight=0.0)):
+        with pytest.raises(ValueError, match="has an encoder"):
+            refuse(t5)
+
+
+CAUSAL = {
+    "llama": LLAMA,
+    "gpt2": {"model_type": "gpt2", "n_embd": D, "n_layer": 1, "n_head": 2},
+    "mamba": {"model_type": "mamba", "hidden_size": D, "num_hidden_layers": 1, "state_size": 4},
+    "rwkv": {"model_type": "rwkv", "hidden_size": D, "num_hidden_layers": 7, "attention_hidden_size": D},
+    "mixtral": {"model_type": "mixtral", **GQA, "num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_probe_leaves_the_model_as_it_was(name, dtype):
+    if name == "mixtral" and dtype == torch.float64:
+        pytest.skip("torch has no product of groups in float64")
+    torch.manual_seed(0)
+    model = new_causal_lm(CAUSAL[name], V).to(dtype).train()
+    model.get_input_embeddings().eval()  # one part in another mode than the rest
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    state = torch.get_rng_state()
+    assert probe_causal_lm(model) == OutputRule()
+    check_causal(model, "it")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.dtype == before[key].dtype
+
+
+def test_models_on_meta_and_on_a_device_map(tmp_path):
+    with torch.device("meta"):
+        assert probe_causal_lm(new_causal_lm(LLAMA, V)) == OutputRule()
+        with pytest.raises(ValueError, match=r"on `meta`, and its logits_scaling=6\.0"):
+            probe_causal_lm(new_causal_lm(SCALED["granite"], V))
+    pytest.importorskip("accelerate")
+    make(SCALED["granite"]).save_pretrained(tmp_path)
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert probe_causal_lm(spread).logit_scale == pytest.approx(1 / 6, rel=1e-6)
+
+
+def test_the_seed_of_a_new_model_does_not_depend_on_the_probe():
+    from transformers import AutoModel
+
+    from lit_logits.modules.language_models.loading import make_config
+
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(make_config({**LLAMA, "vocab_size": V}))
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    ours = load_backbone(LLAMA, vocab_size=V).model
+    assert torch.equal(torch.rand(1), after)
+    for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+# ---------------------------------------------------------------------- what else training needs
+
+
+@pytest.mark.parametrize("method", [VQLogitsLM, CausalLM, partial(GLDFusionModule, kd_weight=0.0)])
+def test_losses_of_routers_are_refused(method):
+    config = {**CAUSAL["mixtral"], "output_router_logits": True}
+    for model in (config, make(config)):
+        with pytest.raises(ValueError, match="Expected `output_router_logits: false`, but 'mixtral' sets it"):
+            method(model, vocab_size=V)
+
+
+@pytest.mark.parametrize("method", [partial(VQLogitsLM, head=DENSE), CausalLM, partial(GLDFusionModule, kd_weight=0.0)])
+def test_packed_sequences_do_not_see_each_other(method):
+    """Two texts in one row, told apart by position ids, have the loss that they have alone."""
+    torch.manual_seed(0)
+    model = quiet(method(make(LLAMA), vocab_size=V).eval())
+    one, two = torch.randint(V, (1, 5)), torch.randint(V, (1, 6))
+    packed = torch.cat([one, two], 1)
+    labels = packed.clone()
+    labels[0, 5] = -100
+    positions = torch.cat([torch.arange(5), torch.arange(6)]).unsqueeze(0)
+    rows = {"input_ids": packed, "labels": labels, "position_ids": positions}
+    alone = [model.training_step(batch(text), 0) for text in (one, two)]
+    torch.testing.assert_close(model.training_step(rows, 0), (4 * alone[0] + 5 * alone[1]) / 9)
+    if hasattr(model, "hidden_states"):
+        torch.testing.assert_close(model(packed, position_ids=positions)[:, 5:], model(two))
+
+
+def test_models_without_position_ids_go_without():
+    rows = batch(position_ids=torch.arange(7).expand(2, -1))
+    for method in (partial(VQLogitsLM, head=DENSE), CausalLM):
+        assert quiet(method(make(CAUSAL["mamba"])).eval()).training_step(rows, 0).isfinite()
+
+
+def test_several_end_tokens():
+    model = VQLogitsLM(make(LLAMA), V, head=DENSE)
+    free = model.generate(IDS, max_new_tokens=6)
+    ends = [int(free[0, 8]), int(free[1, 9])]
+    found = model.generate(IDS, max_new_tokens=6, eos_token_id=ends)
+    for row, text in zip(found.tolist(), free.tolist(), strict=True):
+        stop = next(i for i in range(7, 13) if text[i] in ends)
+        assert row[: stop + 1] == text[: stop + 1]
+        assert set(row[stop + 1 :]) <= {ends[0]}
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, eos_token_id=[]), free)
+
+
+def test_predictions_without_labels():
+    model = VQLogitsLM(make(LLAMA), V, head=DENSE).eval()
+    found = model.predict_step({"input_ids": IDS}, 0)
+    assert found.keys() == {"greedy"}
+    assert torch.equal(found["greedy"], model.predict_step(batch(), 0)["greedy"])
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(name, value):
+    model = make(LLAMA)
+    with torch.no_grad():
+        model.get_parameter(name)[V // 2 % 16, 3] = value
+    for method in (VQLogitsLM, CausalLM):
+        with pytest.raises(ValueError, match=f"Expected finite weights, but `{name}` of LlamaForCausalLM"):
+            method(model)
+
+
+def test_wrappers_of_peft_are_refused_in_words():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(LLAMA), peft.LoraConfig(target_modules=["q_proj"]))
+    for method in (VQLogitsLM, CausalLM, partial(GLDFusionModule, kd_weight=0.0)):
+        with pytest.raises(ValueError, match=r"PeftModel is peft's wrapper around one\. Pass `model\.merge"):
+            method(model)
+    with pytest.raises(ValueError, match="a backbone without adapters, but LlamaForCausalLM has some"):
+        VQLogitsLM(model.get_base_model(), head=DENSE)
+    VQLogitsLM(model.merge_and_unload(), head=DENSE)
+    with pytest.raises(ValueError, match="a model of transformers, but got Linear"):
+        CausalLM(torch.nn.Linear(2, 2))
