@@ -3,10 +3,8 @@
 Letters: B batch, T sequence, d hidden size, V vocabulary, K codes.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -14,7 +12,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_logits.contracts import (
     ExportableHead,
@@ -29,13 +26,12 @@ from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
-from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import calibrator, fresh_loader
 from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
-from lit_logits.modules.vq_logits.export import compact_model, dense_model
+from lit_logits.modules.vq_logits.export import VQExport
 from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
@@ -43,10 +39,8 @@ from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head
 
 __all__ = ["VQLogitsLM"]
 
-_EXPORTS = {"compact": compact_model, "dense": dense_model}
 
-
-class VQLogitsLM(LightningModule):
+class VQLogitsLM(VQExport, LightningModule):
     """A causal language model with a vector-quantised output layer [0], or with the dense one as its baseline.
 
     At the start of training the head reads data. With a new backbone it reads the text once, so that tokens of like
@@ -386,54 +380,6 @@ class VQLogitsLM(LightningModule):
         self._output_layer = OutputLayer(None, None)  # frees the dense weights
         if isinstance(self.head, ExportableHead):
             rank_zero_info(f"{describe_head(self.head)} {describe_model(self.backbone, self.head, tied=self._tied)}")
-
-    # ------------------------------------------------------------------ export
-
-    def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
-        """Return the model as one of transformers, which shares its tensors and has `generate`, `save_pretrained` etc.
-
-        The model is in `eval` mode, and so are the shared parts of this one until `train()` is called.
-
-        Args:
-            head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
-                whose output rows are the decoded codes, so that other programs read it.
-
-        Raises:
-            ValueError: If `head` is neither, the model's head cannot be written so, or the original architecture has no
-                bias that could take the token bias.
-        """
-        if head not in _EXPORTS:
-            raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
-        return _EXPORTS[head](self.backbone, self.head, self._generation_config, rule=self.output_rule)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        head: Literal["compact", "dense"] = "compact",
-        *,
-        tokenizer: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all; rank zero does.
-
-        A `compact` one loads after `import lit_logits`, without `trust_remote_code`.
-
-        Args:
-            folder: new, empty or a saved model, which is replaced.
-            head: see `to_pretrained`.
-            tokenizer: saved with it; default the data module's, where a trainer is attached.
-            dtype: of the weights, such as `torch.bfloat16`; default theirs.
-
-        Raises:
-            ValueError: If `to_pretrained` refuses, or the folder holds anything but a saved model.
-        """
-        was_training = self.training
-        model = self.to_pretrained(head)
-        if dtype is not None:
-            model = copy.deepcopy(model)  # it shares its tensors with the model in training, which keep their dtype
-            nn.Module.to(model, dtype)
-        self.train(was_training)
-        save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=self._trainer)
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:

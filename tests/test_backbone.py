@@ -164,7 +164,7 @@ def test_information_of_logits_against_softmax_by_autograd(with_bias, monkeypatc
     for ours, cut in zip(result, calibrate(data, output_layer=(weight, bias), **settings), strict=True):
         torch.testing.assert_close(cut, ours, rtol=1e-4, atol=3e-5)
     plain = calibrate(data, **settings)
-    assert plain[2:] == (None, None)
+    assert plain[2:] == (None, None, None)
     assert torch.equal(plain.hidden_second_moment, result.hidden_second_moment)
 
 
@@ -270,8 +270,8 @@ def test_dense_start():
 
 def test_choice_of_start():
     assert choose_init(None, pretrained=True) == "weighted_kmeans"
-    assert choose_init(None, pretrained=False) == "frequency"
-    with pytest.raises(ValueError, match=r"`init` to be 'random'.*got 'zeros'"):
+    assert choose_init(None, pretrained=False) == "cooccurrence"
+    with pytest.raises(ValueError, match=r"`init` to be one of 'random'.*got 'zeros'"):
         choose_init("zeros", pretrained=True)
     for init in ("kmeans", "weighted_kmeans"):
         assert choose_init(init, pretrained=True) == init

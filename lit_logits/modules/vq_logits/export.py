@@ -6,7 +6,8 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
 import copy
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,10 +26,11 @@ from transformers.utils.generic import can_return_tuple
 from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
+from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM", "compact_model", "dense_model"]
+__all__ = ["VQExport", "VQLogitsConfig", "VQLogitsForCausalLM", "compact_model", "dense_model"]
 
 
 class VQLogitsConfig(PreTrainedConfig):
@@ -302,6 +304,62 @@ def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
     stages = torch.ones_like(head.token_to_code)
     residual.set_codes(head.codebook[None, None], head.token_to_code, stages, token_bias=head.token_bias)
     return residual
+
+
+class VQExport(nn.Module):
+    """The half of `VQLogitsLM` that writes it as a model of transformers; the attributes are that module's."""
+
+    backbone: PreTrainedModel
+    head: Any
+    output_rule: OutputRule
+    _generation_config: Any
+
+    def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
+        """Return the model as one of transformers, which shares its tensors and has `generate`, `save_pretrained` etc.
+
+        The model is in `eval` mode, and so are the shared parts of this one until `train()` is called.
+
+        Args:
+            head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
+                whose output rows are the decoded codes, so that other programs read it.
+
+        Raises:
+            ValueError: If `head` is neither, the model's head cannot be written so, or the original architecture has no
+                bias that could take the token bias.
+        """
+        exports: dict[str, Any] = {"compact": compact_model, "dense": dense_model}
+        if head not in exports:
+            raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
+        return exports[head](self.backbone, self.head, self._generation_config, rule=self.output_rule)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        head: Literal["compact", "dense"] = "compact",
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all; rank zero does.
+
+        A `compact` one loads after `import lit_logits`, without `trust_remote_code`.
+
+        Args:
+            folder: new, empty or a saved model, which is replaced.
+            head: see `to_pretrained`.
+            tokenizer: saved with it; default the data module's, where a trainer is attached.
+            dtype: of the weights, such as `torch.bfloat16`; default theirs.
+
+        Raises:
+            ValueError: If `to_pretrained` refuses, or the folder holds anything but a saved model.
+        """
+        was_training = self.training
+        model = self.to_pretrained(head)
+        if dtype is not None:
+            model = copy.deepcopy(model)  # it shares its tensors with the model in training, which keep their dtype
+            nn.Module.to(model, dtype)
+        self.train(was_training)
+        save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=getattr(self, "_trainer", None))
 
 
 AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
