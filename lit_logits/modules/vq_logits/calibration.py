@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from lit_logits.contracts import Calibration
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.distributed import all_reduce_sum_
+from lit_logits.functional.reductions import soft_cap
 from lit_logits.modules.language_models.calls import accepted_inputs
 
 __all__ = ["calibrate", "fresh_loader"]
@@ -34,6 +35,7 @@ def calibrate(
     backbone: nn.Module | None = None,
     output_layer: tuple[Tensor, Tensor | None] | None = None,
     hidden_scale: float = 1.0,
+    logit_cap: float | None = None,
     ignore_index: int = -100,
     progress_bar: bool = False,
 ) -> Calibration:
@@ -50,6 +52,7 @@ def calibrate(
         backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
         output_layer: weight (V, d) and bias (V,) or None of the layer that reads those hidden states.
         hidden_scale: factor of the hidden states that the layer reads.
+        logit_cap: c of the soft cap of the layer's logits, or None.
         ignore_index: label of positions that do not count.
         progress_bar: show one line of progress on a terminal.
 
@@ -80,7 +83,7 @@ def calibrate(
             hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float() * hidden_scale
             moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
             if output_layer is not None:
-                information = information or _Information(*output_layer, hidden)
+                information = information or _Information(*output_layer, hidden, logit_cap)
                 information.add(hidden)
     if backbone is not None:
         backbone.train(was_training)
@@ -99,16 +102,19 @@ def calibrate(
 class _Information:
     """Sums over positions of p (1 − p) for each token, and of h hᵀ weighted by the sum of p (1 − p) over tokens."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor, cap: float | None) -> None:
+        self.weight, self.bias, self.cap = weight, bias, cap
         self.tokens = hidden.new_zeros(len(weight))
         self.moment = hidden.new_zeros(hidden.shape[1], hidden.shape[1])
 
     def add(self, hidden: Tensor) -> None:
         """Take in the positions (N, d), a chunk at a time."""
         for chunk in hidden.split(max(1, _CHUNK_ELEMENTS // len(self.weight))):
-            probs = F.linear(chunk.to(self.weight.dtype), self.weight, self.bias).float().softmax(dim=-1)
+            logits = soft_cap(F.linear(chunk.to(self.weight.dtype), self.weight, self.bias).float(), self.cap)
+            probs = logits.softmax(dim=-1)
             variances = probs.sub_(probs.square())
+            if self.cap is not None:  # of the logit before the cap
+                variances *= (1 - (logits / self.cap).square()).square()
             self.tokens += variances.sum(0)
             self.moment.addmm_(chunk.T * variances.sum(1), chunk)
 
