@@ -21,6 +21,7 @@ from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses
 __all__ = [
     "Calibrate",
     "Calibration",
+    "CappedHead",
     "DecodingHead",
     "ExportableHead",
     "ExportsPretrained",
@@ -133,6 +134,17 @@ class StartingHead(Protocol):
     def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
         """Start from the data that `calibrate` reads, with the same result on all ranks."""
         ...
+
+
+@runtime_checkable
+class CappedHead(Protocol):
+    """A head for architectures that cap their logits, such as Gemma-2.
+
+    The model sets `logit_cap` to c. Logits are then z_v = c · tanh(⟨h, W_v⟩ / c) + b_v: a token bias is added after the
+    cap, so that it shifts the log-odds of its token by b_v whatever the hidden state, and is not bounded by c.
+    """
+
+    logit_cap: float | None
 
 
 @runtime_checkable

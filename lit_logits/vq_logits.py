@@ -35,7 +35,7 @@ from lit_logits.modules.vq_logits.export import VQExport
 from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
-from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely
+from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely, set_cap
 
 __all__ = ["VQLogitsLM"]
 
@@ -51,6 +51,8 @@ class VQLogitsLM(VQExport, LightningModule):
     Args:
         backbone: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with `model_type`.
             From Python also a loaded transformers model.
+            An architecture that multiplies or caps its logits (Cohere, Granite, Gemma-2) does so with another head too;
+            see `CappedHead` in `lit_logits.contracts` for what a token bias is then.
         vocab_size: V of the tokenizer; the CLI links it from the data. A pretrained backbone keeps its own (padded)
             vocabulary, which must not be smaller.
         head: called with (hidden_size, vocab_size) to make the output layer: `VQLogitsHead`, `ResidualVQLogitsHead`,
@@ -105,6 +107,7 @@ class VQLogitsLM(VQExport, LightningModule):
             raise ValueError(f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}.")
         parts = load_backbone(backbone, vocab_size=vocab_size)
         made = make_head(make, parts.hidden_size, parts.vocab_size, has_bias=parts.output_bias is not None)
+        set_cap(made, parts.rule.cap)
         if kd_weight:
             check_imitates(made)
 
@@ -369,6 +372,7 @@ class VQLogitsLM(VQExport, LightningModule):
             self.backbone,
             self._output_layer,
             hidden_scale=self.output_rule.bias_free_scale,
+            logit_cap=self.output_rule.cap,
             num_batches=self.calibration_batches,
             vocab_size=self.vocab_size,
             device=self.device,

@@ -3,13 +3,24 @@
 import copy
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
-from lit_logits.modules import DenseLogitsHead, LogitSource, ResidualVQLogitsHead, VQLogitsHead, load_backbone
+from lit_logits.functional.residual_vq import DenseTarget
+from lit_logits.modules import (
+    DenseLogitsHead,
+    LogitSource,
+    ResidualVQLogitsHead,
+    VQLogitsHead,
+    calibrate,
+    load_backbone,
+)
 from lit_logits.modules.language_models.loading import is_plain_causal_lm, new_causal_lm
 from lit_logits.modules.language_models.probes import OutputRule, check_causal, probe_causal_lm
 
@@ -98,10 +109,10 @@ def test_plain_models_have_no_rule():
     assert not is_plain_causal_lm(make(SCALED["granite"]))
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_a_pretrained_model_with_a_scale_is_itself_in_every_form(name, tmp_path):
+@pytest.mark.parametrize("name", [*SCALED, "gemma2", "vaultgemma", "nanochat"])
+def test_a_pretrained_model_with_a_scale_or_cap_is_itself_in_every_form(name, tmp_path):
     """Forward, loss, greedy, sampling, generation and both exports against the architecture's own logits."""
-    own = make(SCALED[name])
+    own = make({**SCALED, **CAPPED}[name])
     own.save_pretrained(tmp_path)
     model = quiet(VQLogitsLM(str(tmp_path), V, head=DENSE).eval())
     logits = own(input_ids=IDS).logits
@@ -117,14 +128,18 @@ def test_a_pretrained_model_with_a_scale_is_itself_in_every_form(name, tmp_path)
     torch.testing.assert_close(again(input_ids=IDS).logits, logits)
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_a_new_model_with_a_scale_exports_what_it_trained(name, tmp_path):
+@pytest.mark.parametrize("name", [*SCALED, *CAPPED])
+def test_a_new_model_with_a_scale_or_cap_exports_what_it_trained(name, tmp_path):
     torch.manual_seed(0)
-    model = VQLogitsLM(dict(SCALED[name]), V, head=partial(VQLogitsHead, codebook_size=8, bias=False)).eval()
+    model = VQLogitsLM(
+        dict({**SCALED, **CAPPED}[name]), V, head=partial(VQLogitsHead, codebook_size=8, bias=False)
+    ).eval()
     with torch.no_grad():
         model.head.codebook.mul_(50)
     dense = model.to_pretrained("dense")
-    torch.testing.assert_close(dense(input_ids=IDS).logits, model(IDS))
+    torch.testing.assert_close(dense(input_ids=IDS, use_cache=False).logits, model(IDS))
+    if name in ("recurrent_gemma", "xlstm"):  # their state is no cache of attention
+        return
     model.save_pretrained(tmp_path)
     compact = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(compact(input_ids=IDS).logits, model(IDS))
@@ -133,13 +148,22 @@ def test_a_new_model_with_a_scale_exports_what_it_trained(name, tmp_path):
     assert torch.equal(compact.generate(IDS, **greedy), model.generate(IDS, max_new_tokens=4))
 
 
-def test_a_compressed_model_with_a_scale_starts_from_and_imitates_the_scaled_logits():
-    own = make(SCALED["granite"])
+@pytest.mark.parametrize("name", ["granite", "gemma2"])
+def test_a_compressed_model_starts_from_and_imitates_the_architectures_logits(name, tmp_path):
+    own = make({**SCALED, **CAPPED}[name])
     head = partial(ResidualVQLogitsHead, codebook_size=8, num_groups=2, token_weights="fisher")
     model = VQLogitsLM(copy.deepcopy(own), V, head=head, kd_weight=1.0)
     hidden = model.eval().hidden_states(IDS)
     target = model.original.target(hidden, input_ids=IDS)
-    torch.testing.assert_close(target.hidden @ target.weight.T, own(input_ids=IDS).logits)
+    logits = target.hidden @ target.weight.T
+    torch.testing.assert_close(logits if target.cap is None else plain_cap(logits, 0.2), own(input_ids=IDS).logits)
+    model.save_pretrained(tmp_path)
+    compact = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(compact(input_ids=IDS).logits, model(IDS))
+    torch.testing.assert_close(model.to_pretrained("dense")(input_ids=IDS).logits, model(IDS), rtol=1e-4, atol=1e-5)
+    model.train()
+    if name == "gemma2":
+        return
     seen = {}
     model.head.start = lambda calibrate, layer, **_: seen.update(c=calibrate(second_moment=True, information=True))
     model.initialize_head([batch()])
@@ -150,7 +174,7 @@ def test_a_compressed_model_with_a_scale_starts_from_and_imitates_the_scaled_log
 def test_a_bias_under_a_scale(monkeypatch):
     """No architecture here has both, so one is made: its layer's bias is multiplied too."""
     own = make(SCALED["cohere"])
-    own.lm_head = torch.nn.Linear(D, V)
+    own.lm_head = nn.Linear(D, V)
     own.lm_head.bias.data.normal_()
     parts = load_backbone(own)
     torch.testing.assert_close(parts.output_bias, own.lm_head.bias.detach() * 0.0625)
@@ -158,11 +182,142 @@ def test_a_bias_under_a_scale(monkeypatch):
     torch.testing.assert_close(model(IDS), own(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
+def test_a_folder_is_trained_by_the_trainer_and_saved(name, kd_weight, tmp_path):
+    make({**SCALED, **CAPPED}[name]).save_pretrained(tmp_path / "own")
+    head = partial(ResidualVQLogitsHead, codebook_size=16, num_groups=4)
+    model = VQLogitsLM(str(tmp_path / "own"), V, head=head, kd_weight=kd_weight, calibration_batches=1)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_steps=2, default_root_dir=tmp_path, enable_model_summary=False, **options)
+    trainer.fit(model, DataLoader([batch(), batch(IDS + 20)], batch_size=None))
+    logits = model.eval()(IDS)
+    if kd_weight:
+        hidden = model.original.models[0](input_ids=IDS).last_hidden_state  # of the folder, before training
+        own = AutoModelForCausalLM.from_pretrained(tmp_path / "own").eval()
+        torch.testing.assert_close(hidden, own.base_model(input_ids=IDS).last_hidden_state)
+    for kind in ("compact", "dense"):
+        model.save_pretrained(tmp_path / kind, kind)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval()
+        torch.testing.assert_close(again(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+class PlainHead(nn.Linear):
+    """A head of a user, which knows no cap."""
+
+    def loss(self, hidden, labels, *, ignore_index=-100, reduction="mean"):
+        return F.cross_entropy(self(hidden).flatten(0, 1), labels.flatten())
+
+
 @pytest.mark.parametrize("config", CAPPED.values(), ids=CAPPED)
 def test_heads_without_a_cap_refuse_capped_models(config):
     for backbone in (dict(config), make(config, scale=1e-4)):
-        with pytest.raises(ValueError, match=r"without a cap on its logits.* caps them at"):
-            VQLogitsLM(backbone, V)
+        with pytest.raises(ValueError, match=r"a head with `logit_cap`, because the architecture caps its logits at"):
+            VQLogitsLM(backbone, V, head=PlainHead)
+
+
+def test_a_bias_inside_a_cap_is_refused():
+    own = make(CAPPED["gemma2"])
+    own.lm_head = nn.Linear(D, V)
+    with pytest.raises(ValueError, match="an output layer without a bias, because Gemma2ForCausalLM caps"):
+        load_backbone(own)
+
+
+def plain_cap(logits, cap):
+    """c · tanh(z / c), as Gemma-2 writes it."""
+    return cap * torch.tanh(logits / cap)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "vq", "residual"])
+def test_capped_heads_against_capped_dense_logits(kind, bias):
+    """Logits, loss, imitation, greedy, sampling and gradients, against rows, a tanh and then the bias, in float64."""
+    torch.manual_seed(0)
+    head = {
+        "dense": DenseLogitsHead(D, V, bias=bias),
+        "vq": VQLogitsHead(D, V, 8, bias=bias),
+        "residual": ResidualVQLogitsHead(D, V, 8, num_groups=2, num_stages=2, bias=bias),
+    }[kind].double()
+    head.logit_cap = 1.5
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    hidden = torch.randn(3, 5, D, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(V, (3, 5)).masked_fill(torch.rand(3, 5) < 0.2, -100)
+
+    def by_rows(h):
+        logits = plain_cap(h @ head.dense_weight().T, 1.5)
+        return logits if head.token_bias is None else logits + head.token_bias
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, [hidden, *head.parameters()])
+
+    torch.testing.assert_close(head(hidden), by_rows(hidden))
+    expected = F.cross_entropy(by_rows(hidden).flatten(0, 1), labels.flatten())
+    loss = head.loss(hidden, labels)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(gradients(loss), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(head.greedy(hidden), by_rows(hidden).argmax(-1))
+        decoded = head.float()(hidden.detach().float()).double()  # with the look-up, where there is one
+        torch.testing.assert_close(decoded, by_rows(hidden.float()).double(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(head.greedy(hidden.float()), by_rows(hidden.float()).argmax(-1))
+        one = hidden[:1, :1].float()
+        draws = head.sample(one.expand(1, 20_000, D), 1.7).flatten().bincount(minlength=V) / 20_000
+        torch.testing.assert_close(draws, (by_rows(one) / 1.7).softmax(-1).flatten(), rtol=0, atol=0.015)
+    if kind == "dense":
+        return
+    head.double()
+    target = DenseTarget(torch.randn(3, 5, D).double(), torch.randn(V, D).double(), torch.randn(V).double(), cap=2.0)
+    found = head.imitation_losses(hidden, labels, target=target)
+    theirs = (plain_cap(target.hidden @ target.weight.T, 2.0) + target.bias).log_softmax(-1)
+    divergence = (theirs.exp() * (theirs - by_rows(hidden).log_softmax(-1))).sum(-1) * (labels != -100)
+    torch.testing.assert_close(found.divergence, divergence)
+    ours, theirs = (
+        gradients(found.divergence.sum() + found.cross_entropy.sum()),
+        gradients(divergence.sum() + F.cross_entropy(by_rows(hidden).flatten(0, 1), labels.flatten(), reduction="sum")),
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_latents_under_a_cap_get_the_gradient_of_dense_rows():
+    torch.manual_seed(0)
+    head = VQLogitsHead(D, V, 8, mapping="learned").double().train()
+    head.logit_cap = 1.5
+    with torch.no_grad():
+        head.codebook.normal_()
+        head.token_bias.normal_()
+        head.token_to_code.clamp_(max=6)  # a code without tokens
+    hidden, labels = torch.randn(9, D).double(), torch.randint(V, (9,))
+    rows = head.dense_weight().detach().clone().requires_grad_()
+    logits = plain_cap(hidden @ rows.T, 1.5) + head.token_bias.detach()
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels), rows)
+    (found,) = torch.autograd.grad(head.loss(hidden, labels), head.latents)
+    torch.testing.assert_close(found, expected)
+
+
+def test_information_under_a_cap_is_that_of_the_logit_before_it():
+    own = make(CAPPED["gemma2"])
+    hidden = own.base_model(input_ids=IDS).last_hidden_state[:, :-1].flatten(0, 1).detach()
+    found = calibrate(
+        [batch()],
+        num_batches=1,
+        vocab_size=V,
+        device=torch.device("cpu"),
+        backbone=own.base_model,
+        output_layer=(own.lm_head.weight.detach(), None),
+        logit_cap=0.2,
+    )
+    expected = torch.zeros(V)
+    for h in hidden:  # Fisher information: E over tokens of the squared score, by autograd
+        raw = (own.lm_head.weight.detach() @ h).requires_grad_()
+        log_probs = plain_cap(raw, 0.2).log_softmax(0)
+        for token in range(V):
+            (score,) = torch.autograd.grad(log_probs[token], raw, retain_graph=True)
+            expected += log_probs[token].exp().detach() * score.square() / len(hidden)
+    torch.testing.assert_close(found.token_information, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_cap_that_is_switched_off_is_gone():
@@ -372,4 +527,4 @@ def test_wrappers_of_peft_are_refused_in_words():
         VQLogitsLM(model.get_base_model(), head=DENSE)
     VQLogitsLM(model.merge_and_unload(), head=DENSE)
     with pytest.raises(ValueError, match="a model of transformers, but got Linear"):
-        CausalLM(torch.nn.Linear(2, 2))
+        CausalLM(nn.Linear(2, 2))

@@ -8,9 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean"]
+__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean", "soft_cap"]
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Return c · tanh(z / c), which keeps logits z in (−c, c), for c = `cap`; z itself for None.
+
+    Example:
+        >>> soft_cap(torch.tensor([0.01, 100.0]), 2.0)
+        tensor([0.0100, 2.0000])
+    """
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

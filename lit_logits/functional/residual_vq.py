@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.reductions import soft_cap
 
 __all__ = [
     "DenseTarget",
@@ -52,11 +53,13 @@ class DenseTarget(NamedTuple):
         hidden: (..., d) hidden states of the original model.
         weight: (V, d).
         bias: (V,) in nats, or None.
+        cap: c of the soft cap of its logits before the bias is added, or None.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    cap: float | None = None
 
 
 class ResidualVQLosses(NamedTuple):
@@ -130,7 +133,13 @@ def decode_rows(
 
 
 def residual_vq_logits(
-    hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None = None
+    hidden: Tensor,
+    codebooks: Tensor,
+    stages: list[StageCodes],
+    vocab_size: int,
+    token_bias: Tensor | None = None,
+    *,
+    cap: float | None = None,
 ) -> Tensor:
     """Compute token logits (..., V) in nats of hidden states (..., d), a chunk of the vocabulary at a time.
 
@@ -140,13 +149,20 @@ def residual_vq_logits(
         stages: S of them.
         vocab_size: V.
         token_bias: (V,) in nats; default 0.
+        cap: c of the soft cap c · tanh(z / c) of logits before the bias is added, or None.
     """
-    walk = _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias)
+    walk = _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias, cap)
     return torch.cat([logits for _, logits in walk], dim=-1)
 
 
 def residual_vq_greedy(
-    hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None = None
+    hidden: Tensor,
+    codebooks: Tensor,
+    stages: list[StageCodes],
+    vocab_size: int,
+    token_bias: Tensor | None = None,
+    *,
+    cap: float | None = None,
 ) -> Tensor:
     """Find the most likely tokens (...) of hidden states (..., d), a chunk of the vocabulary at a time.
 
@@ -154,7 +170,7 @@ def residual_vq_greedy(
     """
     best = torch.full(hidden.shape[:-1], -torch.inf, device=hidden.device)
     tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    for start, logits in _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias):
+    for start, logits in _chunk_logits(hidden, codebooks, stages, vocab_size, token_bias, cap):
         highest, index = logits.max(dim=-1)
         # Strictly greater, so that an equal logit of a later chunk does not win.
         tokens = torch.where(highest > best, index + start, tokens)
@@ -170,6 +186,7 @@ def residual_vq_losses(
     *,
     token_bias: Tensor | None = None,
     target: DenseTarget | None = None,
+    cap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> ResidualVQLosses:
     """Compute cross-entropy and divergence from a dense output layer, in memory that grows with neither N·V nor V·d.
@@ -185,6 +202,7 @@ def residual_vq_losses(
         labels: (...) token ids in [0, V) or `ignore_index`, already shifted.
         token_bias: (V,) in nats; default 0.
         target: what to measure the divergence from; None leaves it out.
+        cap: c of the soft cap of our logits before the bias is added, or None; the target has its own.
         ignore_index: label of tokens that do not count.
 
     Raises:
@@ -214,7 +232,7 @@ def residual_vq_losses(
     flat = hidden.reshape(-1, hidden.shape[-1])[mask]
     if target is not None:
         target = target._replace(hidden=target.hidden.reshape(-1, target.hidden.shape[-1])[mask])
-    losses = _Losses.apply(flat, codebooks, token_bias, tokens, stages, target, _compute_dtype(hidden))
+    losses = _Losses.apply(flat, codebooks, token_bias, tokens, stages, target, cap, _compute_dtype(hidden))
     places = mask.nonzero().squeeze(1)
     return ResidualVQLosses(
         *(values.new_zeros(mask.shape).index_copy(0, places, values).view(labels.shape) for values in losses)
@@ -222,11 +240,18 @@ def residual_vq_losses(
 
 
 def _chunk_logits(
-    hidden: Tensor, codebooks: Tensor, stages: list[StageCodes], vocab_size: int, token_bias: Tensor | None
+    hidden: Tensor,
+    codebooks: Tensor,
+    stages: list[StageCodes],
+    vocab_size: int,
+    token_bias: Tensor | None,
+    cap: float | None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first token of each chunk of the vocabulary, and its logits."""
     for start, end in _chunks(vocab_size, hidden.shape[-1]):
-        logits = F.linear(hidden, decode_rows(codebooks, stages, vocab_size, start, end).to(hidden.dtype))
+        logits = soft_cap(
+            F.linear(hidden, decode_rows(codebooks, stages, vocab_size, start, end).to(hidden.dtype)), cap
+        )
         yield start, logits if token_bias is None else logits + token_bias[start:end].to(logits.dtype)
 
 
@@ -246,10 +271,11 @@ class _Losses(torch.autograd.Function):
         tokens: Tensor,
         stages: list[StageCodes],
         target: DenseTarget | None,
+        cap: float | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.stages, ctx.target, ctx.dtype = stages, target, dtype
-        walk = _Walk(hidden, codebooks, token_bias, stages, target, dtype)
+        ctx.stages, ctx.target, ctx.cap, ctx.dtype = stages, target, cap, dtype
+        walk = _Walk(hidden, codebooks, token_bias, stages, target, cap, dtype)
         zeros = torch.zeros(len(hidden), dtype=walk.sum_dtype, device=hidden.device)
         ours, theirs = _LogSumExp(zeros), _LogSumExp(zeros)
         label_logits, target_label_logits = zeros.clone(), zeros.clone()
@@ -281,7 +307,7 @@ class _Losses(torch.autograd.Function):
         target = ctx.target
         if target is None or not bool(grad_kl.any()):  # a loss without divergence needs no target here
             target, grad_kl = None, torch.zeros_like(grad_ce)
-        walk = _Walk(hidden, codebooks, token_bias, ctx.stages, target, ctx.dtype)
+        walk = _Walk(hidden, codebooks, token_bias, ctx.stages, target, ctx.cap, ctx.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=walk.sum_dtype)
         grad_codebooks = torch.zeros_like(codebooks, dtype=walk.sum_dtype)
         grad_bias = None if token_bias is None else torch.zeros_like(token_bias, dtype=walk.sum_dtype)
@@ -296,6 +322,9 @@ class _Losses(torch.autograd.Function):
             grad[here, tokens[here] - start] -= grad_ce[here]
             if grad_bias is not None:
                 grad_bias[start:end] = grad.sum(0)
+            if ctx.cap is not None:  # d(c · tanh(z / c)) / dz = 1 − tanh²
+                capped = logits if token_bias is None else logits - token_bias[start:end]
+                grad *= 1 - (capped.nan_to_num(0.0) / ctx.cap).square()  # not a number where the bias is −∞
             # Products in the dtype of forward's; sums over chunks in at least float32.
             narrow = grad.to(ctx.dtype)
             if ctx.needs_input_grad[0]:
@@ -310,7 +339,7 @@ class _Losses(torch.autograd.Function):
             grad_hidden.to(hidden.dtype) if ctx.needs_input_grad[0] else None,
             grad_codebooks.to(codebooks.dtype) if wants_rows else None,
             None if grad_bias is None else grad_bias.to(token_bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -324,10 +353,11 @@ class _Walk:
         token_bias: Tensor | None,
         stages: list[StageCodes],
         target: DenseTarget | None,
+        cap: float | None,
         dtype: torch.dtype,
     ) -> None:
         self.hidden, self.codebooks, self.token_bias = hidden.to(dtype), codebooks, token_bias
-        self.stages, self.target, self.dtype = stages, target, dtype
+        self.stages, self.target, self.cap, self.dtype = stages, target, cap, dtype
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
@@ -337,15 +367,16 @@ class _Walk:
             for start, end in _chunks(vocab_size, max(self.hidden.shape)):
                 rows = decode_rows(self.codebooks, self.stages, vocab_size, start, end).to(self.dtype)
                 bias = None if self.token_bias is None else self.token_bias[start:end]
-                logits = self._logits(self.hidden, rows, bias)
+                logits = self._logits(self.hidden, rows, bias, self.cap)
                 target_logits = None
                 if target is not None and target_hidden is not None:
                     bias = None if target.bias is None else target.bias[start:end]
-                    target_logits = self._logits(target_hidden, target.weight[start:end].to(self.dtype), bias)
+                    target_rows = target.weight[start:end].to(self.dtype)
+                    target_logits = self._logits(target_hidden, target_rows, bias, target.cap)
                 yield start, end, rows, logits, target_logits
 
-    def _logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        logits = F.linear(hidden, rows).to(self.sum_dtype)
+    def _logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+        logits = soft_cap(F.linear(hidden, rows).to(self.sum_dtype), cap)
         return logits if bias is None else logits.add_(bias)
 
 

@@ -74,7 +74,7 @@ def greedy_tables(token_to_code: Tensor, codebook_size: int, token_bias: Tensor 
     return GreedyTables(best_bias, best_token.masked_fill(best_token == vocab_size, 0))
 
 
-def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables) -> Tensor:
+def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables, *, cap: float | None = None) -> Tensor:
     """Find the most likely token, argmax_v z_v, without the token logits.
 
     k* = argmax_k (l_k + max_{v∈k} b_v), then that code's best token. Two codes with exactly equal scores are a tie
@@ -84,11 +84,12 @@ def vq_greedy(hidden: Tensor, codebook: Tensor, tables: GreedyTables) -> Tensor:
         hidden: (..., d).
         codebook: (K, d).
         tables: of `greedy_tables`.
+        cap: c of the soft cap of l, or None.
 
     Returns:
         (...) int64 token ids.
     """
-    return tables.best_token.take(code_logits(hidden, codebook, tables.best_bias).argmax(dim=-1))
+    return tables.best_token.take(code_logits(hidden, codebook, tables.best_bias, cap=cap).argmax(dim=-1))
 
 
 def sampling_tables(
@@ -126,6 +127,7 @@ def vq_sample(
     tables: SamplingTables,
     *,
     temperature: float = 1.0,
+    cap: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw from softmax(z/τ) without the token logits: a code from softmax(l/τ + β), then a token of that code.
@@ -135,12 +137,17 @@ def vq_sample(
         codebook: (K, d).
         tables: of `sampling_tables` at the same temperature.
         temperature: τ > 0.
+        cap: c of the soft cap of l, or None.
         generator: source of randomness, on the device of `hidden`.
 
     Returns:
         (...) int64 token ids.
     """
-    logits = code_logits(hidden / temperature, codebook, tables.log_mass).reshape(-1, codebook.shape[0])
+    if cap is None:
+        logits = code_logits(hidden / temperature, codebook, tables.log_mass)
+    else:
+        logits = code_logits(hidden, codebook, cap=cap) / temperature + tables.log_mass
+    logits = logits.reshape(-1, codebook.shape[0])
     codes = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
     # `cumulative` of code k rises from k to k + 1, so one search over all V finds the token within the code drawn.
     uniform = torch.rand(codes.shape, dtype=torch.float64, device=codes.device, generator=generator)

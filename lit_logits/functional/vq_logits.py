@@ -14,7 +14,7 @@ References:
     [0]: VQ-Logits, 2025, arXiv 2505.10202. The collapsed loss is ours.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lit_logits.functional.checks import check_labels, check_token_to_code
 from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap
 
 __all__ = [
     "code_log_mass",
@@ -93,22 +93,28 @@ def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: 
     return logits if token_bias is None else logits + token_bias
 
 
-def code_logits(hidden: Tensor, codebook: Tensor, log_mass: Tensor | None = None) -> Tensor:
+def code_logits(
+    hidden: Tensor, codebook: Tensor, log_mass: Tensor | None = None, *, cap: float | None = None
+) -> Tensor:
     """Compute code logits l = h Cᵀ, plus `log_mass` if given, in at least float32 whatever the autocast.
+
+    A cap c bounds l before `log_mass` is added: c · tanh(h Cᵀ / c).
 
     Args:
         hidden: (..., d).
         codebook: (K, d).
         log_mass: (K,) in nats, such as β.
+        cap: c, or None for no cap.
 
     Returns:
         (..., K) in nats.
     """
     device = hidden.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if hidden.dtype.itemsize >= 4 and not autocast:  # one fused pass
+    if hidden.dtype.itemsize >= 4 and not autocast and cap is None:  # one fused pass
         return F.linear(hidden, codebook, None if log_mass is None else log_mass.to(hidden.dtype))
-    logits = F.linear(hidden, codebook).float()  # a bfloat16 sum with log_mass would round away the mass
+    # A bfloat16 sum with log_mass would round away the mass.
+    logits = soft_cap(at_least_float32(F.linear(hidden, codebook)), cap)
     return logits if log_mass is None else logits + log_mass
 
 
@@ -119,6 +125,7 @@ def vq_cross_entropy(
     labels: Tensor,
     *,
     token_bias: Tensor | None = None,
+    cap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -133,6 +140,7 @@ def vq_cross_entropy(
         token_to_code: (V,) int64.
         labels: (...) token ids in [0, V) or `ignore_index`, already shifted: `labels[n]` is the token after n.
         token_bias: (V,) in nats; default 0, the paper's head.
+        cap: c of the soft cap of l, or None; the bias is not capped.
         ignore_index: label of tokens that do not count.
         reduction: `mean` over the tokens that count (0 if none does), `sum` or `none`.
 
@@ -148,7 +156,7 @@ def vq_cross_entropy(
         >>> vq_cross_entropy(hidden, codebook, torch.tensor([0, 0, 1, 1]), torch.tensor([3])).exp()
         tensor(4.)
     """
-    losses = _token_losses(hidden, codebook, token_to_code, labels, token_bias, ignore_index)
+    losses = _token_losses(hidden, codebook, token_to_code, labels, token_bias, cap, ignore_index)
     return reduce_tokens(losses.values, losses.mask, reduction)
 
 
@@ -161,6 +169,7 @@ def straight_through_vq_cross_entropy(
     *,
     latents: Tensor,
     token_bias: Tensor | None = None,
+    cap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -181,6 +190,7 @@ def straight_through_vq_cross_entropy(
         labels: (...) token ids in [0, V) or `ignore_index`.
         latents: (V, d) table A, whose value does not enter.
         token_bias: (V,) in nats; default 0.
+        cap: c of the soft cap of l, or None; each h above is then multiplied by its slope 1 − (l / c)².
         ignore_index: label of tokens that do not count.
         reduction: `mean` over the tokens that count (0 if none does), `sum` or `none`.
 
@@ -191,7 +201,12 @@ def straight_through_vq_cross_entropy(
         ValueError: If labels have another shape, or a label or a code is out of range (values are checked in host
             memory only).
     """
-    values, mask, log_probs, log_mass = _token_losses(hidden, codebook, token_to_code, labels, token_bias, ignore_index)
+    args = (hidden, codebook, token_to_code, labels, token_bias, cap, ignore_index)
+    values, mask, log_probs, log_mass, logits = _token_losses(*args)
+    # l + β less β; only a cap needs it.
+    slope = (
+        None if cap is None else 1 - ((logits.detach() - log_mass.detach()) / cap).square().reshape(-1, len(log_mass))
+    )
     log_share = -log_mass[token_to_code] if token_bias is None else token_bias - log_mass[token_to_code]
     # Added to the losses before the reduction, so that the latents get the gradient of each token with its weight.
     port = _StraightThrough.apply(
@@ -201,6 +216,7 @@ def straight_through_vq_cross_entropy(
         log_share.detach().exp(),
         token_to_code,
         labels.masked_fill(~mask, 0).reshape(-1),
+        None if slope is None else slope.nan_to_num(0.0),  # of codes without tokens, whose β is −∞
     )
     return reduce_tokens(values + port.reshape(labels.shape), mask, reduction)
 
@@ -210,29 +226,32 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         latents: Tensor,
         hidden: Tensor,
         log_probs: Tensor,
         share: Tensor,
         token_to_code: Tensor,
         tokens: Tensor,
+        slope: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, log_probs, share, token_to_code, tokens)
-        ctx.dtype = latents.dtype  # type: ignore[attr-defined]
+        ctx.save_for_backward(hidden, log_probs, share, token_to_code, tokens, slope)
+        ctx.dtype = latents.dtype
         return log_probs.new_zeros(tokens.shape)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, log_probs, share, token_to_code, tokens = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, log_probs, share, token_to_code, tokens, slope = ctx.saved_tensors
         hidden, grad = hidden.to(log_probs.dtype), grad.unsqueeze(1)
         # The first term depends on v through its code and share only, so (K, d) sums are made and then spread. Ignored
         # tokens have label 0 here, and a gradient of 0.
         with torch.autocast(hidden.device.type, enabled=False):
-            code_sums = (log_probs.exp() * grad).T @ hidden
+            probs = log_probs.exp() * grad if slope is None else log_probs.exp() * grad * slope
+            code_sums = probs.T @ hidden
         grad_latents = share.unsqueeze(1).to(log_probs.dtype) * code_sums[token_to_code]
-        grad_latents.index_add_(0, tokens, hidden * grad, alpha=-1)
-        return grad_latents.to(ctx.dtype), None, None, None, None, None  # type: ignore[attr-defined]
+        own = grad if slope is None else grad * slope.gather(1, token_to_code[tokens].unsqueeze(1))
+        grad_latents.index_add_(0, tokens, hidden * own, alpha=-1)
+        return grad_latents.to(ctx.dtype), None, None, None, None, None, None
 
 
 class _TokenLosses(NamedTuple):
@@ -243,12 +262,14 @@ class _TokenLosses(NamedTuple):
         mask: boolean (...), the tokens that count.
         log_probs: (..., K) log softmax(l + β) of the codes.
         log_mass: (K,) β.
+        logits: (..., K) l + β.
     """
 
     values: Tensor
     mask: Tensor
     log_probs: Tensor
     log_mass: Tensor
+    logits: Tensor
 
 
 def _token_losses(
@@ -257,6 +278,7 @@ def _token_losses(
     token_to_code: Tensor,
     labels: Tensor,
     token_bias: Tensor | None,
+    cap: float | None,
     ignore_index: int,
 ) -> _TokenLosses:
     """Check the labels and compute the loss of each token, not reduced."""
@@ -269,10 +291,11 @@ def _token_losses(
     token_bias = None if token_bias is None else at_least_float32(token_bias)  # its gradient is summed there too
     loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
     log_mass = code_log_mass(token_to_code, codebook.shape[0], token_bias, dtype=loss_dtype)
-    log_probs = F.log_softmax(code_logits(hidden, codebook, log_mass), dim=-1)
+    logits = code_logits(hidden, codebook, log_mass, cap=cap)
+    log_probs = F.log_softmax(logits, dim=-1)
     mask = labels != ignore_index
     tokens = labels.masked_fill(~mask, 0)
     codes = token_to_code[tokens]
     within = log_mass[codes] if token_bias is None else log_mass[codes] - token_bias[tokens]
     values = within - log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-    return _TokenLosses(values, mask, log_probs, log_mass)
+    return _TokenLosses(values, mask, log_probs, log_mass, logits)

@@ -59,7 +59,8 @@ class CausalBackbone(NamedTuple):
         hidden_size: d of the output layer.
         vocab_size: V of the output layer, padding included.
         generation_config: of the pretrained model, or None.
-        rule: how the architecture makes logits; its factors belong to the hidden states that another head reads.
+        rule: how the architecture makes logits. Its factors belong to the hidden states that another head reads, and
+            its cap to the head.
     """
 
     model: PreTrainedModel
@@ -170,17 +171,16 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
 
     Raises:
         ValueError: If the model cannot be loaded, has no output layer, changes the logits after it by more than a
-            factor, or sees the tokens that follow; a mapping has no `model_type`, or the vocabulary does not fit.
+            factor and a soft cap, or sees the tokens that follow; a mapping has no `model_type`, or the vocabulary does
+            not fit.
     """
     if isinstance(backbone, dict):
         config = _make_causal_config(backbone, vocab_size)
         check_trainable(config)
         model = AutoModel.from_config(config)
         rule, hidden_size, vocab_size = probe_backbone(model)
-        _check_no_cap(rule, config.model_type)
         return CausalBackbone(model, None, None, False, hidden_size, vocab_size, rule=rule)
     causal_lm, rule = load_plain_causal_lm(backbone, vocab_size)
-    _check_no_cap(rule, causal_lm.config.model_type)
     if has_lora(causal_lm):
         raise ValueError(
             f"Expected a backbone without adapters, but {type(causal_lm).__name__} has some, which an exported model"
@@ -189,6 +189,11 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
     output, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     weight = output.weight.detach()
     bias = getattr(output, "bias", None)
+    if bias is not None and rule.cap is not None:
+        raise ValueError(
+            f"Expected an output layer without a bias, because {type(causal_lm).__name__} caps its logits at"
+            f" {rule.cap:g}, bias included, while other heads add theirs after the cap."
+        )
     return CausalBackbone(
         model=cast(PreTrainedModel, causal_lm.base_model),
         output_weight=weight,
@@ -304,15 +309,6 @@ def make_config(settings: Mapping[str, Any]) -> Any:
         if isinstance(token, int) and token >= getattr(config, "vocab_size", token + 1):
             setattr(config, name, None)
     return config
-
-
-def _check_no_cap(rule: OutputRule, model_type: str) -> None:
-    if rule.cap is not None:
-        raise ValueError(
-            f"Expected an architecture without a cap on its logits, because other heads have none, but {model_type!r}"
-            f" caps them at {rule.cap:g}. The config switches it off (`final_logit_softcapping: null`, or by the"
-            " architecture's own name for it), which a pretrained model was not trained for."
-        )
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_logits.functional.reductions import soft_cap
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.frozen import input_device
 
@@ -68,7 +69,7 @@ class OutputRule(NamedTuple):
     def finish(self, values: Tensor) -> Tensor:
         """Return token logits of the output layer's values."""
         values = values if self.logit_scale == 1 else values * self.logit_scale
-        return values if self.cap is None else torch.tanh(values / self.cap) * self.cap
+        return soft_cap(values, self.cap)
 
 
 def probe_causal_lm(model: PreTrainedModel) -> OutputRule:
@@ -266,7 +267,7 @@ def _run(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def _check_same_past(one: Tensor, two: Tensor, label: str, config: Any) -> None:
-    before, after = (values.reshape(_NUM_TOKENS, -1)[:-1].double() for values in (one, two))
+    before, after = (values.reshape(_NUM_TOKENS, -1)[:-1].cpu().double() for values in (one, two))
     # Rows of a causal model are the same to the bit, but for experts, whose batches change.
     tolerance = 4 * torch.finfo(one.dtype).eps * before.abs().max()
     if bool(((before - after).abs() > tolerance).any()):
@@ -283,7 +284,7 @@ def _fit_hidden(hidden: Tensor, read: Tensor, owner: str) -> float:
     """Return the factor of the hidden states that the output layer reads."""
     given = hidden.flatten(0, -2)
     if given.shape == read.shape:
-        given, taken = given.double().cpu(), read.double().cpu()
+        given, taken = given.cpu().double(), read.cpu().double()
         factor = float((given * taken).sum() / given.square().sum().clamp(min=1e-300))
         factor = 1.0 if abs(factor - 1) < 1e-3 or not bool(given.any()) else factor
         tolerance = 1e-2 * float(taken.abs().max())
@@ -298,7 +299,7 @@ def _fit_hidden(hidden: Tensor, read: Tensor, owner: str) -> float:
 def _fit_logits(values: Tensor, logits: Tensor, owner: str) -> OutputRule:
     """Return the factor and the cap that make logits of the output layer's values."""
     if values.numel() == logits.numel():
-        given, made = values.double().cpu(), logits.reshape(values.shape).double().cpu()
+        given, made = values.cpu().double(), logits.reshape(values.shape).cpu().double()
         scale = float((made / given)[given.abs() == _SMALL].mean())
         scale = 1.0 if abs(scale - 1) < 1e-5 else scale
         largest = float(made[given.abs() == _LARGE].abs().mean())

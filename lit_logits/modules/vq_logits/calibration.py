@@ -19,6 +19,7 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.cooccurrence import PairCounts, count_pairs, merge_pairs, sum_pairs_of_ranks
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.reductions import soft_cap
 from lit_logits.modules.language_models.calls import accepted_inputs
 
 __all__ = ["calibrate", "calibrator", "count_text", "fresh_loader"]
@@ -34,6 +35,7 @@ def calibrator(
     *,
     num_batches: int,
     hidden_scale: float = 1.0,
+    logit_cap: float | None = None,
     **options: Any,
 ) -> Calibrate:
     """Return what a head is given to read its data with: `count_text` or `calibrate`, as it asks.
@@ -43,6 +45,7 @@ def calibrator(
         backbone: makes the hidden states.
         layer: pretrained output layer, whose logits tell which tokens matter.
         hidden_scale: of the hidden states that the head reads; see `calibrate`.
+        logit_cap: of the layer's logits.
         num_batches: how many are read where hidden states, or counts alone, are asked for.
         **options: `vocab_size`, `device` and `progress_bar` of both.
     """
@@ -55,6 +58,7 @@ def calibrator(
             num_batches=num_batches,
             backbone=backbone if second_moment else None,
             hidden_scale=hidden_scale,
+            logit_cap=logit_cap,
             output_layer=(layer.weight, layer.bias) if layer.weight is not None and information else None,
             **options,
         )
@@ -72,6 +76,7 @@ def calibrate(
     backbone: nn.Module | None = None,
     output_layer: tuple[Tensor, Tensor | None] | None = None,
     hidden_scale: float = 1.0,
+    logit_cap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     progress_bar: bool = False,
 ) -> Calibration:
@@ -88,6 +93,7 @@ def calibrate(
         backbone: module whose output has `last_hidden_state` (B, T, d); it runs in eval mode.
         output_layer: weight (V, d) and bias (V,) or None of the layer that reads those hidden states.
         hidden_scale: factor of the hidden states that the layer reads.
+        logit_cap: c of the soft cap of the layer's logits, or None.
         ignore_index: label of positions that do not count.
         progress_bar: show one line of progress on a terminal.
 
@@ -118,7 +124,7 @@ def calibrate(
             hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float() * hidden_scale
             moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
             if output_layer is not None:
-                information = information or _Information(*output_layer, hidden)
+                information = information or _Information(*output_layer, hidden, logit_cap)
                 information.add(hidden)
     if backbone is not None:
         backbone.train(was_training)
@@ -185,16 +191,19 @@ def count_text(
 class _Information:
     """Sums over positions of p (1 − p) for each token, and of h hᵀ weighted by the sum of p (1 − p) over tokens."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor, cap: float | None) -> None:
+        self.weight, self.bias, self.cap = weight, bias, cap
         self.tokens = hidden.new_zeros(len(weight))
         self.moment = hidden.new_zeros(hidden.shape[1], hidden.shape[1])
 
     def add(self, hidden: Tensor) -> None:
         """Take in the positions (N, d), a chunk at a time."""
         for chunk in hidden.split(max(1, _CHUNK_ELEMENTS // len(self.weight))):
-            probs = F.linear(chunk.to(self.weight.dtype), self.weight, self.bias).float().softmax(dim=-1)
+            logits = soft_cap(F.linear(chunk.to(self.weight.dtype), self.weight, self.bias).float(), self.cap)
+            probs = logits.softmax(dim=-1)
             variances = probs.sub_(probs.square())
+            if self.cap is not None:  # of the logit before the cap
+                variances *= (1 - (logits / self.cap).square()).square()
             self.tokens += variances.sum(0)
             self.moment.addmm_(chunk.T * variances.sum(1), chunk)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.codebook import Footprint, unigram_bias
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap
 from lit_logits.functional.vq_decoding import sample_logits
 
 __all__ = ["DenseLogitsHead"]
@@ -27,6 +27,7 @@ class DenseLogitsHead(nn.Module):
         bias: learn a bias for each token.
 
     Attributes:
+        logit_cap: c of a soft cap on the logits before the bias is added, or None; see `CappedHead`.
         weight: (V, d) parameter.
         token_bias: (V,) parameter in nats, or None.
     """
@@ -36,11 +37,15 @@ class DenseLogitsHead(nn.Module):
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * 0.02)
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.logit_cap: float | None = None
         self.register_load_state_dict_pre_hook(_check_vocabulary)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return token logits (..., V) in nats of hidden states (..., d)."""
-        return F.linear(hidden, self.weight, self.token_bias)
+        if self.logit_cap is None:
+            return F.linear(hidden, self.weight, self.token_bias)
+        logits = soft_cap(F.linear(hidden, self.weight), self.logit_cap)
+        return logits if self.token_bias is None else logits + self.token_bias
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"

@@ -43,6 +43,7 @@ class VQLogitsConfig(PreTrainedConfig):
         stage_sizes: how many tokens own each of the S stages, V first.
         head_bias: whether there is a token bias.
         hidden_scale: factor of the hidden states that the head reads.
+        logit_cap: c of the soft cap of the head's logits, or None.
     """
 
     model_type = "vq_logits"
@@ -56,13 +57,14 @@ class VQLogitsConfig(PreTrainedConfig):
         stage_sizes: list[int] | None = None,
         head_bias: bool = False,
         hidden_scale: float = 1.0,
+        logit_cap: float | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
         self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
-        self.hidden_scale = hidden_scale
+        self.hidden_scale, self.logit_cap = hidden_scale, logit_cap
         self.stage_sizes = [self.text_config.vocab_size] if stage_sizes is None else list(stage_sizes)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
@@ -112,6 +114,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             num_stages=len(config.stage_sizes),
             bias=config.head_bias,
         )
+        self.head.logit_cap = config.logit_cap
         self.post_init()
 
     @classmethod
@@ -248,6 +251,7 @@ def compact_model(
         num_groups=residual.num_groups,
         stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
         head_bias=residual.token_bias is not None,
+        logit_cap=head.logit_cap,
         hidden_scale=(rule or probe_backbone(backbone)[0]).bias_free_scale,
         dtype=backbone.dtype,
     )
@@ -302,6 +306,7 @@ def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
         head.hidden_size, head.vocab_size, head.codebook_size, bias=head.token_bias is not None
     ).to(head.codebook)
     stages = torch.ones_like(head.token_to_code)
+    residual.logit_cap = head.logit_cap
     residual.set_codes(head.codebook[None, None], head.token_to_code, stages, token_bias=head.token_bias)
     return residual
 

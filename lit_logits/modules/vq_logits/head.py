@@ -78,6 +78,7 @@ class VQLogitsHead(MovingCodes):
         codebook: (K, d) parameter.
         token_to_code: (V,) int64 buffer.
         token_bias: (V,) parameter in nats, or None.
+        logit_cap: c of a soft cap on the code logits, before the bias is added, or None; see `CappedHead`.
         latents: (V, d) parameter kept for training only, or None.
         token_counts: (V,) buffer, running counts of the targets of all ranks; at least float32 in any module.
 
@@ -126,6 +127,7 @@ class VQLogitsHead(MovingCodes):
         self.codebook = nn.Parameter(torch.randn(codebook_size, hidden_size) * _INIT_STD)
         self.codebook.requires_grad_(codebook_update == "gradient")
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.logit_cap: float | None = None
         has_latents = mapping == "learned" or codebook_update == "ema"
         self.latents = nn.Parameter(torch.empty(vocab_size, hidden_size)) if has_latents else None
         self.register_buffer("token_to_code", random_assignment(vocab_size, codebook_size))
@@ -207,7 +209,8 @@ class VQLogitsHead(MovingCodes):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return token logits (..., V) in nats of hidden states (..., d)."""
-        return scatter_code_logits(code_logits(hidden, self.codebook), self.token_to_code, self.token_bias)
+        logits = code_logits(hidden, self.codebook, cap=self.logit_cap)
+        return scatter_code_logits(logits, self.token_to_code, self.token_bias)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
@@ -224,14 +227,13 @@ class VQLogitsHead(MovingCodes):
             ValueError: If a label is out of range (checked in host memory only).
         """
         args = (hidden, self.codebook, self.token_to_code, labels)
+        options: Any = {"cap": self.logit_cap, "ignore_index": ignore_index, "reduction": reduction}
         if not self.training:
-            return vq_cross_entropy(*args, token_bias=self.token_bias, ignore_index=ignore_index, reduction=reduction)
+            return vq_cross_entropy(*args, token_bias=self.token_bias, **options)
         if self.latents is None:
-            loss = vq_cross_entropy(*args, token_bias=self.token_bias, ignore_index=ignore_index, reduction=reduction)
+            loss = vq_cross_entropy(*args, token_bias=self.token_bias, **options)
         else:
-            loss = straight_through_vq_cross_entropy(
-                *args, latents=self.latents, token_bias=self.token_bias, ignore_index=ignore_index, reduction=reduction
-            )
+            loss = straight_through_vq_cross_entropy(*args, latents=self.latents, token_bias=self.token_bias, **options)
         self._count(labels, ignore_index)
         return loss
 
@@ -252,6 +254,7 @@ class VQLogitsHead(MovingCodes):
             labels,
             token_bias=self.token_bias,
             target=target,
+            cap=self.logit_cap,
             ignore_index=ignore_index,
         )
 
@@ -266,7 +269,7 @@ class VQLogitsHead(MovingCodes):
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d), exactly; ties in a code go to the lower id."""
         tables = self._table("greedy", lambda: greedy_tables(self.token_to_code, self.codebook_size, self.token_bias))
-        return vq_greedy(hidden, self.codebook, cast(GreedyTables, tables))
+        return vq_greedy(hidden, self.codebook, cast(GreedyTables, tables), cap=self.logit_cap)
 
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
@@ -275,7 +278,12 @@ class VQLogitsHead(MovingCodes):
             lambda: sampling_tables(self.token_to_code, self.codebook_size, self.token_bias, temperature=temperature),
         )
         return vq_sample(
-            hidden, self.codebook, cast(SamplingTables, tables), temperature=temperature, generator=generator
+            hidden,
+            self.codebook,
+            cast(SamplingTables, tables),
+            temperature=temperature,
+            cap=self.logit_cap,
+            generator=generator,
         )
 
     def train(self, mode: bool = True) -> "VQLogitsHead":

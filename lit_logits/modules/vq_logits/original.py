@@ -31,6 +31,7 @@ class OriginalOutput(FrozenModels):
         num_shared_layers: how many of the first layers of `backbone` are frozen and the same in the compressed model;
             see `sharing_layers`.
         hidden_scale: factor of the hidden states of `backbone` that the layer reads.
+        logit_cap: c of the soft cap of the layer's logits, or None.
 
     Example:
         >>> original = OriginalOutput(torch.zeros(5, 3))
@@ -46,9 +47,10 @@ class OriginalOutput(FrozenModels):
         *,
         num_shared_layers: int = 0,
         hidden_scale: float = 1.0,
+        logit_cap: float | None = None,
     ) -> None:
         super().__init__(*([] if backbone is None else [backbone]))
-        self.hidden_scale = hidden_scale
+        self.hidden_scale, self.logit_cap = hidden_scale, logit_cap
         self._rows = _Rows(weight, bias)
         self._shared: list[Any] = []  # the last output of the shared layers
         if backbone is not None and num_shared_layers:
@@ -69,7 +71,7 @@ class OriginalOutput(FrozenModels):
         for backbone in self.models:
             output = backbone(**accepted_inputs(backbone, {**inputs, "use_cache": False}))
             hidden = output.last_hidden_state * self.hidden_scale
-        return DenseTarget(hidden.detach(), self._rows.weight, self._rows.bias)
+        return DenseTarget(hidden.detach(), self._rows.weight, self._rows.bias, self.logit_cap)
 
     @contextlib.contextmanager
     def sharing_layers(self, backbone: nn.Module) -> Iterator[None]:
@@ -100,7 +102,11 @@ class OriginalOutput(FrozenModels):
         own = copy.deepcopy(self.models[0] if self.models else backbone)
         weight, bias = self._rows.weight, self._rows.bias
         return OriginalOutput(
-            weight.clone(), None if bias is None else bias.clone(), own, hidden_scale=self.hidden_scale
+            weight.clone(),
+            None if bias is None else bias.clone(),
+            own,
+            hidden_scale=self.hidden_scale,
+            logit_cap=self.logit_cap,
         )
 
 
@@ -132,17 +138,17 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
             "Expected a pretrained backbone for `kd_weight`, which imitates its output layer, but the backbone is a"
             " config with random weights."
         )
-    scale = parts.rule.bias_free_scale
+    rule: Any = {"hidden_scale": parts.rule.bias_free_scale, "logit_cap": parts.rule.cap}
     frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
     if len(frozen) == len(list(parts.model.parameters())):
-        return OriginalOutput(parts.output_weight, parts.output_bias, hidden_scale=scale)
+        return OriginalOutput(parts.output_weight, parts.output_bias, **rule)
     # Cloned, because a tied output layer is the input table, which is trained.
     weight = parts.output_weight.clone()
     bias = None if parts.output_bias is None else parts.output_bias.clone()
     for num_shared_layers in (num_frozen_layers, 0):
         # `deepcopy` takes what its memo holds as copied already: frozen parameters stay one tensor.
         backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
-        original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers, hidden_scale=scale)
+        original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers, **rule)
         if num_shared_layers == 0 or _goes_on(original, parts.model):
             break
     return original

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_logits.contracts import DecodingHead, ExportableHead, ImitatingHead, OutputHead
+from lit_logits.contracts import CappedHead, DecodingHead, ExportableHead, ImitatingHead, OutputHead
 from lit_logits.modules.vq_logits.dense import DenseLogitsHead
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely"]
+__all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely", "set_cap"]
 
 HeadFactory = Callable[[int, int], nn.Module]
 
@@ -61,6 +61,23 @@ def make_head(
     if has_bias and isinstance(made, ExportableHead) and made.token_bias is None:
         raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
     return made
+
+
+def set_cap(head: Any, cap: float | None) -> None:
+    """Give a head the soft cap of its architecture's logits.
+
+    Raises:
+        ValueError: If the head has none and the architecture has one.
+    """
+    if cap is None:
+        return
+    if not isinstance(head, CappedHead):
+        raise ValueError(
+            f"Expected a head with `logit_cap`, because the architecture caps its logits at {cap:g}, but"
+            f" {type(head).__name__} has none. See `lit_logits.contracts.CappedHead`, or switch the cap off in the"
+            " config (`final_logit_softcapping: null`, or by the architecture's own name for it)."
+        )
+    head.logit_cap = cap
 
 
 def check_imitates(head: Any) -> None:

@@ -3,7 +3,7 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lit_logits.functional.code_tiers import stages_by_rank
 from lit_logits.functional.codebook import Footprint
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.lookup.lookup import LookupLayout, lookup_greedy, lookup_layout, packed_lookup_logits
-from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.reductions import Reduction, reduce_tokens, soft_cap
 from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_vq import (
     DenseTarget,
@@ -68,6 +68,7 @@ class ResidualVQLogitsHead(nn.Module):
     Attributes:
         codebook: (S, G, K, d/G) parameter.
         token_bias: (V,) parameter in nats, or None.
+        logit_cap: c of a soft cap on the logits before the bias is added, or None; see `CappedHead`.
         packed_codes: (⌈Σ_v S_v · G · ⌈log2 K⌉ / 8⌉,) uint8 buffer: stage after stage, in each the tokens that own it.
         packed_stages: uint8 buffer of S_v − 1 in ⌈log2 S⌉ bits each; empty where all tokens own all stages.
 
@@ -128,6 +129,7 @@ class ResidualVQLogitsHead(nn.Module):
         shape = self.num_stages, num_groups, codebook_size, hidden_size // num_groups
         self.codebook = nn.Parameter(torch.randn(shape) * _INIT_STD)
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.logit_cap: float | None = None
         codes = torch.randint(codebook_size, (int(stages.sum()) * num_groups,))
         self.register_buffer("packed_codes", pack_bits(codes, code_bits(codebook_size)))
         self.register_buffer("packed_stages", self._pack_stages(stages))
@@ -142,9 +144,15 @@ class ResidualVQLogitsHead(nn.Module):
         A few hidden states without a gradient, as in decoding, are looked up; see `packed_lookup_logits`. Others are
         multiplied with rows that are decoded a chunk at a time.
         """
-        if self._is_decoding(hidden):
-            return packed_lookup_logits(hidden, self._layout()).to(hidden.dtype)
-        return residual_vq_logits(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
+        if not self._is_decoding(hidden):
+            return residual_vq_logits(
+                hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias, cap=self.logit_cap
+            )
+        logits = packed_lookup_logits(hidden, self._layout())
+        if self.logit_cap is not None:  # the layout then has no bias, which is not capped
+            logits = soft_cap(logits, self.logit_cap)
+            logits = logits if self.token_bias is None else logits + self.token_bias
+        return logits.to(hidden.dtype)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
@@ -164,6 +172,7 @@ class ResidualVQLogitsHead(nn.Module):
             labels,
             token_bias=self.token_bias,
             target=target,
+            cap=self.logit_cap,
             ignore_index=ignore_index,
         )
 
@@ -173,8 +182,10 @@ class ResidualVQLogitsHead(nn.Module):
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
         if self._is_decoding(hidden):
-            return lookup_greedy(hidden, self._layout())
-        return residual_vq_greedy(hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias)
+            return self(hidden).argmax(-1) if self.logit_cap is not None else lookup_greedy(hidden, self._layout())
+        return residual_vq_greedy(
+            hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias, cap=self.logit_cap
+        )
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -191,13 +202,14 @@ class ResidualVQLogitsHead(nn.Module):
         """Return the head in the layout of the look-up, made again if any part of it was written to."""
         bias = () if self.token_bias is None else (self.token_bias,)
         sources = (self.codebook, self.packed_codes, self.packed_stages, *bias)
-        return self._tables.get("layout", sources, self._make_layout)
+        return self._tables.get(f"layout with cap {self.logit_cap}", sources, self._make_layout)
 
     def _make_layout(self) -> LookupLayout:
         stages = self.stages()
         missing = self.num_stages - len(stages)  # last stages that no token owns
         codebook = self.codebook.detach()[: self.num_stages - missing]
-        bias = None if self.token_bias is None else self.token_bias.detach()
+        without = self.token_bias is None or self.logit_cap is not None
+        bias = None if without else cast(Tensor, self.token_bias).detach()
         return lookup_layout(codebook, [stage.codes for stage in stages], [stage.members for stage in stages], bias)
 
     def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
