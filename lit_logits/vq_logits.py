@@ -35,9 +35,9 @@ from lit_logits.modules.optimization import counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import calibrate, fresh_loader
 from lit_logits.modules.vq_logits.checks import check_averages, check_steps
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
-from lit_logits.modules.vq_logits.export import compact_model, dense_model
 from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.joining import compact_model, dense_model, export_warning
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
 from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely
 
@@ -137,6 +137,9 @@ class VQLogitsLM(LightningModule):
         if not self._starts:
             self._output_layer = OutputLayer(None, None)
         self.register_buffer("head_ready", torch.tensor(not self._starts))  # a buffer, so that checkpoints keep it
+        warning = export_warning(self.backbone, self.head, hidden_size=parts.hidden_size, vocab_size=parts.vocab_size)
+        if warning is not None:
+            rank_zero_warn(warning)
         if parts.tied and isinstance(self.head, ExportableHead):
             rank_zero_info(describe_untying(parts, self.head))
 
@@ -383,8 +386,9 @@ class VQLogitsLM(LightningModule):
                 whose output rows are the decoded codes, so that other programs read it.
 
         Raises:
-            ValueError: If `head` is neither, the model's head cannot be written so, or the original architecture has no
-                bias that could take the token bias.
+            ValueError: If `head` is neither, the model's head cannot be written so, the original architecture has no
+                bias that could take the token bias, or the backbone is one that `compact_model` or `dense_model`
+                refuses. A warning tells of such a backbone when the model is made.
         """
         if head not in _EXPORTS:
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")

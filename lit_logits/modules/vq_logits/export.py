@@ -5,8 +5,7 @@ Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
-import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,12 +21,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
-from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM", "compact_model", "dense_model"]
+__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM"]
 
 
 class VQLogitsConfig(PreTrainedConfig):
@@ -203,86 +200,6 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             **{OUTPUT_CACHE_NAME: getattr(output, OUTPUT_CACHE_NAME, None)},
         )
-
-
-def compact_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> VQLogitsForCausalLM:
-    """Join a backbone and a `VQLogitsHead` or `ResidualVQLogitsHead` to a model of transformers, in `eval` mode.
-
-    Tensors are shared, not copied, except those of a `VQLogitsHead`, which are converted.
-
-    Raises:
-        ValueError: If the head is of another class, or the backbone is recurrent: `generate` cannot pass on its cache.
-    """
-    if not isinstance(head, VQLogitsHead | ResidualVQLogitsHead):
-        advice = " Use head='dense'." if isinstance(head, ExportableHead) else ""
-        raise ValueError(
-            f"Expected a `VQLogitsHead` or `ResidualVQLogitsHead` for head='compact', but got {type(head).__name__}."
-            f"{advice}"
-        )
-    if getattr(backbone, "_is_stateful", False):
-        raise ValueError(
-            f"Expected a backbone whose cache is one of attention, but {type(backbone).__name__} is recurrent. Save it"
-            " with head='dense'."
-        )
-    residual = head if isinstance(head, ResidualVQLogitsHead) else _as_residual(head)
-    text_config = copy.deepcopy(backbone.config)
-    text_config.tie_word_embeddings = False
-    sizes = [stage.codes.shape[0] for stage in residual.stages()]
-    config = VQLogitsConfig(
-        text_config=text_config,
-        codebook_size=residual.codebook_size,
-        num_groups=residual.num_groups,
-        stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
-        head_bias=residual.token_bias is not None,
-        dtype=backbone.dtype,
-    )
-    with torch.device("meta"):  # both parts are replaced, so no memory is spent on their weights
-        model = VQLogitsForCausalLM(config)
-    model.model, model.head = backbone, residual
-    if generation_config is not None:
-        model.generation_config = copy.deepcopy(generation_config)
-    return model.eval()
-
-
-@torch.no_grad()
-def dense_model(backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None) -> PreTrainedModel:
-    """Put the decoded rows of a head into the original architecture, in `eval` mode; backbone tensors are shared.
-
-    Raises:
-        ValueError: If the head is not an `ExportableHead`, or has a token bias and the architecture no output bias.
-    """
-    if not isinstance(head, ExportableHead):
-        raise ValueError(
-            "Expected a head with `dense_weight`, `token_bias` and `footprint` for head='dense', but got"
-            f" {type(head).__name__}."
-        )
-    config = copy.deepcopy(backbone.config)
-    config.tie_word_embeddings = False  # the decoded rows are not the input table, which loading would put there
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=backbone.dtype)
-    output = cast(nn.Linear, model.get_output_embeddings())
-    output.weight = nn.Parameter(head.dense_weight().detach().to(backbone.dtype), requires_grad=False)
-    if output.bias is not None:
-        bias = output.weight.new_zeros(len(output.weight)) if head.token_bias is None else head.token_bias.detach()
-        output.bias = nn.Parameter(bias.to(backbone.dtype), requires_grad=False)
-    elif head.token_bias is not None:
-        raise ValueError(
-            f"Expected a head without a token bias, because the output layer of {type(model).__name__} has no place"
-            " for one. Train with `bias: false`, or save with head='compact'."
-        )
-    setattr(model, model.base_model_prefix, backbone)
-    if generation_config is not None:
-        model.generation_config = copy.deepcopy(generation_config)
-    return model.eval()
-
-
-def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
-    residual = ResidualVQLogitsHead(
-        head.hidden_size, head.vocab_size, head.codebook_size, bias=head.token_bias is not None
-    ).to(head.codebook)
-    stages = torch.ones_like(head.token_to_code)
-    residual.set_codes(head.codebook[None, None], head.token_to_code, stages, token_bias=head.token_bias)
-    return residual
 
 
 AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
