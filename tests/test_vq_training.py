@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -363,7 +364,7 @@ def test_a_fused_optimizer_tells_its_overflow_itself(overflow):
     """The scaler calls it even then, with `found_inf`."""
     parameter = torch.nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
-    optimizer = torch.optim.SGD([parameter], lr=0.1, fused=True)
+    optimizer: Any = torch.optim.SGD([parameter], lr=0.1, fused=True)
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(overflow), torch.tensor(1.0)
     with counted_steps(optimizer) as steps:
         optimizer.step()
