@@ -31,9 +31,9 @@ from lit_logits.modules.optimization import counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import calibrator, fresh_loader
 from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
-from lit_logits.modules.vq_logits.export import VQExport
 from lit_logits.modules.vq_logits.generation import continue_prompts
 from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.joining import VQExport, export_warning
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
 from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely, set_cap
 
@@ -137,6 +137,9 @@ class VQLogitsLM(VQExport, LightningModule):
         if not self._starts:
             self._output_layer = OutputLayer(None, None)
         self.register_buffer("head_ready", torch.tensor(not self._starts))  # a buffer, so that checkpoints keep it
+        warning = export_warning(self.backbone, self.head, hidden_size=parts.hidden_size, vocab_size=parts.vocab_size)
+        if warning is not None:
+            rank_zero_warn(warning)
         if parts.tied and isinstance(self.head, ExportableHead):
             rank_zero_info(describe_untying(parts, self.head))
 

@@ -64,8 +64,6 @@ from lit_logits.modules.vq_logits.describe import describe_head, describe_model
 from lit_logits.modules.vq_logits.export import (
     VQLogitsConfig,
     VQLogitsForCausalLM,
-    compact_model,
-    dense_model,
 )
 from lit_logits.modules.vq_logits.fit import (
     fit_output_layer,
@@ -75,6 +73,10 @@ from lit_logits.modules.vq_logits.generation import (
 )
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
+from lit_logits.modules.vq_logits.joining import (
+    compact_model,
+    dense_model,
+)
 from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy
 from lit_logits.modules.vq_logits.original import (
     OriginalOutput,

@@ -5,9 +5,7 @@ Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
-import copy
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,14 +21,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
-from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
-from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["VQExport", "VQLogitsConfig", "VQLogitsForCausalLM", "compact_model", "dense_model"]
+__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM"]
 
 
 class VQLogitsConfig(PreTrainedConfig):
@@ -212,159 +206,6 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             **{OUTPUT_CACHE_NAME: getattr(output, OUTPUT_CACHE_NAME, None)},
         )
-
-
-def compact_model(
-    backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None, *, rule: OutputRule | None = None
-) -> VQLogitsForCausalLM:
-    """Join a backbone and a `VQLogitsHead` or `ResidualVQLogitsHead` to a model of transformers, in `eval` mode.
-
-    Tensors are shared, not copied, except those of a `VQLogitsHead`, which are converted.
-
-    Args:
-        backbone: of transformers.
-        head: its output layer, which reads the hidden states by the factor of `rule`.
-        generation_config: of the original model.
-        rule: how the architecture makes logits; None finds out.
-
-    Raises:
-        ValueError: If the head is of another class, or the backbone is recurrent: `generate` cannot pass on its cache.
-    """
-    if not isinstance(head, VQLogitsHead | ResidualVQLogitsHead):
-        advice = " Use head='dense'." if isinstance(head, ExportableHead) else ""
-        raise ValueError(
-            f"Expected a `VQLogitsHead` or `ResidualVQLogitsHead` for head='compact', but got {type(head).__name__}."
-            f"{advice}"
-        )
-    if getattr(backbone, "_is_stateful", False):
-        raise ValueError(
-            f"Expected a backbone whose cache is one of attention, but {type(backbone).__name__} is recurrent. Save it"
-            " with head='dense'."
-        )
-    residual = head if isinstance(head, ResidualVQLogitsHead) else _as_residual(head)
-    text_config = copy.deepcopy(backbone.config)
-    text_config.tie_word_embeddings = False
-    sizes = [stage.codes.shape[0] for stage in residual.stages()]
-    config = VQLogitsConfig(
-        text_config=text_config,
-        codebook_size=residual.codebook_size,
-        num_groups=residual.num_groups,
-        stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
-        head_bias=residual.token_bias is not None,
-        logit_cap=head.logit_cap,
-        hidden_scale=(rule or probe_backbone(backbone)[0]).bias_free_scale,
-        dtype=backbone.dtype,
-    )
-    with torch.device("meta"):  # both parts are replaced, so no memory is spent on their weights
-        model = VQLogitsForCausalLM(config)
-    model.model, model.head = backbone, residual
-    if generation_config is not None:
-        model.generation_config = copy.deepcopy(generation_config)
-    return model.eval()
-
-
-@torch.no_grad()
-def dense_model(
-    backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None, *, rule: OutputRule | None = None
-) -> PreTrainedModel:
-    """Put the decoded rows of a head into the original architecture, in `eval` mode; backbone tensors are shared.
-
-    The architecture multiplies what the head read multiplied, so the rows stay as they are; arguments as for
-    `compact_model`.
-
-    Raises:
-        ValueError: If the head is not an `ExportableHead`, or has a token bias and the architecture no output bias.
-    """
-    if not isinstance(head, ExportableHead):
-        raise ValueError(
-            "Expected a head with `dense_weight`, `token_bias` and `footprint` for head='dense', but got"
-            f" {type(head).__name__}."
-        )
-    config = copy.deepcopy(backbone.config)
-    config.tie_word_embeddings = False  # the decoded rows are not the input table, which loading would put there
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=backbone.dtype)
-    output = cast(nn.Linear, model.get_output_embeddings())
-    output.weight = nn.Parameter(head.dense_weight().detach().to(backbone.dtype), requires_grad=False)
-    if output.bias is not None:
-        bias = output.weight.new_zeros(len(output.weight)) if head.token_bias is None else head.token_bias.detach()
-        bias = bias / (rule or probe_backbone(backbone)[0]).logit_scale  # the architecture multiplies it
-        output.bias = nn.Parameter(bias.to(backbone.dtype), requires_grad=False)
-    elif head.token_bias is not None:
-        raise ValueError(
-            f"Expected a head without a token bias, because the output layer of {type(model).__name__} has no place"
-            " for one. Train with `bias: false`, or save with head='compact'."
-        )
-    setattr(model, model.base_model_prefix, backbone)
-    if generation_config is not None:
-        model.generation_config = copy.deepcopy(generation_config)
-    return model.eval()
-
-
-def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
-    residual = ResidualVQLogitsHead(
-        head.hidden_size, head.vocab_size, head.codebook_size, bias=head.token_bias is not None
-    ).to(head.codebook)
-    stages = torch.ones_like(head.token_to_code)
-    residual.logit_cap = head.logit_cap
-    residual.set_codes(head.codebook[None, None], head.token_to_code, stages, token_bias=head.token_bias)
-    return residual
-
-
-class VQExport(nn.Module):
-    """The half of `VQLogitsLM` that writes it as a model of transformers; the attributes are that module's."""
-
-    backbone: PreTrainedModel
-    head: Any
-    output_rule: OutputRule
-    _generation_config: Any
-
-    def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
-        """Return the model as one of transformers, which shares its tensors and has `generate`, `save_pretrained` etc.
-
-        The model is in `eval` mode, and so are the shared parts of this one until `train()` is called.
-
-        Args:
-            head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
-                whose output rows are the decoded codes, so that other programs read it.
-
-        Raises:
-            ValueError: If `head` is neither, the model's head cannot be written so, or the original architecture has no
-                bias that could take the token bias.
-        """
-        exports: dict[str, Any] = {"compact": compact_model, "dense": dense_model}
-        if head not in exports:
-            raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
-        return exports[head](self.backbone, self.head, self._generation_config, rule=self.output_rule)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        head: Literal["compact", "dense"] = "compact",
-        *,
-        tokenizer: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all; rank zero does.
-
-        A `compact` one loads after `import lit_logits`, without `trust_remote_code`.
-
-        Args:
-            folder: new, empty or a saved model, which is replaced.
-            head: see `to_pretrained`.
-            tokenizer: saved with it; default the data module's, where a trainer is attached.
-            dtype: of the weights, such as `torch.bfloat16`; default theirs.
-
-        Raises:
-            ValueError: If `to_pretrained` refuses, or the folder holds anything but a saved model.
-        """
-        was_training = self.training
-        model = self.to_pretrained(head)
-        if dtype is not None:
-            model = copy.deepcopy(model)  # it shares its tensors with the model in training, which keep their dtype
-            nn.Module.to(model, dtype)
-        self.train(was_training)
-        save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=getattr(self, "_trainer", None))
 
 
 AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
