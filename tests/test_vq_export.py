@@ -83,13 +83,8 @@ BACKBONES = {
     "llama": (LLAMA, BOTH),
     "gpt2": ({"model_type": "gpt2", **GPT}, BOTH),
     "qwen3_moe": ({"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, **SIZES}, BOTH),
-    "llama4_text": (
-        {**LLAMA, "model_type": "llama4_text", "num_local_experts": 2, "head_dim": 8, "num_key_value_heads": 2},
-        BOTH,
-    ),
     "cohere": ({**LLAMA, "model_type": "cohere", "logit_scale": 0.0625}, BOTH),
     "gemma2": ({**LLAMA, "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.1}, BOTH),
-    "bert": ({**LLAMA, "model_type": "bert", "is_decoder": True}, COMPACT),
     "mamba": ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, DENSE),
     "openai-gpt": ({"model_type": "openai-gpt", **GPT}, DENSE),
     "minimax": (
