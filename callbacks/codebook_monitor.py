@@ -13,8 +13,8 @@ from torch import Tensor
 from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part, tensorboard_writers
 from lit_logits.callbacks.pictures.codebook import usage_figure
 from lit_logits.callbacks.scalars import log_scalars
+from lit_logits.contracts import WatchedHead
 from lit_logits.functional.codebook import code_perplexity
-from lit_logits.modules.vq_logits.head import VQLogitsHead
 
 __all__ = ["CodebookMonitor"]
 
@@ -22,7 +22,7 @@ _MAX_SNAPSHOTS = 256
 
 
 class CodebookMonitor(Callback):
-    """Log how a codebook is used, and show what its codes mean.
+    """Log how a codebook is used, and show what its codes mean; of a `HierarchicalVQLogitsHead` its clusters.
 
     Scalars, every n optimizer steps: `vq/used_codes` (codes that carry targets), `vq/code_perplexity` (exponential of
     the entropy of their use), `vq/dead_codes` (codes that own no token or carry less than `min_usage` of an even
@@ -64,12 +64,14 @@ class CodebookMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if the model has no head to watch."""
-        if find_part(pl_module, VQLogitsHead) is None:
-            rank_zero_warn("CodebookMonitor found no VQLogitsHead in the model and will do nothing.")
+        if find_part(pl_module, WatchedHead) is None:
+            rank_zero_warn(
+                "CodebookMonitor found no head with codes in the model, such as a VQLogitsHead, and will do nothing."
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log scalars and remember the usage when a multiple of `every_n_steps` has just been reached."""
-        step, head = trainer.global_step, find_part(pl_module, VQLogitsHead)
+        step, head = trainer.global_step, find_part(pl_module, WatchedHead)
         # With gradient accumulation several batches end at the same step.
         if head is None or step in (0, self.last_step) or (step % self.every_n_steps and step != 1):
             return
@@ -90,7 +92,7 @@ class CodebookMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the heat map, show tokens of codes, and compare the floor with the perplexity of this validation."""
-        head = find_part(pl_module, VQLogitsHead)
+        head = find_part(pl_module, WatchedHead)
         if head is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         reached = trainer.callback_metrics.get("val/ppl")
@@ -139,7 +141,7 @@ class CodebookMonitor(Callback):
                 " backbone will not help. Use a larger `codebook_size`, `bias=True` or a `learned` mapping."
             )
 
-    def _token_table(self, head: VQLogitsHead, tokenizer: Any) -> str:
+    def _token_table(self, head: WatchedHead, tokenizer: Any) -> str:
         """Return a Markdown table of some codes with their most frequent tokens."""
         usage, sizes = head.usage(), torch.bincount(head.token_to_code, minlength=head.codebook_size)
         order = usage.argsort(descending=True)

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 
 from lit_logits.contracts import HasTokenizer, offers
 
@@ -22,7 +21,7 @@ __all__ = [
     "tensorboard_writers",
 ]
 
-_Part = TypeVar("_Part", bound=nn.Module)
+_Part = TypeVar("_Part")  # a class of modules, or a contract of heads
 _Result = TypeVar("_Result")
 
 
@@ -38,6 +37,7 @@ def find_part(pl_module: LightningModule, kind: type[_Part]) -> _Part | None:
     serve a user's own.
 
     Example:
+        >>> from torch import nn
         >>> class Mine(LightningModule):
         ...     def __init__(self):
         ...         super().__init__()

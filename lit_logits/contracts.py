@@ -38,6 +38,7 @@ __all__ = [
     "OutputHead",
     "OutputLayer",
     "StartingHead",
+    "WatchedHead",
     "lacks",
     "offers",
 ]
@@ -145,6 +146,35 @@ class CappedHead(Protocol):
     """
 
     logit_cap: float | None
+
+
+@runtime_checkable
+class WatchedHead(Protocol):
+    """A head of codes that `CodebookMonitor` can show: K codes, or clusters, each with the tokens that it owns."""
+
+    token_counts: Tensor
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def token_to_code(self) -> Tensor:
+        """The code of each token (V,)."""
+        ...
+
+    def usage(self) -> Tensor:
+        """Return the share (K,) of the targets that each code carries."""
+        ...
+
+    def dead_codes(self, min_usage: float = 0.0) -> Tensor:
+        """Return codes without tokens, or with less than `min_usage` times an even share of the targets."""
+        ...
+
+    def ppl_floor(self) -> Tensor:
+        """Return the perplexity that no backbone can go below."""
+        ...
 
 
 @runtime_checkable

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from lit_logits import VQLogitsLM
+from lit_logits.callbacks import CodebookMonitor
 from lit_logits.contracts import DecodingHead, OutputHead, StartingHead
 from lit_logits.functional import capped_assignment, unigram_bias
 from lit_logits.functional.hierarchical_vq import (
@@ -313,3 +316,39 @@ def test_bfloat16():
     assert loss.dtype == torch.float32
     loss.backward()
     assert head.codes.grad.dtype == torch.bfloat16
+
+
+def test_counts_floor_and_use_are_those_of_the_definition():
+    head = HierarchicalVQLogitsHead(8, 40, (5, 4))
+    labels = torch.tensor([3, 3, 7, -100, 39])
+    head.train().loss(torch.randn(5, 8), labels)
+    head.eval().loss(torch.randn(5, 8), labels)  # evaluation does not count
+    assert head.token_counts.sum() == 4
+    assert head.token_counts[3] == 2
+    expected = torch.zeros(5)
+    for token in (3, 3, 7, 39):
+        expected[head.token_to_cluster[token]] += 0.25
+    torch.testing.assert_close(head.usage(), expected)
+    assert set(head.dead_codes(0.01).tolist()) == set((expected == 0).nonzero().flatten().tolist())
+    # A bound for any hidden state: within tokens of equal codes nothing but the bias tells which it is.
+    torch.nn.init.normal_(head.token_bias)
+    hidden = torch.randn(2000, 8) * 5
+    nll = torch.stack([head.loss(hidden, torch.full((2000,), token), reduction="none") for token in (3, 7, 39)], 1)
+    best = (nll * torch.tensor([0.5, 0.25, 0.25])).sum(1).min()
+    assert float(head.ppl_floor().log()) <= float(best) + 1e-5
+    assert head.bfloat16().token_counts.dtype == torch.float32
+
+
+def test_the_monitor_shows_its_clusters(tmp_path):
+    head = partial(HierarchicalVQLogitsHead, codebook_sizes=(4, 5))
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    monitor = CodebookMonitor(every_n_steps=1, num_codes=4)
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    trainer = Trainer(logger=logger, callbacks=[monitor], enable_checkpointing=False, **options)
+    trainer.fit(VQLogitsLM(LLAMA, 20, head=head), loader(), loader())
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    assert {"vq/used_codes", "vq/code_perplexity", "vq/dead_codes", "vq/ppl_floor"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("vq/used_codes")[-1].value == 4
+    assert events.Tags()["images"] == ["vq/usage"]
+    text = events.Tensors("vq/tokens/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.count("25.") >= 3  # four clusters of five words, each a quarter of the text

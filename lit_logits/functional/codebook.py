@@ -12,7 +12,16 @@ from lit_logits.functional.bit_packing import code_bits
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.vq_logits import code_log_mass
 
-__all__ = ["Footprint", "code_perplexity", "code_usage", "commitment_loss", "ppl_floor", "unigram_bias", "vq_footprint"]
+__all__ = [
+    "Footprint",
+    "code_perplexity",
+    "code_usage",
+    "commitment_loss",
+    "dead_codes",
+    "ppl_floor",
+    "unigram_bias",
+    "vq_footprint",
+]
 
 
 class Footprint(NamedTuple):
@@ -70,6 +79,23 @@ def code_usage(token_counts: Tensor, token_to_code: Tensor, codebook_size: int) 
     """
     mass = token_counts.new_zeros(codebook_size).index_add(0, token_to_code, token_counts)
     return mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def dead_codes(token_counts: Tensor, token_to_code: Tensor, codebook_size: int, min_usage: float = 0.0) -> Tensor:
+    """Return codes (D,) that own no token, or carry less than `min_usage` times an even share of the counted tokens.
+
+    Where nothing was counted yet, only codes without tokens are dead.
+
+    Example:
+        >>> dead_codes(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0, 1, 1]), 3)
+        tensor([2])
+        >>> dead_codes(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([0, 1, 1]), 3, min_usage=0.8)
+        tensor([1, 2])
+    """
+    dead = torch.bincount(token_to_code, minlength=codebook_size) == 0
+    if bool(token_counts.any()):
+        dead |= code_usage(token_counts, token_to_code, codebook_size) * codebook_size < min_usage
+    return dead.nonzero().squeeze(1)
 
 
 def code_perplexity(usage: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from lit_logits.functional.vq_logits import (
     straight_through_vq_cross_entropy,
     vq_cross_entropy,
 )
+from lit_logits.modules.vq_logits.counting import running_dtype
 from lit_logits.modules.vq_logits.fit import check_codebook_size, fit_output_layer
 from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy, MovingCodes
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
@@ -131,12 +132,11 @@ class VQLogitsHead(MovingCodes):
         has_latents = mapping == "learned" or codebook_update == "ema"
         self.latents = nn.Parameter(torch.empty(vocab_size, hidden_size)) if has_latents else None
         self.register_buffer("token_to_code", random_assignment(vocab_size, codebook_size))
-        running = torch.promote_types(torch.get_default_dtype(), torch.float32)  # whatever the dtype of the weights
-        self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running))
+        self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running_dtype()))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         if codebook_update == "ema":
-            self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size, dtype=running))
-            self.register_buffer("ema_mass", torch.empty(codebook_size, dtype=running))
+            self.register_buffer("ema_sums", torch.empty(codebook_size, hidden_size, dtype=running_dtype()))
+            self.register_buffer("ema_mass", torch.empty(codebook_size, dtype=running_dtype()))
         # In a tuple, so that it is not registered here: it is the backbone's, and would be in the checkpoint twice.
         self._token_table: tuple[nn.Embedding, ...] = ()
         self._tables = TableCache()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.code_assignment import random_assignment
-from lit_logits.functional.codebook import unigram_bias
+from lit_logits.functional.codebook import code_usage, dead_codes, ppl_floor, unigram_bias
 from lit_logits.functional.cooccurrence import cooccurrence_hierarchy
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import (
@@ -25,6 +25,7 @@ from lit_logits.functional.hierarchical_vq import (
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
 from lit_logits.functional.vq_decoding import sample_logits
+from lit_logits.modules.vq_logits.counting import CountsTokens, running_dtype
 from lit_logits.modules.vq_logits.start import PAIR_TOKENS
 from lit_logits.modules.vq_logits.tables import TableCache
 
@@ -35,7 +36,7 @@ HierarchyInit = Literal["cooccurrence", "random"]
 _INIT_STD = 0.02
 
 
-class HierarchicalVQLogitsHead(nn.Module):
+class HierarchicalVQLogitsHead(CountsTokens):
     """Output layer of two levels of codes: a token belongs to a cluster, and owns codes that all clusters share.
 
     See `functional.hierarchical_vq` for the formulas. Where tokens of one code of a `VQLogitsHead` differ by a bias
@@ -50,7 +51,8 @@ class HierarchicalVQLogitsHead(nn.Module):
         bias: learn a bias for each token in its cluster; without it tokens of equal codes are equally likely.
         init: how `start` finds clusters and codes: `cooccurrence`, see `cooccurrence_hierarchy`, or `random`.
         start_tokens: tokens of text that `cooccurrence` reads on each rank at most, ahead of training.
-        max_cluster_size: tokens a cluster; it bounds the time of the loss. Default twice the mean, 2 ⌈V/K⌉.
+        max_cluster_size: tokens a cluster; it bounds the time of the loss. Default four times the mean, 4 ⌈V/K⌉.
+        usage_decay: of the running token counts, a training batch.
 
     Attributes:
         clusters: (K, d) parameter.
@@ -59,6 +61,7 @@ class HierarchicalVQLogitsHead(nn.Module):
         token_bias: (V,) parameter in nats, or None.
         token_to_cluster: (V,) int64 buffer.
         token_codes: (V, S) int64 buffer.
+        token_counts: (V,) buffer, running counts of the targets of all ranks.
 
     Raises:
         ValueError: If a codebook is larger than the vocabulary, or an argument is out of range.
@@ -79,6 +82,7 @@ class HierarchicalVQLogitsHead(nn.Module):
         init: HierarchyInit = "cooccurrence",
         start_tokens: int = PAIR_TOKENS,
         max_cluster_size: int | None = None,
+        usage_decay: float = 0.99,
     ) -> None:
         super().__init__()
         num_clusters, *stage_sizes = codebook_sizes
@@ -91,6 +95,8 @@ class HierarchicalVQLogitsHead(nn.Module):
             raise ValueError(f"Expected `init` to be 'cooccurrence' or 'random', but got {init!r}.")
         if start_tokens < 1:
             raise ValueError(f"Expected `start_tokens` to be at least 1, but got {start_tokens}.")
+        if not 0 <= usage_decay < 1:
+            raise ValueError(f"Expected `usage_decay` to be in [0, 1), but got {usage_decay}.")
         mean = -(-vocab_size // num_clusters)
         if max_cluster_size is not None and max_cluster_size < mean:
             raise ValueError(
@@ -99,8 +105,8 @@ class HierarchicalVQLogitsHead(nn.Module):
             )
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.codebook_sizes = tuple(codebook_sizes)
-        self.init, self.start_tokens = init, start_tokens
-        self.max_cluster_size = max_cluster_size or min(vocab_size, 2 * mean)
+        self.init, self.start_tokens, self.usage_decay = init, start_tokens, usage_decay
+        self.max_cluster_size = max_cluster_size or min(vocab_size, 4 * mean)
         self.clusters = nn.Parameter(torch.randn(num_clusters, hidden_size) * _INIT_STD)
         self.codes = nn.Parameter(torch.randn(sum(stage_sizes), hidden_size) * _INIT_STD)
         self.cluster_bias = nn.Parameter(torch.zeros(num_clusters))
@@ -108,6 +114,7 @@ class HierarchicalVQLogitsHead(nn.Module):
         self.register_buffer("token_to_cluster", random_assignment(vocab_size, num_clusters))
         codes = [random_assignment(vocab_size, size) for size in stage_sizes]
         self.register_buffer("token_codes", torch.stack(codes, 1))
+        self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running_dtype()))
         self._tables = TableCache()
 
     token_to_cluster: Tensor
@@ -123,7 +130,7 @@ class HierarchicalVQLogitsHead(nn.Module):
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return the cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
-        return hierarchical_cross_entropy(
+        loss = hierarchical_cross_entropy(
             hidden,
             self.clusters,
             self.codes,
@@ -134,6 +141,9 @@ class HierarchicalVQLogitsHead(nn.Module):
             ignore_index=ignore_index,
             reduction=reduction,
         )
+        if self.training:
+            self._count(labels, ignore_index)
+        return loss
 
     # ------------------------------------------------------------------ decoding
 
@@ -165,6 +175,32 @@ class HierarchicalVQLogitsHead(nn.Module):
 
         return cast(ClusterLayout, self._tables.get("layout", [self.token_to_cluster, self.token_codes], make))
 
+    # ------------------------------------------------------------------ inspection: see `WatchedHead`
+
+    @property
+    def token_to_code(self) -> Tensor:
+        """The cluster of each token (V,)."""
+        return self.token_to_cluster
+
+    @property
+    def codebook_size(self) -> int:
+        """K, the number of clusters."""
+        return len(self.clusters)
+
+    def usage(self) -> Tensor:
+        """Return the running share (K,) of the targets that each cluster carries; zeros before any training."""
+        return code_usage(self.token_counts, self.token_to_cluster, len(self.clusters))
+
+    def dead_codes(self, min_usage: float = 0.0) -> Tensor:
+        """Return clusters that own no token, or carry less than `min_usage` times an even share of the targets."""
+        return dead_codes(self.token_counts, self.token_to_cluster, len(self.clusters), min_usage)
+
+    def ppl_floor(self) -> Tensor:
+        """Return the perplexity that no backbone can go below: tokens of one cluster with equal codes share logits."""
+        equal = torch.cat([self.token_to_cluster.unsqueeze(1), self.token_codes], 1).unique(dim=0, return_inverse=True)
+        bias = None if self.token_bias is None else self.token_bias.detach()
+        return ppl_floor(self.token_counts, equal[1], len(equal[0]), bias)
+
     # ------------------------------------------------------------------ start
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
@@ -185,6 +221,7 @@ class HierarchicalVQLogitsHead(nn.Module):
                 generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
                 progress_bar=progress_bar,
             )
+        self.token_counts.copy_(calibration.token_counts)
         self.set_codes(clusters, codes, token_bias=unigram_bias(calibration.token_counts))
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 Letters: V vocabulary, d hidden size, K codes.
 """
 
-from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from lit_logits.functional.checks import check_finite, check_token_to_code
 from lit_logits.functional.code_assignment import code_means, reassign_tokens, split_heavy_codes
-from lit_logits.functional.codebook import code_usage
-from lit_logits.functional.distributed import all_reduce_sum_, broadcast_
+from lit_logits.functional.codebook import code_usage, dead_codes
+from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.kmeans import nearest_centroids
+from lit_logits.modules.vq_logits.counting import CountsTokens
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["CodebookUpdate", "MappingStrategy", "MovingCodes"]
@@ -22,7 +22,7 @@ MappingStrategy = Literal["fixed", "learned", "reassigned"]
 CodebookUpdate = Literal["gradient", "ema"]
 
 
-class MovingCodes(nn.Module):
+class MovingCodes(CountsTokens):
     """The half of `VQLogitsHead` that changes its codes; the arguments and tensors are that head's."""
 
     vocab_size: int
@@ -30,13 +30,11 @@ class MovingCodes(nn.Module):
     mapping: MappingStrategy
     codebook_update: CodebookUpdate
     decay: float
-    usage_decay: float
     reassign_every_n_steps: int
     codebook: nn.Parameter
     token_bias: nn.Parameter | None
     latents: nn.Parameter | None
     token_to_code: Tensor
-    token_counts: Tensor
     num_updates: Tensor
     ema_sums: Tensor
     ema_mass: Tensor
@@ -127,10 +125,7 @@ class MovingCodes(nn.Module):
 
     def dead_codes(self, min_usage: float = 0.0) -> Tensor:
         """Return codes (D,) that own no token, or carry less than `min_usage` times an even share of the targets."""
-        dead = torch.bincount(self.token_to_code, minlength=self.codebook_size) == 0
-        if bool(self.token_counts.any()):
-            dead |= self.usage() * self.codebook_size < min_usage
-        return dead.nonzero().squeeze(1)
+        return dead_codes(self.token_counts, self.token_to_code, self.codebook_size, min_usage)
 
     @torch.no_grad()
     def revive(self, dead: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -174,29 +169,6 @@ class MovingCodes(nn.Module):
         return changed
 
     # ------------------------------------------------------------------ inside
-
-    def running_buffers(self) -> list[str]:
-        """Return the names of running counts, sums and masses."""
-        return [name for name in ("token_counts", "ema_sums", "ema_mass") if name in self._buffers]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MovingCodes":
-        """Move all tensors, but keep running counts and sums at least float32: in bfloat16 they would stop at 256."""
-        kept = {name: getattr(self, name) for name in self.running_buffers()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != before.dtype:
-                setattr(self, name, before.to(moved.device, torch.promote_types(moved.dtype, torch.float32)))
-        return self
-
-    @torch.no_grad()
-    def _count(self, labels: Tensor, ignore_index: int) -> None:
-        # Of fixed shape, without `labels[mask]`, for which the host would wait for the device in every step. DDP copies
-        # the buffers of rank 0 to all: counts must be sums over ranks before.
-        mask = (labels != ignore_index).flatten()
-        tokens = labels.flatten().masked_fill(~mask, 0)
-        counts = torch.zeros_like(self.token_counts).index_add_(0, tokens, mask.to(self.token_counts))
-        self.token_counts.mul_(self.usage_decay).add_(all_reduce_sum_(counts))
 
     @torch.no_grad()
     def _restart_latents(self) -> None:
