@@ -1,6 +1,6 @@
 """Codebook size × start × mapping on the embedded corpus, beside the dense baseline at equal steps.
 
-    python -m benchmarks.vq_ablation [--steps 300] [--seeds 0 1 2]
+    python -m benchmarks.vq_ablation [--steps 300] [--seeds 0 1 2] [--starts cooccurrence] [--tables scratch]
 
 Two tables: models trained from scratch, and models whose dense output layer was replaced after as many steps of
 pretraining and then trained on as long. Perplexity is that of the test split, mean ± sample standard deviation over
@@ -9,6 +9,7 @@ the seeds; the floor is what the mapping and bias allow at best on the running t
 
 import argparse
 import itertools
+import math
 import tempfile
 import warnings
 from functools import partial
@@ -21,9 +22,10 @@ import torch
 from benchmarks.measure import machine, markdown_table, spread
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookReinit
+from lit_logits.contracts import WatchedHead
 from lit_logits.datamodules import TextDataModule
 from lit_logits.functional import unigram_bias
-from lit_logits.modules import DenseLogitsHead, VQLogitsHead
+from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
 
 BACKBONE = {
     "model_type": "llama",
@@ -35,6 +37,9 @@ BACKBONE = {
 }
 LR = 2e-3
 SCRATCH: list[dict[str, Any]] = [
+    {"init": "cooccurrence"},
+    {"init": "cooccurrence", "bias": False},
+    {"init": "cooccurrence", "mapping": "learned", "reassign_every_n_steps": 5},
     {"init": "random"},
     {"init": "random", "bias": False},
     {"init": "frequency"},
@@ -44,6 +49,11 @@ SCRATCH: list[dict[str, Any]] = [
     {"init": "frequency", "mapping": "learned", "reassign_every_n_steps": 5, "codebook_update": "ema", "decay": 0.9},
     {"init": "frequency", "codebook_update": "ema", "decay": 0.9},
 ]
+HIERARCHICAL: dict[int, list[tuple[int, ...]]] = {
+    128: [(64, 64), (64, *[16] * 4), (32, *[16] * 6)],
+    512: [(256, 256), (256, *[64] * 4), (128, *[64] * 6), (128, *[32] * 12)],
+}
+"""Clusters and stages whose codes are as many in all as those of one level."""
 REPLACED: list[dict[str, Any]] = [
     {"init": "random"},
     {"init": "frequency"},
@@ -91,7 +101,7 @@ def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int,
     ppl = tester.test(model, data, verbose=False)[0]["test/ppl"]
     if save is not None:
         _save_dense(model, save)
-    if isinstance(model.head, VQLogitsHead):
+    if isinstance(model.head, WatchedHead):
         return Run(start, ppl, float(model.head.ppl_floor()), float((model.head.usage() > 0).sum()))
     return Run(start, ppl, 1.0, float("nan"))
 
@@ -117,6 +127,9 @@ def unigram_ppl(data: TextDataModule) -> float:
 
 def _describe(settings: dict[str, Any]) -> list[object]:
     codes = settings.get("codebook_size", "dense")
+    if "codebook_sizes" in settings:
+        clusters, *stages = settings["codebook_sizes"]
+        return [f"{clusters} + {len(stages)} × {stages[0]}", "cooccurrence", "fixed", "yes"]
     if codes == "dense":
         return ["dense", "", "", ""]
     mapping = settings.get("mapping", "fixed")
@@ -142,7 +155,7 @@ def _table(cases: list[dict[str, Any]], data: TextDataModule, args: argparse.Nam
                 spread([run.ppl for run in runs], 1),
                 spread([run.ppl / base.ppl for run, base in zip(runs, dense, strict=True)]),
                 spread([run.floor for run in runs], 2),
-                f"{sum(run.used_codes for run in runs) / len(runs):.0f}" if "codebook_size" in settings else "",
+                f"{sum(run.used_codes for run in runs) / len(runs):.0f}" if not math.isnan(runs[0].used_codes) else "",
             ]
         )
     return markdown_table(header, rows)
@@ -153,23 +166,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--codes", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--starts", nargs="+", help="of these starts only, and two levels with cooccurrence")
+    parser.add_argument("--tables", nargs="+", default=["scratch", "replaced"])
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     data = TextDataModule(block_size=128, batch_size=8)
     data.prepare_data()
     data.setup()
-    scratch = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, SCRATCH)]
+    scratch: list[dict[str, Any]] = []
+    for codes in args.codes:
+        scratch += [
+            {"codebook_size": codes, **case} for case in SCRATCH if case["init"] in (args.starts or case["init"])
+        ]
+        if args.starts is None or "cooccurrence" in args.starts:
+            sizes = HIERARCHICAL.get(codes, [])
+            scratch += [{"head": HierarchicalVQLogitsHead, "codebook_sizes": given} for given in sizes]
     replaced = [{"codebook_size": codes, **case} for codes, case in itertools.product(args.codes, REPLACED)]
     dense: dict[str, Any] = {"head": DenseLogitsHead}
     with tempfile.TemporaryDirectory() as folder:
         sources = {seed: f"{folder}/{seed}" for seed in args.seeds}
-        for seed, source in sources.items():
-            train({"head": DenseLogitsHead, "bias": False}, data, args.steps, seed, save=Path(source))
-        first = _table([dense, *scratch], data, args, {})
-        second = _table([dense, *replaced], data, args, sources)
+        if "replaced" in args.tables:
+            for seed, source in sources.items():
+                train({"head": DenseLogitsHead, "bias": False}, data, args.steps, seed, save=Path(source))
+        first = _table([dense, *scratch], data, args, {}) if "scratch" in args.tables else ""
+        second = _table([dense, *replaced], data, args, sources) if "replaced" in args.tables else ""
     print(f"\nV = {data.vocab_size:,}, {args.steps} steps of 8 × 128 tokens, seeds {args.seeds};", end=" ")
     print(f"unigram test perplexity {unigram_ppl(data):.1f}; {machine(torch.device('cpu'))}\n")
-    print(f"From scratch:\n\n{first}\n\nDense output layer replaced after pretraining:\n\n{second}")
+    for title, table in (("From scratch", first), ("Dense output layer replaced after pretraining", second)):
+        if table:
+            print(f"{title}:\n\n{table}\n")
 
 
 if __name__ == "__main__":
