@@ -1,4 +1,4 @@
-"""Training step and decoding step of output layers: dense, scatter, collapsed, adaptive softmax.
+"""Training step and decoding step of output layers: dense, scatter, collapsed, two levels, adaptive softmax.
 
     python -m benchmarks.vq_loss [--device cuda] [--repeats 9]
 
@@ -17,9 +17,10 @@ from torch import nn
 
 from benchmarks.measure import Measurement, in_fresh_process, machine, markdown_table, measure
 from lit_logits.functional import scatter_code_logits
-from lit_logits.modules import DenseLogitsHead, VQLogitsHead
+from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
 
 VOCAB_SIZE, HIDDEN_SIZE = 49_152, 576
+TWO_LEVELS = {"256 clusters + 256": (256, 256), "256 clusters + 4 × 64": (256, *[64] * 4)}
 CUTOFFS = [2_000, 10_000]  # of the adaptive softmax, frequent ids first
 
 
@@ -46,6 +47,9 @@ def _make_loss(case: str, codebook_size: int) -> tuple[nn.Module, Callable[..., 
     if case == "adaptive softmax":
         adaptive = nn.AdaptiveLogSoftmaxWithLoss(HIDDEN_SIZE, VOCAB_SIZE, CUTOFFS)
         return adaptive, lambda hidden, labels: adaptive(hidden, labels).loss
+    if case in TWO_LEVELS:
+        levels = HierarchicalVQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, TWO_LEVELS[case])
+        return levels, lambda hidden, labels: levels.loss(hidden, labels)
     head = VQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, codebook_size, bias="bias" in case)
     if case.startswith("collapsed"):
         return head, lambda hidden, labels: head.loss(hidden, labels)
@@ -75,7 +79,7 @@ def decoding_step(case: str, codebook_size: int, batch_size: int, device: str, r
 def _training_rows(args: argparse.Namespace) -> list[list[object]]:
     rows: list[list[object]] = []
     for num_tokens in args.tokens:
-        cases: list[tuple[str, int]] = [("dense", 0), ("adaptive softmax", 0)]
+        cases: list[tuple[str, int]] = [("dense", 0), ("adaptive softmax", 0), *((case, 0) for case in TWO_LEVELS)]
         cases += itertools.product(("scatter", "collapsed", "collapsed + bias"), args.codes)
         results = {
             case: in_fresh_process(training_step, *case, num_tokens, args.device, args.repeats) for case in cases
