@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
-from lit_logits.modules import VQLogitsHead
+from lit_logits.modules import ResidualVQLogitsHead, VQLogitsHead
 from lit_logits.modules.language_models.frozen import FrozenModels, input_device
 from lit_logits.modules.language_models.loading import new_causal_lm
 from lit_logits.modules.metrics import StageMeans
@@ -96,3 +96,14 @@ def test_validate_before_fit(method, tmp_path):
     assert trainer.callback_metrics["val/loss"].isfinite()
     trainer.validate(model, loader, verbose=False)
     trainer.fit(model, loader, loader)
+
+
+def test_nothing_held_is_a_buffer():
+    """DDP sends buffers in every forward, evaluation too: a rank without batches then kept the others waiting."""
+    student = DualHeadKD(nn.Linear(4, 3), nn.Linear(4, 3))
+    assert list(student.named_buffers()) == []
+    head = partial(ResidualVQLogitsHead, codebook_size=4, num_groups=2)
+    model = VQLogitsLM(new_causal_lm({**LLAMA}), head=head, kd_weight=0.5)
+    assert not [name for name, _ in model.named_buffers() if name.startswith("original")]
+    target = model.original.to(torch.float64).target(torch.zeros(0), input_ids=torch.zeros(1, 2, dtype=torch.long))
+    assert target.weight.dtype == target.hidden.dtype == torch.float64

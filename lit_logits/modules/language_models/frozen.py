@@ -27,16 +27,15 @@ class FrozenModels(nn.Module):
         (0, False, torch.float16)
     """
 
-    anchor: Tensor
-
     def __init__(self, *models: nn.Module, keep_dtype: bool = False, pinned: bool = False) -> None:
         super().__init__()
         for model in models:
             model.eval().requires_grad_(False)
         self._held = models  # in a tuple, so that they are not registered here
         self._keep_dtype, self.pinned = keep_dtype, pinned
-        # Without parameters or buffers a module does not know its device; this one knows where it is by the anchor.
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        # Tells where this module is. Not a buffer: DDP sends those in every forward, and a rank that has no batch to
+        # evaluate would keep the others waiting.
+        self.anchor = torch.empty(0)
 
     @property
     def models(self) -> tuple[Any, ...]:
@@ -52,6 +51,7 @@ class FrozenModels(nn.Module):
         # Every move and cast (`to`, `half`, `cuda`) comes through here, and it does not reach what is not registered.
         before = self.anchor.device
         super()._apply(fn, recurse)
+        self.anchor = fn(self.anchor)
         for model in self._held:
             if self.pinned or hasattr(model, "hf_device_map") or input_device(model) not in (before, None):
                 continue

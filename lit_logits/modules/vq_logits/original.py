@@ -113,13 +113,15 @@ class OriginalOutput(FrozenModels):
 class _Rows(nn.Module):
     """Rows of an output layer that follow to devices and dtypes and stay out of checkpoints."""
 
-    weight: Tensor
-    bias: Tensor | None
-
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach(), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        # Not buffers: DDP would send them to all ranks in every forward.
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Rows":
+        super()._apply(fn, recurse)
+        self.weight, self.bias = fn(self.weight), None if self.bias is None else fn(self.bias)
+        return self
 
 
 def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> OriginalOutput:
