@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-newest lint bench clean
+.PHONY: help demo test test-all coverage test-oldest test-newest lint bench clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
@@ -32,7 +32,10 @@ export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev  ## The fast tests
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev  ## All tests, the slow ones too, with the coverage
+test-all: $(VENV)/.dev  ## All tests, the slow ones too
+	$(BIN)/python $(PYTEST) -m ""
+
+coverage: $(VENV)/.dev  ## All tests, and the lines that they do not reach
 	$(BIN)/python $(PYTEST) -m "" --cov --cov-report=term:skip-covered
 
 # Each set has an environment of its own. They also run with the arithmetic of other processors.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
 from lit_logits.functional.residual_vq import DenseTarget
@@ -38,6 +38,8 @@ SCALED = {
         **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
     },
 }
+if "minicpm3" not in CONFIG_MAPPING:  # older versions of transformers do not know it
+    del SCALED["minicpm3"]
 CAPPED = {
     "gemma2": {"model_type": "gemma2", **GQA, "head_dim": 8, "final_logit_softcapping": 0.2},
     "vaultgemma": {"model_type": "vaultgemma", **GQA, "head_dim": 8},
@@ -339,7 +341,7 @@ def test_other_changes_of_logits_are_refused():
         CausalLM(model)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "minicpm3"])
+@pytest.mark.parametrize("name", ["gemma2", *(name for name in ("cohere", "granite", "minicpm3") if name in SCALED)])
 def test_losses_of_the_other_methods_are_those_of_the_architecture(name):
     config = {**SCALED, **CAPPED}[name]
     own = make(config)
