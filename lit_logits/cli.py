@@ -109,7 +109,8 @@ class _Parser(LightningArgumentParser):
             )
         if 'key "head"' in message and re.search(r"string: (dense|vq)\b", message):
             message += (
-                "\nSince version 0.2 `head` is a class: `DenseLogitsHead`, `VQLogitsHead`, `ResidualVQLogitsHead`."
+                "\nSince version 0.2 `head` is a class: `DenseLogitsHead`, `VQLogitsHead`, `HierarchicalVQLogitsHead`,"
+                " `ResidualVQLogitsHead`."
             )
         if "'kd_weight'" in message and "DualHeadKD" in message:
             message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."

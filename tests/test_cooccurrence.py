@@ -1,6 +1,8 @@
 """Start from co-occurrence: counts against loops, PPMI and SVD against numpy on small vocabularies, and `fit`."""
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 
@@ -72,6 +74,41 @@ def test_text_is_read_once_and_no_further_than_asked():
     assert as_dict(part.pairs, 4) == as_dict(count_pairs(rows[:16], rows[:16], 4), 4)
     with pytest.raises(ValueError, match="batches with targets, but none of their labels counts"):
         count_text([], num_tokens=9, vocab_size=4, device=torch.device("cpu"))
+
+
+RANK = """
+import os, sys
+import torch
+import torch.distributed as dist
+from lit_logits.modules.vq_logits.calibration import count_text
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+rows = torch.load(f"{folder}/rows.pt")
+rows = rows[:40] if rank == 0 else rows[40:]  # unequal parts, and so other numbers of different pairs
+batches = [{"input_ids": part, "labels": part} for part in rows.split(8)]
+found = count_text(batches, num_tokens=10**9, vocab_size=50, device=torch.device("cpu"))
+torch.save((found.token_counts, *found.pairs), f"{folder}/{rank}.pt")
+dist.barrier()
+os._exit(0)  # gloo's threads may abort an interpreter that ends
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_count_what_one_does(tmp_path):
+    rows = torch.randint(50, (56, 12), generator=torch.Generator().manual_seed(0))
+    torch.save(rows, tmp_path / "rows.pt")
+    command = [sys.executable, "-c", RANK]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    expected = count_text(
+        [{"input_ids": rows, "labels": rows}], num_tokens=1, vocab_size=50, device=torch.device("cpu")
+    )
+    for rank in range(2):
+        counts, keys, pairs = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(counts, expected.token_counts)
+        assert torch.equal(keys, expected.pairs.keys)
+        assert torch.equal(pairs, expected.pairs.counts)
 
 
 # ---------------------------------------------------------------------- vectors

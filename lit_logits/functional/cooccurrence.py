@@ -8,7 +8,7 @@ two places before, so a pass over the text counts pairs. Their positive pointwis
 says how much likelier u is before v than before any token. A truncated SVD of that sparse matrix turns its rows into
 short vectors [1], which are near each other where tokens have like contexts.
 
-Letters: B samples, T positions, V vocabulary, C contexts, P different pairs, r dimensions.
+Letters: B samples, T positions, V vocabulary, K codes, S stages, P different pairs, r dimensions.
 
 References:
     [0]: Class-based n-gram models of natural language (Brown et al.), 1992.
@@ -67,7 +67,7 @@ def count_pairs(
 
     Args:
         input_ids: (B, T).
-        labels: (B, T), unshifted; tokens whose label is `ignore_index` have contexts not counted, but may be contexts.
+        labels: (B, T), unshifted; a token whose label is `ignore_index` is not counted, but may be a context.
         vocab_size: V.
         context_weights: distance → what a pair at that distance counts.
         ignore_index: label of tokens that do not count.

@@ -170,7 +170,9 @@ def hierarchical_log_probs(
     stages, bias = code_logits(rows, codes), _padded_bias(layout, token_bias, clusters)
     # By cluster, padding with it, so that the inner softmax is along a dimension; then back into the order of tokens.
     inner = sum(stages[:, columns] for columns in layout.columns.unbind(-1)) + bias[layout.members]
-    joint = outer.unsqueeze(-1) + F.log_softmax(inner.masked_fill(_padding(layout), -torch.inf), -1)
+    # A cluster without members has a softmax of NaN, which is not read; the mask keeps it from the gradients.
+    padding = layout.members == len(layout.places)
+    joint = outer.unsqueeze(-1) + F.log_softmax(inner.masked_fill(padding, -torch.inf), -1)
     values = joint[:, layout.token_to_cluster, layout.places]
     return values.reshape(*hidden.shape[:-1], -1)
 
@@ -258,7 +260,3 @@ def _padded_bias(layout: ClusterLayout, token_bias: Tensor | None, like: Tensor)
     if token_bias is None:
         return torch.cat([none.new_zeros(len(layout.places)), none])
     return torch.cat([token_bias.to(dtype), none])
-
-
-def _padding(layout: ClusterLayout) -> Tensor:
-    return layout.members == len(layout.places)
