@@ -3,6 +3,7 @@
 Letters: V vocabulary.
 """
 
+import functools
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     OPTConfig,
@@ -147,6 +149,21 @@ def test_a_backbone_that_cannot_be_saved_is_told_when_the_model_is_made(recwarn)
     (text,) = told(recwarn)
     assert text.startswith("This model trains, but cannot be saved with head='compact', only with head='dense':")
     assert "its config says (vocabulary, hidden size) (50, 32), and the head has (50, 16)" in text
+
+
+def test_a_prompt_and_then_a_token_are_tried(monkeypatch):
+    """The head cannot look at its codes on the meta device, and its error ended the trial before the cache was read."""
+    read, forward = [], LlamaModel.forward
+
+    @functools.wraps(forward)  # its arguments are looked at
+    def watched(self, *args, input_ids=None, **kwargs):
+        read.append(input_ids.shape[1])
+        return forward(self, *args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    model = LlamaModel(LlamaConfig(vocab_size=V, **SIZES))
+    assert export_problem(model, "compact", hidden_size=32, vocab_size=V) is None
+    assert read == [3, 1]
 
 
 def test_changed_weights_of_a_backbone_are_told(recwarn):

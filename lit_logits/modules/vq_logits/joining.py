@@ -214,9 +214,10 @@ def _check_same(backbone: nn.Module, loaded: nn.Module) -> None:
 
 @torch.no_grad()
 def _try_cache(model: VQLogitsForCausalLM) -> None:
-    """Read three tokens and then one more, as `generate` does, on the meta device."""
+    """Read three tokens and then one more, as `generate` does, on the meta device, where codes cannot be looked at."""
     cache = DynamicCache(config=model.config.text_config)
     cache_argument(model.model, cache)
+    model.set_submodule("head", nn.Identity())
     model.eval()
     try:
         for length in (3, 1):
