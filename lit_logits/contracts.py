@@ -37,6 +37,7 @@ __all__ = [
     "LearningHead",
     "OutputHead",
     "OutputLayer",
+    "SizedHead",
     "StartingHead",
     "WatchedHead",
     "lacks",
@@ -208,13 +209,18 @@ class ImitatingHead(Protocol):
 
 @runtime_checkable
 class ExportableHead(Protocol):
-    """A head that equals a dense layer of rows (V, d) with a bias (V,) or none, and can tell how much smaller it is."""
+    """A head that equals a dense layer of rows (V, d) with a bias (V,) or none."""
 
     token_bias: nn.Parameter | None
 
     def dense_weight(self) -> Tensor:
         """Return the rows (V, d)."""
         ...
+
+
+@runtime_checkable
+class SizedHead(Protocol):
+    """A head that can tell how much smaller it is than the dense layer."""
 
     def footprint(self) -> Footprint:
         """Return parameters and bytes of this head and of the dense one in the same dtype."""

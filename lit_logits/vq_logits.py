@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_logits.contracts import (
-    ExportableHead,
     LearningHead,
     OutputLayer,
+    SizedHead,
     StartingHead,
 )
 from lit_logits.functional.checks import check_labels
@@ -140,7 +140,7 @@ class VQLogitsLM(VQExport, LightningModule):
         warning = export_warning(self.backbone, self.head, hidden_size=parts.hidden_size, vocab_size=parts.vocab_size)
         if warning is not None:
             rank_zero_warn(warning)
-        if parts.tied and isinstance(self.head, ExportableHead):
+        if parts.tied and isinstance(self.head, SizedHead):
             rank_zero_info(describe_untying(parts, self.head))
 
     def train(self, mode: bool = True) -> "VQLogitsLM":
@@ -385,7 +385,7 @@ class VQLogitsLM(VQExport, LightningModule):
             self.head.start(read, self._output_layer, progress_bar=show)
         self.head_ready.fill_(True)
         self._output_layer = OutputLayer(None, None)  # frees the dense weights
-        if isinstance(self.head, ExportableHead):
+        if isinstance(self.head, SizedHead):
             rank_zero_info(f"{describe_head(self.head)} {describe_model(self.backbone, self.head, tied=self._tied)}")
 
 

@@ -21,9 +21,10 @@ from lit_logits.contracts import (
     ImitatingHead,
     LearningHead,
     OutputHead,
+    SizedHead,
     StartingHead,
 )
-from lit_logits.modules import DenseLogitsHead, ResidualVQLogitsHead, VQLogitsHead
+from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, ResidualVQLogitsHead, VQLogitsHead
 
 HEADS = {
     "vq": partial(VQLogitsHead, codebook_size=8, mapping="learned"),
@@ -138,15 +139,20 @@ def test_which_contracts_the_heads_keep():
     }
     vq, dense, residual = *made.values(), ResidualVQLogitsHead(8, 20, 4, num_groups=2)
     for head in (vq, dense, residual):
-        assert all(isinstance(head, kind) for kind in (OutputHead, DecodingHead, ExportableHead, StartingHead))
+        assert all(
+            isinstance(head, kind) for kind in (OutputHead, DecodingHead, ExportableHead, SizedHead, StartingHead)
+        )
     assert isinstance(vq, LearningHead)
     assert isinstance(vq, ImitatingHead)
     assert isinstance(residual, ImitatingHead)
     assert (vq.can_imitate, residual.can_imitate) == (True, True)
     assert not isinstance(dense, ImitatingHead | LearningHead)
+    two_levels = HierarchicalVQLogitsHead(8, 20, (4, 3))
+    assert all(isinstance(two_levels, kind) for kind in (OutputHead, DecodingHead, SizedHead, StartingHead))
+    assert not isinstance(two_levels, ExportableHead)
     own = LowRankHead(8, 20)
     assert isinstance(own, OutputHead)
-    assert not isinstance(own, DecodingHead | ExportableHead | StartingHead | LearningHead | ImitatingHead)
+    assert not isinstance(own, DecodingHead | ExportableHead | SizedHead | StartingHead | LearningHead | ImitatingHead)
 
 
 def test_the_module_takes_ten_arguments_at_most():

@@ -8,7 +8,10 @@ from lit_logits.functional.alignment import (
 from lit_logits.functional.bit_packing import (
     code_bits,
     pack_bits,
+    pack_codes,
+    packed_size,
     unpack_bits,
+    unpack_codes,
 )
 from lit_logits.functional.capped_clusters import capped_assignment
 from lit_logits.functional.checks import (
@@ -40,6 +43,7 @@ from lit_logits.functional.codebook import (
     code_usage,
     commitment_loss,
     dead_codes,
+    hierarchical_footprint,
     ppl_floor,
     unigram_bias,
     vq_footprint,
@@ -272,6 +276,7 @@ __all__ = [
     "gw_over_permutations",
     "head_struct",
     "hierarchical_cross_entropy",
+    "hierarchical_footprint",
     "hierarchical_greedy",
     "hierarchical_log_probs",
     "hierarchical_sample",
@@ -291,7 +296,9 @@ __all__ = [
     "next_token_labels",
     "node_strengths",
     "pack_bits",
+    "pack_codes",
     "packed_lookup_logits",
+    "packed_size",
     "place_rows",
     "positive_pmi",
     "ppl_floor",
@@ -322,6 +329,7 @@ __all__ = [
     "uld_loss",
     "unigram_bias",
     "unpack_bits",
+    "unpack_codes",
     "vocabulary_graph",
     "vocabulary_strengths",
     "vq_cross_entropy",

@@ -1,9 +1,11 @@
 """Codes as a stream of bits, as they are stored."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["code_bits", "pack_bits", "unpack_bits"]
+__all__ = ["code_bits", "pack_bits", "pack_codes", "packed_size", "unpack_bits", "unpack_codes"]
 
 _PACK_CHUNK = 1 << 20  # values; bounds what is spread out to a number a bit
 
@@ -70,6 +72,64 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
         bits = ((stream.unsqueeze(1) >> _shifts(8, stream.device)) & 1).flatten()[: size * num_bits]
         parts.append((bits.view(size, num_bits) << _shifts(num_bits, bits.device)).sum(1).to(dtype))
     return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=packed.device)
+
+
+def packed_size(num_tokens: int, codebook_sizes: Sequence[int]) -> int:
+    """Return the bytes of what `pack_codes` packs.
+
+    Example:
+        >>> packed_size(100, [256, 16])
+        150
+    """
+    return sum(-(-num_tokens * code_bits(size) // 8) for size in codebook_sizes)
+
+
+def pack_codes(codes: Tensor, codebook_sizes: Sequence[int]) -> Tensor:
+    """Pack the codes that tokens own of several codebooks: those of the first for all tokens, then of the next.
+
+    Args:
+        codes: (V, S) integers, in column s in [0, K_s).
+        codebook_sizes: K_s; a code takes ⌈log2 K_s⌉ bits.
+
+    Returns:
+        uint8 of `packed_size`.
+
+    Example:
+        >>> pack_codes(torch.tensor([[1, 0], [2, 1]]), [4, 2])
+        tensor([96, 64], dtype=torch.uint8)
+    """
+    columns = zip(codes.unbind(1), codebook_sizes, strict=True)
+    return torch.cat([pack_bits(column, code_bits(size)) for column, size in columns])
+
+
+def unpack_codes(packed: Tensor, codebook_sizes: Sequence[int], num_tokens: int) -> Tensor:
+    """Unpack the codes (V, S) int64 that `pack_codes` packed.
+
+    Raises:
+        ValueError: If there are too many or too few bytes, or a code is out of range.
+
+    Example:
+        >>> unpack_codes(torch.tensor([96, 64], dtype=torch.uint8), [4, 2], num_tokens=2)
+        tensor([[1, 0],
+                [2, 1]])
+    """
+    expected = packed_size(num_tokens, codebook_sizes)
+    if packed.numel() != expected:
+        raise ValueError(
+            f"Expected {expected:,} bytes for {num_tokens:,} tokens in codebooks of {list(codebook_sizes)}, but got"
+            f" {packed.numel():,}: the mapping is cut off or another head's."
+        )
+    columns = []
+    parts = packed.split([packed_size(num_tokens, [size]) for size in codebook_sizes])
+    for part, size in zip(parts, codebook_sizes, strict=True):
+        codes = unpack_bits(part, code_bits(size), num_tokens).long()
+        if int(codes.max()) >= size:
+            raise ValueError(
+                f"Expected codes in [0, {size}), but the largest is {int(codes.max())}: the mapping is damaged or"
+                " another head's."
+            )
+        columns.append(codes)
+    return torch.stack(columns, 1)
 
 
 def _shifts(num_bits: int, device: torch.device) -> Tensor:

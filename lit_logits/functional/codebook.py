@@ -3,12 +3,13 @@
 Letters: d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K−1}), b token bias.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_logits.functional.bit_packing import code_bits
+from lit_logits.functional.bit_packing import code_bits, packed_size
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.vq_logits import code_log_mass
 
@@ -18,6 +19,7 @@ __all__ = [
     "code_usage",
     "commitment_loss",
     "dead_codes",
+    "hierarchical_footprint",
     "ppl_floor",
     "unigram_bias",
     "vq_footprint",
@@ -28,7 +30,7 @@ class Footprint(NamedTuple):
     """Size of an output layer beside the dense (V, d) layer in the same dtype.
 
     Attributes:
-        parameters: floating-point parameters: codebook and bias.
+        parameters: floating-point parameters: codebooks and biases.
         bytes: floats in their dtype plus the mapping packed to ⌈log2 K⌉ bits a token.
         dense_parameters: V·d.
         dense_bytes: V·d in the same dtype.
@@ -60,6 +62,28 @@ def vq_footprint(hidden_size: int, vocab_size: int, codebook_size: int, *, bias:
     return Footprint(
         parameters, parameters * itemsize + -(-mapping_bits // 8), dense_parameters, dense_parameters * itemsize
     )
+
+
+def hierarchical_footprint(
+    hidden_size: int, vocab_size: int, codebook_sizes: Sequence[int], *, bias: bool, itemsize: int
+) -> Footprint:
+    """Count parameters and bytes of clusters, their codes and biases, with the mapping packed.
+
+    Args:
+        hidden_size: d.
+        vocab_size: V.
+        codebook_sizes: number of clusters, and of the codes of each further stage.
+        bias: whether there is a token bias; clusters have one always.
+        itemsize: bytes of a float, 4 for float32.
+
+    Example:
+        >>> hierarchical_footprint(192, 4096, [128, 64, 64], bias=True, itemsize=4)
+        Footprint(parameters=53376, bytes=223232, dense_parameters=786432, dense_bytes=3145728)
+    """
+    parameters = sum(codebook_sizes) * hidden_size + codebook_sizes[0] + (vocab_size if bias else 0)
+    taken = parameters * itemsize + packed_size(vocab_size, codebook_sizes)
+    dense_parameters = vocab_size * hidden_size
+    return Footprint(parameters, taken, dense_parameters, dense_parameters * itemsize)
 
 
 def code_usage(token_counts: Tensor, token_to_code: Tensor, codebook_size: int) -> Tensor:

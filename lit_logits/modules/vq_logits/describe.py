@@ -5,27 +5,26 @@ Letters: d hidden size, V vocabulary.
 
 from torch import nn
 
-from lit_logits.contracts import ExportableHead
+from lit_logits.contracts import SizedHead, WatchedHead
 from lit_logits.functional.codebook import Footprint
 from lit_logits.modules.language_models.loading import CausalBackbone
-from lit_logits.modules.vq_logits.head import VQLogitsHead
 
 __all__ = ["describe_head", "describe_model", "describe_untying"]
 
 
-def describe_head(head: ExportableHead) -> str:
+def describe_head(head: SizedHead) -> str:
     """Return one line on the size of a head against the dense one, and its perplexity floor if it has one."""
     size = head.footprint()
     text = (
         f"Output head: {size.parameters:,} parameters ({size.parameters / size.dense_parameters:.2%} of dense),"
         f" {size.bytes:,} bytes ({size.bytes / size.dense_bytes:.2%} of dense; the mapping packed)."
     )
-    if isinstance(head, VQLogitsHead):
+    if isinstance(head, WatchedHead):
         text += f" No backbone gets below perplexity {head.ppl_floor().item():.2f} with this mapping and bias."
     return text
 
 
-def describe_untying(parts: CausalBackbone, head: ExportableHead) -> str:
+def describe_untying(parts: CausalBackbone, head: SizedHead) -> str:
     """Return what it costs to break the tie of input and output embedding."""
     table = parts.vocab_size * parts.hidden_size
     backbone = sum(parameter.numel() for parameter in parts.model.parameters())
@@ -37,7 +36,7 @@ def describe_untying(parts: CausalBackbone, head: ExportableHead) -> str:
     )
 
 
-def describe_model(backbone: nn.Module, head: ExportableHead, *, tied: bool) -> str:
+def describe_model(backbone: nn.Module, head: SizedHead, *, tied: bool) -> str:
     """Return the size of the whole model with this head and with its dense layer, both with the input table.
 
     Args:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.code_assignment import random_assignment
-from lit_logits.functional.codebook import code_usage, dead_codes, ppl_floor, unigram_bias
+from lit_logits.functional.codebook import (
+    Footprint,
+    code_usage,
+    dead_codes,
+    hierarchical_footprint,
+    ppl_floor,
+    unigram_bias,
+)
 from lit_logits.functional.cooccurrence import cooccurrence_hierarchy
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import (
@@ -200,6 +207,16 @@ class HierarchicalVQLogitsHead(CountsTokens):
         equal = torch.cat([self.token_to_cluster.unsqueeze(1), self.token_codes], 1).unique(dim=0, return_inverse=True)
         bias = None if self.token_bias is None else self.token_bias.detach()
         return ppl_floor(self.token_counts, equal[1], len(equal[0]), bias)
+
+    def footprint(self) -> Footprint:
+        """Return parameters and bytes after export, and those of the dense head in the same dtype."""
+        return hierarchical_footprint(
+            self.hidden_size,
+            self.vocab_size,
+            self.codebook_sizes,
+            bias=self.token_bias is not None,
+            itemsize=self.clusters.dtype.itemsize,
+        )
 
     # ------------------------------------------------------------------ start
 
