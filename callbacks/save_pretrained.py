@@ -39,7 +39,7 @@ class SavePretrained(Callback):
         monitor: a logged metric; None saves at the end only.
         mode: whether the least (`min`) or the greatest (`max`) is best.
         head: form of the head of a `VQLogitsLM`: `compact`, packed codes for this library, or `dense`, decoded rows in
-            the original architecture.
+            the original architecture, which a head of two levels does not have.
 
     Raises:
         ValueError: If `mode` is neither; at the start of fit, if the folder holds anything else, the model is missing,

@@ -302,13 +302,6 @@ def test_fit_starts_the_head_learns_resumes_and_generates(sizes, tmp_path):
     assert ((kinds[:, 1:] - kinds[:, :-1]) % 4 == 1).all()
 
 
-def test_what_it_cannot_do_is_said(tmp_path):
-    model = VQLogitsLM(LLAMA, 20, head=partial(HierarchicalVQLogitsHead, codebook_sizes=(4, 5)))
-    for form in ("compact", "dense"):
-        with pytest.raises(ValueError, match=f"for head='{form}', but got HierarchicalVQLogitsHead"):
-            model.to_pretrained(form)
-
-
 def test_bfloat16():
     head = HierarchicalVQLogitsHead(8, 40, (5, 4)).bfloat16()
     hidden, labels = torch.randn(6, 8, dtype=torch.bfloat16), torch.arange(6)

@@ -81,6 +81,7 @@ from lit_logits.modules.vq_logits.moving import CodebookUpdate, MappingStrategy
 from lit_logits.modules.vq_logits.original import (
     OriginalOutput,
 )
+from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import (
     ResidualVQLogitsHead,
 )
@@ -111,6 +112,7 @@ __all__ = [
     "LogitSource",
     "MappingStrategy",
     "OriginalOutput",
+    "PackedHierarchicalVQLogitsHead",
     "ResidualVQLogitsHead",
     "TokenMean",
     "VQLogitsConfig",

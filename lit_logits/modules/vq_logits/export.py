@@ -22,9 +22,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
+from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
+from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["VQLogitsConfig", "VQLogitsForCausalLM"]
+__all__ = ["SavedHead", "VQLogitsConfig", "VQLogitsForCausalLM"]
+
+SavedHead = ResidualVQLogitsHead | PackedHierarchicalVQLogitsHead
 
 
 class VQLogitsConfig(PreTrainedConfig):
@@ -32,12 +36,13 @@ class VQLogitsConfig(PreTrainedConfig):
 
     Args:
         text_config: config of the backbone, or its settings with `model_type`.
-        codebook_size: K.
-        num_groups: G.
-        stage_sizes: how many tokens own each of the S stages, V first.
+        codebook_size: K of a `ResidualVQLogitsHead`.
+        num_groups: its G.
+        stage_sizes: how many tokens own each of its S stages, V first.
         head_bias: whether there is a token bias.
         hidden_scale: factor of the hidden states that the head reads.
         logit_cap: c of the soft cap of the head's logits, or None.
+        codebook_sizes: those of a `HierarchicalVQLogitsHead`; None tells that the head is a `ResidualVQLogitsHead`.
     """
 
     model_type = "vq_logits"
@@ -52,6 +57,7 @@ class VQLogitsConfig(PreTrainedConfig):
         head_bias: bool = False,
         hidden_scale: float = 1.0,
         logit_cap: float | None = None,
+        codebook_sizes: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -59,7 +65,10 @@ class VQLogitsConfig(PreTrainedConfig):
         self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
         self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
         self.hidden_scale, self.logit_cap = hidden_scale, logit_cap
-        self.stage_sizes = [self.text_config.vocab_size] if stage_sizes is None else list(stage_sizes)
+        self.codebook_sizes = None if codebook_sizes is None else list(codebook_sizes)
+        if stage_sizes is None:
+            stage_sizes = [self.text_config.vocab_size] if codebook_sizes is None else []
+        self.stage_sizes = list(stage_sizes)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         kwargs["tie_word_embeddings"] = False
@@ -77,7 +86,9 @@ class VQLogitsConfig(PreTrainedConfig):
 
 
 class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal backbone of transformers with a `ResidualVQLogitsHead`; recurrent backbones are left out.
+    """A causal backbone of transformers with a compressed head; recurrent backbones are left out.
+
+    The head is a `ResidualVQLogitsHead`, or a `PackedHierarchicalVQLogitsHead`, whose logits are log-probabilities.
 
     Args:
         config: see `VQLogitsConfig`.
@@ -96,19 +107,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.model = AutoModel.from_config(text)
-        stages = torch.zeros(text.vocab_size, dtype=torch.int64, device="cpu")
-        for size in config.stage_sizes:  # to make buffers of the right sizes; the weights tell which tokens own a stage
-            stages[:size] += 1
-        self.head = ResidualVQLogitsHead(
-            text.hidden_size,
-            text.vocab_size,
-            config.codebook_size,
-            num_groups=config.num_groups,
-            token_stages=stages,
-            num_stages=len(config.stage_sizes),
-            bias=config.head_bias,
-        )
-        self.head.logit_cap = config.logit_cap
+        self.head: SavedHead = _residual_head(config) if config.codebook_sizes is None else _hierarchical_head(config)
         self.post_init()
 
     @classmethod
@@ -139,8 +138,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"Expected the folder to hold the compressed head, but {missing} are missing in its weights."
             )
-        if model.head.packed_codes.device.type != "meta":  # unpacking checks the codes
-            model.head.stages()
+        head: SavedHead = model.head
+        if head.packed_codes.device.type != "meta":  # unpacking checks the codes
+            _ = head.stages() if isinstance(head, ResidualVQLogitsHead) else head.layout()
         return (model, info) if with_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -163,9 +163,14 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if new_num_tokens in (None, self.head.vocab_size):
             return self.get_input_embeddings()
+        instead = (
+            "Resize the original model and compress it again, or save with head='dense' and resize that."
+            if isinstance(self.head, ResidualVQLogitsHead)
+            else "Train a model with the new vocabulary."
+        )
         raise ValueError(
-            "Expected the vocabulary that the output head was compressed for, because new tokens have no codes. Resize"
-            " the original model and compress it again, or save with head='dense' and resize that."
+            "Expected the vocabulary that the output head was compressed for, because new tokens have no codes."
+            f" {instead}"
         )
 
     @can_return_tuple
@@ -206,6 +211,29 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             **{OUTPUT_CACHE_NAME: getattr(output, OUTPUT_CACHE_NAME, None)},
         )
+
+
+def _residual_head(config: VQLogitsConfig) -> ResidualVQLogitsHead:
+    stages = torch.zeros(config.vocab_size, dtype=torch.int64, device="cpu")
+    for size in config.stage_sizes:  # to make buffers of the right sizes; the weights tell which tokens own a stage
+        stages[:size] += 1
+    head = ResidualVQLogitsHead(
+        config.hidden_size,
+        config.vocab_size,
+        config.codebook_size,
+        num_groups=config.num_groups,
+        token_stages=stages,
+        num_stages=len(config.stage_sizes),
+        bias=config.head_bias,
+    )
+    head.logit_cap = config.logit_cap
+    return head
+
+
+def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead:
+    sizes = config.codebook_sizes or ()
+    head = HierarchicalVQLogitsHead(config.hidden_size, config.vocab_size, sizes, bias=config.head_bias)
+    return PackedHierarchicalVQLogitsHead(head)
 
 
 AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)

@@ -18,16 +18,25 @@ from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.vq_logits.export import VQLogitsConfig, VQLogitsForCausalLM
+from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsConfig, VQLogitsForCausalLM
 from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
+from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
 __all__ = ["Form", "VQExport", "compact_model", "dense_model", "export_problem", "export_warning"]
 
 Form = Literal["compact", "dense"]
 
+_FORMS: dict[Form, Any] = {
+    "compact": VQLogitsHead | ResidualVQLogitsHead | HierarchicalVQLogitsHead,
+    "dense": ExportableHead,
+}
 
-def export_problem(backbone: PreTrainedModel, form: Form, *, hidden_size: int, vocab_size: int) -> str | None:
+
+def export_problem(
+    backbone: PreTrainedModel, form: Form, *, hidden_size: int, vocab_size: int, has_dense: bool = True
+) -> str | None:
     """Return why no head of this size could be saved with a backbone, or None if it can; nothing is computed.
 
     Args:
@@ -35,11 +44,12 @@ def export_problem(backbone: PreTrainedModel, form: Form, *, hidden_size: int, v
         form: see `VQLogitsLM.to_pretrained`.
         hidden_size: d of the head.
         vocab_size: V of the head.
+        has_dense: whether the head could take the form `dense`, so that the answer may name it.
     """
     try:
         if form == "compact":
             config = VQLogitsConfig(_text_config(backbone), 1, stage_sizes=[vocab_size])
-            _check_compact(backbone, hidden_size, config)
+            _check_compact(backbone, config, hidden_size, vocab_size, has_dense)
         else:
             _dense_shell(backbone, hidden_size, vocab_size)
     except ValueError as error:
@@ -49,29 +59,28 @@ def export_problem(backbone: PreTrainedModel, form: Form, *, hidden_size: int, v
 
 def export_warning(backbone: PreTrainedModel, head: Any, *, hidden_size: int, vocab_size: int) -> str | None:
     """Return what to tell, before training, of a head that could be saved but for its backbone; else None."""
-    if not isinstance(head, ExportableHead):
-        return None
-    form: Form
-    other: Form | None
-    form, other = ("compact", "dense") if isinstance(head, VQLogitsHead | ResidualVQLogitsHead) else ("dense", None)
-    check = partial(export_problem, backbone, hidden_size=hidden_size, vocab_size=vocab_size)
-    problem = check(form)
+    forms = [form for form, kinds in _FORMS.items() if isinstance(head, kinds)]
+    has_dense = "dense" in forms
+    check = partial(export_problem, backbone, hidden_size=hidden_size, vocab_size=vocab_size, has_dense=has_dense)
+    problem = check(forms[0]) if forms else None
     if problem is None:
         return None
-    instead = f", only with head={other!r}" if other is not None and check(other) is None else ""
-    return f"This model trains, but cannot be saved with head={form!r}{instead}: {problem}"
+    instead = "".join(f", only with head={other!r}" for other in forms[1:] if check(other) is None)
+    return f"This model trains, but cannot be saved with head={forms[0]!r}{instead}: {problem}"
 
 
 def compact_model(
     backbone: PreTrainedModel, head: nn.Module, generation_config: Any = None, *, rule: OutputRule | None = None
 ) -> VQLogitsForCausalLM:
-    """Join a backbone and a `VQLogitsHead` or `ResidualVQLogitsHead` to a model of transformers, in `eval` mode.
+    """Join a backbone and a compressed head to a model of transformers, in `eval` mode.
 
-    Tensors are shared, not copied, except those of a `VQLogitsHead`, which are converted.
+    Tensors are shared, not copied, except those of a `VQLogitsHead`, which are converted, and the mapping of a
+    `HierarchicalVQLogitsHead`, which is packed.
 
     Args:
         backbone: of transformers.
-        head: its output layer, which reads the hidden states by the factor of `rule`.
+        head: its output layer, one of these or a `ResidualVQLogitsHead`; it reads the hidden states by the factor of
+            `rule`.
         generation_config: of the original model.
         rule: how the architecture makes logits; None finds out.
 
@@ -79,28 +88,17 @@ def compact_model(
         ValueError: If the head is of another class, or the backbone could not be loaded or generate: it is not what its
             config makes, gives hidden states of another size than the config's, or keeps no cache of attention.
     """
-    if not isinstance(head, VQLogitsHead | ResidualVQLogitsHead):
-        advice = " Use head='dense'." if isinstance(head, ExportableHead) else ""
-        raise ValueError(
-            f"Expected a `VQLogitsHead` or `ResidualVQLogitsHead` for head='compact', but got {type(head).__name__}."
-            f"{advice}"
-        )
-    residual = head if isinstance(head, ResidualVQLogitsHead) else _as_residual(head)
-    sizes = [stage.codes.shape[0] for stage in residual.stages()]
+    saved = _saved_head(head)
     config = VQLogitsConfig(
         text_config=_text_config(backbone),
-        codebook_size=residual.codebook_size,
-        num_groups=residual.num_groups,
-        stage_sizes=sizes + [0] * (residual.num_stages - len(sizes)),
-        head_bias=residual.token_bias is not None,
-        logit_cap=head.logit_cap,
+        **_head_settings(saved),
         hidden_scale=(rule or probe_backbone(backbone)[0]).bias_free_scale,
         dtype=backbone.dtype,
     )
-    _check_compact(backbone, residual.hidden_size, config)
+    _check_compact(backbone, config, saved.hidden_size, saved.vocab_size, isinstance(head, ExportableHead))
     with torch.device("meta"):  # both parts are replaced, so no memory is spent on their weights
         model = VQLogitsForCausalLM(config)
-    model.model, model.head = backbone, residual
+    model.model, model.head = backbone, saved
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
@@ -120,9 +118,10 @@ def dense_model(
             the architecture is not that of a causal language model, or its output layer is not fed by the backbone.
     """
     if not isinstance(head, ExportableHead):
+        advice = " A softmax in two levels equals no dense layer: save it with head='compact'."
         raise ValueError(
-            "Expected a head with `dense_weight`, `token_bias` and `footprint` for head='dense', but got"
-            f" {type(head).__name__}."
+            "Expected a head that equals a dense layer, with `dense_weight` and `token_bias`, for head='dense', but got"
+            f" {type(head).__name__}.{advice if isinstance(head, HierarchicalVQLogitsHead) else ''}"
         )
     weight = head.dense_weight().detach()
     model, name = _dense_shell(backbone, weight.shape[1], weight.shape[0])
@@ -149,15 +148,17 @@ def _text_config(backbone: PreTrainedModel) -> Any:
     return config
 
 
-def _check_compact(backbone: PreTrainedModel, hidden_size: int, config: VQLogitsConfig) -> None:
+def _check_compact(
+    backbone: PreTrainedModel, config: VQLogitsConfig, hidden_size: int, vocab_size: int, has_dense: bool
+) -> None:
     """Raise unless loading would make this backbone of its config, and the result generates."""
     label = type(backbone).__name__
+    no_dense = "A softmax in two levels has no dense form either; a `VQLogitsHead` has one."
+    advice = "Save it with head='dense', if that can." if has_dense else no_dense
     if getattr(backbone, "_is_stateful", False):
-        raise ValueError(
-            f"Expected a backbone whose cache is one of attention, but {label} is recurrent. Save it with head='dense'."
-        )
+        raise ValueError(f"Expected a backbone whose cache is one of attention, but {label} is recurrent. {advice}")
     try:
-        told, needed = (config.vocab_size, config.hidden_size), (config.stage_sizes[0], hidden_size)
+        told, needed = (config.vocab_size, config.hidden_size), (vocab_size, hidden_size)
         if told != needed:
             raise ValueError(f"its config says (vocabulary, hidden size) {told}, and the head has {needed}")
         with torch.device("meta"):
@@ -167,7 +168,7 @@ def _check_compact(backbone: PreTrainedModel, hidden_size: int, config: VQLogits
     except Exception as error:  # of any kind: models of any kind are made
         raise ValueError(
             f"Expected a backbone that loads and generates from its config for head='compact', but {label} does not:"
-            f" {_first_line(error)}. Save it with head='dense', if that can."
+            f" {_first_line(error)}. {advice}"
         ) from error
 
 
@@ -235,6 +236,32 @@ def _first_line(error: Exception) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
+def _saved_head(head: nn.Module) -> SavedHead:
+    """Return the head as `VQLogitsForCausalLM` holds it."""
+    if isinstance(head, ResidualVQLogitsHead):
+        return head
+    if isinstance(head, VQLogitsHead):
+        return _as_residual(head)
+    if isinstance(head, HierarchicalVQLogitsHead):
+        return PackedHierarchicalVQLogitsHead(head)
+    advice = " Use head='dense'." if isinstance(head, ExportableHead) else ""
+    raise ValueError(
+        "Expected a `VQLogitsHead`, `HierarchicalVQLogitsHead` or `ResidualVQLogitsHead` for head='compact', but got"
+        f" {type(head).__name__}.{advice}"
+    )
+
+
+def _head_settings(head: SavedHead) -> dict[str, Any]:
+    """Return what `VQLogitsConfig` says of a head."""
+    bias = {"head_bias": head.token_bias is not None}
+    if isinstance(head, PackedHierarchicalVQLogitsHead):
+        return {"codebook_sizes": list(head.codebook_sizes), **bias}
+    sizes = [stage.codes.shape[0] for stage in head.stages()]
+    sizes += [0] * (head.num_stages - len(sizes))
+    own = {"codebook_size": head.codebook_size, "num_groups": head.num_groups, "logit_cap": head.logit_cap}
+    return {"stage_sizes": sizes, **own, **bias}
+
+
 def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
     residual = ResidualVQLogitsHead(
         head.hidden_size, head.vocab_size, head.codebook_size, bias=head.token_bias is not None
@@ -260,7 +287,8 @@ class VQExport(nn.Module):
 
         Args:
             head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
-                whose output rows are the decoded codes, so that other programs read it.
+                whose output rows are the decoded codes, so that other programs read it; a `HierarchicalVQLogitsHead`
+                has no such rows.
 
         Raises:
             ValueError: If `head` is neither, the model's head cannot be written so, the original architecture has no
