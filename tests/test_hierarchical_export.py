@@ -104,6 +104,14 @@ def test_a_saved_model_is_the_one_in_training(sizes, bias, tmp_path):
     torch.testing.assert_close(loaded(ids(), labels=labels).loss, expected)
 
 
+def test_the_factor_of_an_architecture_is_kept(tmp_path):
+    model = make(backbone={**LLAMA, "model_type": "cohere", "logit_scale": 0.25})
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.config.hidden_scale == 0.25
+    assert torch.equal(loaded(ids()).logits, model(ids()))
+
+
 def test_the_file_holds_packed_codes_and_no_counts(model, tmp_path):
     model.head.train().loss(torch.randn(3, 16), torch.arange(3))  # counts something
     model.save_pretrained(tmp_path)
