@@ -104,11 +104,15 @@ from lit_logits.functional.gromov_wasserstein import (
 )
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
+    HierarchicalCodes,
+    TopTokens,
     cluster_layout,
     hierarchical_cross_entropy,
     hierarchical_greedy,
     hierarchical_log_probs,
+    hierarchical_losses,
     hierarchical_sample,
+    hierarchical_top_k,
 )
 from lit_logits.functional.kmeans import (
     KMeansResult,
@@ -205,6 +209,7 @@ __all__ = [
     "FusionWeights",
     "GraphNodes",
     "GreedyTables",
+    "HierarchicalCodes",
     "KMeansResult",
     "LogitLoss",
     "LogitValues",
@@ -222,6 +227,7 @@ __all__ = [
     "SourceLogits",
     "StageCodes",
     "TopKLogits",
+    "TopTokens",
     "VocabularyGraph",
     "add_task_vectors",
     "align_gradients",
@@ -274,7 +280,9 @@ __all__ = [
     "hierarchical_cross_entropy",
     "hierarchical_greedy",
     "hierarchical_log_probs",
+    "hierarchical_losses",
     "hierarchical_sample",
+    "hierarchical_top_k",
     "kd_kl_divergence",
     "kmeans",
     "l1_logit_loss",

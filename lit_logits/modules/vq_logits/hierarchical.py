@@ -4,7 +4,7 @@ Letters: d hidden size, V vocabulary, K clusters, S stages.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,19 @@ from lit_logits.functional.cooccurrence import cooccurrence_hierarchy
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
+    HierarchicalCodes,
+    TopTokens,
     cluster_layout,
     hierarchical_cross_entropy,
     hierarchical_greedy,
     hierarchical_log_probs,
+    hierarchical_losses,
     hierarchical_sample,
+    hierarchical_top_k,
 )
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
+from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses
 from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.vq_logits.counting import CountsTokens, running_dtype
 from lit_logits.modules.vq_logits.start import PAIR_TOKENS
@@ -59,6 +64,8 @@ class HierarchicalVQLogitsHead(CountsTokens):
         codes: (Σ K_s, d) parameter, the codebooks of the stages one after another.
         cluster_bias: (K,) parameter in nats.
         token_bias: (V,) parameter in nats, or None.
+        logit_cap: c of a soft cap on the logits of clusters, and on the summed logits of a token's codes, each before
+            its bias is added; None for no cap. See `CappedHead`.
         token_to_cluster: (V,) int64 buffer.
         token_codes: (V, S) int64 buffer.
         token_counts: (V,) buffer, running counts of the targets of all ranks.
@@ -111,6 +118,7 @@ class HierarchicalVQLogitsHead(CountsTokens):
         self.codes = nn.Parameter(torch.randn(sum(stage_sizes), hidden_size) * _INIT_STD)
         self.cluster_bias = nn.Parameter(torch.zeros(num_clusters))
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.logit_cap: float | None = None
         self.register_buffer("token_to_cluster", random_assignment(vocab_size, num_clusters))
         codes = [random_assignment(vocab_size, size) for size in stage_sizes]
         self.register_buffer("token_codes", torch.stack(codes, 1))
@@ -124,48 +132,59 @@ class HierarchicalVQLogitsHead(CountsTokens):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return log-probabilities (..., V) in nats of hidden states (..., d): logits that are normalised already."""
-        return hierarchical_log_probs(hidden, *self._arguments, **self._biases)
+        return hierarchical_log_probs(hidden, self._tensors())
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return the cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
         loss = hierarchical_cross_entropy(
-            hidden,
-            self.clusters,
-            self.codes,
-            self._layout(),
-            labels,
-            cluster_bias=self.cluster_bias,
-            token_bias=self.token_bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
+            hidden, self._tensors(), labels, ignore_index=ignore_index, reduction=reduction
         )
         if self.training:
             self._count(labels, ignore_index)
         return loss
 
+    def imitation_losses(
+        self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = IGNORE_INDEX
+    ) -> ResidualVQLosses:
+        """Return cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.
+
+        The divergence takes log-probabilities of all tokens, for a chunk of hidden states at a time. In training mode
+        it counts the labels.
+        """
+        losses = hierarchical_losses(hidden, self._tensors(), labels, target=target, ignore_index=ignore_index)
+        if self.training:
+            self._count(labels, ignore_index)
+        return losses
+
+    @property
+    def can_imitate(self) -> bool:
+        """Whether it can be trained to imitate: always."""
+        return True
+
     # ------------------------------------------------------------------ decoding
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d), exactly, from the likeliest clusters alone."""
-        return hierarchical_greedy(hidden, *self._arguments, **self._biases)
+        return hierarchical_greedy(hidden, self._tensors())
+
+    def top_k(self, hidden: Tensor, k: int) -> TopTokens:
+        """Return log-probabilities and ids (..., k) of the likeliest tokens, exactly; see `hierarchical_top_k`."""
+        return hierarchical_top_k(hidden, self._tensors(), k)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
         if temperature == 1.0:
-            return hierarchical_sample(hidden, *self._arguments, **self._biases, generator=generator)
+            return hierarchical_sample(hidden, self._tensors(), generator=generator)
         # At another temperature the probability of a cluster depends on all of its tokens.
         return sample_logits(self(hidden), temperature, generator)
 
-    @property
-    def _arguments(self) -> tuple[Tensor, Tensor, ClusterLayout]:
-        return self.clusters, self.codes, self._layout()
-
-    @property
-    def _biases(self) -> dict[str, Any]:
-        return {"cluster_bias": self.cluster_bias, "token_bias": self.token_bias}
+    def _tensors(self) -> HierarchicalCodes:
+        return HierarchicalCodes(
+            self.clusters, self.codes, self._layout(), self.cluster_bias, self.token_bias, self.logit_cap
+        )
 
     def _layout(self) -> ClusterLayout:
         """Return the tables of the mapping; they are kept until it changes."""

@@ -88,8 +88,8 @@ def check_imitates(head: Any) -> None:
     """
     if not (isinstance(head, ImitatingHead) and head.can_imitate):
         raise ValueError(
-            "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
-            " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
+            "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, a"
+            " `HierarchicalVQLogitsHead`, or a `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
             f" {type(head).__name__}."
         )
 
