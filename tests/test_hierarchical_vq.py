@@ -55,10 +55,14 @@ def leaves_of(hidden, head):
     return [tensor.requires_grad_() for tensor in tensors if tensor is not None]
 
 
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def by_definition(hidden, head, codes):
     """log p(v | h), token by token."""
-    hidden, clusters, table = hidden.detach(), head.clusters.detach(), head.codes.detach()
-    owner, rows = head.layout.token_to_cluster, []
+    hidden, head = hidden.detach(), head._replace(**{n: t.detach() for n, t in head._asdict().items() if is_float(t)})
+    owner, clusters, table, rows = head.layout.token_to_cluster, head.clusters, head.codes, []
 
     def capped(logit):
         return logit if head.cap is None else head.cap * torch.tanh(logit / head.cap)
@@ -354,7 +358,10 @@ def test_tables_follow_the_mapping():
     [
         ({"codebook_sizes": (5,)}, r"`codebook_sizes` to be two numbers or more in \[1, 40\]"),
         ({"codebook_sizes": (5, 41)}, r"`codebook_sizes` to be two numbers or more"),
-        ({"codebook_sizes": (5, 4), "init": "kmeans"}, "`init` to be 'cooccurrence' or 'random', but got 'kmeans'"),
+        (
+            {"codebook_sizes": (5, 4), "init": "kmeans"},
+            "`init` to be one of 'random', 'cooccurrence', 'weighted_kmeans', but got 'kmeans'",
+        ),
         ({"codebook_sizes": (5, 4), "start_tokens": 0}, "`start_tokens` to be at least 1"),
         ({"codebook_sizes": (5, 4), "max_cluster_size": 7}, "`max_cluster_size` to be at least 8"),
     ],

@@ -30,6 +30,11 @@ from lit_logits.functional.code_assignment import (
     split_heavy_codes,
     weighted_kmeans,
 )
+from lit_logits.functional.code_hierarchy import (
+    CodeHierarchy,
+    kmeans_hierarchy,
+    weighted_kmeans_hierarchy,
+)
 from lit_logits.functional.code_tiers import (
     stages_by_rank,
     stages_for_bytes,
@@ -113,6 +118,10 @@ from lit_logits.functional.hierarchical_vq import (
     hierarchical_losses,
     hierarchical_sample,
     hierarchical_top_k,
+)
+from lit_logits.functional.hierarchy_revival import (
+    RevivedHierarchy,
+    revive_hierarchy,
 )
 from lit_logits.functional.kmeans import (
     KMeansResult,
@@ -201,6 +210,7 @@ __all__ = [
     "AlignedGradients",
     "ClassMoments",
     "ClusterLayout",
+    "CodeHierarchy",
     "CodeSplit",
     "DenseTarget",
     "Footprint",
@@ -223,6 +233,7 @@ __all__ = [
     "Reduction",
     "ResidualCodes",
     "ResidualVQLosses",
+    "RevivedHierarchy",
     "SamplingTables",
     "SourceLogits",
     "StageCodes",
@@ -285,6 +296,7 @@ __all__ = [
     "hierarchical_top_k",
     "kd_kl_divergence",
     "kmeans",
+    "kmeans_hierarchy",
     "l1_logit_loss",
     "logit_loss",
     "lookup_greedy",
@@ -311,6 +323,7 @@ __all__ = [
     "residual_vq_greedy",
     "residual_vq_logits",
     "residual_vq_losses",
+    "revive_hierarchy",
     "rows_a_chunk",
     "sample_logits",
     "sample_mean",
@@ -337,4 +350,5 @@ __all__ = [
     "vq_greedy",
     "vq_sample",
     "weighted_kmeans",
+    "weighted_kmeans_hierarchy",
 ]
