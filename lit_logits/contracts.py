@@ -146,7 +146,7 @@ class CappedHead(Protocol):
 
     The model sets `logit_cap` to c. Logits are then z_v = c · tanh(⟨h, W_v⟩ / c) + b_v: a token bias is added after the
     cap, so that it shifts the log-odds of its token by b_v whatever the hidden state, and is not bounded by c. A head
-    of several softmaxes caps the logits of each, before its bias is added.
+    of two softmaxes, as `HierarchicalVQLogitsHead`, caps the logits of each, before its bias is added.
     """
 
     logit_cap: float | None

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookMonitor
-from lit_logits.contracts import DecodingHead, OutputHead, StartingHead
+from lit_logits.contracts import CappedHead, DecodingHead, ImitatingHead, OutputHead, StartingHead
 from lit_logits.functional import capped_assignment, unigram_bias
 from lit_logits.functional.hierarchical_vq import (
     HierarchicalCodes,
@@ -323,11 +323,14 @@ def test_clusters_that_are_not_over_full_are_the_nearest():
 
 
 def test_the_head_keeps_the_contracts():
+    torch.manual_seed(0)  # of which no two tokens are nearly equal
     head = HierarchicalVQLogitsHead(8, 40, (5, 4))
     torch.nn.init.normal_(head.token_bias)  # tokens of equal codes differ then
     assert isinstance(head, OutputHead)
     assert isinstance(head, DecodingHead)
     assert isinstance(head, StartingHead)
+    assert isinstance(head, ImitatingHead)
+    assert isinstance(head, CappedHead)
     hidden = torch.randn(3, 2, 8)
     assert head(hidden).shape == (3, 2, 40)
     assert torch.equal(head.greedy(hidden), head(hidden).argmax(-1))
@@ -465,8 +468,10 @@ def test_the_monitor_shows_its_clusters(tmp_path):
     trainer = Trainer(logger=logger, callbacks=[monitor], enable_checkpointing=False, **options)
     trainer.fit(VQLogitsLM(LLAMA, 20, head=head), loader(), loader())
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
-    assert {"vq/used_codes", "vq/code_perplexity", "vq/dead_codes", "vq/ppl_floor"} <= set(events.Tags()["scalars"])
+    names = {"vq/used_codes", "vq/code_perplexity", "vq/dead_codes", "vq/dead_stage_codes", "vq/ppl_floor"}
+    assert names <= set(events.Tags()["scalars"])
     assert events.Scalars("vq/used_codes")[-1].value == 4
+    assert events.Scalars("vq/dead_stage_codes")[-1].value == 0
     assert events.Tags()["images"] == ["vq/usage"]
     text = events.Tensors("vq/tokens/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.count("25.") >= 3  # four clusters of five words, each a quarter of the text
