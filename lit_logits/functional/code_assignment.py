@@ -53,7 +53,8 @@ class MetricRows(NamedTuple):
     def back(self, centroids: Tensor) -> Tensor:
         """Return centroids (K, d) of the points in the space of W."""
         # C = C̃ L⁻¹ by substitution, which is more exact than a product with the inverse.
-        return torch.linalg.solve_triangular(self.root, centroids, upper=False, left=False)
+        found: Tensor = torch.linalg.solve_triangular(self.root, centroids, upper=False, left=False)
+        return found
 
 
 def random_assignment(vocab_size: int, codebook_size: int, *, generator: torch.Generator | None = None) -> Tensor:
