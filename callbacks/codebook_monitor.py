@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part, tensorboard_writers
 from lit_logits.callbacks.pictures.codebook import usage_figure
 from lit_logits.callbacks.scalars import log_scalars
-from lit_logits.contracts import WatchedHead
+from lit_logits.contracts import StagedHead, WatchedHead
 from lit_logits.functional.codebook import code_perplexity
 
 __all__ = ["CodebookMonitor"]
@@ -26,7 +26,8 @@ class CodebookMonitor(Callback):
 
     Scalars, every n optimizer steps: `vq/used_codes` (codes that carry targets), `vq/code_perplexity` (exponential of
     the entropy of their use), `vq/dead_codes` (codes that own no token or carry less than `min_usage` of an even
-    share), `vq/ppl_floor` (the perplexity below which no backbone gets). After each validation TensorBoard gets
+    share; where tokens have codes of further stages, `vq/dead_stage_codes` counts those), `vq/ppl_floor` (the
+    perplexity below which no backbone gets). After each validation TensorBoard gets
     `vq/usage`, a heat map of use over training, and `vq/tokens`, the most frequent tokens of some codes. Warns once
     when the floor, and not the backbone, limits the perplexity.
 
@@ -77,15 +78,15 @@ class CodebookMonitor(Callback):
             return
         self.last_step = step
         usage, floor = head.usage(), float(head.ppl_floor())
-        log_scalars(
-            trainer,
-            {
-                "vq/used_codes": float((usage > 0).sum()),
-                "vq/code_perplexity": float(code_perplexity(usage)),
-                "vq/dead_codes": float(head.dead_codes(self.min_usage).numel()),
-                "vq/ppl_floor": floor,
-            },
-        )
+        scalars = {
+            "vq/used_codes": float((usage > 0).sum()),
+            "vq/code_perplexity": float(code_perplexity(usage)),
+            "vq/dead_codes": float(head.dead_codes(self.min_usage).numel()),
+            "vq/ppl_floor": floor,
+        }
+        if isinstance(head, StagedHead):
+            scalars["vq/dead_stage_codes"] = float(sum(dead.numel() for dead in head.dead_stage_codes(self.min_usage)))
+        log_scalars(trainer, scalars)
         if self.target_ppl is not None and floor > 0.8 * self.target_ppl:
             self._warn(floor, f"`target_ppl` is {self.target_ppl:g}")
         self._remember(step, usage.cpu())

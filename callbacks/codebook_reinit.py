@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lit_logits.callbacks.parts import check_at_least, check_min_usage, find_parts
 from lit_logits.callbacks.scalars import log_scalars
-from lit_logits.functional.distributed import broadcast_
-from lit_logits.modules.vq_logits.head import VQLogitsHead
+from lit_logits.contracts import RevivableHead
 
 __all__ = ["CodebookReinit", "reset_optimizer_rows"]
 
@@ -23,9 +22,10 @@ class CodebookReinit(Callback):
     """Give each dead code one half of the code that costs most, every n optimizer steps, and reset what goes with it.
 
     A code is dead when no token maps to it or when it carries less than `min_usage` of an even share of the targets
-    (running counts over all ranks). `VQLogitsHead.revive` splits the heavy code; the rows of the optimizer's moments
-    are cleared with the vectors, because the next update would otherwise undo the revival. All ranks end with the same
-    codes. Logs `vq/reinit`, the number of codes revived.
+    (running counts over all ranks). The head splits the heavy code, see `RevivableHead`; the rows of the optimizer's
+    moments are cleared with the vectors, because the next update would otherwise undo the revival. Of a
+    `HierarchicalVQLogitsHead` both clusters and codes are revived. All ranks end with the same codes. Logs
+    `vq/reinit`, the number of codes revived.
 
     Args:
         every_n_steps: optimizer steps between looks.
@@ -52,8 +52,11 @@ class CodebookReinit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if the model has no head with codes."""
-        if not find_parts(pl_module, VQLogitsHead):
-            rank_zero_warn("CodebookReinit found no VQLogitsHead in the model and will do nothing.")
+        if not find_parts(pl_module, RevivableHead):
+            rank_zero_warn(
+                "CodebookReinit found no head in the model that can revive its codes, such as a VQLogitsHead, and will"
+                " do nothing."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to revive codes while their weights are averaged: a mean would mix a code with the one it becomes."""
@@ -72,18 +75,13 @@ class CodebookReinit(Callback):
             return
         self.last_step = step
         revived = 0
-        for head in find_parts(pl_module, VQLogitsHead):
-            is_dead = torch.zeros(head.codebook_size, dtype=torch.uint8, device=head.codebook.device)
-            is_dead[head.dead_codes(self.min_usage)] = 1
-            broadcast_(is_dead)  # ranks whose running counts round differently must still revive the same codes
-            dead = is_dead.nonzero().squeeze(1)
-            if dead.numel() == 0:
-                continue
-            generator = torch.Generator(head.codebook.device).manual_seed(self.seed + step)
-            changed = head.revive(dead, generator=generator)
-            revived += dead.numel() - int(torch.isin(dead, head.dead_codes()).sum())
+        for head in find_parts(pl_module, RevivableHead):
+            generator = torch.Generator(head.token_counts.device).manual_seed(self.seed + step)
+            num_revived, rows = head.revive_dead(self.min_usage, generator=generator)
+            revived += num_revived
             for optimizer in trainer.optimizers:
-                reset_optimizer_rows(optimizer, head.codebook, changed)
+                for parameter, changed in rows.items():
+                    reset_optimizer_rows(optimizer, parameter, changed)
         log_scalars(trainer, {"vq/reinit": float(revived)})
 
     def state_dict(self) -> dict[str, Any]:

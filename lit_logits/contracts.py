@@ -37,7 +37,10 @@ __all__ = [
     "LearningHead",
     "OutputHead",
     "OutputLayer",
+    "RevivableHead",
+    "Revival",
     "SizedHead",
+    "StagedHead",
     "StartingHead",
     "WatchedHead",
     "lacks",
@@ -143,7 +146,8 @@ class CappedHead(Protocol):
     """A head for architectures that cap their logits, such as Gemma-2.
 
     The model sets `logit_cap` to c. Logits are then z_v = c · tanh(⟨h, W_v⟩ / c) + b_v: a token bias is added after the
-    cap, so that it shifts the log-odds of its token by b_v whatever the hidden state, and is not bounded by c.
+    cap, so that it shifts the log-odds of its token by b_v whatever the hidden state, and is not bounded by c. A head
+    of two softmaxes, as `HierarchicalVQLogitsHead`, caps the logits of each, before its bias is added.
     """
 
     logit_cap: float | None
@@ -175,6 +179,44 @@ class WatchedHead(Protocol):
 
     def ppl_floor(self) -> Tensor:
         """Return the perplexity that no backbone can go below."""
+        ...
+
+
+@runtime_checkable
+class StagedHead(Protocol):
+    """A head whose tokens own codes of further stages, beside the code that `WatchedHead` tells of."""
+
+    def dead_stage_codes(self, min_usage: float = 0.0) -> Sequence[Tensor]:
+        """Return of each stage the codes without tokens, or with less than `min_usage` times an even share."""
+        ...
+
+
+class Revival(NamedTuple):
+    """Result of `revive_dead`, the same on all ranks.
+
+    Attributes:
+        num_revived: how many dead codes got tokens.
+        rows: parameter → rows (D,) int64 that changed, whose moments in an optimizer are those of other codes.
+    """
+
+    num_revived: int
+    rows: Mapping[nn.Parameter, Tensor]
+
+
+@runtime_checkable
+class RevivableHead(Protocol):
+    """A head of codes that `CodebookReinit` can put back to use."""
+
+    token_counts: Tensor
+
+    def revive_dead(self, min_usage: float = 0.0, *, generator: torch.Generator | None = None) -> Revival:
+        """Give dead codes tokens of codes that have too many; every rank must call it.
+
+        Args:
+            min_usage: share of the targets below which a code is dead, in units of an even share; 0 for codes without
+                tokens only.
+            generator: source of randomness, on the device of `token_counts`.
+        """
         ...
 
 

@@ -174,7 +174,7 @@ def test_ranks_agree_on_what_is_dead(monkeypatch):
             tensor.copy_(torch.tensor([0, 0, 0, 1, 0, 0, 0, 0]))
 
     revived = []
-    monkeypatch.setattr("lit_logits.callbacks.codebook_reinit.broadcast_", rank_zero_says)
+    monkeypatch.setattr("lit_logits.modules.vq_logits.moving.broadcast_", rank_zero_says)
     monkeypatch.setattr(VQLogitsHead, "revive", lambda self, dead, generator: revived.append(dead.tolist()) or dead)
     fit(model, [CodebookReinit(every_n_steps=6, min_usage=0.0)])
     assert revived == [[3]]
@@ -211,7 +211,7 @@ def test_reinit_logs_the_codes_that_were_revived():
 @pytest.mark.parametrize("callback", [CodebookReinit(), CodebookMonitor()], ids=["reinit", "monitor"])
 def test_without_a_head_it_warns_and_does_nothing(callback, tmp_path):
     model = Bigram(head=False)
-    with pytest.warns(UserWarning, match="found no (VQLogitsHead|head with codes)"):
+    with pytest.warns(UserWarning, match="found no head (in the model that can revive|with codes)"):
         fit(model, [callback], max_steps=2, max_epochs=-1)
 
 

@@ -104,12 +104,15 @@ def test_a_saved_model_is_the_one_in_training(sizes, bias, tmp_path):
     torch.testing.assert_close(loaded(ids(), labels=labels).loss, expected)
 
 
-def test_the_factor_of_an_architecture_is_kept(tmp_path):
-    model = make(backbone={**LLAMA, "model_type": "cohere", "logit_scale": 0.25})
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert loaded.config.hidden_scale == 0.25
-    assert torch.equal(loaded(ids()).logits, model(ids()))
+def test_the_factor_and_the_cap_of_an_architecture_are_kept(tmp_path):
+    cohere = {**LLAMA, "model_type": "cohere", "logit_scale": 0.25}
+    gemma = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 0.5}
+    for name, backbone, expected in (("cohere", cohere, (0.25, None)), ("gemma", gemma, (1.0, 0.5))):
+        model = make(backbone=backbone)
+        model.save_pretrained(tmp_path / name)
+        loaded = load(tmp_path / name)
+        assert (loaded.config.hidden_scale, loaded.config.logit_cap) == expected
+        assert torch.equal(loaded(ids()).logits, model(ids()))
 
 
 def test_the_file_holds_packed_codes_and_no_counts(model, tmp_path):

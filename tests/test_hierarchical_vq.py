@@ -14,15 +14,19 @@ from torch.utils.data import DataLoader
 
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookMonitor
-from lit_logits.contracts import DecodingHead, OutputHead, StartingHead
+from lit_logits.contracts import CappedHead, DecodingHead, ImitatingHead, OutputHead, StartingHead
 from lit_logits.functional import capped_assignment, unigram_bias
 from lit_logits.functional.hierarchical_vq import (
+    HierarchicalCodes,
     cluster_layout,
     hierarchical_cross_entropy,
     hierarchical_greedy,
     hierarchical_log_probs,
+    hierarchical_losses,
     hierarchical_sample,
+    hierarchical_top_k,
 )
+from lit_logits.functional.residual_vq import DenseTarget
 from lit_logits.modules import HierarchicalVQLogitsHead
 
 V, D, K, SIZES = 23, 5, 6, (4, 3)
@@ -30,7 +34,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num
 LLAMA |= {"num_attention_heads": 2}
 
 
-def problem(seed, *, bias=True, num_tokens=7, scale=1.0):
+def problem(seed, *, bias=True, num_tokens=7, scale=1.0, cap=None):
     """Clusters of any sizes, one of them maybe empty."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,23 +43,38 @@ def problem(seed, *, bias=True, num_tokens=7, scale=1.0):
 
     owner = torch.randint(K - 1, (V,), generator=generator)
     codes = torch.stack([torch.randint(size, (V,), generator=generator) for size in SIZES], 1)
-    arguments = (randn(num_tokens, D), randn(K, D), randn(sum(SIZES), D), cluster_layout(owner, codes, K, SIZES))
-    biases = {"cluster_bias": randn(K), "token_bias": randn(V) if bias else None}
-    return arguments, biases, owner, codes
+    layout = cluster_layout(owner, codes, K, SIZES)
+    hidden, clusters, table = randn(num_tokens, D), randn(K, D), randn(sum(SIZES), D)
+    head = HierarchicalCodes(clusters, table, layout, randn(K), randn(V) if bias else None, cap)
+    return hidden, head, codes
 
 
-def by_definition(arguments, biases, owner, codes):
+def leaves_of(hidden, head):
+    """The tensors that get a gradient."""
+    tensors = (hidden, head.clusters, head.codes, head.cluster_bias, head.token_bias)
+    return [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def by_definition(hidden, head, codes):
     """log p(v | h), token by token."""
-    hidden, clusters, table, _ = arguments
-    rows = []
+    hidden, head = hidden.detach(), head._replace(**{n: t.detach() for n, t in head._asdict().items() if is_float(t)})
+    owner, clusters, table, rows = head.layout.token_to_cluster, head.clusters, head.codes, []
+
+    def capped(logit):
+        return logit if head.cap is None else head.cap * torch.tanh(logit / head.cap)
+
     for h in hidden:
         used = sorted(set(owner.tolist()))
-        outer = {k: float(h @ clusters[k] + biases["cluster_bias"][k]) for k in used}
+        outer = {k: float(capped(h @ clusters[k]) + head.cluster_bias[k]) for k in used}
         total = math.log(sum(math.exp(value) for value in outer.values()))
         inner = []
         for v in range(V):
-            z = float(h @ table[codes[v, 0]] + h @ table[SIZES[0] + codes[v, 1]])
-            inner.append(z + (0.0 if biases["token_bias"] is None else float(biases["token_bias"][v])))
+            z = float(capped(h @ table[codes[v, 0]] + h @ table[SIZES[0] + codes[v, 1]]))
+            inner.append(z + (0.0 if head.token_bias is None else float(head.token_bias[v])))
         row = []
         for v in range(V):
             mates = [u for u in range(V) if owner[u] == owner[v]]
@@ -68,100 +87,196 @@ def by_definition(arguments, biases, owner, codes):
 # ---------------------------------------------------------------------- functional
 
 
+CAPS = [None, 1.5]
+
+
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_log_probs_are_the_definition_and_sum_to_one(seed, bias):
-    arguments, biases, owner, codes = problem(seed, bias=bias)
-    found = hierarchical_log_probs(*arguments, **biases)
-    torch.testing.assert_close(found, by_definition(arguments, biases, owner, codes))
+def test_log_probs_are_the_definition_and_sum_to_one(seed, bias, cap):
+    hidden, head, codes = problem(seed, bias=bias, cap=cap)
+    found = hierarchical_log_probs(hidden, head)
+    torch.testing.assert_close(found, by_definition(hidden, head, codes))
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(7, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_loss_is_that_of_the_log_probs_in_value_and_gradient(bias, monkeypatch):
+def test_loss_is_that_of_the_log_probs_in_value_and_gradient(bias, cap, monkeypatch):
     for values_a_chunk in (2**26, 200):
         monkeypatch.setattr("lit_logits.functional.chunks.VALUES_A_CHUNK", values_a_chunk)
-        arguments, biases, *_ = problem(3, bias=bias)
-        labels = torch.tensor([0, 5, -100, 22, 7, 7, 1])
-        leaves = [
-            tensor.requires_grad_() for tensor in (*arguments[:3], *filter(lambda b: b is not None, biases.values()))
-        ]
-        loss = hierarchical_cross_entropy(*arguments, labels, **biases)
-        log_probs = hierarchical_log_probs(*arguments, **biases)
-        expected = torch.nn.functional.nll_loss(log_probs, labels)
+        hidden, head, _ = problem(3, bias=bias, cap=cap)
+        labels, leaves = torch.tensor([0, 5, -100, 22, 7, 7, 1]), leaves_of(hidden, head)
+        loss = hierarchical_cross_entropy(hidden, head, labels)
+        expected = torch.nn.functional.nll_loss(hierarchical_log_probs(hidden, head), labels)
         torch.testing.assert_close(loss, expected)
         for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(one, other)
             assert one.isfinite().all()
-        each = hierarchical_cross_entropy(*arguments, labels, **biases, reduction="none")
+        each = hierarchical_cross_entropy(hidden, head, labels, reduction="none")
         assert each[2] == 0
-        torch.testing.assert_close(
-            each.sum(), hierarchical_cross_entropy(*arguments, labels, **biases, reduction="sum")
-        )
+        torch.testing.assert_close(each.sum(), hierarchical_cross_entropy(hidden, head, labels, reduction="sum"))
 
 
-def test_gradcheck():
-    arguments, biases, *_ = problem(4, num_tokens=3)
+@pytest.mark.parametrize("cap", CAPS)
+def test_gradcheck(cap):
+    hidden, head, _ = problem(4, num_tokens=3, cap=cap)
     labels = torch.tensor([3, -100, 20])
 
     def loss(hidden, clusters, codes, cluster_bias, token_bias):
-        options = {"cluster_bias": cluster_bias, "token_bias": token_bias}
-        return hierarchical_cross_entropy(hidden, clusters, codes, arguments[3], labels, **options)
+        return hierarchical_cross_entropy(
+            hidden, HierarchicalCodes(clusters, codes, head.layout, cluster_bias, token_bias, cap), labels
+        )
 
-    leaves = [tensor.requires_grad_() for tensor in (*arguments[:3], *biases.values())]
-    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradcheck(loss, leaves_of(hidden, head))
 
 
 def test_no_label_that_counts_is_a_zero_with_a_graph():
-    arguments, biases, *_ = problem(0)
-    arguments[1].requires_grad_()
-    loss = hierarchical_cross_entropy(*arguments, torch.full((7,), -100), **biases)
+    hidden, head, _ = problem(0)
+    head.clusters.requires_grad_()
+    loss = hierarchical_cross_entropy(hidden, head, torch.full((7,), -100))
     loss.backward()
     assert loss == 0
-    assert not arguments[1].grad.any()
+    assert not head.clusters.grad.any()
 
 
 def test_a_wrong_label_is_named():
-    arguments, biases, *_ = problem(0)
-    with pytest.raises(ValueError, match="23"):
-        hierarchical_cross_entropy(*arguments, torch.full((7,), V), **biases)
-    with pytest.raises(ValueError, match=r"`labels` to have shape \(7,\)"):
-        hierarchical_cross_entropy(*arguments, torch.zeros(3, dtype=torch.long), **biases)
+    hidden, head, _ = problem(0)
+    for loss in (hierarchical_cross_entropy, partial(hierarchical_losses, target=dense_target())):
+        with pytest.raises(ValueError, match="23"):
+            loss(hidden, head, torch.full((7,), V))
+        with pytest.raises(ValueError, match=r"`labels` to have shape \(7,\)"):
+            loss(hidden, head, torch.zeros(3, dtype=torch.long))
 
 
-@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0]), st.booleans())
+# ---------------------------------------------------------------------- imitation
+
+
+def dense_target(num_tokens=7, *, bias=True, cap=None):
+    """A dense layer that reads hidden states of another width."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = ((num_tokens, D + 2), (V, D + 2), (V,))
+    hidden, rows, offsets = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return DenseTarget(hidden, rows, offsets if bias else None, cap)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("values_a_chunk", [2**26, 800])
+def test_imitation_is_the_divergence_of_plain_softmaxes(values_a_chunk, bias, cap, monkeypatch):
+    monkeypatch.setattr("lit_logits.functional.chunks.VALUES_A_CHUNK", values_a_chunk)
+    hidden, head, codes = problem(6, bias=bias, cap=cap)
+    target = dense_target(bias=bias, cap=None if cap is None else 2.0)
+    labels, leaves = torch.tensor([0, 5, -100, 22, 7, 7, 1]), leaves_of(hidden, head)
+    counts = (labels != -100).double()
+    found = hierarchical_losses(hidden, head, labels, target=target)
+
+    logits = target.hidden @ target.weight.T
+    logits = logits if cap is None else 2.0 * torch.tanh(logits / 2.0)
+    theirs = (logits if target.bias is None else logits + target.bias).log_softmax(-1)
+    ours = hierarchical_log_probs(hidden, head)
+    torch.testing.assert_close(ours.detach(), by_definition(hidden, head, codes))
+    divergence = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1) * counts
+    torch.testing.assert_close(found.divergence, divergence)
+    torch.testing.assert_close(
+        found.cross_entropy, torch.nn.functional.nll_loss(ours, labels, reduction="none"), msg="cross-entropy"
+    )
+    torch.testing.assert_close(
+        found.target_cross_entropy, torch.nn.functional.nll_loss(theirs, labels, reduction="none"), msg="target"
+    )
+    weights = torch.linspace(0.5, 2.0, 7)
+    loss = (weights * (0.3 * found.cross_entropy + found.divergence)).sum()
+    expected = (weights * (0.3 * torch.nn.functional.nll_loss(ours, labels, reduction="none") + divergence)).sum()
+    for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not found.target_cross_entropy.requires_grad
+
+
+def test_imitation_in_two_dimensions_without_a_target_and_without_a_label():
+    hidden, head, _ = problem(7, num_tokens=6)
+    labels, target = torch.tensor([[1, -100, 3], [4, 5, 6]]), dense_target(6)
+    flat = hierarchical_losses(hidden, head, labels.flatten(), target=target)
+    square = target._replace(hidden=target.hidden.view(2, 3, -1))
+    for one, other in zip(hierarchical_losses(hidden.view(2, 3, D), head, labels, target=square), flat, strict=True):
+        torch.testing.assert_close(one.flatten(), other)
+    alone = hierarchical_losses(hidden, head, labels.flatten())
+    torch.testing.assert_close(alone.cross_entropy, flat.cross_entropy)
+    assert not alone.divergence.any()
+    head.clusters.requires_grad_()
+    nothing = hierarchical_losses(hidden, head, torch.full((6,), -100), target=target)
+    nothing.divergence.sum().backward()
+    assert nothing.divergence.sum() == 0
+    assert not head.clusters.grad.any()
+
+
+def test_a_target_of_another_size_is_refused():
+    hidden, head, _ = problem(0)
+    for target in (dense_target(6), dense_target()._replace(weight=torch.zeros(V + 1, D + 2))):
+        with pytest.raises(ValueError, match=r"Expected a target of hidden states \(7,\) and 23 rows, but got"):
+            hierarchical_losses(hidden, head, torch.zeros(7, dtype=torch.long), target=target)
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0]), st.booleans(), st.sampled_from(CAPS))
 @settings(max_examples=40, deadline=None)
-def test_greedy_is_the_argmax(seed, scale, bias):
-    arguments, biases, *_ = problem(seed, scale=scale, bias=bias, num_tokens=9)
-    log_probs = hierarchical_log_probs(*arguments, **biases)
-    found = hierarchical_greedy(*arguments, **biases)
-    best = log_probs.max(-1).values
-    torch.testing.assert_close(log_probs.gather(1, found.unsqueeze(1)).squeeze(1), best)
+def test_greedy_is_the_argmax(seed, scale, bias, cap):
+    hidden, head, _ = problem(seed, scale=scale, bias=bias, num_tokens=9, cap=cap)
+    log_probs = hierarchical_log_probs(hidden, head)
+    found = hierarchical_greedy(hidden, head)
+    torch.testing.assert_close(log_probs.gather(1, found.unsqueeze(1)).squeeze(1), log_probs.max(-1).values)
+
+
+@given(st.integers(0, 10_000), st.integers(1, V), st.sampled_from([0.1, 1.0, 4.0]), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_top_k_is_that_of_all_log_probs(seed, k, scale, at_once):
+    hidden, head, _ = problem(seed, scale=scale, num_tokens=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_logits.functional.hierarchical_vq._CLUSTERS_AT_ONCE", at_once)
+        found = hierarchical_top_k(hidden.view(3, 3, D), head, k)
+    expected = hierarchical_log_probs(hidden, head).view(3, 3, V).topk(k)
+    torch.testing.assert_close(found.log_probs, expected.values)
+    assert torch.equal(found.token_ids, expected.indices)  # of float64 numbers at random none are equal
+
+
+@pytest.mark.parametrize("k", [0, V + 1])
+def test_more_tokens_than_there_are(k):
+    hidden, head, _ = problem(0)
+    with pytest.raises(ValueError, match=rf"`k` to be in \[1, 23\], the vocabulary size, but got {k}"):
+        hierarchical_top_k(hidden, head, k)
+
+
+def test_equal_tokens_are_a_tie_that_goes_to_the_lower_id():
+    owner, codes = torch.tensor([1, 0, 1, 0]), torch.zeros(4, 1, dtype=torch.long)
+    zeros = torch.zeros(2, D)
+    head = HierarchicalCodes(zeros, zeros[:1], cluster_layout(owner, codes, 2, [1]), torch.tensor([0.0, 1.0]))
+    assert hierarchical_greedy(torch.zeros(2, D), head).tolist() == [0, 0]
 
 
 def test_greedy_opens_few_clusters(monkeypatch):
     opened = []
     generator = torch.Generator().manual_seed(0)
     owner, codes = torch.arange(4000) % 80, torch.randint(8, (4000, 1), generator=generator)
-    layout = cluster_layout(owner, codes, 80, [8])
     from lit_logits.functional import hierarchical_vq
 
     real = hierarchical_vq._member_logits
     monkeypatch.setattr(hierarchical_vq, "_member_logits", lambda *a: opened.append(len(a[1])) or real(*a))
     hidden = 3 * torch.randn(16, 8, generator=generator)
-    arguments = (hidden, torch.randn(80, 8, generator=generator), torch.randn(8, 8, generator=generator), layout)
-    found = hierarchical_greedy(*arguments, cluster_bias=torch.zeros(80))
+    clusters, table = torch.randn(80, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    head = HierarchicalCodes(clusters, table, cluster_layout(owner, codes, 80, [8]), torch.zeros(80))
+    found = hierarchical_greedy(hidden, head)
     assert sum(opened) < 16 * 80 / 2
-    log_probs = hierarchical_log_probs(*arguments, cluster_bias=torch.zeros(80))
+    log_probs = hierarchical_log_probs(hidden, head)
     torch.testing.assert_close(log_probs.gather(1, found.unsqueeze(1)).squeeze(1), log_probs.max(-1).values)
 
 
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_samples_follow_the_probabilities(bias):
-    arguments, biases, *_ = problem(5, bias=bias, num_tokens=1)
-    many = (arguments[0].expand(40_000, -1), *arguments[1:])
-    drawn = hierarchical_sample(*many, **biases, generator=torch.Generator().manual_seed(0))
-    expected = hierarchical_log_probs(*arguments, **biases).exp()[0]
+def test_samples_follow_the_probabilities(bias, cap):
+    hidden, head, _ = problem(5, bias=bias, num_tokens=1, cap=cap)
+    drawn = hierarchical_sample(hidden.expand(40_000, -1), head, generator=torch.Generator().manual_seed(0))
+    expected = hierarchical_log_probs(hidden, head).exp()[0]
     shares = torch.bincount(drawn, minlength=V) / len(drawn)
     torch.testing.assert_close(shares, expected.float(), atol=0.012, rtol=0)
 
@@ -170,12 +285,12 @@ def test_a_cluster_for_each_token_is_a_dense_layer_and_one_cluster_too():
     """The ends of the scale: all of the softmax in the outer level, or all of it in the inner one."""
     hidden, rows = torch.randn(4, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
     expected = (hidden @ rows.T).log_softmax(-1)
-    zeros = torch.zeros(1, D, dtype=torch.float64)
+    zeros = torch.zeros(V, D, dtype=torch.float64)
     outer = cluster_layout(torch.arange(V), torch.zeros(V, 1, dtype=torch.long), V, [1])
-    found = hierarchical_log_probs(hidden, rows, zeros, outer, cluster_bias=torch.zeros(V, dtype=torch.float64))
+    found = hierarchical_log_probs(hidden, HierarchicalCodes(rows, zeros[:1], outer, zeros[:, 0]))
     torch.testing.assert_close(found, expected)
     inner = cluster_layout(torch.zeros(V, dtype=torch.long), torch.arange(V).unsqueeze(1), 1, [V])
-    found = hierarchical_log_probs(hidden, zeros, rows, inner, cluster_bias=torch.zeros(1, dtype=torch.float64))
+    found = hierarchical_log_probs(hidden, HierarchicalCodes(zeros[:1], rows, inner, zeros[:1, 0]))
     torch.testing.assert_close(found, expected)
 
 
@@ -208,11 +323,14 @@ def test_clusters_that_are_not_over_full_are_the_nearest():
 
 
 def test_the_head_keeps_the_contracts():
+    torch.manual_seed(0)  # of which no two tokens are nearly equal
     head = HierarchicalVQLogitsHead(8, 40, (5, 4))
     torch.nn.init.normal_(head.token_bias)  # tokens of equal codes differ then
     assert isinstance(head, OutputHead)
     assert isinstance(head, DecodingHead)
     assert isinstance(head, StartingHead)
+    assert isinstance(head, ImitatingHead)
+    assert isinstance(head, CappedHead)
     hidden = torch.randn(3, 2, 8)
     assert head(hidden).shape == (3, 2, 40)
     assert torch.equal(head.greedy(hidden), head(hidden).argmax(-1))
@@ -243,7 +361,10 @@ def test_tables_follow_the_mapping():
     [
         ({"codebook_sizes": (5,)}, r"`codebook_sizes` to be two numbers or more in \[1, 40\]"),
         ({"codebook_sizes": (5, 41)}, r"`codebook_sizes` to be two numbers or more"),
-        ({"codebook_sizes": (5, 4), "init": "kmeans"}, "`init` to be 'cooccurrence' or 'random', but got 'kmeans'"),
+        (
+            {"codebook_sizes": (5, 4), "init": "kmeans"},
+            "`init` to be one of 'random', 'cooccurrence', 'weighted_kmeans', but got 'kmeans'",
+        ),
         ({"codebook_sizes": (5, 4), "start_tokens": 0}, "`start_tokens` to be at least 1"),
         ({"codebook_sizes": (5, 4), "max_cluster_size": 7}, "`max_cluster_size` to be at least 8"),
     ],
@@ -340,8 +461,10 @@ def test_the_monitor_shows_its_clusters(tmp_path):
     trainer = Trainer(logger=logger, callbacks=[monitor], enable_checkpointing=False, **options)
     trainer.fit(VQLogitsLM(LLAMA, 20, head=head), loader(), loader())
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
-    assert {"vq/used_codes", "vq/code_perplexity", "vq/dead_codes", "vq/ppl_floor"} <= set(events.Tags()["scalars"])
+    names = {"vq/used_codes", "vq/code_perplexity", "vq/dead_codes", "vq/dead_stage_codes", "vq/ppl_floor"}
+    assert names <= set(events.Tags()["scalars"])
     assert events.Scalars("vq/used_codes")[-1].value == 4
+    assert events.Scalars("vq/dead_stage_codes")[-1].value == 0
     assert events.Tags()["images"] == ["vq/usage"]
     text = events.Tensors("vq/tokens/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.count("25.") >= 3  # four clusters of five words, each a quarter of the text

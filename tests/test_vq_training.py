@@ -662,7 +662,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 sys.path.insert(0, {tests!r})
 from test_vq_training import make_model, make_trainer, rows
 from lit_logits.callbacks import CodebookReinit
-from lit_logits.modules import ResidualVQLogitsHead
+from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead
 
 torch.set_num_threads(1)
 devices, kwargs, folder = int(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
@@ -677,6 +677,9 @@ def batches(data, batch_size):
 residual = kwargs.pop("residual", None)
 if residual is not None:
     kwargs["head"] = partial(ResidualVQLogitsHead, codebook_size=8, **residual)
+hierarchical = kwargs.pop("hierarchical", None)
+if hierarchical is not None:
+    kwargs["head"] = partial(HierarchicalVQLogitsHead, **hierarchical)
 model = make_model(
     {backbone!r},
     calibration_batches=2,
@@ -708,8 +711,9 @@ os._exit(0)  # threads of gloo that outlive the interpreter abort it now and the
         {"mapping": "reassigned", "codebook_size": 20, "init": "kmeans"},
         {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": True}, "kd_weight": 0.7},
         {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "token_weights": "fisher"}, "kd_weight": 0.7},
+        {"hierarchical": {"codebook_sizes": (12, 6, 6)}, "kd_weight": 0.3},
     ],
-    ids=["learned", "ema", "reassigned", "residual", "fisher"],
+    ids=["learned", "ema", "reassigned", "residual", "fisher", "hierarchical"],
 )
 def test_two_processes_equal_one(kwargs, tmp_path):
     """Same global batches: calibration, weighted k-means, revivals and the learned mapping agree, and so do ranks."""

@@ -33,6 +33,11 @@ from lit_logits.functional.code_assignment import (
     split_heavy_codes,
     weighted_kmeans,
 )
+from lit_logits.functional.code_hierarchy import (
+    CodeHierarchy,
+    kmeans_hierarchy,
+    weighted_kmeans_hierarchy,
+)
 from lit_logits.functional.code_tiers import (
     stages_by_rank,
     stages_for_bytes,
@@ -108,11 +113,19 @@ from lit_logits.functional.gromov_wasserstein import (
 )
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
+    HierarchicalCodes,
+    TopTokens,
     cluster_layout,
     hierarchical_cross_entropy,
     hierarchical_greedy,
     hierarchical_log_probs,
+    hierarchical_losses,
     hierarchical_sample,
+    hierarchical_top_k,
+)
+from lit_logits.functional.hierarchy_revival import (
+    RevivedHierarchy,
+    revive_hierarchy,
 )
 from lit_logits.functional.kmeans import (
     KMeansResult,
@@ -201,6 +214,7 @@ __all__ = [
     "AlignedGradients",
     "ClassMoments",
     "ClusterLayout",
+    "CodeHierarchy",
     "CodeSplit",
     "DenseTarget",
     "Footprint",
@@ -209,6 +223,7 @@ __all__ = [
     "FusionWeights",
     "GraphNodes",
     "GreedyTables",
+    "HierarchicalCodes",
     "KMeansResult",
     "LogitLoss",
     "LogitValues",
@@ -222,10 +237,12 @@ __all__ = [
     "Reduction",
     "ResidualCodes",
     "ResidualVQLosses",
+    "RevivedHierarchy",
     "SamplingTables",
     "SourceLogits",
     "StageCodes",
     "TopKLogits",
+    "TopTokens",
     "VocabularyGraph",
     "add_task_vectors",
     "align_gradients",
@@ -279,9 +296,12 @@ __all__ = [
     "hierarchical_footprint",
     "hierarchical_greedy",
     "hierarchical_log_probs",
+    "hierarchical_losses",
     "hierarchical_sample",
+    "hierarchical_top_k",
     "kd_kl_divergence",
     "kmeans",
+    "kmeans_hierarchy",
     "l1_logit_loss",
     "logit_loss",
     "lookup_greedy",
@@ -310,6 +330,7 @@ __all__ = [
     "residual_vq_greedy",
     "residual_vq_logits",
     "residual_vq_losses",
+    "revive_hierarchy",
     "rows_a_chunk",
     "sample_logits",
     "sample_mean",
@@ -337,4 +358,5 @@ __all__ = [
     "vq_greedy",
     "vq_sample",
     "weighted_kmeans",
+    "weighted_kmeans_hierarchy",
 ]

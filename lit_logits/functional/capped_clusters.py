@@ -9,7 +9,9 @@ from torch import Tensor
 __all__ = ["capped_assignment"]
 
 
-def capped_assignment(points: Tensor, centroids: Tensor, max_size: int, *, weights: Tensor | None = None) -> Tensor:
+def capped_assignment(
+    points: Tensor, centroids: Tensor, max_size: int | Tensor, *, weights: Tensor | None = None
+) -> Tensor:
     """Assign points to near centroids, `max_size` to each at most.
 
     Every point asks its nearest centroid. A full one keeps those that it would cost most to send away, in w ‖x − c‖²,
@@ -19,7 +21,7 @@ def capped_assignment(points: Tensor, centroids: Tensor, max_size: int, *, weigh
     Args:
         points: (P, d).
         centroids: (K, d).
-        max_size: points a cluster, at least P/K.
+        max_size: points a cluster, at least P/K; or of each cluster (K,) int64, in all at least P.
         weights: (P,) non-negative; default all 1.
 
     Returns:
@@ -34,7 +36,15 @@ def capped_assignment(points: Tensor, centroids: Tensor, max_size: int, *, weigh
         tensor([0, 0, 1, 1])
     """
     num_points, num_clusters = len(points), len(centroids)
-    if max_size * num_clusters < num_points:
+    if isinstance(max_size, Tensor):
+        room = max_size
+        if int(room.sum()) < num_points:
+            raise ValueError(
+                f"Expected `max_size` to sum to at least {num_points}, the number of points, but got {int(room.sum())}."
+            )
+    elif max_size * num_clusters >= num_points:
+        room = torch.full((num_clusters,), max_size, device=points.device)
+    else:
         raise ValueError(
             f"Expected `max_size` to be at least {-(-num_points // num_clusters)}, so that {num_clusters} clusters hold"
             f" {num_points} points, but got {max_size}."
@@ -55,7 +65,7 @@ def capped_assignment(points: Tensor, centroids: Tensor, max_size: int, *, weigh
         sizes = torch.bincount(asked, minlength=num_clusters)
         place = torch.empty_like(rank)
         place[order] = rows - (sizes.cumsum(0) - sizes)[asked[order]]
-        sent_on = place >= max_size
+        sent_on = place >= room[asked]
         if not bool(sent_on.any()):
             return asked
         rank = torch.where(sent_on, following, rank)

@@ -14,8 +14,10 @@ from lit_logits.functional.reductions import at_least_float32
 
 __all__ = [
     "CodeSplit",
+    "MetricRows",
     "code_means",
     "frequency_assignment",
+    "metric_rows",
     "random_assignment",
     "reassign_tokens",
     "split_heavy_codes",
@@ -33,6 +35,26 @@ class CodeSplit(NamedTuple):
 
     token_to_code: Tensor
     sources: Tensor
+
+
+class MetricRows(NamedTuple):
+    """Result of `metric_rows`.
+
+    Attributes:
+        points: (V, d) W L.
+        weights: (V,) w.
+        root: (d, d) L.
+    """
+
+    points: Tensor
+    weights: Tensor
+    root: Tensor
+
+    def back(self, centroids: Tensor) -> Tensor:
+        """Return centroids (K, d) of the points in the space of W."""
+        # C = C̃ L⁻¹ by substitution, which is more exact than a product with the inverse.
+        found: Tensor = torch.linalg.solve_triangular(self.root, centroids, upper=False, left=False)
+        return found
 
 
 def random_assignment(vocab_size: int, codebook_size: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -109,6 +131,32 @@ def weighted_kmeans(
     Raises:
         ValueError: If counts or second moment do not fit W or are not finite.
     """
+    rows = metric_rows(weight, token_counts=token_counts, hidden_second_moment=hidden_second_moment, power=power)
+    result = kmeans(
+        rows.points,
+        codebook_size,
+        weights=rows.weights,
+        num_iters=num_iters,
+        generator=generator,
+        progress_bar=progress_bar,
+    )
+    return result._replace(centroids=rows.back(result.centroids))
+
+
+def metric_rows(
+    weight: Tensor, *, token_counts: Tensor, hidden_second_moment: Tensor, power: float = 0.75
+) -> MetricRows:
+    """Return rows as points whose distances are errors of logits, with the weights of tokens; see `weighted_kmeans`.
+
+    Args:
+        weight: (V, d) rows W.
+        token_counts: (V,).
+        hidden_second_moment: (d, d) E[h hᵀ] = L Lᵀ; a small ridge keeps L regular.
+        power: exponent of the counts.
+
+    Raises:
+        ValueError: If counts or second moment do not fit W or are not finite.
+    """
     vocab_size, hidden_size = weight.shape
     if token_counts.shape != (vocab_size,):
         raise ValueError(
@@ -126,17 +174,7 @@ def weighted_kmeans(
     ridge = 1e-6 * moment.diagonal().mean().clamp(min=1e-12)
     root = torch.linalg.cholesky(moment + ridge * torch.eye(hidden_size, dtype=moment.dtype, device=moment.device))
     root = root.to(torch.promote_types(weight.dtype, torch.float32))
-    result = kmeans(
-        weight.to(root.dtype) @ root,
-        codebook_size,
-        weights=token_counts.to(root.dtype).clamp(min=0.5).pow(power),
-        num_iters=num_iters,
-        generator=generator,
-        progress_bar=progress_bar,
-    )
-    # C = C̃ L⁻¹ by substitution, which is more exact than a product with the inverse.
-    centroids = torch.linalg.solve_triangular(root, result.centroids, upper=False, left=False)
-    return result._replace(centroids=centroids)
+    return MetricRows(weight.to(root.dtype) @ root, token_counts.to(root.dtype).clamp(min=0.5).pow(power), root)
 
 
 def code_means(

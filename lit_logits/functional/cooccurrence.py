@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_logits.functional.capped_clusters import capped_assignment
+from lit_logits.functional.code_hierarchy import kmeans_hierarchy
 from lit_logits.functional.distributed import all_gather_rows
 from lit_logits.functional.kmeans import kmeans
 from lit_logits.functional.labels import IGNORE_INDEX
@@ -210,19 +210,15 @@ def cooccurrence_hierarchy(
     """
     vectors = context_vectors(pairs, len(token_counts), dim).to(token_counts.device)
     weights = token_counts.to(vectors).clamp(min=0.5).sqrt()
-    clusters, *stages = codebook_sizes
-    options: dict[str, Any] = {"weights": weights, "generator": generator, "progress_bar": progress_bar}
-    centroids = kmeans(vectors, clusters, **options).centroids
-    token_to_cluster = capped_assignment(vectors, centroids, max_cluster_size, weights=weights)
-    mass = torch.zeros_like(centroids[:, 0]).index_add_(0, token_to_cluster, weights)
-    sums = torch.zeros_like(centroids).index_add_(0, token_to_cluster, vectors * weights.unsqueeze(1))
-    rest = vectors - (sums / mass.clamp(min=1e-30).unsqueeze(1))[token_to_cluster]
-    codes = []
-    for size in stages:
-        found = kmeans(rest, size, **options)
-        codes.append(found.assignments)
-        rest = rest - found.centroids[found.assignments]
-    return token_to_cluster, torch.stack(codes, 1)
+    found = kmeans_hierarchy(
+        vectors,
+        codebook_sizes,
+        weights=weights,
+        max_cluster_size=max_cluster_size,
+        generator=generator,
+        progress_bar=progress_bar,
+    )
+    return found.token_to_cluster, found.token_codes
 
 
 def _sum_equal(keys: Tensor, counts: Tensor) -> PairCounts:

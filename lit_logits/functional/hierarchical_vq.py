@@ -8,6 +8,9 @@ A token belongs to a cluster M(v), and owns a code M_s(v) of each of S codebooks
 Every token has logits of its own, and the loss looks at the members of the label's cluster alone: it takes
 O(N·(K + L)·d + N·m·S) time, and makes no tensor of the size (N, V). It is exact for every mapping.
 
+A soft cap c, as of Gemma-2, bounds ⟨h, C_k⟩ and Σ_s ⟨h, C_s[M_s(v)]⟩ each, before the bias of its level is added:
+c · tanh(· / c). The two levels stay two softmaxes, so all of this holds with a cap too.
+
 Letters: N tokens, d hidden size, V vocabulary, K clusters, m members of the largest, S stages with L codes in all.
 
 References:
@@ -15,7 +18,7 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +27,21 @@ from torch import Tensor
 from lit_logits.functional.checks import check_labels, check_token_to_code
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap
+from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, check_target
 from lit_logits.functional.vq_logits import code_logits
 
 __all__ = [
     "ClusterLayout",
+    "HierarchicalCodes",
+    "TopTokens",
     "cluster_layout",
     "hierarchical_cross_entropy",
     "hierarchical_greedy",
     "hierarchical_log_probs",
+    "hierarchical_losses",
     "hierarchical_sample",
+    "hierarchical_top_k",
 ]
 
 _CLUSTERS_AT_ONCE = 8
@@ -53,6 +61,38 @@ class ClusterLayout(NamedTuple):
     members: Tensor
     columns: Tensor
     places: Tensor
+
+
+class HierarchicalCodes(NamedTuple):
+    """Two levels of codes.
+
+    Attributes:
+        clusters: (K, d) C.
+        codes: (L, d), the codebooks C_s laid end to end.
+        layout: the mapping.
+        cluster_bias: (K,) β in nats.
+        token_bias: (V,) b in nats; None is 0.
+        cap: c of the soft cap of both levels, or None.
+    """
+
+    clusters: Tensor
+    codes: Tensor
+    layout: ClusterLayout
+    cluster_bias: Tensor
+    token_bias: Tensor | None = None
+    cap: float | None = None
+
+
+class TopTokens(NamedTuple):
+    """Result of `hierarchical_top_k`.
+
+    Attributes:
+        log_probs: (..., k) in nats, falling.
+        token_ids: (..., k) int64.
+    """
+
+    log_probs: Tensor
+    token_ids: Tensor
 
 
 def cluster_layout(
@@ -94,13 +134,9 @@ def cluster_layout(
 
 def hierarchical_cross_entropy(
     hidden: Tensor,
-    clusters: Tensor,
-    codes: Tensor,
-    layout: ClusterLayout,
+    head: HierarchicalCodes,
     labels: Tensor,
     *,
-    cluster_bias: Tensor,
-    token_bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -108,12 +144,8 @@ def hierarchical_cross_entropy(
 
     Args:
         hidden: (..., d).
-        clusters: (K, d) C.
-        codes: (L, d), the codebooks C_s laid end to end.
-        layout: the mapping.
+        head: the codes.
         labels: (...) token ids in [0, V) or `ignore_index`.
-        cluster_bias: (K,) β in nats.
-        token_bias: (V,) b in nats; default 0.
         ignore_index: label of tokens that do not count.
         reduction: `mean` over the tokens that count (0 if none does), `sum` or `none`.
 
@@ -125,138 +157,221 @@ def hierarchical_cross_entropy(
 
     Example:
         >>> layout = cluster_layout(torch.tensor([1, 0, 1]), torch.tensor([[0], [0], [1]]), 2, [2])
-        >>> zeros = torch.zeros(2, 4)
-        >>> hierarchical_cross_entropy(zeros, zeros, zeros, layout, torch.tensor([0, 1]), cluster_bias=torch.zeros(2),
-        ...     reduction="none")  # ½ · ½ and ½ · 1
+        >>> head = HierarchicalCodes(torch.zeros(2, 4), torch.zeros(2, 4), layout, cluster_bias=torch.zeros(2))
+        >>> hierarchical_cross_entropy(torch.zeros(2, 4), head, torch.tensor([0, 1]), reduction="none")  # ½ · ½, ½ · 1
         tensor([1.3863, 0.6931])
     """
+    layout = head.layout
+    _check_labels(hidden, labels, layout, ignore_index)
+    mask = labels != ignore_index
+    bias = _padded_bias(head)
+
+    def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        own = layout.token_to_cluster[tokens]
+        outer = _cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1))
+        inner = F.log_softmax(_member_logits(code_logits(rows, head.codes), own, head, bias), -1)
+        return (-(outer + inner.gather(-1, layout.places[tokens].unsqueeze(1))).squeeze(1),)
+
+    rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
+    # Columns and logits of a cluster's members are the largest tensors, and int64 counts twice.
+    chunk_size = rows_a_chunk(len(head.clusters) + len(head.codes) + 3 * layout.columns[0].numel())
+    (values,) = chunked_rows(losses, rows, tokens, chunk_size=chunk_size)
+    return reduce_tokens(values.reshape(labels.shape), mask, reduction)
+
+
+def hierarchical_log_probs(hidden: Tensor, head: HierarchicalCodes) -> Tensor:
+    """Return log p(v | h) of all tokens (..., V), in nats, of hidden states (..., d).
+
+    It is what other output layers give as logits, and already normalised.
+    """
+    layout, rows = head.layout, hidden.reshape(-1, hidden.shape[-1])
+    outer, stages = _cluster_log_probs(rows, head), code_logits(rows, head.codes)
+    # By cluster, padding with it, so that the inner softmax is along a dimension; then back into the order of tokens.
+    # `index_select` has a faster backward than an index.
+    picked = sum(stages.index_select(1, columns.flatten()) for columns in layout.columns.unbind(-1))
+    inner = (
+        soft_cap(cast(Tensor, picked), head.cap).view(-1, *layout.members.shape) + _padded_bias(head)[layout.members]
+    )
+    # A cluster without members has a softmax of NaN, which is not read; the mask keeps it from the gradients.
+    padding = layout.members == len(layout.places)
+    joint = outer.unsqueeze(-1) + F.log_softmax(inner.masked_fill(padding, -torch.inf), -1)
+    values = joint.flatten(1).index_select(1, layout.token_to_cluster * padding.shape[1] + layout.places)
+    return values.reshape(*hidden.shape[:-1], len(layout.places))
+
+
+def hierarchical_losses(
+    hidden: Tensor,
+    head: HierarchicalCodes,
+    labels: Tensor,
+    *,
+    target: DenseTarget | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> ResidualVQLosses:
+    """Compute cross-entropy and divergence from a dense output layer, exactly, in memory that does not grow with N·V.
+
+    The divergence needs all log-probabilities, ours and the target's. They are made for a chunk of tokens at a time,
+    and again in backward. The target gets no gradient.
+
+    Args:
+        hidden: (..., d).
+        head: the codes.
+        labels: (...) token ids in [0, V) or `ignore_index`.
+        target: what to measure the divergence from; None leaves it out, and then no (N, V) tensor is made at all.
+        ignore_index: label of tokens that do not count.
+
+    Raises:
+        ValueError: If labels or target have another shape, or a label is out of range (checked in host memory only).
+
+    Example:
+        >>> layout = cluster_layout(torch.tensor([1, 0, 1]), torch.tensor([[0], [0], [1]]), 2, [2])
+        >>> head = HierarchicalCodes(torch.zeros(2, 4), torch.zeros(2, 4), layout, cluster_bias=torch.zeros(2))
+        >>> target = DenseTarget(torch.zeros(1, 4), torch.zeros(3, 4), torch.tensor([0.25, 0.5, 0.25]).log())
+        >>> hierarchical_losses(torch.zeros(1, 4), head, torch.tensor([1]), target=target)
+        ResidualVQLosses(cross_entropy=tensor([0.6931]), divergence=tensor([0.]), target_cross_entropy=tensor([0.6931]))
+    """
+    if target is None:
+        values = hierarchical_cross_entropy(hidden, head, labels, ignore_index=ignore_index, reduction="none")
+        return ResidualVQLosses(values, torch.zeros_like(values), torch.zeros_like(values))
+    layout = head.layout
+    _check_labels(hidden, labels, layout, ignore_index)
+    check_target(target, labels, len(layout.places))
+
+    def losses(rows: Tensor, target_rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        ours, own = hierarchical_log_probs(rows, head), tokens.unsqueeze(1)
+        with torch.no_grad():
+            theirs = F.log_softmax(_dense_logits(target_rows, target), -1)
+        divergence = (theirs.exp() * (theirs - ours)).sum(-1)
+        return -ours.gather(1, own).squeeze(1), divergence, -theirs.gather(1, own).squeeze(1)
+
+    # Ignored tokens are dropped before the products, and put back as zeros.
+    mask = (labels != ignore_index).flatten()
+    counted = [tensor.reshape(-1, tensor.shape[-1])[mask] for tensor in (hidden, target.hidden)]
+    chunk_size = rows_a_chunk(4 * len(layout.places) + 4 * layout.members.numel())
+    found = chunked_rows(losses, *counted, labels.flatten()[mask], chunk_size=chunk_size)
+    where = mask.nonzero().squeeze(1)
+    return ResidualVQLosses(
+        *(values.new_zeros(mask.shape).index_copy(0, where, values).view(labels.shape) for values in found)
+    )
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+def hierarchical_greedy(hidden: Tensor, head: HierarchicalCodes) -> Tensor:
+    """Return the most likely tokens (...) of hidden states (..., d), exactly, without logits of all tokens.
+
+    See `hierarchical_top_k`. Ties go to the likelier cluster, and in it to the lower id.
+    """
+    return hierarchical_top_k(hidden, head, 1).token_ids.squeeze(-1)
+
+
+@torch.no_grad()
+def hierarchical_top_k(hidden: Tensor, head: HierarchicalCodes, k: int) -> TopTokens:
+    """Return the k most likely tokens of hidden states (..., d), exactly, without logits of all tokens.
+
+    No token is likelier than its cluster, so clusters are opened from the likeliest on, until the last of the k best
+    tokens found is as likely as the next cluster.
+
+    Args:
+        hidden: (..., d).
+        head: the codes.
+        k: in [1, V].
+
+    Raises:
+        ValueError: If k is out of range.
+
+    Example:
+        >>> layout = cluster_layout(torch.tensor([1, 0, 1]), torch.tensor([[0], [0], [1]]), 2, [2])
+        >>> bias = torch.tensor([1.0, 0.0, 0.0])
+        >>> head = HierarchicalCodes(torch.zeros(2, 4), torch.zeros(2, 4), layout, torch.zeros(2), token_bias=bias)
+        >>> hierarchical_top_k(torch.zeros(4), head, 2)
+        TopTokens(log_probs=tensor([-0.6931, -1.0064]), token_ids=tensor([1, 0]))
+    """
+    layout = head.layout
+    if not 1 <= k <= len(layout.places):
+        raise ValueError(f"Expected `k` to be in [1, {len(layout.places)}], the vocabulary size, but got {k}.")
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    bounds, order = _cluster_log_probs(rows, head).sort(dim=-1, descending=True, stable=True)
+    stages, bias = code_logits(rows, head.codes), _padded_bias(head)
+    best = bounds.new_full((len(rows), k), -torch.inf)
+    tokens = order.new_zeros(len(rows), k)
+    open_rows = torch.arange(len(rows), device=rows.device)
+    for start in range(0, order.shape[1], _CLUSTERS_AT_ONCE):
+        chosen = order[open_rows, start : start + _CLUSTERS_AT_ONCE]
+        width = chosen.shape[1]
+        inner = _member_logits(stages[open_rows].repeat_interleave(width, 0), chosen.flatten(), head, bias)
+        inside = F.log_softmax(inner, -1).nan_to_num(nan=-torch.inf)  # NaN of clusters without members
+        joint = bounds[open_rows, start : start + width].unsqueeze(-1) + inside.view(*chosen.shape, -1)
+        values, at = _largest(joint.flatten(1), k)
+        found = layout.members[chosen].flatten(1).gather(1, at)
+        # Those of likelier clusters first: among equals they stay.
+        values, found = torch.cat([best[open_rows], values], 1), torch.cat([tokens[open_rows], found], 1)
+        best[open_rows], at = _largest(values, k)
+        tokens[open_rows] = found.gather(1, at)
+        if start + width >= order.shape[1]:
+            break
+        open_rows = open_rows[best[open_rows, -1] < bounds[open_rows, start + width]]
+        if len(open_rows) == 0:
+            break
+    shape = *hidden.shape[:-1], k
+    return TopTokens(best.view(shape), tokens.view(shape))
+
+
+@torch.no_grad()
+def hierarchical_sample(hidden: Tensor, head: HierarchicalCodes, *, generator: torch.Generator | None = None) -> Tensor:
+    """Return tokens (...) drawn from p(v | h) of hidden states (..., d): a cluster, then a token of it."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    drawn = torch.multinomial(_cluster_log_probs(rows, head).exp(), 1, generator=generator).squeeze(1)
+    inner = _member_logits(code_logits(rows, head.codes), drawn, head, _padded_bias(head))
+    places = torch.multinomial(F.softmax(inner, -1), 1, generator=generator).squeeze(1)
+    return head.layout.members[drawn, places].reshape(hidden.shape[:-1])
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _check_labels(hidden: Tensor, labels: Tensor, layout: ClusterLayout, ignore_index: int) -> None:
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"Expected `labels` to have shape {tuple(hidden.shape[:-1])}, one for each hidden state, but got"
             f" {tuple(labels.shape)}."
         )
     check_labels(labels, len(layout.places), ignore_index=ignore_index)
-    mask = labels != ignore_index
-    bias = _padded_bias(layout, token_bias, clusters)
-
-    def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        own = layout.token_to_cluster[tokens]
-        outer = _cluster_log_probs(rows, clusters, cluster_bias, layout).gather(-1, own.unsqueeze(1))
-        inner = F.log_softmax(_member_logits(code_logits(rows, codes), own, layout, bias), -1)
-        return (-(outer + inner.gather(-1, layout.places[tokens].unsqueeze(1))).squeeze(1),)
-
-    rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
-    # Columns and logits of a cluster's members are the largest tensors, and int64 counts twice.
-    chunk_size = rows_a_chunk(len(clusters) + len(codes) + 3 * layout.columns[0].numel())
-    (values,) = chunked_rows(losses, rows, tokens, chunk_size=chunk_size)
-    return reduce_tokens(values.reshape(labels.shape), mask, reduction)
 
 
-def hierarchical_log_probs(
-    hidden: Tensor,
-    clusters: Tensor,
-    codes: Tensor,
-    layout: ClusterLayout,
-    *,
-    cluster_bias: Tensor,
-    token_bias: Tensor | None = None,
-) -> Tensor:
-    """Return log p(v | h) of all tokens (..., V), in nats. Arguments as in `hierarchical_cross_entropy`.
-
-    It is what other output layers give as logits, and already normalised.
-    """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    outer = _cluster_log_probs(rows, clusters, cluster_bias, layout)
-    stages, bias = code_logits(rows, codes), _padded_bias(layout, token_bias, clusters)
-    # By cluster, padding with it, so that the inner softmax is along a dimension; then back into the order of tokens.
-    inner = sum(stages[:, columns] for columns in layout.columns.unbind(-1)) + bias[layout.members]
-    # A cluster without members has a softmax of NaN, which is not read; the mask keeps it from the gradients.
-    padding = layout.members == len(layout.places)
-    joint = outer.unsqueeze(-1) + F.log_softmax(inner.masked_fill(padding, -torch.inf), -1)
-    values = joint[:, layout.token_to_cluster, layout.places]
-    return values.reshape(*hidden.shape[:-1], -1)
-
-
-@torch.no_grad()
-def hierarchical_greedy(
-    hidden: Tensor,
-    clusters: Tensor,
-    codes: Tensor,
-    layout: ClusterLayout,
-    *,
-    cluster_bias: Tensor,
-    token_bias: Tensor | None = None,
-) -> Tensor:
-    """Return the most likely tokens (...), exactly, without logits of all tokens.
-
-    No token is likelier than its cluster, so clusters are opened from the likeliest on, until the best token found is
-    as likely as the next cluster. Arguments as in `hierarchical_cross_entropy`; ties go to the likelier cluster, and in
-    it to the lower id.
-    """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    outer = _cluster_log_probs(rows, clusters, cluster_bias, layout)
-    bounds, order = outer.sort(dim=-1, descending=True, stable=True)
-    stages, bias = code_logits(rows, codes), _padded_bias(layout, token_bias, clusters)
-    best = rows.new_full((len(rows),), -torch.inf, dtype=outer.dtype)
-    tokens = order.new_zeros(len(rows))
-    open_rows = torch.arange(len(rows), device=rows.device)
-    for start in range(0, len(clusters), _CLUSTERS_AT_ONCE):
-        chosen = order[open_rows, start : start + _CLUSTERS_AT_ONCE]
-        width = chosen.shape[1]
-        inner = _member_logits(stages[open_rows].repeat_interleave(width, 0), chosen.reshape(-1), layout, bias)
-        inside, places = F.log_softmax(inner, -1).nan_to_num(nan=-torch.inf).max(-1)  # NaN of clusters without members
-        joint = bounds[open_rows, start : start + width] + inside.view(-1, width)
-        values, at = joint.max(-1)
-        better = values > best[open_rows]
-        found = layout.members[chosen, places.view(-1, width)].gather(1, at.unsqueeze(1)).squeeze(1)
-        best[open_rows] = torch.where(better, values, best[open_rows])
-        tokens[open_rows] = torch.where(better, found, tokens[open_rows])
-        if start + width >= len(clusters):
-            break
-        open_rows = open_rows[best[open_rows] < bounds[open_rows, start + width]]
-        if len(open_rows) == 0:
-            break
-    return tokens.reshape(hidden.shape[:-1])
-
-
-@torch.no_grad()
-def hierarchical_sample(
-    hidden: Tensor,
-    clusters: Tensor,
-    codes: Tensor,
-    layout: ClusterLayout,
-    *,
-    cluster_bias: Tensor,
-    token_bias: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Return tokens (...) drawn from p(v | h): a cluster, then a token of it. Arguments as in the loss."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    outer = _cluster_log_probs(rows, clusters, cluster_bias, layout)
-    drawn = torch.multinomial(outer.exp(), 1, generator=generator).squeeze(1)
-    bias = _padded_bias(layout, token_bias, clusters)
-    inner = F.softmax(_member_logits(code_logits(rows, codes), drawn, layout, bias), -1)
-    places = torch.multinomial(inner, 1, generator=generator).squeeze(1)
-    return layout.members[drawn, places].reshape(hidden.shape[:-1])
-
-
-def _cluster_log_probs(rows: Tensor, clusters: Tensor, cluster_bias: Tensor, layout: ClusterLayout) -> Tensor:
+def _cluster_log_probs(rows: Tensor, head: HierarchicalCodes) -> Tensor:
     """Return log softmax(l) (N, K); clusters without members have none of the probability."""
-    empty = layout.members[:, 0] == len(layout.places)
-    return F.log_softmax(code_logits(rows, clusters, cluster_bias.masked_fill(empty, -torch.inf)), -1)
+    empty = head.layout.members[:, 0] == len(head.layout.places)
+    bias = head.cluster_bias.masked_fill(empty, -torch.inf)
+    return F.log_softmax(code_logits(rows, head.clusters, bias, cap=head.cap), -1)
 
 
-def _member_logits(stages: Tensor, own: Tensor, layout: ClusterLayout, bias: Tensor) -> Tensor:
+def _member_logits(stages: Tensor, own: Tensor, head: HierarchicalCodes, bias: Tensor) -> Tensor:
     """Return z (N, m) of the members of one cluster a row, −inf after the last, from the logits (N, L) of all codes."""
-    columns = layout.columns[own]
+    columns = head.layout.columns[own]
     picked = stages.gather(1, columns.flatten(1)).view(columns.shape)
-    return picked.sum(-1) + bias[layout.members[own]]
+    return soft_cap(picked.sum(-1), head.cap) + bias[head.layout.members[own]]
 
 
-def _padded_bias(layout: ClusterLayout, token_bias: Tensor | None, like: Tensor) -> Tensor:
+def _padded_bias(head: HierarchicalCodes) -> Tensor:
     """Return the bias (V + 1,) with −inf for the token V, which stands where clusters have no more members."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    none = torch.full((1,), -torch.inf, dtype=dtype, device=like.device)
-    if token_bias is None:
-        return torch.cat([none.new_zeros(len(layout.places)), none])
-    return torch.cat([token_bias.to(dtype), none])
+    dtype = torch.promote_types(head.clusters.dtype, torch.float32)
+    none = torch.full((1,), -torch.inf, dtype=dtype, device=head.clusters.device)
+    if head.token_bias is None:
+        return torch.cat([none.new_zeros(len(head.layout.places)), none])
+    return torch.cat([head.token_bias.to(dtype), none])
+
+
+def _dense_logits(rows: Tensor, target: DenseTarget) -> Tensor:
+    """Return the target's logits (N, V), at least float32."""
+    logits = soft_cap(at_least_float32(F.linear(rows, target.weight.to(rows.dtype))), target.cap)
+    return logits if target.bias is None else logits + target.bias
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row, or all if there are fewer, and their places; for k = 1 the first of equals."""
+    if k == 1:
+        highest, at = values.max(-1, keepdim=True)
+        return highest, at
+    found, at = values.topk(min(k, values.shape[-1]), -1)
+    return found, at

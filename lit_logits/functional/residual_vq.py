@@ -24,6 +24,7 @@ __all__ = [
     "DenseTarget",
     "ResidualVQLosses",
     "StageCodes",
+    "check_target",
     "decode_rows",
     "residual_vq_greedy",
     "residual_vq_logits",
@@ -221,11 +222,8 @@ def residual_vq_losses(
             f" {tuple(labels.shape)}."
         )
     check_labels(labels, vocab_size, ignore_index=ignore_index)
-    if target is not None and (target.hidden.shape[:-1] != labels.shape or target.weight.shape[0] != vocab_size):
-        raise ValueError(
-            f"Expected a target of hidden states {tuple(labels.shape)} and {vocab_size} rows, but got"
-            f" {tuple(target.hidden.shape[:-1])} and {target.weight.shape[0]}."
-        )
+    if target is not None:
+        check_target(target, labels, vocab_size)
     # Ignored tokens are dropped before the products, and put back as zeros.
     mask = (labels != ignore_index).flatten()
     tokens = labels.flatten()[mask]
@@ -237,6 +235,19 @@ def residual_vq_losses(
     return ResidualVQLosses(
         *(values.new_zeros(mask.shape).index_copy(0, places, values).view(labels.shape) for values in losses)
     )
+
+
+def check_target(target: DenseTarget, labels: Tensor, vocab_size: int) -> None:
+    """Raise unless a target has hidden states of the labels' shape, and a row for each token.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if target.hidden.shape[:-1] != labels.shape or target.weight.shape[0] != vocab_size:
+        raise ValueError(
+            f"Expected a target of hidden states {tuple(labels.shape)} and {vocab_size} rows, but got"
+            f" {tuple(target.hidden.shape[:-1])} and {target.weight.shape[0]}."
+        )
 
 
 def _chunk_logits(

@@ -233,6 +233,7 @@ def _residual_head(config: VQLogitsConfig) -> ResidualVQLogitsHead:
 def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead:
     sizes = config.codebook_sizes or ()
     head = HierarchicalVQLogitsHead(config.hidden_size, config.vocab_size, sizes, bias=config.head_bias)
+    head.logit_cap = config.logit_cap
     return PackedHierarchicalVQLogitsHead(head)
 
 

@@ -4,46 +4,43 @@ Letters: d hidden size, V vocabulary, K clusters, S stages.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lit_logits.contracts import Calibrate, OutputLayer
+from lit_logits.functional.checks import check_finite, check_not_negative
 from lit_logits.functional.code_assignment import random_assignment
-from lit_logits.functional.codebook import (
-    Footprint,
-    code_usage,
-    dead_codes,
-    hierarchical_footprint,
-    ppl_floor,
-    unigram_bias,
-)
-from lit_logits.functional.cooccurrence import cooccurrence_hierarchy
+from lit_logits.functional.codebook import Footprint, code_usage, hierarchical_footprint, ppl_floor
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
+    HierarchicalCodes,
+    TopTokens,
     cluster_layout,
     hierarchical_cross_entropy,
     hierarchical_greedy,
     hierarchical_log_probs,
+    hierarchical_losses,
     hierarchical_sample,
+    hierarchical_top_k,
 )
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
+from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses
 from lit_logits.functional.vq_decoding import sample_logits
-from lit_logits.modules.vq_logits.counting import CountsTokens, running_dtype
-from lit_logits.modules.vq_logits.start import PAIR_TOKENS
+from lit_logits.modules.vq_logits.counting import running_dtype
+from lit_logits.modules.vq_logits.reviving import RevivesClusters
+from lit_logits.modules.vq_logits.start import PAIR_TOKENS, HierarchyInit, choose_init, start_hierarchy
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["HierarchicalVQLogitsHead"]
 
-HierarchyInit = Literal["cooccurrence", "random"]
-
 _INIT_STD = 0.02
 
 
-class HierarchicalVQLogitsHead(CountsTokens):
+class HierarchicalVQLogitsHead(RevivesClusters):
     """Output layer of two levels of codes: a token belongs to a cluster, and owns codes that all clusters share.
 
     See `functional.hierarchical_vq` for the formulas. Where tokens of one code of a `VQLogitsHead` differ by a bias
@@ -56,8 +53,11 @@ class HierarchicalVQLogitsHead(CountsTokens):
         codebook_sizes: number of clusters K, and of the codes of each further stage, whose logits are added: two
             numbers or more.
         bias: learn a bias for each token in its cluster; without it tokens of equal codes are equally likely.
-        init: how `start` finds clusters and codes: `cooccurrence`, see `cooccurrence_hierarchy`, or `random`.
+        init: how `start` finds clusters and codes: `cooccurrence`, tokens that follow the same contexts, see
+            `cooccurrence_hierarchy`; `random`; or `weighted_kmeans` of the rows of a pretrained output layer, see
+            `weighted_kmeans_hierarchy`. Default: `weighted_kmeans` with a pretrained layer, else `cooccurrence`.
         start_tokens: tokens of text that `cooccurrence` reads on each rank at most, ahead of training.
+        count_power: exponent of the token counts in `weighted_kmeans`.
         max_cluster_size: tokens a cluster; it bounds the time of the loss. Default four times the mean, 4 ⌈V/K⌉.
         usage_decay: of the running token counts, a training batch.
 
@@ -66,6 +66,8 @@ class HierarchicalVQLogitsHead(CountsTokens):
         codes: (Σ K_s, d) parameter, the codebooks of the stages one after another.
         cluster_bias: (K,) parameter in nats.
         token_bias: (V,) parameter in nats, or None.
+        logit_cap: c of a soft cap on the logits of clusters, and on the summed logits of a token's codes, each before
+            its bias is added; None for no cap. See `CappedHead`.
         token_to_cluster: (V,) int64 buffer.
         token_codes: (V, S) int64 buffer.
         token_counts: (V,) buffer, running counts of the targets of all ranks.
@@ -86,8 +88,9 @@ class HierarchicalVQLogitsHead(CountsTokens):
         codebook_sizes: Sequence[int] = (256, 256),
         *,
         bias: bool = True,
-        init: HierarchyInit = "cooccurrence",
+        init: HierarchyInit | None = None,
         start_tokens: int = PAIR_TOKENS,
+        count_power: float = 0.75,
         max_cluster_size: int | None = None,
         usage_decay: float = 0.99,
     ) -> None:
@@ -98,8 +101,10 @@ class HierarchicalVQLogitsHead(CountsTokens):
                 f"Expected `codebook_sizes` to be two numbers or more in [1, {vocab_size}], the vocabulary size, but"
                 f" got {tuple(codebook_sizes)}."
             )
-        if init not in get_args(HierarchyInit):
-            raise ValueError(f"Expected `init` to be 'cooccurrence' or 'random', but got {init!r}.")
+        if init not in (None, *get_args(HierarchyInit)):
+            names = ", ".join(map(repr, get_args(HierarchyInit)))
+            raise ValueError(f"Expected `init` to be one of {names}, but got {init!r}.")
+        check_not_negative(count_power=count_power)
         if start_tokens < 1:
             raise ValueError(f"Expected `start_tokens` to be at least 1, but got {start_tokens}.")
         if not 0 <= usage_decay < 1:
@@ -113,66 +118,77 @@ class HierarchicalVQLogitsHead(CountsTokens):
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.codebook_sizes = tuple(codebook_sizes)
         self.init, self.start_tokens, self.usage_decay = init, start_tokens, usage_decay
+        self.count_power = count_power
         self.max_cluster_size = max_cluster_size or min(vocab_size, 4 * mean)
         self.clusters = nn.Parameter(torch.randn(num_clusters, hidden_size) * _INIT_STD)
         self.codes = nn.Parameter(torch.randn(sum(stage_sizes), hidden_size) * _INIT_STD)
         self.cluster_bias = nn.Parameter(torch.zeros(num_clusters))
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
+        self.logit_cap: float | None = None
         self.register_buffer("token_to_cluster", random_assignment(vocab_size, num_clusters))
         codes = [random_assignment(vocab_size, size) for size in stage_sizes]
         self.register_buffer("token_codes", torch.stack(codes, 1))
         self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running_dtype()))
         self._tables = TableCache()
 
-    token_to_cluster: Tensor
-    token_codes: Tensor
-
     # ------------------------------------------------------------------ logits and loss
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return log-probabilities (..., V) in nats of hidden states (..., d): logits that are normalised already."""
-        return hierarchical_log_probs(hidden, *self._arguments, **self._biases)
+        return hierarchical_log_probs(hidden, self.tensors())
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return the cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
         loss = hierarchical_cross_entropy(
-            hidden,
-            self.clusters,
-            self.codes,
-            self._layout(),
-            labels,
-            cluster_bias=self.cluster_bias,
-            token_bias=self.token_bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
+            hidden, self.tensors(), labels, ignore_index=ignore_index, reduction=reduction
         )
         if self.training:
             self._count(labels, ignore_index)
         return loss
 
+    def imitation_losses(
+        self, hidden: Tensor, labels: Tensor, *, target: DenseTarget | None = None, ignore_index: int = IGNORE_INDEX
+    ) -> ResidualVQLosses:
+        """Return cross-entropy (...) and divergence (...) from the output layer that is imitated, in nats a token.
+
+        The divergence takes log-probabilities of all tokens, for a chunk of hidden states at a time. In training mode
+        it counts the labels.
+        """
+        losses = hierarchical_losses(hidden, self.tensors(), labels, target=target, ignore_index=ignore_index)
+        if self.training:
+            self._count(labels, ignore_index)
+        return losses
+
+    @property
+    def can_imitate(self) -> bool:
+        """Whether it can be trained to imitate: always."""
+        return True
+
     # ------------------------------------------------------------------ decoding
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d), exactly, from the likeliest clusters alone."""
-        return hierarchical_greedy(hidden, *self._arguments, **self._biases)
+        return hierarchical_greedy(hidden, self.tensors())
+
+    def top_k(self, hidden: Tensor, k: int) -> TopTokens:
+        """Return log-probabilities and ids (..., k) of the likeliest tokens, exactly; see `hierarchical_top_k`."""
+        return hierarchical_top_k(hidden, self.tensors(), k)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Return tokens (...) drawn from softmax(logits / temperature) of hidden states (..., d), exactly."""
         if temperature == 1.0:
-            return hierarchical_sample(hidden, *self._arguments, **self._biases, generator=generator)
+            return hierarchical_sample(hidden, self.tensors(), generator=generator)
         # At another temperature the probability of a cluster depends on all of its tokens.
         return sample_logits(self(hidden), temperature, generator)
 
-    @property
-    def _arguments(self) -> tuple[Tensor, Tensor, ClusterLayout]:
-        return self.clusters, self.codes, self._layout()
-
-    @property
-    def _biases(self) -> dict[str, Any]:
-        return {"cluster_bias": self.cluster_bias, "token_bias": self.token_bias}
+    def tensors(self) -> HierarchicalCodes:
+        """Return the tensors of the head; they are shared, not copied."""
+        return HierarchicalCodes(
+            self.clusters, self.codes, self._layout(), self.cluster_bias, self.token_bias, self.logit_cap
+        )
 
     def _layout(self) -> ClusterLayout:
         """Return the tables of the mapping; they are kept until it changes."""
@@ -198,10 +214,6 @@ class HierarchicalVQLogitsHead(CountsTokens):
         """Return the running share (K,) of the targets that each cluster carries; zeros before any training."""
         return code_usage(self.token_counts, self.token_to_cluster, len(self.clusters))
 
-    def dead_codes(self, min_usage: float = 0.0) -> Tensor:
-        """Return clusters that own no token, or carry less than `min_usage` times an even share of the targets."""
-        return dead_codes(self.token_counts, self.token_to_cluster, len(self.clusters), min_usage)
-
     def ppl_floor(self) -> Tensor:
         """Return the perplexity that no backbone can go below: tokens of one cluster with equal codes share logits."""
         equal = torch.cat([self.token_to_cluster.unsqueeze(1), self.token_codes], 1).unique(dim=0, return_inverse=True)
@@ -221,46 +233,67 @@ class HierarchicalVQLogitsHead(CountsTokens):
     # ------------------------------------------------------------------ start
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
-        """Return False: counts are read in any case. See `StartingHead`."""
+        """Choose the start; return False, as data must be read. See `StartingHead`."""
+        self.init = cast(HierarchyInit, choose_init(self.init, pretrained=layer.weight is not None))
+        if layer.bias is not None and self.token_bias is None:
+            raise ValueError("Expected `bias=True`, because the pretrained output layer has a bias.")
         return False
 
     def start(self, calibrate: Calibrate, layer: OutputLayer, *, progress_bar: bool = False) -> None:
-        """Set clusters, codes and biases from the text; all ranks get those of rank 0."""
-        calibration = calibrate(pair_tokens=self.start_tokens) if self.init == "cooccurrence" else calibrate()
-        clusters, codes = self.token_to_cluster, self.token_codes
-        if calibration.pairs is not None:
-            device = self.clusters.device
-            clusters, codes = cooccurrence_hierarchy(
-                calibration.pairs,
-                calibration.token_counts.to(device),
-                self.codebook_sizes,
-                max_cluster_size=self.max_cluster_size,
-                generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
-                progress_bar=progress_bar,
-            )
+        """Set codes, mapping, biases and counts by `start_hierarchy`; all ranks get those of rank 0."""
+        init = cast(HierarchyInit, self.init or choose_init(None, pretrained=layer.weight is not None))
+        if init == "cooccurrence":
+            calibration = calibrate(pair_tokens=self.start_tokens)
+        else:
+            calibration = calibrate(second_moment=init == "weighted_kmeans")
+        found = start_hierarchy(
+            init,
+            calibration,
+            layer,
+            codebook_sizes=self.codebook_sizes,
+            max_cluster_size=self.max_cluster_size,
+            device=self.clusters.device,
+            count_power=self.count_power,
+            progress_bar=progress_bar,
+        )
         self.token_counts.copy_(calibration.token_counts)
-        self.set_codes(clusters, codes, token_bias=unigram_bias(calibration.token_counts))
+        self.set_codes(**found._asdict())
 
     @torch.no_grad()
-    def set_codes(self, token_to_cluster: Tensor, token_codes: Tensor, *, token_bias: Tensor | None = None) -> None:
-        """Replace the mapping, on every rank by that of rank 0.
+    def set_codes(
+        self,
+        token_to_cluster: Tensor | None = None,
+        token_codes: Tensor | None = None,
+        *,
+        token_bias: Tensor | None = None,
+        clusters: Tensor | None = None,
+        codes: Tensor | None = None,
+    ) -> None:
+        """Replace codes, on every rank by those of rank 0; None leaves a tensor as it is.
 
         Args:
             token_to_cluster: (V,) int64 in [0, K).
             token_codes: (V, S) int64, of stage s in [0, K_s).
             token_bias: (V,) log-probabilities of tokens, split into those of the clusters and of tokens in them.
+            clusters: (K, d).
+            codes: (Σ K_s, d).
 
         Raises:
-            ValueError: If a shape differs or a code is out of range; nothing is written then.
+            ValueError: If a shape differs, a code is out of range or a value is not finite; nothing is written then.
         """
-        for name, value in (("token_to_cluster", token_to_cluster), ("token_codes", token_codes)):
+        given = {"token_to_cluster": token_to_cluster, "token_codes": token_codes, "clusters": clusters, "codes": codes}
+        found = {name: value for name, value in given.items() if value is not None}
+        for name, value in found.items():
             if value.shape != getattr(self, name).shape:
                 raise ValueError(
                     f"Expected `{name}` to have shape {tuple(getattr(self, name).shape)}, but got {tuple(value.shape)}."
                 )
-        cluster_layout(token_to_cluster, token_codes, len(self.clusters), self.codebook_sizes[1:])
-        self.token_to_cluster.copy_(token_to_cluster)
-        self.token_codes.copy_(token_codes)
+            if value.is_floating_point():
+                check_finite(value, name)
+        owner, stages = found.get("token_to_cluster", self.token_to_cluster), found.get("token_codes", self.token_codes)
+        cluster_layout(owner, stages, len(self.clusters), self.codebook_sizes[1:])
+        for name, value in found.items():
+            getattr(self, name).copy_(value)
         if token_bias is not None:
             sizes = torch.bincount(self.token_to_cluster, minlength=len(self.clusters))
             mass = token_bias.new_zeros(len(sizes)).index_add_(0, self.token_to_cluster, token_bias.exp())

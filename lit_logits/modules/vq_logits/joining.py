@@ -253,13 +253,12 @@ def _saved_head(head: nn.Module) -> SavedHead:
 
 def _head_settings(head: SavedHead) -> dict[str, Any]:
     """Return what `VQLogitsConfig` says of a head."""
-    bias = {"head_bias": head.token_bias is not None}
+    shared = {"head_bias": head.token_bias is not None, "logit_cap": head.logit_cap}
     if isinstance(head, PackedHierarchicalVQLogitsHead):
-        return {"codebook_sizes": list(head.codebook_sizes), **bias}
+        return {"codebook_sizes": list(head.codebook_sizes), **shared}
     sizes = [stage.codes.shape[0] for stage in head.stages()]
     sizes += [0] * (head.num_stages - len(sizes))
-    own = {"codebook_size": head.codebook_size, "num_groups": head.num_groups, "logit_cap": head.logit_cap}
-    return {"stage_sizes": sizes, **own, **bias}
+    return {"codebook_size": head.codebook_size, "num_groups": head.num_groups, "stage_sizes": sizes, **shared}
 
 
 def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:

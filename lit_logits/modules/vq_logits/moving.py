@@ -8,6 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lit_logits.contracts import Revival
 from lit_logits.functional.checks import check_finite, check_token_to_code
 from lit_logits.functional.code_assignment import code_means, reassign_tokens, split_heavy_codes
 from lit_logits.functional.codebook import code_usage, dead_codes
@@ -126,6 +127,18 @@ class MovingCodes(CountsTokens):
     def dead_codes(self, min_usage: float = 0.0) -> Tensor:
         """Return codes (D,) that own no token, or carry less than `min_usage` times an even share of the targets."""
         return dead_codes(self.token_counts, self.token_to_code, self.codebook_size, min_usage)
+
+    def revive_dead(self, min_usage: float = 0.0, *, generator: torch.Generator | None = None) -> Revival:
+        """Revive all dead codes; see `dead_codes`, `revive` and `RevivableHead`."""
+        is_dead = torch.zeros(self.codebook_size, dtype=torch.uint8, device=self.codebook.device)
+        is_dead[self.dead_codes(min_usage)] = 1
+        broadcast_(is_dead)  # ranks whose running counts round differently must still revive the same codes
+        dead = is_dead.nonzero().squeeze(1)
+        if dead.numel() == 0:
+            return Revival(0, {})
+        changed = self.revive(dead, generator=generator)
+        num_revived = dead.numel() - int(torch.isin(dead, self.dead_codes()).sum())
+        return Revival(num_revived, {self.codebook: changed})
 
     @torch.no_grad()
     def revive(self, dead: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_logits.functional.bit_packing import pack_codes, unpack_codes
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
+    HierarchicalCodes,
     cluster_layout,
     hierarchical_cross_entropy,
     hierarchical_log_probs,
@@ -34,6 +35,7 @@ class PackedHierarchicalVQLogitsHead(nn.Module):
         codes: (Σ K_s, d) parameter, the codebooks of the stages one after another.
         cluster_bias: (K,) parameter in nats.
         token_bias: (V,) parameter in nats, or None.
+        logit_cap: c of the soft cap of both levels, or None; see `CappedHead`.
         packed_codes: uint8 buffer, ⌈log2 K⌉ bits for the cluster of each token, then as many as each stage needs.
 
     Example:
@@ -50,35 +52,26 @@ class PackedHierarchicalVQLogitsHead(nn.Module):
         self.hidden_size, self.vocab_size, self.codebook_sizes = head.hidden_size, head.vocab_size, head.codebook_sizes
         self.clusters, self.codes = head.clusters, head.codes
         self.cluster_bias, self.token_bias = head.cluster_bias, head.token_bias
+        self.logit_cap = head.logit_cap
         mapping = torch.cat([head.token_to_cluster.unsqueeze(1), head.token_codes], 1)
         self.register_buffer("packed_codes", pack_codes(mapping, self.codebook_sizes))
         self._tables = TableCache()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return log-probabilities (..., V) in nats, at least float32, of hidden states (..., d)."""
-        return hierarchical_log_probs(
-            hidden,
-            self.clusters,
-            self.codes,
-            self.layout(),
-            cluster_bias=self.cluster_bias,
-            token_bias=self.token_bias,
-        )
+        return hierarchical_log_probs(hidden, self._tensors())
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return the cross-entropy in nats, without the (N, V) logits; arguments as in `VQLogitsHead.loss`."""
         return hierarchical_cross_entropy(
-            hidden,
-            self.clusters,
-            self.codes,
-            self.layout(),
-            labels,
-            cluster_bias=self.cluster_bias,
-            token_bias=self.token_bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
+            hidden, self._tensors(), labels, ignore_index=ignore_index, reduction=reduction
+        )
+
+    def _tensors(self) -> HierarchicalCodes:
+        return HierarchicalCodes(
+            self.clusters, self.codes, self.layout(), self.cluster_bias, self.token_bias, self.logit_cap
         )
 
     def layout(self) -> ClusterLayout:

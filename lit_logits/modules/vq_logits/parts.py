@@ -88,9 +88,9 @@ def check_imitates(head: Any) -> None:
     """
     if not (isinstance(head, ImitatingHead) and head.can_imitate):
         raise ValueError(
-            "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, or a"
-            " `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but got"
-            f" {type(head).__name__}."
+            "Expected a head that can imitate the original with `kd_weight`: a `ResidualVQLogitsHead`, a"
+            " `HierarchicalVQLogitsHead`, or a `VQLogitsHead` without latents (mapping='fixed' or 'reassigned'), but"
+            f" got {type(head).__name__}."
         )
 
 
