@@ -1,6 +1,7 @@
 """Callbacks: when things happen, and what is logged."""
 
 from lit_logits.callbacks.codebook_monitor import CodebookMonitor
+from lit_logits.callbacks.codebook_reassign import CodebookReassign
 from lit_logits.callbacks.codebook_reinit import CodebookReinit
 from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
 from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
@@ -14,6 +15,7 @@ from lit_logits.callbacks.save_pretrained import SavePretrained
 
 __all__ = [
     "CodebookMonitor",
+    "CodebookReassign",
     "CodebookReinit",
     "FusionWeightLogger",
     "GWApproximationLogger",

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import check_at_least, check_min_usage, find_parts
+from lit_logits.callbacks.parts import averaging_callback, check_at_least, check_min_usage, find_parts
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import RevivableHead
 
@@ -60,12 +59,12 @@ class CodebookReinit(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to revive codes while their weights are averaged: a mean would mix a code with the one it becomes."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and self.stop_step is None:
-                raise ValueError(
-                    f"Expected `stop_step` to be set with {type(callback).__name__}, to a step before it starts to"
-                    " average: a mean over steps would mix a code with what it is revived as."
-                )
+        averages = averaging_callback(trainer)
+        if averages is not None and self.stop_step is None:
+            raise ValueError(
+                f"Expected `stop_step` to be set with {averages}, to a step before it starts to average: a mean over"
+                " steps would mix a code with what it is revived as."
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Look for dead codes when a multiple of `every_n_steps` has just been reached."""

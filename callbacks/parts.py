@@ -4,12 +4,14 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_logits.contracts import HasTokenizer, offers
 
 __all__ = [
+    "averaging_callback",
     "check_at_least",
     "check_min_usage",
     "data_module",
@@ -72,6 +74,13 @@ def tell_finished(finished: set[int] | None, found: Collection[int], warning: st
         finished.update(found)
     elif found:
         rank_zero_warn(warning)
+
+
+def averaging_callback(trainer: Trainer) -> str | None:
+    """Return the name of a callback that averages weights over training, or None."""
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)), None)
 
 
 def tensorboard_writers(trainer: Trainer) -> list[Any]:

@@ -7,7 +7,7 @@ Letters: N tokens, d hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "DecodingHead",
     "ExportableHead",
     "ExportsPretrained",
+    "GivesHiddenStates",
     "HasCacheSettings",
     "HasClassNames",
     "HasFingerprint",
@@ -37,6 +38,8 @@ __all__ = [
     "LearningHead",
     "OutputHead",
     "OutputLayer",
+    "Reassigned",
+    "ReassigningHead",
     "RevivableHead",
     "Revival",
     "SizedHead",
@@ -220,6 +223,39 @@ class RevivableHead(Protocol):
         ...
 
 
+class Reassigned(NamedTuple):
+    """Result of `reassign`, the same on all ranks.
+
+    Attributes:
+        num_tokens: how many tokens got another code.
+        gain: by how many nats a position the loss is expected to fall.
+        num_positions: how many were read.
+    """
+
+    num_tokens: int
+    gain: float
+    num_positions: int
+
+
+@runtime_checkable
+class ReassigningHead(Protocol):
+    """A head of codes that `CodebookReassign` can give another mapping."""
+
+    @property
+    def can_reassign(self) -> bool:
+        """Return whether this head can, with its settings."""
+        ...
+
+    def reassign(self, positions: Iterable[tuple[Tensor, Tensor]], *, min_gain: float = 2.0) -> Reassigned:
+        """Give tokens the codes that lower the loss most; every rank must call it.
+
+        Args:
+            positions: hidden states (N, d) and the tokens (N,) that follow them, a batch at a time.
+            min_gain: nats, summed over all positions, that the change of a code must gain.
+        """
+        ...
+
+
 @runtime_checkable
 class LearningHead(Protocol):
     """A head whose training needs more than gradients of the cross-entropy."""
@@ -350,6 +386,17 @@ class ExportsPretrained(Protocol):
 
     def to_pretrained(self, head: Any) -> Any:
         """Return the model, with the form of head that is asked for."""
+        ...
+
+
+@runtime_checkable
+class GivesHiddenStates(Protocol):
+    """A LightningModule that gives what its head reads."""
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return hidden states (B, T, d) of token ids (B, T)."""
         ...
 
 

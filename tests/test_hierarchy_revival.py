@@ -274,7 +274,8 @@ def test_all_ranks_end_with_the_codes_of_rank_zero(monkeypatch):
     second.token_counts.copy_(torch.rand(V))
     sent = []
     monkeypatch.setattr(
-        "lit_logits.modules.vq_logits.reviving.broadcast_", lambda *tensors: sent.extend(t.clone() for t in tensors)
+        "lit_logits.modules.vq_logits.moving_hierarchy.broadcast_",
+        lambda *tensors: sent.extend(t.clone() for t in tensors),
     )
     found = first.revive_dead(0.1, generator=rng())
 
@@ -282,7 +283,7 @@ def test_all_ranks_end_with_the_codes_of_rank_zero(monkeypatch):
         for tensor in tensors:
             tensor.copy_(sent.pop(0))
 
-    monkeypatch.setattr("lit_logits.modules.vq_logits.reviving.broadcast_", receive)
+    monkeypatch.setattr("lit_logits.modules.vq_logits.moving_hierarchy.broadcast_", receive)
     got = second.revive_dead(0.1, generator=rng(5))
     assert not sent  # as many collectives
     for name, tensor in first.state_dict().items():

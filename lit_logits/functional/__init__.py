@@ -38,6 +38,13 @@ from lit_logits.functional.code_hierarchy import (
     kmeans_hierarchy,
     weighted_kmeans_hierarchy,
 )
+from lit_logits.functional.code_reassignment import (
+    CodeReassignment,
+    TokenStatistics,
+    hierarchical_token_statistics,
+    reassign_by_loss,
+    vq_token_statistics,
+)
 from lit_logits.functional.code_tiers import (
     stages_by_rank,
     stages_for_bytes,
@@ -215,6 +222,7 @@ __all__ = [
     "ClassMoments",
     "ClusterLayout",
     "CodeHierarchy",
+    "CodeReassignment",
     "CodeSplit",
     "DenseTarget",
     "Footprint",
@@ -241,6 +249,7 @@ __all__ = [
     "SamplingTables",
     "SourceLogits",
     "StageCodes",
+    "TokenStatistics",
     "TopKLogits",
     "TopTokens",
     "VocabularyGraph",
@@ -298,6 +307,7 @@ __all__ = [
     "hierarchical_log_probs",
     "hierarchical_losses",
     "hierarchical_sample",
+    "hierarchical_token_statistics",
     "hierarchical_top_k",
     "kd_kl_divergence",
     "kmeans",
@@ -324,6 +334,7 @@ __all__ = [
     "ppl_floor",
     "project_conflicting_gradient",
     "random_assignment",
+    "reassign_by_loss",
     "reassign_tokens",
     "reduce_tokens",
     "relative_spread",
@@ -357,6 +368,7 @@ __all__ = [
     "vq_footprint",
     "vq_greedy",
     "vq_sample",
+    "vq_token_statistics",
     "weighted_kmeans",
     "weighted_kmeans_hierarchy",
 ]

@@ -164,12 +164,11 @@ def hierarchical_cross_entropy(
     layout = head.layout
     _check_labels(hidden, labels, layout, ignore_index)
     mask = labels != ignore_index
-    bias = _padded_bias(head)
 
     def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         own = layout.token_to_cluster[tokens]
         outer = _cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1))
-        inner = F.log_softmax(_member_logits(code_logits(rows, head.codes), own, head, bias), -1)
+        inner = member_log_probs(rows, own, head)
         return (-(outer + inner.gather(-1, layout.places[tokens].unsqueeze(1))).squeeze(1),)
 
     rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
@@ -322,8 +321,8 @@ def hierarchical_sample(hidden: Tensor, head: HierarchicalCodes, *, generator: t
     """Return tokens (...) drawn from p(v | h) of hidden states (..., d): a cluster, then a token of it."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     drawn = torch.multinomial(_cluster_log_probs(rows, head).exp(), 1, generator=generator).squeeze(1)
-    inner = _member_logits(code_logits(rows, head.codes), drawn, head, _padded_bias(head))
-    places = torch.multinomial(F.softmax(inner, -1), 1, generator=generator).squeeze(1)
+    inner = member_log_probs(rows, drawn, head)
+    places = torch.multinomial(inner.exp(), 1, generator=generator).squeeze(1)
     return head.layout.members[drawn, places].reshape(hidden.shape[:-1])
 
 
@@ -344,6 +343,11 @@ def _cluster_log_probs(rows: Tensor, head: HierarchicalCodes) -> Tensor:
     empty = head.layout.members[:, 0] == len(head.layout.places)
     bias = head.cluster_bias.masked_fill(empty, -torch.inf)
     return F.log_softmax(code_logits(rows, head.clusters, bias, cap=head.cap), -1)
+
+
+def member_log_probs(hidden: Tensor, own: Tensor, head: HierarchicalCodes) -> Tensor:
+    """Return log p(v | own cluster, h) (N, m) of the members of one cluster a row; −inf after the last."""
+    return F.log_softmax(_member_logits(code_logits(hidden, head.codes), own, head, _padded_bias(head)), -1)
 
 
 def _member_logits(stages: Tensor, own: Tensor, head: HierarchicalCodes, bias: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from lit_logits.functional.reductions import Reduction
 from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses
 from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.vq_logits.counting import running_dtype
-from lit_logits.modules.vq_logits.reviving import RevivesClusters
+from lit_logits.modules.vq_logits.moving_hierarchy import MovingHierarchy
 from lit_logits.modules.vq_logits.start import PAIR_TOKENS, HierarchyInit, choose_init, start_hierarchy
 from lit_logits.modules.vq_logits.tables import TableCache
 
@@ -40,7 +40,7 @@ __all__ = ["HierarchicalVQLogitsHead"]
 _INIT_STD = 0.02
 
 
-class HierarchicalVQLogitsHead(RevivesClusters):
+class HierarchicalVQLogitsHead(MovingHierarchy):
     """Output layer of two levels of codes: a token belongs to a cluster, and owns codes that all clusters share.
 
     See `functional.hierarchical_vq` for the formulas. Where tokens of one code of a `VQLogitsHead` differ by a bias

@@ -8,13 +8,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lit_logits.contracts import Revival
+from lit_logits.contracts import Reassigned, Revival
 from lit_logits.functional.checks import check_finite, check_token_to_code
 from lit_logits.functional.code_assignment import code_means, reassign_tokens, split_heavy_codes
+from lit_logits.functional.code_reassignment import Positions, reassign_by_loss, vq_token_statistics
 from lit_logits.functional.codebook import code_usage, dead_codes
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.kmeans import nearest_centroids
 from lit_logits.modules.vq_logits.counting import CountsTokens
+from lit_logits.modules.vq_logits.reassigning import summarize
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["CodebookUpdate", "MappingStrategy", "MovingCodes"]
@@ -35,6 +37,7 @@ class MovingCodes(CountsTokens):
     codebook: nn.Parameter
     token_bias: nn.Parameter | None
     latents: nn.Parameter | None
+    logit_cap: float | None
     token_to_code: Tensor
     num_updates: Tensor
     ema_sums: Tensor
@@ -180,6 +183,24 @@ class MovingCodes(CountsTokens):
         changed = is_changed.nonzero().squeeze(1)
         self._restart_ema(changed)
         return changed
+
+    @property
+    def can_reassign(self) -> bool:
+        """Whether the mapping is fixed: one that is learned or reassigned by vectors would undo it."""
+        return self.mapping == "fixed" and self.latents is None
+
+    @torch.no_grad()
+    def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
+        """Give tokens the codes that lower the loss most, on all ranks those of rank 0; see `reassign_by_loss`."""
+        sums = vq_token_statistics(positions, self.codebook, self.token_to_code, self.token_bias, cap=self.logit_cap)
+        before, has_bias = self.token_to_code.clone().unsqueeze(1), self.token_bias is not None
+        found = reassign_by_loss(sums, [self.codebook], before, has_bias=has_bias, min_gain=min_gain)
+        self.token_to_code.copy_(found.token_codes.squeeze(1))
+        if self.token_bias is not None:
+            self.token_bias.add_(found.bias_shift)
+        broadcast_(*self.state_dict().values())
+        self._tables.clear()
+        return summarize(found, before, sums)
 
     # ------------------------------------------------------------------ inside
 

@@ -1,4 +1,4 @@
-"""Revival of dead clusters and codes of a head of two levels.
+"""Codes of two levels that move: revival of dead ones, and tokens that get other codes.
 
 Letters: d hidden size, V vocabulary, K clusters, S stages with L codes in all.
 """
@@ -6,19 +6,21 @@ Letters: d hidden size, V vocabulary, K clusters, S stages with L codes in all.
 import torch
 from torch import Tensor, nn
 
-from lit_logits.contracts import Revival
+from lit_logits.contracts import Reassigned, Revival
+from lit_logits.functional.code_reassignment import Positions, hierarchical_token_statistics, reassign_by_loss
 from lit_logits.functional.codebook import dead_codes
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import HierarchicalCodes
 from lit_logits.functional.hierarchy_revival import revive_hierarchy
 from lit_logits.modules.vq_logits.counting import CountsTokens
+from lit_logits.modules.vq_logits.reassigning import summarize
 from lit_logits.modules.vq_logits.tables import TableCache
 
-__all__ = ["RevivesClusters"]
+__all__ = ["MovingHierarchy"]
 
 
-class RevivesClusters(CountsTokens):
-    """The half of `HierarchicalVQLogitsHead` that revives its codes; the arguments and tensors are that head's."""
+class MovingHierarchy(CountsTokens):
+    """The half of `HierarchicalVQLogitsHead` that changes its codes; the arguments and tensors are that head's."""
 
     codebook_sizes: tuple[int, ...]
     max_cluster_size: int
@@ -72,6 +74,24 @@ class RevivesClusters(CountsTokens):
         moved = zip(dead, mapping.T, self._mapping().T, strict=True)
         num_revived = sum(int(torch.isin(codes, new[new != old]).sum()) for codes, old, new in moved)
         return Revival(num_revived, {parameter: rows.nonzero().squeeze(1) for parameter, rows in changed.items()})
+
+    @property
+    def can_reassign(self) -> bool:
+        """Whether tokens can get other codes: always."""
+        return True
+
+    @torch.no_grad()
+    def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
+        """Give tokens the codes of the stages that lower the loss most; clusters stay. See `reassign_by_loss`."""
+        sums, before = hierarchical_token_statistics(positions, self.tensors()), self.token_codes.clone()
+        stages, has_bias = self.codes.split(self.codebook_sizes[1:]), self.token_bias is not None
+        found = reassign_by_loss(sums, stages, before, has_bias=has_bias, min_gain=min_gain)
+        self.token_codes.copy_(found.token_codes)
+        if self.token_bias is not None:
+            self.token_bias.add_(found.bias_shift)
+        broadcast_(*self.state_dict().values())
+        self._tables.clear()
+        return summarize(found, before, sums)
 
     def _mapping(self) -> Tensor:
         """Return cluster and codes of each token (V, 1 + S), a copy."""
