@@ -3,6 +3,7 @@
 Letters: V vocabulary, K codes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part, tensorboard_writers
-from lit_logits.callbacks.pictures.codebook import usage_figure
+from lit_logits.callbacks.pictures.codebook import CodeTokens, tokens_figure, usage_figure
+from lit_logits.callbacks.pictures.tokens import visible_token
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import StagedHead, WatchedHead
 from lit_logits.functional.codebook import code_perplexity
@@ -28,8 +30,8 @@ class CodebookMonitor(Callback):
     the entropy of their use), `vq/dead_codes` (codes that own no token or carry less than `min_usage` of an even
     share; where tokens have codes of further stages, `vq/dead_stage_codes` counts those), `vq/ppl_floor` (the
     perplexity below which no backbone gets). After each validation TensorBoard gets
-    `vq/usage`, a heat map of use over training, and `vq/tokens`, the most frequent tokens of some codes. Warns once
-    when the floor, and not the backbone, limits the perplexity.
+    `vq/usage`, a heat map of use over training, and `vq/tokens`, the most frequent tokens of some codes, as a picture
+    and as text. Warns once when the floor, and not the backbone, limits the perplexity.
 
     Args:
         every_n_steps: optimizer steps between looks.
@@ -101,7 +103,9 @@ class CodebookMonitor(Callback):
             self._warn(float(head.ppl_floor()), f"validation reached {float(reached):.2f}")
         tokenizer = data_tokenizer(trainer)
         for writer in tensorboard_writers(trainer):
-            writer.add_text("vq/tokens", self._token_table(head, tokenizer), trainer.global_step)
+            codes = self._code_tokens(head, tokenizer)
+            writer.add_figure("vq/tokens", tokens_figure(codes), trainer.global_step)
+            writer.add_text("vq/tokens", _table(codes), trainer.global_step)
             if self.snapshots:
                 usage = usage_figure(torch.stack(self.snapshots), self.steps)
                 writer.add_figure("vq/usage", usage, trainer.global_step)
@@ -142,21 +146,24 @@ class CodebookMonitor(Callback):
                 " backbone will not help. Use a larger `codebook_size`, `bias=True` or a `learned` mapping."
             )
 
-    def _token_table(self, head: WatchedHead, tokenizer: Any) -> str:
-        """Return a Markdown table of some codes with their most frequent tokens."""
+    def _code_tokens(self, head: WatchedHead, tokenizer: Any) -> list[CodeTokens]:
+        """Return some codes with their most frequent tokens."""
         usage, sizes = head.usage(), torch.bincount(head.token_to_code, minlength=head.codebook_size)
         order = usage.argsort(descending=True)
         picks = torch.linspace(0, order.numel() - 1, min(self.num_codes, order.numel())).round().long()
-        rows = ["| code | share of targets | tokens | most frequent |", "|---|---|---|---|"]
+        codes = []
         for code in order[picks.to(order.device)].tolist():
             tokens = (head.token_to_code == code).nonzero().squeeze(1)
             top = tokens[head.token_counts[tokens].argsort(descending=True, stable=True)][: self.num_tokens].tolist()
-            words = [str(token) if tokenizer is None else _visible(tokenizer.decode([token])) for token in top]
-            rows.append(f"| {code} | {usage[code].item():.3%} | {int(sizes[code])} | {' '.join(words)} |")
-        return "\n".join(rows)
+            words = [str(token) if tokenizer is None else visible_token(tokenizer.decode([token])) for token in top]
+            codes.append(CodeTokens(code, usage[code].item(), int(sizes[code]), words))
+        return codes
 
 
-def _visible(text: str) -> str:
-    """Return a token as inline code of a Markdown table, with visible white space."""
-    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·").replace("|", "&#124;").replace("`", "'")
-    return f"`{shown}`" if shown.isprintable() and shown else f"`{ascii(text)[1:-1] or '(empty)'}`"
+def _table(codes: Sequence[CodeTokens]) -> str:
+    """Return a Markdown table of codes."""
+    rows = ["| code | share of targets | tokens | most frequent |", "|---|---|---|---|"]
+    for code, share, size, tokens in codes:
+        words = " ".join(f"`{token.replace('|', '&#124;').replace('`', chr(39))}`" for token in tokens)
+        rows.append(f"| {code} | {share:.3%} | {size} | {words} |")
+    return "\n".join(rows)

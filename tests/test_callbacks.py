@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lit_logits.callbacks import CodebookMonitor, CodebookReinit, codebook_monitor
 from lit_logits.callbacks.codebook_reinit import reset_optimizer_rows
 from lit_logits.callbacks.parts import find_part, find_parts
+from lit_logits.callbacks.pictures.codebook import CodeTokens, tokens_figure
 from lit_logits.modules import VQLogitsHead
 
 D, V, K = 6, 41, 8
@@ -352,7 +353,7 @@ def test_without_tokenizer_or_tensorboard(tmp_path):
     lines = events.Tensors("vq/tokens/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
     shown = [line.split("|")[-2].split() for line in lines[2:]]  # ids where nothing spells them out
     assert len(shown) == K
-    assert sorted(int(token) for tokens in shown for token in tokens) == list(range(V))
+    assert sorted(int(token.strip("`")) for tokens in shown for token in tokens) == list(range(V))
     fit(Bigram(), [CodebookMonitor(every_n_steps=2)], val=loader(8))  # no logger at all
 
 
@@ -399,7 +400,7 @@ def test_monitor_warns_once_when_the_floor_is_in_the_way(tmp_path):
 
 def test_monitor_only_draws_on_rank_zero(tmp_path, monkeypatch):
     monitor, drawn = CodebookMonitor(every_n_steps=1), []
-    monkeypatch.setattr(monitor, "_token_table", lambda *_: drawn.append(1) or "")
+    monkeypatch.setattr(monitor, "_code_tokens", lambda *_: drawn.append(1) or [])
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     fit(Bigram(), [monitor], val=loader(8), logger=TensorBoardLogger(tmp_path))
     assert drawn == []
@@ -425,3 +426,20 @@ def test_parts_are_found_by_type_in_their_order():
     assert find_parts(model, torch.nn.Module)[0] is model
     assert [part for part in find_parts(model, torch.nn.Module) if part in own] == [model.embedding, model.dense]
     assert find_parts(model, torch.nn.Conv1d) == []
+
+
+def test_the_picture_of_tokens_fits_and_holds_what_matplotlib_would_read_as_a_formula():
+    """A line a code; what does not fit is left out at a token's end, and a dollar sign stays one."""
+    codes = [
+        CodeTokens(7, 0.25, 1200, ["·the", "$x$", "a_b"]),
+        CodeTokens(3, 0.001, 40, [f"word{i}" for i in range(40)]),
+    ]
+    figure = tokens_figure(codes)
+    figure.canvas.draw()
+    words = figure.axes[1]
+    first, second = (text.get_text() for text in words.texts)
+    assert first.replace("\\$", "$").split() == ["1,200", "·the", "$x$", "a_b"]
+    assert second.split() == ["40", *(f"word{i}" for i in range(len(second.split()) - 1))]
+    for text in words.texts:
+        assert text.get_window_extent().x1 <= figure.bbox.x1
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [25, 0.1]

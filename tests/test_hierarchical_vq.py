@@ -465,6 +465,6 @@ def test_the_monitor_shows_its_clusters(tmp_path):
     assert names <= set(events.Tags()["scalars"])
     assert events.Scalars("vq/used_codes")[-1].value == 4
     assert events.Scalars("vq/dead_stage_codes")[-1].value == 0
-    assert events.Tags()["images"] == ["vq/usage"]
+    assert events.Tags()["images"] == ["vq/tokens", "vq/usage"]
     text = events.Tensors("vq/tokens/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.count("25.") >= 3  # four clusters of five words, each a quarter of the text

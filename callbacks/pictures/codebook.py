@@ -1,13 +1,50 @@
-"""A picture of how much each code is used over training.
+"""Pictures of how much each code is used over training, and of the tokens that share one.
 
 Letters: K codes.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["usage_figure"]
+from lit_logits.callbacks.pictures.tokens import FONT
+
+__all__ = ["CodeTokens", "tokens_figure", "usage_figure"]
+
+_LINE = 92  # characters that fit beside the bars
+
+
+class CodeTokens(NamedTuple):
+    """A code, its share of the targets, how many tokens it owns, and the most frequent of them as text."""
+
+    code: int
+    share: float
+    num_tokens: int
+    tokens: list[str]
+
+
+def tokens_figure(codes: Sequence[CodeTokens]) -> Figure:
+    """Return a picture of some codes, a line each: a bar for the share of the targets, and the most frequent tokens."""
+    figure = Figure(figsize=(11, 0.6 + 0.28 * len(codes)), layout="constrained")
+    bars, words = figure.subplots(1, 2, width_ratios=(1, 5), sharey=True)
+    places = range(len(codes))
+    bars.barh(places, [100 * code.share for code in codes], color="tab:blue")
+    bars.set_yticks(places, [str(code.code) for code in codes])
+    bars.set(xlabel="% of the targets", ylabel="code", ylim=(len(codes) - 0.5, -0.5))
+    for place, code in enumerate(codes):
+        text = f"{code.num_tokens:5,}  "
+        for token in code.tokens:
+            if len(text) + len(token) > _LINE:
+                break
+            text += f"{token}  "
+        # A dollar sign would begin a formula.
+        words.text(0, place, text.replace("$", r"\$"), family=FONT, fontsize=9, va="center")
+    words.set_title("tokens, and the most frequent of them", loc="left", fontsize=10)
+    words.set_axis_off()
+    return figure
 
 
 def usage_figure(snapshots: Tensor, steps: list[int]) -> Figure:

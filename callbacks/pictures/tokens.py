@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.font_manager import findfont, get_font
 
-__all__ = ["FONT", "token_texts"]
+__all__ = ["FONT", "token_texts", "visible_token"]
 
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
@@ -36,6 +36,17 @@ def token_texts(token_ids: Sequence[int], tokenizer: Any = None) -> list[str]:
         pieces.append("".join(map(_visible, added.strip(_PARTIAL))) or ("·" if added else f"⟨{token_id}⟩"))
         done = text.rstrip(_PARTIAL)
     return pieces
+
+
+def visible_token(text: str) -> str:
+    r"""Return a token on its own, with visible white space.
+
+    Example:
+        >>> visible_token(" the"), visible_token("\n")
+        ('·the', '⏎')
+    """
+    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    return shown if shown.isprintable() and shown else ascii(shown)[1:-1] or "(empty)"
 
 
 def _visible(character: str) -> str:
