@@ -299,6 +299,7 @@ def test_fit_says_that_there_is_nothing_to_train(files, tmp_path):
         trainer(tmp_path, max_steps=1).fit(make(files), data(files))
 
 
+@pytest.mark.slow
 def test_from_the_command_line_with_event_files(files, tmp_path, monkeypatch):
     """The shipped recipe on these models: predict twice, then test."""
     monkeypatch.chdir(tmp_path)

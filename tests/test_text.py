@@ -243,6 +243,7 @@ PREPARE = """
 """
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_at_once_agree(make, tmp_path):
     arguments = (tmp_path / "corpus.jsonl", tmp_path / "cache")
     processes = [run_python(PREPARE.format(patch=""), *arguments) for _ in range(2)]

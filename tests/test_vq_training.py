@@ -661,7 +661,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, {tests!r})
 from test_vq_training import make_model, make_trainer, rows
-from lit_logits.callbacks import CodebookReinit
+from lit_logits.callbacks import CodebookReassign, CodebookReinit
 from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead
 
 torch.set_num_threads(1)
@@ -692,7 +692,10 @@ trainer = make_trainer(
     devices=devices,
     strategy="ddp" if devices == 2 else "auto",
     max_epochs=2,
-    callbacks=[] if residual is not None else [CodebookReinit(every_n_steps=3, min_usage=0.5)],
+    callbacks=[
+        *([] if residual is not None else [CodebookReinit(every_n_steps=3, min_usage=0.5)]),
+        *([] if hierarchical is None else [CodebookReassign([4], min_gain=0.1)]),
+    ],
     use_distributed_sampler=False,
 )
 trainer.fit(model, batches(rows(32), 8), batches(rows(12, seed=1, ragged=True), 4))
@@ -728,6 +731,8 @@ def test_two_processes_equal_one(kwargs, tmp_path):
     for name in one[0]:
         assert torch.equal(first[0][name], second[0][name]), name
         torch.testing.assert_close(one[0][name], first[0][name], rtol=1e-3, atol=1e-5, msg=name)
-    names = {"vq/reinit", "val/loss", "val/ppl", "val/kl", "val/ppl_ratio"}
+    names = {"vq/reinit", "vq/reassigned", "vq/reassign_gain", "val/loss", "val/ppl", "val/kl", "val/ppl_ratio"}
+    if "hierarchical" in kwargs:
+        assert one[1]["vq/reassigned"] > 0
     for name in names & one[1].keys():  # the targets of the two ranks differ in number
         assert first[1][name] == second[1][name] == pytest.approx(one[1][name], rel=1e-4), name
