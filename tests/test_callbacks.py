@@ -3,6 +3,7 @@
 import io
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -442,4 +443,5 @@ def test_the_picture_of_tokens_fits_and_holds_what_matplotlib_would_read_as_a_fo
     assert second.split() == ["40", *(f"word{i}" for i in range(len(second.split()) - 1))]
     for text in words.texts:
         assert text.get_window_extent().x1 <= figure.bbox.x1
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [25, 0.1]
+    bars: Any = figure.axes[0].patches
+    assert [bar.get_width() for bar in bars] == [25, 0.1]

@@ -6,6 +6,7 @@ Letters: B batch, T sequence, V vocabulary.
 import json
 import logging
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -349,7 +350,7 @@ class Data(LightningDataModule):
 
 
 def make_trainer(folder, *callbacks, **kwargs):
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"accelerator": "cpu", "logger": False, "default_root_dir": folder}
     return Trainer(**quiet, callbacks=list(callbacks), **kwargs)
 
