@@ -34,9 +34,20 @@ from torch import nn
 
 from benchmarks.measure import machine, markdown_table, spread
 from benchmarks.vq_rivals import AdaptiveSoftmaxHead, LowRankHead, equal_rank
-from benchmarks.vq_training import BACKBONE, LR, fit, make_model, make_trainer, revival, test_ppl, unigram_ppl
+from benchmarks.vq_training import (
+    BACKBONE,
+    LR,
+    add_text_arguments,
+    fit,
+    make_model,
+    make_trainer,
+    open_text,
+    revival,
+    split_rows,
+    test_ppl,
+    unigram_ppl,
+)
 from lit_logits.datamodules import TextDataModule
-from lit_logits.datamodules.sources import SUFFIXES
 from lit_logits.datamodules.tokenization import tokenizer_id
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
 from lit_logits.storage.folders import replace_file
@@ -67,35 +78,6 @@ Runs = dict[Case, dict[str, Any]]
 
 
 # ---------------------------------------------------------------------- settings
-
-
-def find_texts(paths: Sequence[str]) -> list[str]:
-    """The files of paths of which some are folders."""
-    found: list[str] = []
-    for path in paths:
-        inside = sorted(file for file in Path(path).rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        found += map(str, inside) if Path(path).is_dir() else [path]
-    return found
-
-
-def make_data(args: argparse.Namespace) -> TextDataModule:
-    """The text in blocks, written to the cache and open."""
-    data = TextDataModule(
-        find_texts(args.text) if args.text else "python-docs",
-        tokenizer=args.tokenizer,
-        bpe_vocab_size=args.vocab_size,
-        block_size=args.block_size,
-        batch_size=args.batch_size,
-        cache_dir=args.cache_dir,
-    )
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def split_rows(rows: int) -> list[int]:
-    """A quarter of the rows as clusters, the rest in six stages: what did best in vq_ablation."""
-    return [rows - 6 * (rows // 8), *[rows // 8] * 6]
 
 
 def head_options(head: str, vocab_size: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -306,10 +288,7 @@ def picture(runs: Runs, best: dict[str, float], seeds: Sequence[int], title: str
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", help="files and folders; default the Python documentation")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of a BPE trained on the training split")
-    parser.add_argument("--tokenizer", help="folder or .gguf file, instead of a BPE")
-    parser.add_argument("--cache-dir", help="of the blocks and the BPE")
+    add_text_arguments(parser, vocab_size=4096, block_size=128, batch_size=8)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
@@ -321,8 +300,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dense-lrs", type=float, nargs="+", help="of the dense head; default as the others")
     parser.add_argument("--hidden-size", type=int, default=BACKBONE["hidden_size"])
     parser.add_argument("--layers", type=int, default=BACKBONE["num_hidden_layers"])
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--evaluate-every", type=int, help="steps; default a tenth of them")
     parser.add_argument("--val-batches", type=int, default=64, help="of each validation")
     parser.add_argument("--test-batches", type=int, default=1 << 30, help="default all")
@@ -337,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    data = make_data(args)
+    data = open_text(args)
     rates = {head: args.dense_lrs if head == "dense" and args.dense_lrs else args.lr for head in args.heads}
     # Seed by seed, so that a table of fewer seeds is there as early as it can be.
     cases = [Case(head, lr, seed) for seed in args.seeds for head in args.heads for lr in rates[head]]

@@ -1,6 +1,8 @@
-"""What the benchmarks that train VQ heads share: a small backbone, its training from the start, and its perplexity."""
+"""What the benchmarks of VQ heads from scratch share: text, sizes of codes, a small backbone and its training."""
 
+import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,10 +11,23 @@ import torch
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookReinit
 from lit_logits.datamodules import TextDataModule
+from lit_logits.datamodules.sources import SUFFIXES
 from lit_logits.functional import unigram_bias
 from lit_logits.modules.vq_logits.parts import HeadFactory
 
-__all__ = ["BACKBONE", "LR", "fit", "make_model", "make_trainer", "revival", "test_ppl", "unigram_ppl"]
+__all__ = [
+    "BACKBONE",
+    "LR",
+    "add_text_arguments",
+    "fit",
+    "make_model",
+    "make_trainer",
+    "open_text",
+    "revival",
+    "split_rows",
+    "test_ppl",
+    "unigram_ppl",
+]
 
 BACKBONE: dict[str, Any] = {
     "model_type": "llama",
@@ -23,6 +38,53 @@ BACKBONE: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 LR = 2e-3
+
+
+# ---------------------------------------------------------------------- text
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, *, vocab_size: int, block_size: int, batch_size: int) -> None:
+    parser.add_argument("--text", nargs="+", help="files, globs and folders; default the Python documentation")
+    parser.add_argument("--vocab-size", type=int, default=vocab_size, help="of a BPE trained on the training split")
+    parser.add_argument("--tokenizer", help="folder or .gguf file, instead of a BPE")
+    parser.add_argument("--cache-dir", help="of the blocks and the BPE")
+    parser.add_argument("--block-size", type=int, default=block_size)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+
+
+def open_text(args: argparse.Namespace) -> TextDataModule:
+    """The text in blocks, split, in the cache and open."""
+    data = TextDataModule(
+        find_texts(args.text) if args.text else "python-docs",
+        tokenizer=args.tokenizer,
+        bpe_vocab_size=args.vocab_size,
+        block_size=args.block_size,
+        batch_size=args.batch_size,
+        cache_dir=args.cache_dir,
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def find_texts(paths: Sequence[str]) -> list[str]:
+    """The paths, and in place of a folder the files in it."""
+    found: list[str] = []
+    for path in paths:
+        inside = sorted(file for file in Path(path).rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found += map(str, inside) if Path(path).is_dir() else [path]
+    return found
+
+
+# ---------------------------------------------------------------------- heads
+
+
+def split_rows(rows: int) -> list[int]:
+    """A quarter of the rows as clusters, the rest in six stages: what did best in vq_ablation."""
+    return [rows - 6 * (rows // 8), *[rows // 8] * 6]
+
+
+# ---------------------------------------------------------------------- training
 
 
 def make_model(
