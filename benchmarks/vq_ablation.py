@@ -20,22 +20,12 @@ import lightning as L
 import torch
 
 from benchmarks.measure import machine, markdown_table, spread
+from benchmarks.vq_training import BACKBONE, fit, make_model, revival, test_ppl, unigram_ppl
 from lit_logits import VQLogitsLM
-from lit_logits.callbacks import CodebookReinit
 from lit_logits.contracts import WatchedHead
 from lit_logits.datamodules import TextDataModule
-from lit_logits.functional import unigram_bias
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
 
-BACKBONE = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-LR = 2e-3
 SCRATCH: list[dict[str, Any]] = [
     {"init": "cooccurrence"},
     {"init": "cooccurrence", "bias": False},
@@ -74,31 +64,12 @@ class Run(NamedTuple):
 
 def train(settings: dict[str, Any], data: TextDataModule, steps: int, seed: int, save: Path | None = None) -> Run:
     L.seed_everything(seed, verbose=False)
-    model = VQLogitsLM(
-        settings.pop("backbone", BACKBONE),
-        data.vocab_size,
-        head=partial(settings.pop("head", VQLogitsHead), **settings),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1),
-    )
-    callbacks: list[L.Callback] = [CodebookReinit(every_n_steps=50, min_usage=0.01, stop_step=steps * 3 // 4)]
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        accelerator="auto",
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        callbacks=callbacks if isinstance(model.head, VQLogitsHead) else [],
-        **quiet,
-    )
-    data.prepare_data()
-    data.setup()
+    backbone, head = settings.pop("backbone", BACKBONE), settings.pop("head", VQLogitsHead)
+    model = make_model(partial(head, **settings), data, steps=steps, backbone=backbone)
     model.initialize_head(data.train_dataloader())
-    tester = L.Trainer(accelerator="auto", **quiet)
-    start = tester.test(model, data, verbose=False)[0]["test/ppl"]
-    trainer.fit(model, data)
-    ppl = tester.test(model, data, verbose=False)[0]["test/ppl"]
+    start = test_ppl(model, data)
+    fit(model, data, steps, [revival(steps)] if head is VQLogitsHead else [], limit_val_batches=0)
+    ppl = test_ppl(model, data)
     if save is not None:
         _save_dense(model, save)
     if isinstance(model.head, WatchedHead):
@@ -114,15 +85,6 @@ def _save_dense(model: VQLogitsLM, folder: Path) -> None:
     causal_lm.base_model.load_state_dict(model.backbone.state_dict())
     causal_lm.get_output_embeddings().weight.data.copy_(model.head.weight.data)
     causal_lm.save_pretrained(folder)
-
-
-def unigram_ppl(data: TextDataModule) -> float:
-    """Test perplexity of the training split's token frequencies, one half added to each count."""
-    counts = torch.zeros(data.vocab_size)
-    for batch in data.train_dataloader():
-        counts += torch.bincount(batch["labels"].flatten(), minlength=data.vocab_size)
-    labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in data.test_dataloader()])
-    return float((-unigram_bias(counts)[labels].mean()).exp())
 
 
 def _describe(settings: dict[str, Any]) -> list[object]:

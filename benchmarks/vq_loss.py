@@ -1,9 +1,11 @@
-"""Training step and decoding step of output layers: dense, scatter, collapsed, two levels, adaptive softmax.
+"""Training step and decoding step of output layers: dense, scatter, collapsed, two levels, and what else there is.
 
     python -m benchmarks.vq_loss [--device cuda] [--repeats 9]
 
-Times are medians; memory is the peak above inputs and parameters, of forward and backward together, each case in a
-process of its own. Everything is a ratio to the dense layer of the same run.
+The rivals are torch's `F.linear_cross_entropy` in chunks, which makes no (N, V) logits either (torch 2.13 or newer),
+its adaptive softmax, and the dense layer as two factors of as many floats as K codes. Labels follow Zipf's law, which
+the adaptive softmax lives on. Times are medians; memory is the peak above inputs and parameters, of forward and
+backward together, each case in a process of its own. Everything is a ratio to the dense layer of the same run.
 """
 
 import argparse
@@ -16,19 +18,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measure import Measurement, in_fresh_process, machine, markdown_table, measure
+from benchmarks.vq_rivals import LowRankHead, equal_rank
 from lit_logits.functional import scatter_code_logits
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
 
 VOCAB_SIZE, HIDDEN_SIZE = 49_152, 576
 TWO_LEVELS = {"256 clusters + 256": (256, 256), "256 clusters + 4 × 64": (256, *[64] * 4)}
 CUTOFFS = [2_000, 10_000]  # of the adaptive softmax, frequent ids first
+CHUNKED = "dense, linear_cross_entropy in chunks"
 
 
 def training_step(case: str, codebook_size: int, num_tokens: int, device: str, repeats: int) -> Measurement:
     torch.manual_seed(0)
     target = torch.device(device)
     hidden = torch.randn(num_tokens, HIDDEN_SIZE, device=target, requires_grad=True)
-    labels = torch.randint(VOCAB_SIZE, (num_tokens,), device=target)
+    labels = ((VOCAB_SIZE + 1) ** torch.rand(num_tokens, dtype=torch.float64)).long().to(target) - 1  # p ∝ about 1/rank
     module, loss = _make_loss(case, codebook_size)
     module.to(target)
 
@@ -44,6 +48,12 @@ def _make_loss(case: str, codebook_size: int) -> tuple[nn.Module, Callable[..., 
     if case == "dense":
         dense = DenseLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
         return dense, lambda hidden, labels: F.cross_entropy(F.linear(hidden, dense.weight), labels)
+    if case == CHUNKED:
+        dense, options = DenseLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, bias=False), nn.LinearCrossEntropyOptions()
+        return dense, lambda hidden, labels: F.linear_cross_entropy(hidden, dense.weight, labels, options=options)
+    if case == "low rank":
+        factors = LowRankHead(HIDDEN_SIZE, VOCAB_SIZE, equal_rank(codebook_size, HIDDEN_SIZE, VOCAB_SIZE))
+        return factors, lambda hidden, labels: factors.loss(hidden, labels)
     if case == "adaptive softmax":
         adaptive = nn.AdaptiveLogSoftmaxWithLoss(HIDDEN_SIZE, VOCAB_SIZE, CUTOFFS)
         return adaptive, lambda hidden, labels: adaptive(hidden, labels).loss
@@ -76,11 +86,29 @@ def decoding_step(case: str, codebook_size: int, batch_size: int, device: str, r
         return measure(steps[case], repeats=20 * repeats, device=target)
 
 
+def _training_cases(codes: list[int]) -> list[tuple[str, int]]:
+    alone = ["dense", CHUNKED, "adaptive softmax", *TWO_LEVELS]
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        alone.remove(CHUNKED)
+        print(f"torch {torch.__version__} has no F.linear_cross_entropy in chunks, as 2.13 has: left out.\n")
+    several = itertools.product(("low rank", "scatter", "collapsed", "collapsed + bias"), codes)
+    return [*((case, 0) for case in alone), *several]
+
+
+def _label(case: str, codebook_size: int) -> str:
+    if case == "low rank":
+        return f"low rank, r = {equal_rank(codebook_size, HIDDEN_SIZE, VOCAB_SIZE)}"
+    return f"{case}, K = {codebook_size:,}" if codebook_size else case
+
+
+def _floats(case: str, codebook_size: int) -> int:
+    return sum(parameter.numel() for parameter in _make_loss(case, codebook_size)[0].parameters())
+
+
 def _training_rows(args: argparse.Namespace) -> list[list[object]]:
     rows: list[list[object]] = []
+    cases = _training_cases(args.codes)
     for num_tokens in args.tokens:
-        cases: list[tuple[str, int]] = [("dense", 0), ("adaptive softmax", 0), *((case, 0) for case in TWO_LEVELS)]
-        cases += itertools.product(("scatter", "collapsed", "collapsed + bias"), args.codes)
         results = {
             case: in_fresh_process(training_step, *case, num_tokens, args.device, args.repeats) for case in cases
         }
@@ -89,7 +117,8 @@ def _training_rows(args: argparse.Namespace) -> list[list[object]]:
             low, high = min(result.seconds) * 1e3, max(result.seconds) * 1e3
             rows.append(
                 [
-                    f"{case}{f', K = {codes:,}' if codes else ''}",
+                    _label(case, codes),
+                    f"{_floats(case, codes) / (VOCAB_SIZE * HIDDEN_SIZE):.1%}",
                     num_tokens,
                     f"{result.median * 1e3:.2f} ({low:.2f}–{high:.2f})",
                     f"{dense.median / result.median:.1f}×",
@@ -120,7 +149,15 @@ def main() -> None:
     parser.add_argument("--codes", type=int, nargs="+", default=[512, 2048])
     args = parser.parse_args()
     print(f"V = {VOCAB_SIZE:,}, d = {HIDDEN_SIZE}, float32; {machine(torch.device(args.device))}\n")
-    header = ["training step", "N", "ms, median (min–max)", "faster than dense", "peak MiB", "less memory than dense"]
+    header = [
+        "training step",
+        "floats",
+        "N",
+        "ms, median (min–max)",
+        "faster than dense",
+        "peak MiB",
+        "less memory than dense",
+    ]
     print(markdown_table(header, _training_rows(args)) + "\n")
     print(markdown_table(["decoding step", "batch", "ms", "faster than dense"], _decoding_rows(args)))
 
