@@ -5,10 +5,12 @@
         [--lr 2e-3] [--dense-lrs 1e-3 2e-3 4e-3] [--evaluate-every 30] [--out runs.json] [--plot runs.png]
 
 Heads: `dense`; `adaptive`, torch's adaptive softmax; `low_rank`, the dense layer as two factors; `one`, a codebook, and
-`two`, clusters with stages of codes, both started from co-occurrence. Codebooks have `--share` of the dense layer's
-floats, and the factors as many, or their rank is 1. With several rates the best by validation counts, and all are
-printed. Each seed has an initial backbone and an order of text of its own, which all heads share; ratios are to the
-dense head of the same seed. Perplexity is that of the test split, mean ± sample standard deviation over the seeds.
+`two`, clusters with stages of codes, both started from co-occurrence; `one_reassigned` and `two_reassigned`, the same
+with `CodebookReassign` in the middle of the training (`--reassign-at`), whose reading of text is not counted as steps.
+Codebooks have `--share` of the dense layer's floats, and the factors as many, or their rank is 1. With several rates
+the best by validation counts, and all are printed. Each seed has an initial backbone and an order of text of its own,
+which all heads share; ratios are to the dense head of the same seed. Perplexity is that of the test split, mean ±
+sample standard deviation over the seeds.
 
 With `--out` each run is written to the file when it is done, and runs that are there are not made again: the same
 command goes on after a kill, prints the table once more, or takes another seed.
@@ -47,6 +49,7 @@ from benchmarks.vq_training import (
     test_ppl,
     unigram_ppl,
 )
+from lit_logits.callbacks import CodebookReassign
 from lit_logits.datamodules import TextDataModule
 from lit_logits.datamodules.tokenization import tokenizer_id
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
@@ -58,6 +61,8 @@ HEADS: dict[str, tuple[str, type[nn.Module]]] = {
     "low_rank": ("low rank", LowRankHead),
     "one": ("one level", VQLogitsHead),
     "two": ("two levels", HierarchicalVQLogitsHead),
+    "one_reassigned": ("one level, re-assigned", VQLogitsHead),
+    "two_reassigned": ("two levels, re-assigned", HierarchicalVQLogitsHead),
 }
 CUTOFFS = (1 / 8, 1 / 2)
 """Where short list and first group of the adaptive softmax end, as shares of the vocabulary."""
@@ -90,7 +95,8 @@ def head_options(head: str, vocab_size: int, args: argparse.Namespace) -> dict[s
         "one": {"codebook_size": rows},
         "two": {"codebook_sizes": args.codes or split_rows(rows)},
     }
-    return {**own[head], **args.options.get(head, {})}
+    kind = head.removesuffix("_reassigned")
+    return {**own[kind], **args.options.get(kind, {})}
 
 
 def run_settings(case: Case, data: TextDataModule, args: argparse.Namespace) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def run_settings(case: Case, data: TextDataModule, args: argparse.Namespace) -> 
     settings = {
         **case._asdict(),
         "options": head_options(case.head, data.vocab_size, args),
-        "revive": case.head in args.revive,
+        "revive": case.head.removesuffix("_reassigned") in args.revive,
+        "reassign": [round(share * args.steps) for share in args.reassign_at if case.head.endswith("_reassigned")],
         "backbone": backbone,
         "text": data.corpus.key,
         "tokenizer": tokenizer_id(data.tokenizer),
@@ -177,7 +184,11 @@ def train(case: Case, settings: dict[str, Any], data: TextDataModule) -> dict[st
         model,
         data,
         steps,
-        [progress, *([revival(steps)] if settings["revive"] else [])],
+        [
+            progress,
+            *([revival(steps)] if settings["revive"] else []),
+            *([CodebookReassign(settings["reassign"])] if settings["reassign"] else []),
+        ],
         val_check_interval=settings["evaluate_every"],
         check_val_every_n_epoch=None,
         limit_val_batches=val_batches,
@@ -296,6 +307,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--codes", type=int, nargs="+", help="clusters and stages; one level has as many in all")
     parser.add_argument("--options", type=json.loads, default={}, help='JSON, as {"two": {"max_cluster_size": 99}}')
     parser.add_argument("--revive", nargs="*", default=["one"], help="heads whose dead codes are revived")
+    parser.add_argument("--reassign-at", nargs="+", type=float, default=[0.5], help="shares of the training")
     parser.add_argument("--lr", type=float, nargs="+", default=[LR])
     parser.add_argument("--dense-lrs", type=float, nargs="+", help="of the dense head; default as the others")
     parser.add_argument("--hidden-size", type=int, default=BACKBONE["hidden_size"])
