@@ -1,6 +1,6 @@
 """`VQLogitsForCausalLM`: a compressed model as a class of transformers, to save, load and generate with.
 
-Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained(folder)` finds it.
+After `import lit_logits`, `AutoModelForCausalLM.from_pretrained(folder)` finds it; see `VQLogitsConfig`.
 
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
@@ -11,78 +11,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
+from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["SavedHead", "VQLogitsConfig", "VQLogitsForCausalLM"]
+__all__ = ["SavedHead", "VQLogitsForCausalLM"]
 
 SavedHead = ResidualVQLogitsHead | PackedHierarchicalVQLogitsHead
-
-
-class VQLogitsConfig(PreTrainedConfig):
-    """Config of `VQLogitsForCausalLM`.
-
-    Args:
-        text_config: config of the backbone, or its settings with `model_type`.
-        codebook_size: K of a `ResidualVQLogitsHead`.
-        num_groups: its G.
-        stage_sizes: how many tokens own each of its S stages, V first.
-        head_bias: whether there is a token bias.
-        hidden_scale: factor of the hidden states that the head reads.
-        logit_cap: c of the soft cap of the head's logits, or None.
-        codebook_sizes: those of a `HierarchicalVQLogitsHead`; None tells that the head is a `ResidualVQLogitsHead`.
-    """
-
-    model_type = "vq_logits"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers' own form)
-
-    def __init__(
-        self,
-        text_config: dict[str, Any] | PreTrainedConfig | None = None,
-        codebook_size: int = 256,
-        num_groups: int = 1,
-        stage_sizes: list[int] | None = None,
-        head_bias: bool = False,
-        hidden_scale: float = 1.0,
-        logit_cap: float | None = None,
-        codebook_sizes: list[int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
-        self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
-        self.hidden_scale, self.logit_cap = hidden_scale, logit_cap
-        self.codebook_sizes = None if codebook_sizes is None else list(codebook_sizes)
-        if stage_sizes is None:
-            stage_sizes = [self.text_config.vocab_size] if codebook_sizes is None else []
-        self.stage_sizes = list(stage_sizes)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs.setdefault(name, getattr(self.text_config, name, None))
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(**kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        """Vocabulary size V."""
-        return self.text_config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Hidden size of the backbone, d."""
-        return self.text_config.hidden_size
 
 
 class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
@@ -237,5 +182,4 @@ def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead
     return PackedHierarchicalVQLogitsHead(head)
 
 
-AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
 AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)

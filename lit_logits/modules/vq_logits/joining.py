@@ -18,7 +18,8 @@ from lit_logits.contracts import ExportableHead
 from lit_logits.modules.language_models.calls import cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsConfig, VQLogitsForCausalLM
+from lit_logits.modules.vq_logits.config import VQLogitsConfig
+from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsForCausalLM
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
