@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lit_logits.modules.vq_logits.config import VQLogitsConfig
     from lit_logits.modules.vq_logits.dense import DenseLogitsHead
     from lit_logits.modules.vq_logits.describe import describe_head, describe_model
-    from lit_logits.modules.vq_logits.export import VQLogitsForCausalLM
+    from lit_logits.modules.vq_logits.export import VQLogitsForCausalLM, VQLogitsModel
     from lit_logits.modules.vq_logits.fit import fit_output_layer
     from lit_logits.modules.vq_logits.generation import continue_prompts
     from lit_logits.modules.vq_logits.head import VQLogitsHead
@@ -55,7 +55,7 @@ else:
             "lit_logits.modules.vq_logits.config": "VQLogitsConfig",
             "lit_logits.modules.vq_logits.dense": "DenseLogitsHead",
             "lit_logits.modules.vq_logits.describe": "describe_head describe_model",
-            "lit_logits.modules.vq_logits.export": "VQLogitsForCausalLM",
+            "lit_logits.modules.vq_logits.export": "VQLogitsForCausalLM VQLogitsModel",
             "lit_logits.modules.vq_logits.fit": "fit_output_layer",
             "lit_logits.modules.vq_logits.generation": "continue_prompts",
             "lit_logits.modules.vq_logits.head": "VQLogitsHead",
@@ -98,6 +98,7 @@ __all__ = [
     "VQLogitsConfig",
     "VQLogitsForCausalLM",
     "VQLogitsHead",
+    "VQLogitsModel",
     "add_lora",
     "calibrate",
     "compact_model",

@@ -1,11 +1,28 @@
 """`VQLogitsConfig`: the config of a compressed model, by which transformers finds its classes."""
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 __all__ = ["VQLogitsConfig"]
+
+# With `trust_remote_code=True` transformers runs the module that lies in the folder, and takes these names from it.
+_MODULE = "modeling_vq_logits"
+_AUTO_MAP = {
+    "AutoConfig": f"{_MODULE}.VQLogitsConfig",
+    "AutoModel": f"{_MODULE}.VQLogitsModel",
+    "AutoModelForCausalLM": f"{_MODULE}.VQLogitsForCausalLM",
+}
+_CODE = '''"""The classes of this model, which lit-logits holds."""
+
+try:
+    from lit_logits.modules import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsModel  # noqa: F401
+except ImportError as error:
+    raise ImportError("This model needs the package lit_logits (lit-logits): install it from its checkout.") from error
+'''
 
 
 class VQLogitsConfig(PreTrainedConfig):
@@ -57,7 +74,24 @@ class VQLogitsConfig(PreTrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         kwargs["tie_word_embeddings"] = False
+        kwargs["auto_map"] = dict(_AUTO_MAP)
         super().__init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and the module by which `trust_remote_code=True` finds the classes."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, f"{_MODULE}.py").write_text(_CODE, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is written, without the place where the backbone lay."""
+        settings = super().to_diff_dict()
+        settings.get("text_config", {}).pop("_name_or_path", None)
+        return settings
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: else transformers would copy this file into saved folders, in place of the module there."""
 
     @property
     def vocab_size(self) -> int:

@@ -5,6 +5,8 @@ After `import lit_logits`, `AutoModelForCausalLM.from_pretrained(folder)` finds 
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +22,55 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
+from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["SavedHead", "VQLogitsForCausalLM"]
+__all__ = ["SavedHead", "VQLogitsForCausalLM", "VQLogitsModel"]
 
 SavedHead = ResidualVQLogitsHead | PackedHierarchicalVQLogitsHead
+
+
+class VQLogitsModel(PreTrainedModel):
+    """The backbone of a compressed model, without its head: what `AutoModel.from_pretrained(folder)` gives.
+
+    Its outputs are the backbone's own.
+
+    Args:
+        config: see `VQLogitsConfig`.
+    """
+
+    config_class = VQLogitsConfig
+    base_model_prefix = "model"
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012  (transformers' own form)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VQLogitsConfig) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing; see `VQLogitsConfig`."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the input embedding of the backbone."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the input embedding of the backbone."""
+        self.model.set_input_embeddings(value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the backbone, whose arguments these are."""
+        return self.model(*args, **kwargs)
 
 
 class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
@@ -87,6 +130,16 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         if head.packed_codes.device.type != "meta":  # unpacking checks the codes
             _ = head.stages() if isinstance(head, ResidualVQLogitsHead) else head.layout()
         return (model, info) if with_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Do nothing; see `VQLogitsConfig`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write a folder as all models of transformers do, with a card; a README.md of somebody else's is kept."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(Path(save_directory), self, f"The output layer is a `{type(self.head).__name__}` (lit-logits).")
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the input embedding of the backbone."""
@@ -182,4 +235,5 @@ def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead
     return PackedHierarchicalVQLogitsHead(head)
 
 
+AutoModel.register(VQLogitsConfig, VQLogitsModel, exist_ok=True)
 AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)
