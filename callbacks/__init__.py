@@ -1,17 +1,40 @@
 """Callbacks: when things happen, and what is logged."""
 
-from lit_logits.callbacks.codebook_monitor import CodebookMonitor
-from lit_logits.callbacks.codebook_reassign import CodebookReassign
-from lit_logits.callbacks.codebook_reinit import CodebookReinit
-from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
-from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
-from lit_logits.callbacks.json_lines_writer import JsonLinesWriter
-from lit_logits.callbacks.last_checkpoint import LastCheckpoint
-from lit_logits.callbacks.line_progress import LineProgress
-from lit_logits.callbacks.logit_cache_writer import LogitCacheWriter
-from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
-from lit_logits.callbacks.prediction_writer import PredictionWriter
-from lit_logits.callbacks.save_pretrained import SavePretrained
+from typing import TYPE_CHECKING
+
+from lit_logits.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lit_logits.callbacks.codebook_monitor import CodebookMonitor
+    from lit_logits.callbacks.codebook_reassign import CodebookReassign
+    from lit_logits.callbacks.codebook_reinit import CodebookReinit
+    from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
+    from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
+    from lit_logits.callbacks.json_lines_writer import JsonLinesWriter
+    from lit_logits.callbacks.last_checkpoint import LastCheckpoint
+    from lit_logits.callbacks.line_progress import LineProgress
+    from lit_logits.callbacks.logit_cache_writer import LogitCacheWriter
+    from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
+    from lit_logits.callbacks.prediction_writer import PredictionWriter
+    from lit_logits.callbacks.save_pretrained import SavePretrained
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "lit_logits.callbacks.codebook_monitor": "CodebookMonitor",
+            "lit_logits.callbacks.codebook_reassign": "CodebookReassign",
+            "lit_logits.callbacks.codebook_reinit": "CodebookReinit",
+            "lit_logits.callbacks.fusion_weight_logger": "FusionWeightLogger",
+            "lit_logits.callbacks.gw_approximation_logger": "GWApproximationLogger",
+            "lit_logits.callbacks.json_lines_writer": "JsonLinesWriter",
+            "lit_logits.callbacks.last_checkpoint": "LastCheckpoint",
+            "lit_logits.callbacks.line_progress": "LineProgress",
+            "lit_logits.callbacks.logit_cache_writer": "LogitCacheWriter",
+            "lit_logits.callbacks.neural_collapse_monitor": "NeuralCollapseMonitor",
+            "lit_logits.callbacks.prediction_writer": "PredictionWriter",
+            "lit_logits.callbacks.save_pretrained": "SavePretrained",
+        },
+    )
 
 __all__ = [
     "CodebookMonitor",

@@ -1,9 +1,9 @@
 """`SavePretrained`: the trained model of transformers, as a folder for `from_pretrained`."""
 
-import copy
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast, get_args
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from lit_logits.callbacks.parts import data_tokenizer
 from lit_logits.contracts import ExportsPretrained
-from lit_logits.modules.language_models.lora import save_merged
+from lit_logits.modules.language_models.saving import describe_training, measured, write_model
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
 __all__ = ["SavePretrained"]
 
-_Config = TypeVar("_Config")
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class SavePretrained(Callback):
@@ -29,8 +29,9 @@ class SavePretrained(Callback):
     validation's `monitor` is better than all before. If there is no validation, or the metric is NaN, it is saved at
     the end. The data module's `tokenizer` is saved with it, if there is one. Its bos, eos and pad ids are copied to the
     saved configs, as the training texts end with them; a list of eos ids is kept if it contains the tokenizer's. LoRA
-    adapters are merged into the saved weights, not into those in training. A folder is replaced as a whole or not at
-    all.
+    adapters are merged into the saved weights, not into those in training. A card, README.md, says what the model was
+    made of and what was measured. A folder is replaced as a whole or not at all; a README.md of your own stays, and the
+    card is MODEL_CARD.md then.
 
     A resumed run knows the best metric of the run before and its folder, and replaces that only by a better model.
 
@@ -40,10 +41,12 @@ class SavePretrained(Callback):
         mode: whether the least (`min`) or the greatest (`max`) is best.
         head: form of the head of a `VQLogitsLM`: `compact`, packed codes for this library, or `dense`, decoded rows in
             the original architecture, which a head of two levels does not have.
+        dtype: of the saved weights: `float32`, `bfloat16` or `float16`; None is theirs.
 
     Raises:
-        ValueError: If `mode` is neither; at the start of fit, if the folder holds anything else, the model is missing,
-            or the strategy keeps the weights in pieces; after a validation, if `monitor` was not logged.
+        ValueError: If `mode` or `dtype` is none of these; at the start of fit, if the folder holds anything else, the
+            model is missing, or the strategy keeps the weights in pieces; after a validation, if `monitor` was not
+            logged.
 
     Example:
         >>> SavePretrained(monitor="val/acc", mode="max").state_dict()
@@ -56,10 +59,14 @@ class SavePretrained(Callback):
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
         head: Literal["compact", "dense"] = "compact",
+        dtype: Precision | None = None,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+        if dtype not in (None, *get_args(Precision)):
+            raise ValueError(f"Expected `dtype` to be one of {list(get_args(Precision))}, but got {dtype!r}.")
         self.folder, self.monitor, self.mode, self.head = folder, monitor, mode, head
+        self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self.best: float | None = None
         self.saved_in: str | None = None
         self._path = Path()
@@ -136,17 +143,21 @@ class SavePretrained(Callback):
         self.saved_in = str(self._path)
 
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
-        pl_module, tokenizer = trainer.lightning_module, data_tokenizer(trainer)
+        pl_module = trainer.lightning_module
         if isinstance(pl_module, ExportsPretrained):
             model = self._exported(pl_module)
-            model.save_pretrained(folder)
         else:
-            model = pl_module.get_submodule(self._name)  # type: ignore[assignment]
-            save_merged(model, folder, weights)
-        if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(folder)
-            for config in filter(None, (model.config, getattr(model, "generation_config", None))):
-                _with_ids(config, tokenizer).save_pretrained(folder)
+            model = cast(PreTrainedModel, pl_module.get_submodule(self._name))
+        write_model(
+            folder,
+            model,
+            describe_training(pl_module),
+            state_dict=weights,
+            tokenizer=data_tokenizer(trainer),
+            dtype=self.dtype,
+            figures=measured(trainer),
+            replaced=self._path,
+        )
 
     def _exported(self, pl_module: LightningModule) -> PreTrainedModel:
         """Return the model that the module makes of itself, and restore the training mode of each part."""
@@ -190,13 +201,3 @@ def _check_whole(strategy: Strategy) -> None:
             " pieces. Use FSDPStrategy(state_dict_type='full') or"
             " ModelParallelStrategy(save_distributed_checkpoint=False)."
         )
-
-
-def _with_ids(config: _Config, tokenizer: Any) -> _Config:
-    """Return a copy of the config with the special token ids that the tokenizer has."""
-    config = copy.deepcopy(config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token, known = getattr(tokenizer, name, None), getattr(config, name, None)
-        if token is not None and not (isinstance(known, list) and token in known):
-            setattr(config, name, token)
-    return config

@@ -4,7 +4,6 @@ Letters: B batch, T sequence, N tokens that count, V vocabulary.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.language_models.calls import accepted_inputs, counted_states
 from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
-from lit_logits.modules.language_models.lora import save_merged
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
@@ -136,6 +134,12 @@ class CausalLM(LightningModule):
 
     # ------------------------------------------------------------------ export
 
-    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
+    @property
+    def card_text(self) -> str:
+        """What was done, for the card of the saved model."""
+        return "Trained by the cross-entropy of the next token (`CausalLM`)."
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
         """Write the model for `from_pretrained`; see `save_model_folder`."""
-        save_model_folder(folder, partial(save_merged, self.model), tokenizer=tokenizer, trainer=self._trainer)
+        options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "trainer": self._trainer}
+        save_model_folder(folder, self.model, self.card_text, **options)

@@ -28,7 +28,7 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import get_wsd_schedule
 
 import lit_logits
-from lit_logits import callbacks, datamodules
+from lit_logits import callbacks, datamodules, modules
 from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
@@ -36,9 +36,11 @@ from lit_logits.callbacks.prediction_writer import PredictionWriter
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 
 # The parser finds `--model VQLogitsLM` among imported classes only.
-for _package in (lit_logits, callbacks, datamodules):
+for _package in (lit_logits, modules, callbacks, datamodules):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         import_module(_module.name)
+    for _name in _package.__all__:
+        getattr(_package, _name)
 
 # A recipe can give `init_args` only to classes, and transformers' schedules are functions. After its end this one stays
 # at its floor, where `OneCycleLR` raises and the other cosines of torch and transformers rise again.

@@ -23,6 +23,7 @@ __all__ = [
     "Calibration",
     "CappedHead",
     "DecodingHead",
+    "DescribesItself",
     "ExportableHead",
     "ExportsPretrained",
     "GivesHiddenStates",
@@ -377,6 +378,15 @@ class HasCacheSettings(Protocol):
     @property
     def cache_settings(self) -> Mapping[str, Mapping[str, Any]] | Callable[[], Mapping[str, Mapping[str, Any]]]:
         """Return the settings of each source by its name, or a function that does."""
+        ...
+
+
+class DescribesItself(Protocol):
+    """A LightningModule that tells, for the card of its model, what it does to it."""
+
+    @property
+    def card_text(self) -> str:
+        """Return sentences: the method, what it started from or learned from, and sizes."""
         ...
 
 

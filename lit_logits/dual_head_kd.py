@@ -24,6 +24,7 @@ from lit_logits.modules.dual_head_kd.checks import Method, check_options, check_
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
+from lit_logits.modules.language_models.card import find_origin
 from lit_logits.modules.language_models.saving import save_model_file, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
@@ -344,6 +345,19 @@ class DualHeadKD(LightningModule):
 
     # ------------------------------------------------------------------ export
 
+    @property
+    def card_text(self) -> str:
+        """What was done, for the card of the saved student."""
+        if self.teacher is None:
+            return f"Trained on labels (`DualHeadKD`, method `{self.method}`)."
+        teacher = self.teacher.model
+        name = find_origin(str(getattr(getattr(teacher, "config", None), "_name_or_path", ""))).name
+        heads = " through two heads (arXiv 2411.08937)" if self.method == "dual_head" else ""
+        return (
+            f"Distilled{heads} from the logits of {name or type(teacher).__name__}, and trained on labels"
+            f" (`DualHeadKD`, method `{self.method}`); the auxiliary head is left out."
+        )
+
     def export(self, path: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the student without the auxiliary head, in its own format, as a whole or not at all; rank zero writes.
 
@@ -358,8 +372,8 @@ class DualHeadKD(LightningModule):
             ValueError: If the folder holds anything but a saved model.
         """
         if isinstance(self.student, PreTrainedModel):
-            student: Any = self.student
-            return save_model_folder(path, student.save_pretrained, tokenizer=tokenizer, trainer=self._trainer)
+            options: dict[str, Any] = {"tokenizer": tokenizer, "trainer": self._trainer}
+            return save_model_folder(path, self.student, self.card_text, **options)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}
         return save_model_file(path, partial(torch.save, tensors), trainer=self._trainer)
 

@@ -4,7 +4,6 @@ Letters: B samples, T positions, N of them that predict a label, S sources, V vo
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +24,7 @@ from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import counted_states
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models, PlainCausalLM, load_plain_causal_lm
-from lit_logits.modules.language_models.lora import add_lora, save_merged
+from lit_logits.modules.language_models.lora import add_lora
 from lit_logits.modules.language_models.probes import OutputRule
 from lit_logits.modules.language_models.saving import save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
@@ -301,9 +300,20 @@ class GLDFusionModule(LightningModule):
             )
         return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
-    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
+    @property
+    def card_text(self) -> str:
+        """What was done, for the card of the saved model."""
+        names = ", ".join(f"`{name}`" for name in self.sources) or "none"
+        return (
+            "Fused by graph-on-logits distillation (InfiGFusion, arXiv 2505.13893; `GLDFusionModule`): it learned from"
+            f" the {self.top_k} likeliest tokens of its sources {names}, a share of {self.kd_weight:g} of the loss, and"
+            " by cross-entropy."
+        )
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
         """Write the pivot in its own architecture, for `from_pretrained`, adapters merged; see `save_model_folder`."""
-        save_model_folder(folder, partial(save_merged, self._pivot), tokenizer=tokenizer, trainer=self._trainer)
+        options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "trainer": self._trainer}
+        save_model_folder(folder, self._pivot, self.card_text, **options)
 
 
 def _mean_over_samples(rows: Tensor, mask: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
+    model.config._name_or_path = path  # transformers notes its folder
     return model
 
 

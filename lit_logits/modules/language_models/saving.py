@@ -1,26 +1,45 @@
 """Writing of models: a folder, or a file of weights."""
 
-from collections.abc import Callable
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_logits.contracts import HasTokenizer, offers
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_logits.contracts import DescribesItself, HasTokenizer, offers
+from lit_logits.modules.language_models.card import write_card
+from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
 from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
 
-__all__ = ["save_model_file", "save_model_folder"]
+__all__ = ["describe_training", "measured", "save_model_file", "save_model_folder", "write_model"]
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_model_folder(
-    folder: str | Path, save: Callable[[Path], object], *, tokenizer: Any = None, trainer: Any = None
+    folder: str | Path,
+    model: PreTrainedModel,
+    summary: str,
+    *,
+    tokenizer: Any = None,
+    trainer: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a folder for `from_pretrained`, as a whole or not at all; rank zero writes and the others wait.
 
     Args:
         folder: new, empty, or a saved model, which is replaced.
-        save: writes config and weights into the folder that it is given.
+        model: of transformers.
+        summary: sentences for its card on what was done to it.
         tokenizer: saved with it; default the data module's, if a trainer is attached and has one.
-        trainer: of Lightning, or None.
+        trainer: of Lightning, or None; the card gets what it measured.
+        dtype: of the saved weights; default theirs.
 
     Returns:
         The folder's full path.
@@ -34,12 +53,71 @@ def save_model_folder(
         tokenizer = trainer.datamodule.tokenizer if offers(trainer.datamodule, HasTokenizer) else None
 
     def write(target: Path) -> None:
-        save(target)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+        figures = measured(trainer)
+        write_model(target, model, summary, tokenizer=tokenizer, dtype=dtype, figures=figures, replaced=path)
 
     _on_rank_zero(trainer, path, partial(replace_folder, path, write))
     return path
+
+
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    summary: str,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    figures: Mapping[str, float] | None = None,
+    replaced: Path | None = None,
+) -> None:
+    """Write weights, configs, tokenizer and card of a model: all that a saved folder holds.
+
+    Adapters are merged into the weights. The tokenizer's bos, eos and pad ids are written into both configs, as texts
+    end with its tokens whatever the architecture's defaults are; a list of eos ids stays if it holds the tokenizer's.
+
+    Args:
+        folder: to write to.
+        model: of transformers; stays as it is.
+        summary: see `write_card`, as `figures` and `replaced`.
+        state_dict: the weights, if a strategy gathered them; None takes the model's.
+        tokenizer: of the model's tokens. A warning tells if a language model gets none.
+        dtype: of the saved weights; default theirs.
+        figures: measured values by name.
+        replaced: folder that this one will replace.
+    """
+    if dtype is not None:
+        state_dict = _cast(merged_state_dict(model, state_dict), dtype)
+    save_merged(model, folder, state_dict)
+    has_tokenizer = tokenizer is not None and hasattr(tokenizer, "save_pretrained")
+    if has_tokenizer:
+        tokenizer.save_pretrained(folder)
+    elif model.can_generate():
+        warnings.warn(
+            "The model is saved without a tokenizer, and with the end tokens of its config: pass `tokenizer`, or let"
+            " the data module have one, so that the folder reads and ends texts by itself.",
+            stacklevel=2,
+        )
+    _write_configs(folder, model, tokenizer if has_tokenizer else None, dtype)
+    write_card(folder, model, summary, figures=figures, replaced=replaced)
+
+
+def measured(trainer: Any) -> dict[str, float]:
+    """Return what a trainer's last validation and test logged, and the step; only finite values."""
+    if trainer is None:
+        return {}
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    kept = {
+        name: value for name, value in logged.items() if name.startswith(("val/", "test/")) and math.isfinite(value)
+    }
+    return {**kept, "step": trainer.global_step} if kept else {}
+
+
+def describe_training(module: object) -> str:
+    """Return what a LightningModule says for the card of its model, or its class."""
+    if offers(module, DescribesItself):
+        return module.card_text
+    return f"Trained in Lightning, as part of `{type(module).__name__}`."
 
 
 def save_model_file(path: str | Path, save: Callable[[Path], object], *, trainer: Any = None) -> Path:
@@ -64,3 +142,40 @@ def _on_rank_zero(trainer: Any, path: Path, write: Callable[[], None]) -> None:
         write()
     if trainer is not None:  # other ranks may read the files as soon as they return
         trainer.strategy.barrier()
+
+
+def _cast(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return floats in another dtype; tensors that were one stay one, as saving looks for tied weights by it."""
+    made: dict[Any, Tensor] = {}
+    return {
+        name: made.setdefault((value.data_ptr(), value.shape, value.stride()), value.to(dtype))
+        if value.is_floating_point()
+        else value
+        for name, value in state_dict.items()
+    }
+
+
+def _write_configs(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None) -> None:
+    """Put the tokenizer's ids and the dtype into the configs that `save_pretrained` has written.
+
+    Into the files: transformers refuses to save a generation config that was changed, if it has a `temperature` without
+    `do_sample`, as published ones do.
+    """
+    for name, config in (("config", model.config), ("generation_config", getattr(model, "generation_config", None))):
+        path = folder / f"{name}.json"
+        if config is None or not path.is_file():
+            continue
+        written = json.loads(path.read_text(encoding="utf-8"))
+        written.update(_special_ids(config, tokenizer))
+        if dtype is not None and name == "config":
+            written["dtype"] = str(dtype).removeprefix("torch.")
+        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
+    ids = {}
+    for name in _SPECIAL_IDS:
+        token, known = getattr(tokenizer, name, None), getattr(config, name, None)
+        if token is not None and not (isinstance(known, list) and token in known):
+            ids[name] = token
+    return ids

@@ -1,88 +1,76 @@
 """`VQLogitsForCausalLM`: a compressed model as a class of transformers, to save, load and generate with.
 
-Importing lit_logits registers it, so that `AutoModelForCausalLM.from_pretrained(folder)` finds it.
+After `import lit_logits`, `AutoModelForCausalLM.from_pretrained(folder)` finds it; see `VQLogitsConfig`.
 
 Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
+from lit_logits.modules.language_models.card import write_card
+from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["SavedHead", "VQLogitsConfig", "VQLogitsForCausalLM"]
+__all__ = ["SavedHead", "VQLogitsForCausalLM", "VQLogitsModel"]
 
 SavedHead = ResidualVQLogitsHead | PackedHierarchicalVQLogitsHead
 
 
-class VQLogitsConfig(PreTrainedConfig):
-    """Config of `VQLogitsForCausalLM`.
+class VQLogitsModel(PreTrainedModel):
+    """The backbone of a compressed model, without its head: what `AutoModel.from_pretrained(folder)` gives.
+
+    Its outputs are the backbone's own.
 
     Args:
-        text_config: config of the backbone, or its settings with `model_type`.
-        codebook_size: K of a `ResidualVQLogitsHead`.
-        num_groups: its G.
-        stage_sizes: how many tokens own each of its S stages, V first.
-        head_bias: whether there is a token bias.
-        hidden_scale: factor of the hidden states that the head reads.
-        logit_cap: c of the soft cap of the head's logits, or None.
-        codebook_sizes: those of a `HierarchicalVQLogitsHead`; None tells that the head is a `ResidualVQLogitsHead`.
+        config: see `VQLogitsConfig`.
     """
 
-    model_type = "vq_logits"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers' own form)
+    config_class = VQLogitsConfig
+    base_model_prefix = "model"
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012  (transformers' own form)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
-    def __init__(
-        self,
-        text_config: dict[str, Any] | PreTrainedConfig | None = None,
-        codebook_size: int = 256,
-        num_groups: int = 1,
-        stage_sizes: list[int] | None = None,
-        head_bias: bool = False,
-        hidden_scale: float = 1.0,
-        logit_cap: float | None = None,
-        codebook_sizes: list[int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = AutoConfig.for_model("llama") if text_config is None else text_config
-        self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
-        self.hidden_scale, self.logit_cap = hidden_scale, logit_cap
-        self.codebook_sizes = None if codebook_sizes is None else list(codebook_sizes)
-        if stage_sizes is None:
-            stage_sizes = [self.text_config.vocab_size] if codebook_sizes is None else []
-        self.stage_sizes = list(stage_sizes)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs.setdefault(name, getattr(self.text_config, name, None))
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(**kwargs)
+    def __init__(self, config: VQLogitsConfig) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config.text_config)
+        self.post_init()
 
-    @property
-    def vocab_size(self) -> int:
-        """Vocabulary size V."""
-        return self.text_config.vocab_size
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing; see `VQLogitsConfig`."""
 
-    @property
-    def hidden_size(self) -> int:
-        """Hidden size of the backbone, d."""
-        return self.text_config.hidden_size
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the input embedding of the backbone."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the input embedding of the backbone."""
+        self.model.set_input_embeddings(value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the backbone, whose arguments these are."""
+        return self.model(*args, **kwargs)
 
 
 class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
@@ -142,6 +130,16 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         if head.packed_codes.device.type != "meta":  # unpacking checks the codes
             _ = head.stages() if isinstance(head, ResidualVQLogitsHead) else head.layout()
         return (model, info) if with_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Do nothing; see `VQLogitsConfig`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write a folder as all models of transformers do, with a card; a README.md of somebody else's is kept."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(Path(save_directory), self, f"The output layer is a `{type(self.head).__name__}` (lit-logits).")
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the input embedding of the backbone."""
@@ -237,5 +235,5 @@ def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead
     return PackedHierarchicalVQLogitsHead(head)
 
 
-AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)
+AutoModel.register(VQLogitsConfig, VQLogitsModel, exist_ok=True)
 AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)

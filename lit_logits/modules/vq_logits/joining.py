@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from lit_logits.contracts import ExportableHead
+from lit_logits.contracts import ExportableHead, SizedHead
 from lit_logits.modules.language_models.calls import cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
 from lit_logits.modules.language_models.saving import save_model_folder
-from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsConfig, VQLogitsForCausalLM
+from lit_logits.modules.vq_logits.config import VQLogitsConfig
+from lit_logits.modules.vq_logits.describe import describe_head
+from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsForCausalLM
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
@@ -91,6 +93,7 @@ def compact_model(
     saved = _saved_head(head)
     config = VQLogitsConfig(
         text_config=_text_config(backbone),
+        name_or_path=getattr(backbone.config, "_name_or_path", ""),
         **_head_settings(saved),
         hidden_scale=(rule or probe_backbone(backbone)[0]).bias_free_scale,
         dtype=backbone.dtype,
@@ -299,6 +302,19 @@ class VQExport(nn.Module):
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
         return exports[head](self.backbone, self.head, self._generation_config, rule=self.output_rule)
 
+    @property
+    def card_text(self) -> str:
+        """What was done, for the card of the saved model."""
+        size = f" {describe_head(self.head)}" if isinstance(self.head, SizedHead) else ""
+        kd_weight = getattr(self, "kd_weight", 0.0)
+        loss = (
+            f"{kd_weight:g} · KL(original ‖ this) + {1 - kd_weight:g} · cross-entropy" if kd_weight else "cross-entropy"
+        )
+        return (
+            f"The output layer is a `{type(self.head).__name__}` (`VQLogitsLM`, after VQ-Logits, arXiv 2505.10202)."
+            f"{size} Loss of the training: {loss}."
+        )
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -309,7 +325,7 @@ class VQExport(nn.Module):
     ) -> None:
         """Write a folder for `AutoModelForCausalLM.from_pretrained`, as a whole or not at all; rank zero does.
 
-        A `compact` one loads after `import lit_logits`, without `trust_remote_code`.
+        A `compact` one loads after `import lit_logits`, or with `trust_remote_code=True` where lit-logits is installed.
 
         Args:
             folder: new, empty or a saved model, which is replaced.
@@ -322,8 +338,6 @@ class VQExport(nn.Module):
         """
         was_training = self.training
         model = self.to_pretrained(head)
-        if dtype is not None:
-            model = copy.deepcopy(model)  # it shares its tensors with the model in training, which keep their dtype
-            nn.Module.to(model, dtype)
         self.train(was_training)
-        save_model_folder(folder, model.save_pretrained, tokenizer=tokenizer, trainer=getattr(self, "_trainer", None))
+        trainer = getattr(self, "_trainer", None)
+        save_model_folder(folder, model, self.card_text, tokenizer=tokenizer, dtype=dtype, trainer=trainer)
