@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.reductions import Reduction
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
 from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.lora import teach_peft
@@ -215,9 +216,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         loss = None
         if shift_labels is not None:
-            total = num_items_in_batch is not None
-            loss = self.head.loss(hidden, shift_labels.to(hidden.device), reduction="sum" if total else "mean")
-            loss = loss / num_items_in_batch if total else loss
+            reduction: Reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = self.head.loss(hidden, shift_labels.to(hidden.device), reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if self.training and loss is not None else self.head(hidden[:, kept]),

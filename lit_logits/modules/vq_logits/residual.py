@@ -425,10 +425,11 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
-        wanted = [tensor for tensor, needs in zip(given, ctx.needs_input_grad, strict=False) if needs]
+        asked = zip(given, ctx.needs_input_grad, strict=False)
+        wanted = [tensor for tensor, needs in asked if needs and tensor is not None]
         with torch.enable_grad():
             for tensor in wanted:
-                cast(Tensor, tensor).requires_grad_()
+                tensor.requires_grad_()
             logits = ctx.head._decoded_logits(*given)
         found = iter(torch.autograd.grad(logits, wanted, grad))
         return *(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None
