@@ -23,6 +23,7 @@ from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
 from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
 from lit_logits.modules.language_models.calls import counted_states
+from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models, PlainCausalLM, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import add_lora
 from lit_logits.modules.language_models.probes import OutputRule
@@ -339,7 +340,7 @@ def _load_pivot(
 
 def _num_tokens(pivot: PreTrainedModel, vocab_size: int | None, top_k: int) -> int:
     """Return how many logits of the pivot belong to tokens; the others are padding of its table."""
-    rows = cast(nn.Linear, pivot.get_output_embeddings()).weight.shape[0]
+    rows = num_logits(pivot)
     size = min(rows, vocab_size or rows)
     if top_k > size:
         raise ValueError(f"Expected `top_k` to be in [1, {size}], the pivot's vocabulary, but got {top_k}.")

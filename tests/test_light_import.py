@@ -74,7 +74,8 @@ def typed_imports(facade):
     """Names that type checkers read, and the module of each."""
     tree = ast.parse(Path(facade.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    return {alias.name: node.module for node in block.body for alias in node.names}
+    found = (node for node in block.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: node.module for node in found for alias in node.names}
 
 
 def lazy_imports(facade):

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from lit_logits import CausalLM, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
 from lit_logits.contracts import (
+    DescribesItself,
     ExportsPretrained,
     HasCacheSettings,
     HasClassNames,
@@ -80,3 +81,5 @@ def fulfil(text: TextDataModule, pairs: InstructionDataModule, images: ImageData
 def fulfil_too(decoder: DynamicFusionDecoder, fusion: GLDFusionModule, compressed: VQLogitsLM) -> None:
     """Never run."""
     watch(decoder, fusion, compressed)
+    described: list[DescribesItself] = [fusion, compressed]
+    assert described

@@ -133,6 +133,34 @@ def decode_rows(
     return cast(Tensor, rows)
 
 
+def decode_all_rows(codebooks: Tensor, stages: list[StageCodes]) -> Tensor:
+    """Decode the dense (V, d) layer at once, by operations whose shapes do not depend on values.
+
+    Equal to `decode_rows`; for code that is traced, which cannot look at the codes.
+
+    Args:
+        codebooks: (S, G, K, d/G).
+        stages: up to S of them, the first of all tokens.
+
+    Example:
+        >>> codebooks = torch.tensor([[[[1.0], [2.0]]], [[[0.5], [0.0]]]])  # two stages, one group, two codes
+        >>> stages = [StageCodes(None, torch.tensor([[0], [1]])), StageCodes(torch.tensor([1]), torch.tensor([[0]]))]
+        >>> decode_all_rows(codebooks, stages)
+        tensor([[1.0000],
+                [2.5000]])
+    """
+    num_groups, codebook_size = codebooks.shape[1:3]
+    first_entry = torch.arange(num_groups, device=codebooks.device) * codebook_size  # of each codebook
+    first, *others = (
+        F.embedding(codes.long() + first_entry, codebooks[stage].flatten(0, 1)).flatten(1)
+        for stage, (_, codes) in enumerate(stages)
+    )
+    rows = first
+    for part, (members, _) in zip(others, stages[1:], strict=True):
+        rows = rows + part if members is None else rows.index_add(0, members, part)
+    return rows
+
+
 def residual_vq_logits(
     hidden: Tensor,
     codebooks: Tensor,

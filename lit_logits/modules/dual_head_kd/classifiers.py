@@ -81,7 +81,7 @@ def is_causal_lm(model: nn.Module) -> bool:
     """Return whether `model` predicts next tokens: a transformers model that generates and has no encoder."""
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
         return False
-    return model.can_generate() and isinstance(model.get_output_embeddings(), nn.Linear)
+    return model.can_generate() and isinstance(model.get_output_embeddings(), nn.Module)
 
 
 def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -130,6 +130,11 @@ def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: i
         return name
     for getter in ("get_output_embeddings", "get_classifier"):
         told = getattr(model, getter)() if hasattr(model, getter) else None
+        if hasattr(told, "packed_codes"):
+            raise ValueError(
+                f"Expected a student whose output layer is an nn.Linear, but that of {owner} is compressed. Distil into"
+                " the original model and compress it afterwards; as a teacher it is welcome."
+            )
         for key, module in linears.items():
             if module is told:
                 return key

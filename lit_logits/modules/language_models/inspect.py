@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_logits.modules.language_models.probes import check_causal
+from lit_logits.modules.language_models.probes import check_causal, num_rows
 
 __all__ = [
     "check_causal_lm",
@@ -70,7 +70,7 @@ def model_label(model: Any) -> str:
 
 def num_logits(model: PreTrainedModel) -> int:
     """Return the number of rows of the output layer, padding included."""
-    return model.get_output_embeddings().weight.shape[0]
+    return num_rows(model.get_output_embeddings())
 
 
 _ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}

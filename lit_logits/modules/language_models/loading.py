@@ -19,6 +19,7 @@ from lit_logits.modules.language_models.lora import has_lora
 from lit_logits.modules.language_models.probes import (
     OutputRule,
     check_finite_weights,
+    num_rows,
     probe_backbone,
     probe_causal_lm,
 )
@@ -182,6 +183,12 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
         rule, hidden_size, vocab_size = probe_backbone(model)
         return CausalBackbone(model, None, None, False, hidden_size, vocab_size, rule=rule)
     causal_lm, rule = load_plain_causal_lm(backbone, vocab_size)
+    if causal_lm.config.model_type == "vq_logits":
+        raise ValueError(
+            "Expected an original model, whose output layer another head is to take the place of, but this one has a"
+            " compressed head already. Train it further with `CausalLM`, go on from the checkpoint of the run that"
+            " compressed it (`ckpt_path`), or compress its original again."
+        )
     if has_lora(causal_lm):
         raise ValueError(
             f"Expected a backbone without adapters, but {type(causal_lm).__name__} has some, which an exported model"
@@ -225,7 +232,7 @@ def check_plain_causal_lm(model: Any, *, vocab_size: int | None = None) -> Outpu
     if output is None:
         raise ValueError(f"Expected a causal language model with an output layer, but {name} has none.")
     rule = probe_causal_lm(model)
-    rows = output.weight.shape[0]
+    rows = num_rows(output)
     if vocab_size is not None and vocab_size > rows:
         raise ValueError(
             f"Expected a backbone of at least {vocab_size} tokens, the vocabulary of the tokenizer, but its output"

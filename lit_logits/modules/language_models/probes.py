@@ -19,7 +19,7 @@ from lit_logits.functional.reductions import soft_cap
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.frozen import input_device
 
-__all__ = ["OutputRule", "check_causal", "check_finite_weights", "probe_backbone", "probe_causal_lm"]
+__all__ = ["OutputRule", "check_causal", "check_finite_weights", "num_rows", "probe_backbone", "probe_causal_lm"]
 
 _NUM_TOKENS = 6
 _SMALL, _LARGE = 2.0**-10, 3e4  # logits that a cap leaves as they are, and that it cuts; powers of two divide exactly
@@ -177,6 +177,12 @@ def check_finite_weights(model: nn.Module) -> None:
             )
 
 
+def num_rows(layer: Any) -> int:
+    """Return the number of rows of an output layer; a compressed one says it without decoding them."""
+    size = getattr(layer, "vocab_size", None)
+    return layer.weight.shape[0] if size is None else size
+
+
 # ---------------------------------------------------------------------- running
 
 
@@ -243,7 +249,7 @@ def _run(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor | None, Tensor | N
     calls: list[tuple[Tensor, Tensor]] = []
 
     def known_values(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        size = hidden.shape[:-1].numel() * layer.weight.shape[0]
+        size = hidden.shape[:-1].numel() * num_rows(layer)
         values = torch.tensor(_LOGITS, device=hidden.device)[torch.arange(size, device=hidden.device) % len(_LOGITS)]
         calls.append((hidden, values := values.view(*hidden.shape[:-1], -1)))
         return values

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -21,8 +22,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.reductions import Reduction
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
 from lit_logits.modules.language_models.card import write_card
+from lit_logits.modules.language_models.lora import teach_peft
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
@@ -96,6 +100,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         text = config.text_config
         self.model = AutoModel.from_config(text)
         self.head: SavedHead = _residual_head(config) if config.codebook_sizes is None else _hierarchical_head(config)
+        teach_peft(config.model_type, text.model_type)
         self.post_init()
 
     @classmethod
@@ -149,9 +154,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         """Set the input embedding of the backbone."""
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> None:
-        """Return None: there is no dense output layer."""
-        return
+    def get_output_embeddings(self) -> SavedHead:
+        """Return the head, which gives logits of hidden states; a residual one has `weight` and `bias`, decoded."""
+        return self.head
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
         """Refuse another size: codes of new tokens would have to be fitted.
@@ -183,13 +188,19 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model as any causal language model; `labels` (B, T) are unshifted, −100 is ignored.
 
-        `past_key_values` is the name of the `cache` in transformers below 5.24.
+        In training with labels the logits are None: the loss does not need them. `shift_labels` (B, T) are those of the
+        next tokens, in place of `labels`. The loss is a mean over the tokens that count, or a sum over
+        `num_items_in_batch`. `past_key_values` is the name of the `cache` in transformers below 5.24.
         """
         cache = past_key_values if cache is None else cache
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # no name of its own: the Trainer would ask for it in each batch
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -201,10 +212,16 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         )
         hidden = output.last_hidden_state * self.config.hidden_scale
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        loss = None if labels is None else self.head.loss(hidden[:, :-1], labels[:, 1:].to(hidden.device))
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        loss = None
+        if shift_labels is not None:
+            reduction: Reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = self.head.loss(hidden, shift_labels.to(hidden.device), reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=self.head(hidden[:, kept]),
+            logits=None if self.training and loss is not None else self.head(hidden[:, kept]),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             **{OUTPUT_CACHE_NAME: getattr(output, OUTPUT_CACHE_NAME, None)},

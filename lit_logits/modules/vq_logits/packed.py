@@ -3,7 +3,8 @@
 Letters: d hidden size, V vocabulary, K clusters, S stages.
 """
 
-from typing import cast
+import contextlib
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lit_logits.functional.hierarchical_vq import (
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
-from lit_logits.modules.vq_logits.tables import TableCache
+from lit_logits.modules.vq_logits.tables import TableCache, is_traced
 
 __all__ = ["PackedHierarchicalVQLogitsHead"]
 
@@ -80,7 +81,27 @@ class PackedHierarchicalVQLogitsHead(nn.Module):
         Raises:
             ValueError: If the mapping is cut off, or a code is out of range.
         """
+        if is_traced():
+            return cast(ClusterLayout, self._tables.kept("layout"))
         return cast(ClusterLayout, self._tables.get("layout", [self.packed_codes], self._unpack))
+
+    def train(self, mode: bool = True) -> "PackedHierarchicalVQLogitsHead":
+        """Switch between training and evaluation; for the latter the mapping is unpacked, as traced code needs it."""
+        super().train(mode)
+        self._unpack_to_trace()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedHierarchicalVQLogitsHead":
+        """Follow to devices and dtypes, with the mapping unpacked there."""
+        super()._apply(fn, recurse)
+        self._tables.clear()
+        self._unpack_to_trace()
+        return self
+
+    def _unpack_to_trace(self) -> None:
+        if not self.training and self.packed_codes.device.type != "meta":
+            with contextlib.suppress(ValueError):  # a damaged mapping is told where it is used
+                self.layout()
 
     def _unpack(self) -> ClusterLayout:
         num_clusters, *stage_sizes = self.codebook_sizes

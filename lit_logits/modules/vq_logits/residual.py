@@ -3,10 +3,13 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
+import contextlib
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.bit_packing import code_bits, pack_bits, unpack_bits
@@ -21,6 +24,7 @@ from lit_logits.functional.residual_vq import (
     DenseTarget,
     ResidualVQLosses,
     StageCodes,
+    decode_all_rows,
     decode_rows,
     residual_vq_greedy,
     residual_vq_logits,
@@ -29,7 +33,7 @@ from lit_logits.functional.residual_vq import (
 )
 from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
-from lit_logits.modules.vq_logits.tables import TableCache
+from lit_logits.modules.vq_logits.tables import TableCache, is_traced
 
 __all__ = ["ResidualVQLogitsHead"]
 
@@ -141,18 +145,39 @@ class ResidualVQLogitsHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return token logits (..., V) in nats of hidden states (..., d).
 
-        A few hidden states without a gradient, as in decoding, are looked up; see `packed_lookup_logits`. Others are
-        multiplied with rows that are decoded a chunk at a time.
+        A few hidden states on a CPU, as in decoding, are looked up; see `packed_lookup_logits`. Others, and those in
+        training, are multiplied with rows that are decoded a chunk at a time, and in code that is traced with all rows.
         """
+        if is_traced():
+            rows = decode_all_rows(self.codebook, self.stages()).to(hidden.dtype)
+            logits = soft_cap(F.linear(hidden, rows), self.logit_cap)
+            return logits if self.token_bias is None else logits + self.token_bias.to(logits.dtype)
         if not self._is_decoding(hidden):
-            return residual_vq_logits(
-                hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias, cap=self.logit_cap
-            )
+            return self._decoded_logits(hidden, self.codebook, self.token_bias)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self.parameters())):
+            return _LookUp.apply(hidden, self.codebook, self.token_bias, self)
+        return self.look_up(hidden)
+
+    def look_up(self, hidden: Tensor) -> Tensor:
+        """Return the logits of `forward` for a few hidden states on a CPU, without a graph."""
         logits = packed_lookup_logits(hidden, self._layout())
         if self.logit_cap is not None:  # the layout then has no bias, which is not capped
             logits = soft_cap(logits, self.logit_cap)
             logits = logits if self.token_bias is None else logits + self.token_bias
         return logits.to(hidden.dtype)
+
+    def _decoded_logits(self, hidden: Tensor, codebook: Tensor, token_bias: Tensor | None) -> Tensor:
+        return residual_vq_logits(hidden, codebook, self.stages(), self.vocab_size, token_bias, cap=self.logit_cap)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows (V, d), decoded: for programs that read the output layer of a model instead of calling it."""
+        return decode_all_rows(self.codebook, self.stages())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The token bias, under the name that it has in a dense layer."""
+        return self.token_bias
 
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
@@ -182,7 +207,9 @@ class ResidualVQLogitsHead(nn.Module):
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
         if self._is_decoding(hidden):
-            return self(hidden).argmax(-1) if self.logit_cap is not None else lookup_greedy(hidden, self._layout())
+            return (
+                self.look_up(hidden).argmax(-1) if self.logit_cap is not None else lookup_greedy(hidden, self._layout())
+            )
         return residual_vq_greedy(
             hidden, self.codebook, self.stages(), self.vocab_size, self.token_bias, cap=self.logit_cap
         )
@@ -193,10 +220,10 @@ class ResidualVQLogitsHead(nn.Module):
         return sample_logits(self(hidden), temperature, generator)
 
     def _is_decoding(self, hidden: Tensor) -> bool:
-        # The look-up is CPU code without a backward.
+        # The look-up is CPU code. In training its layout would be made again at each step.
         few = hidden.device.type == "cpu" and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
-        tensors = (hidden, *self.parameters())
-        return few and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        trains = self.training and torch.is_grad_enabled()
+        return few and not (trains and any(tensor.requires_grad for tensor in (hidden, *self.parameters())))
 
     def _layout(self) -> LookupLayout:
         """Return the head in the layout of the look-up, made again if any part of it was written to."""
@@ -215,10 +242,25 @@ class ResidualVQLogitsHead(nn.Module):
     def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
         """Switch between training and evaluation, and forget what was unpacked.
 
-        Writing through `.data`, as some optimizers do, does not change a tensor's version, which the cache goes by.
+        Writing through `.data`, as some optimizers do, does not change a tensor's version, which the cache goes by. The
+        mapping stays unpacked, as no optimizer writes to it: code that is traced needs it.
         """
+        self._tables.clear(but="stages")
+        super().train(mode)
+        self._unpack_to_trace()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ResidualVQLogitsHead":
+        """Follow to devices and dtypes, with the mapping unpacked there."""
+        super()._apply(fn, recurse)
         self._tables.clear()
-        return super().train(mode)
+        self._unpack_to_trace()
+        return self
+
+    def _unpack_to_trace(self) -> None:
+        if not self.training and self.packed_codes.device.type != "meta":
+            with contextlib.suppress(ValueError):  # a damaged mapping is told where it is used
+                self.stages()
 
     # ------------------------------------------------------------------ the mapping
 
@@ -230,6 +272,8 @@ class ResidualVQLogitsHead(nn.Module):
 
     def stages(self) -> list[StageCodes]:
         """Return the mapping, unpacked; it is kept until the buffers are written to."""
+        if is_traced():
+            return self._tables.kept("stages")
         return self._tables.get("stages", (self.packed_codes, self.packed_stages), self._unpack)
 
     def _unpack(self) -> list[StageCodes]:
@@ -364,6 +408,31 @@ class ResidualVQLogitsHead(nn.Module):
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
             f" num_groups={self.num_groups}, num_stages={self.num_stages}, bias={self.token_bias is not None}"
         )
+
+
+class _LookUp(torch.autograd.Function):
+    """The look-up, with the gradient of the decoded rows: a graph that nobody walks back costs nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, codebook: Tensor, token_bias: Tensor | None, head: ResidualVQLogitsHead
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, codebook, token_bias)
+        ctx.head = head
+        return head.look_up(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
+        asked = zip(given, ctx.needs_input_grad, strict=False)
+        wanted = [tensor for tensor, needs in asked if needs and tensor is not None]
+        with torch.enable_grad():
+            for tensor in wanted:
+                tensor.requires_grad_()
+            logits = ctx.head._decoded_logits(*given)
+        found = iter(torch.autograd.grad(logits, wanted, grad))
+        return *(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None
 
 
 def _check_stages(stages: Tensor, vocab_size: int) -> None:

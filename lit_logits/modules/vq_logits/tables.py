@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["TableCache"]
+__all__ = ["TableCache", "is_traced"]
 
 _MAX_TABLES = 8
 
@@ -42,9 +43,29 @@ class TableCache:
             self._kept[name] = (list(sources), key, value)
         return value
 
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._kept.clear()
+    def kept(self, name: str) -> Any:
+        """Return the value that was kept last under the name, whatever its sources are now.
+
+        Code that is traced cannot look at tensors, whose values it does not have; it takes a table as a constant.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        if name not in self._kept:
+            raise RuntimeError(
+                "Expected a model that has run, or was switched to `eval()`, before it is traced, compiled or exported:"
+                " its mapping is unpacked then."
+            )
+        return self._kept[name][2]
+
+    def clear(self, *, but: str = "") -> None:
+        """Forget all of them, but for one name."""
+        self._kept = {name: value for name, value in self._kept.items() if name == but}
 
     def __deepcopy__(self, memo: Any) -> "TableCache":
         return TableCache()
+
+
+def is_traced() -> bool:
+    """Return whether this code is being compiled, exported or traced, where no value of a tensor can be looked at."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -1,0 +1,318 @@
+"""`VQLogitsForCausalLM` where other programs meet it: training without logits, tracing, adapters, and our own modules.
+
+Letters: V vocabulary.
+"""
+
+import copy
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from test_save_pretrained import tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
+from lit_logits.functional.residual_vq import decode_all_rows, decode_rows
+from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead
+from lit_logits.modules.vq_logits.tables import TableCache
+
+V = 12
+IDS = torch.tensor([[3, 5, 4, 7, 3, 1], [4, 4, 8, 9, 10, 1]])
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": V}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2}
+HEADS = {
+    "residual": partial(ResidualVQLogitsHead, codebook_size=4, num_groups=4, num_stages={5: 3, V: 1}, bias=True),
+    "two levels": partial(HierarchicalVQLogitsHead, codebook_sizes=(3, 5)),
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "original"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES, **SPECIAL)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def compact(request, original, tmp_path_factory):
+    torch.manual_seed(0)
+    model = VQLogitsLM(original, head=HEADS[request.param])
+    model.initialize_head([{"input_ids": IDS, "labels": IDS}])
+    folder = tmp_path_factory.mktemp("models") / "compact"
+    model.save_pretrained(folder, tokenizer=tokenizer())
+    return str(folder)
+
+
+@pytest.fixture
+def model(compact):
+    return AutoModelForCausalLM.from_pretrained(compact)
+
+
+def is_residual(model):
+    return isinstance(model.head, ResidualVQLogitsHead)
+
+
+# ---------------------------------------------------------------------- training
+
+
+def test_in_training_with_labels_no_logits_are_made(model, monkeypatch):
+    """They took 819 MB where the loss takes 108."""
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.train()
+    monkeypatch.setattr(type(model.head), "forward", lambda *_: pytest.fail("The logits are made."))
+    output = model(input_ids=IDS, labels=IDS)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, loss)
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_labels_that_are_shifted_already(model):
+    logits = model(input_ids=IDS).logits
+    labels = torch.tensor([[5, 4, -100, 3, 1, 6], [4, -100, 9, 10, 1, -100]])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    output = model(input_ids=IDS, shift_labels=labels)
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.logits, logits)
+    summed = model(input_ids=IDS, shift_labels=labels, num_items_in_batch=torch.tensor(4)).loss
+    torch.testing.assert_close(summed, expected * 9 / 4)
+
+
+def test_transformers_trainer_trains_and_evaluates(model, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS] * 4
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=0.01, **settings)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+# ---------------------------------------------------------------------- one call outside of `no_grad`
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def residual_head(**kwargs):
+    torch.manual_seed(0)
+    return ResidualVQLogitsHead(8, 30, 4, num_groups=2, token_stages=torch.arange(30) % 2 + 1, **kwargs).eval()
+
+
+def test_a_graph_costs_nothing_until_it_is_walked_back():
+    """The rows were decoded wherever a graph might be wanted: 162 ms instead of 2.8 outside of `no_grad`."""
+    head, hidden = residual_head(), torch.randn(3, 8)
+    head(hidden)  # packs the codes
+    with torch.no_grad(), Calls() as without:
+        expected = head(hidden)
+    with Calls() as recorded:
+        logits = head(hidden)
+    assert logits.requires_grad
+    assert "aten::embedding" not in recorded.names
+    assert len(recorded.names) <= len(without.names) + 2
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("cap", [None, 0.3])
+def test_its_gradient_is_that_of_the_decoded_rows(cap):
+    head = residual_head(bias=True)
+    head.logit_cap = cap
+    torch.nn.init.normal_(head.token_bias)
+    hidden, weights = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 30)
+    inputs = [hidden, head.codebook, head.token_bias]
+    logits = head(hidden)
+    assert "LookUp" in type(logits.grad_fn).__name__
+    found = torch.autograd.grad((logits * weights).sum(), inputs)
+    rows = hidden @ head.dense_weight().T
+    rows = rows if cap is None else cap * torch.tanh(rows / cap)
+    expected = torch.autograd.grad(((rows + head.token_bias) * weights).sum(), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    head.codebook.requires_grad_(False)  # as under adapters
+    (ours,) = torch.autograd.grad((head(hidden) * weights).sum(), [hidden])
+    torch.testing.assert_close(ours, expected[0])
+
+
+# ---------------------------------------------------------------------- traced code
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("way", ["export", "trace", "compile"])
+def test_traced_code_gives_the_logits(model, way, with_grad):
+    """They looked at addresses and versions of tensors."""
+    with torch.set_grad_enabled(with_grad):
+        expected = model(input_ids=IDS).logits
+        if way == "export":
+            program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False})
+            logits = program.module()(input_ids=IDS, use_cache=False).logits
+        elif way == "trace":
+            logits = torch.jit.trace(Logits(model), IDS, check_trace=False)(IDS)
+        else:
+            logits = torch.compile(Logits(model), fullgraph=True, backend="eager")(IDS)
+        torch.testing.assert_close(logits, expected)
+
+
+def test_an_exported_program_takes_other_lengths(model):
+    length = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}, "use_cache": None}
+    program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, dynamic_shapes=length)
+    ids = torch.randint(V, (2, 11))
+    logits = program.module()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, model(input_ids=ids).logits)
+
+
+def test_a_copy_and_a_moved_model_are_unpacked_to_be_traced(model):
+    for other in (copy.deepcopy(model).eval(), copy.deepcopy(model).double()):
+        expected = other.double()(input_ids=IDS).logits
+        logits = torch.jit.trace(Logits(other.double()), IDS, check_trace=False)(IDS)
+        torch.testing.assert_close(logits, expected)
+    with pytest.raises(RuntimeError, match=r"Expected a model that has run, or was switched to `eval\(\)`"):
+        TableCache().kept("stages")
+
+
+@pytest.mark.slow
+def test_onnx(model, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(Logits(model), (IDS,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: IDS.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(input_ids=IDS).logits.detach())
+
+
+def test_all_rows_at_once_are_those_of_the_chunks():
+    head = residual_head()
+    for codebooks in (head.codebook, head.codebook.double()):
+        stages = head.stages()
+        assert torch.equal(decode_all_rows(codebooks, stages), decode_rows(codebooks, stages, 30))
+
+
+# ---------------------------------------------------------------------- the output layer, adapters
+
+
+def test_the_output_layer_gives_the_logits(model):
+    output = model.get_output_embeddings()
+    hidden = model.base_model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(output(hidden), model(input_ids=IDS).logits)
+    if is_residual(model):
+        dense = torch.nn.functional.linear(hidden, output.weight, output.bias)
+        torch.testing.assert_close(dense, model(input_ids=IDS).logits)
+        dense.sum().backward()
+        assert model.head.codebook.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_peft_finds_the_layers_of_the_backbone(compact, targets):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(compact)
+    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    names = peft.get_peft_model(model, config).targeted_module_names
+    assert "model.layers.0.self_attn.q_proj" in names
+    assert not [name for name in names if "head" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "packing", "lora"])
+def test_trl(model, compact, way, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    if not is_residual(model):
+        pytest.skip("reads the rows of the output layer, and two levels have none")
+    from peft import LoraConfig
+
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    settings |= {"max_steps": 2, "max_length": 16, "learning_rate": 0.01, "packing": way == "packing"}
+    before = model.head.codebook.detach().clone()
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path), **settings),
+        train_dataset=datasets.Dataset.from_dict({"text": ["word1 word2 word3 word4", "word2 word1"] * 16}),
+        processing_class=AutoTokenizer.from_pretrained(compact),
+        peft_config=LoraConfig(r=2, target_modules="all-linear") if way == "lora" else None,
+    )
+    trainer.train()
+    assert trainer.state.log_history[1]["loss"] < trainer.state.log_history[0]["loss"]
+    assert torch.equal(model.head.codebook, before) == (way == "lora")
+
+
+# ---------------------------------------------------------------------- our own modules
+
+
+BATCH = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def test_a_compact_model_is_trained_further_by_cross_entropy(compact, tmp_path):
+    lm = CausalLM(compact)
+    total, count = lm._loss_sum(BATCH)
+    torch.testing.assert_close(total / count, AutoModelForCausalLM.from_pretrained(compact)(**BATCH).loss)
+    total.backward()
+    assert all(p.grad is not None for p in lm.model.head.parameters())
+    lm.save_pretrained(tmp_path / "saved", tokenizer=tokenizer())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again(input_ids=IDS).logits, lm.model.eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("role", ["large", "expert"])
+def test_a_compact_model_is_fused(compact, original, role):
+    parts = (compact, original, [original]) if role == "large" else (original, original, [compact])
+    decoder = DynamicFusionDecoder(*parts, static_alpha=[1.0])
+    models = [AutoModelForCausalLM.from_pretrained(path)(input_ids=IDS).logits for path in (*parts[:2], parts[2][0])]
+    expected = (models[0] + models[2] - models[1]).log_softmax(-1)
+    torch.testing.assert_close(decoder(IDS).log_softmax(-1), expected)
+
+
+@pytest.mark.parametrize("role", ["pivot", "source"])
+def test_a_compact_model_learns_from_others_and_teaches(compact, original, role, monkeypatch):
+    pivot, source = (compact, original) if role == "pivot" else (original, compact)
+    module = GLDFusionModule(pivot, {"big": source}, top_k=4)
+    monkeypatch.setattr(GLDFusionModule, "log", lambda *_, **__: None)
+    monkeypatch.setattr(GLDFusionModule, "log_dict", lambda *_, **__: None)
+    loss = module.training_step(BATCH, 0)
+    loss.backward()
+    assert all(p.grad is not None for p in module.pivot.get_output_embeddings().parameters())
+    logits = AutoModelForCausalLM.from_pretrained(source)(input_ids=IDS).logits
+    top = module.sources["big"](BATCH, 4, 1.0).top_k
+    expected = logits.log_softmax(-1).topk(4).values
+    torch.testing.assert_close(top.log_probs[0, 0], expected[0, 0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_compact_teacher_is_welcome_and_a_student_is_told_what_to_do(compact, original):
+    losses = DualHeadKD(original, compact).losses(BATCH)
+    assert all(bool(loss.isfinite()) for loss in losses)
+    with pytest.raises(ValueError, match=r"compressed\. Distil into the original model and compress it afterwards"):
+        DualHeadKD(compact, original)
+
+
+def test_what_is_compressed_is_not_compressed_again(compact):
+    with pytest.raises(ValueError, match=r"has a compressed head already\. Train it further with `CausalLM`"):
+        VQLogitsLM(compact, head=HEADS["residual"])
+
+
+def test_the_pipeline_of_transformers(compact):
+    program = f"""
+import lit_logits
+from transformers import pipeline
+print(pipeline("text-generation", {compact!r})("word1 word2", max_new_tokens=3)[0]["generated_text"])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("word1 word2")
