@@ -168,6 +168,7 @@ def test_a_folder_without_a_tokenizer_is_told(original, tmp_path):
     model = compressed(original)
     with pytest.warns(UserWarning, match="The model is saved without a tokenizer"):
         model.save_pretrained(tmp_path / "saved")
+    assert "AutoTokenizer" not in (tmp_path / "saved" / "README.md").read_text()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path / "saved", tokenizer=tokenizer())

@@ -85,10 +85,11 @@ def write_card(
             (folder / "README.md").write_bytes(old.read_bytes())
             name = _ELSEWHERE
             break
-    (folder / name).write_text(_text(model, summary, figures or {}), encoding="utf-8")
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    (folder / name).write_text(_text(model, summary, figures or {}, has_tokenizer), encoding="utf-8")
 
 
-def _text(model: PreTrainedModel, summary: str, figures: Mapping[str, float]) -> str:
+def _text(model: PreTrainedModel, summary: str, figures: Mapping[str, float], has_tokenizer: bool) -> str:
     origin = find_origin(getattr(model.config, "_name_or_path", "") or "")
     head = ["---", "library_name: transformers", "tags: [lit-logits]"]
     head += [f"base_model: {origin.hub_id}"] if origin.hub_id else []
@@ -106,23 +107,22 @@ def _text(model: PreTrainedModel, summary: str, figures: Mapping[str, float]) ->
     body += [f"| {name} | {value} |" for name, value in rows]
     if figures:
         body += ["", "## Measured", "", "| | |", "|---|---:|", *(f"| `{k}` | {v:.6g} |" for k, v in figures.items())]
-    body += ["", "## Load", "", *_loading(model), ""]
+    body += ["", "## Load", "", *_loading(model, has_tokenizer), ""]
     content = "\n".join(body)
     return "\n".join([*head, "---", "", _MARK.format(digest=_digest(content)), "", content])
 
 
-def _loading(model: PreTrainedModel) -> list[str]:
+def _loading(model: PreTrainedModel, has_tokenizer: bool) -> list[str]:
     """Return the lines that load the folder."""
-    is_ours = type(model).__module__.startswith("lit_logits.")
     kind = "AutoModelForCausalLM" if model.can_generate() else type(model).__name__
-    first = [
-        "import lit_logits  # registers the class; or pass trust_remote_code=True below, with lit-logits installed"
-    ]
-    lines = [*(first if is_ours else []), f"from transformers import {kind}", ""]
-    lines += [f'model = {kind}.from_pretrained("path/of/this/folder")']
-    if model.can_generate():
-        lines[-3:-2] = [f"from transformers import {kind}, AutoTokenizer"]
+    names = f"{kind}, AutoTokenizer" if has_tokenizer else kind
+    lines = [f"from transformers import {names}", "", f'model = {kind}.from_pretrained("path/of/this/folder")']
+    if type(model).__module__.startswith("lit_logits."):
+        hint = "registers the class; or pass trust_remote_code=True below, with lit-logits installed"
+        lines = [f"import lit_logits  # {hint}", *lines]
+    if has_tokenizer:
         lines += ['tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")']
+    if has_tokenizer and model.can_generate():
         lines += ['print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"))[0]))']
     return ["```python", *lines, "```"]
 

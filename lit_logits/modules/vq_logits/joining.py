@@ -312,7 +312,7 @@ class VQExport(nn.Module):
         )
         return (
             f"The output layer is a `{type(self.head).__name__}` (`VQLogitsLM`, after VQ-Logits, arXiv 2505.10202)."
-            f"{size} Loss of the training: {loss}."
+            f"{size} The loss that trains it: {loss}."
         )
 
     def save_pretrained(
