@@ -19,14 +19,14 @@ from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.language_models.calls import accepted_inputs, counted_states
 from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
-from lit_logits.modules.language_models.saving import save_model_folder
+from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 
 __all__ = ["CausalLM"]
 
 
-class CausalLM(LightningModule):
+class CausalLM(PushesToHub, LightningModule):
     """A causal language model of transformers, trained by cross-entropy from scratch or from pretrained weights.
 
     Labels of −100 do not count, so that prompts can be masked. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,

@@ -25,7 +25,7 @@ from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.language_models.card import find_origin
-from lit_logits.modules.language_models.saving import save_model_file, save_model_folder
+from lit_logits.modules.language_models.saving import PushesToHub, save_model_file, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 
@@ -42,7 +42,7 @@ class Losses(NamedTuple):
     kd: Tensor | None
 
 
-class DualHeadKD(LightningModule):
+class DualHeadKD(PushesToHub, LightningModule):
     """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
     L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
@@ -376,6 +376,19 @@ class DualHeadKD(LightningModule):
             return save_model_folder(path, self.student, self.card_text, **options)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}
         return save_model_file(path, partial(torch.save, tensors), trainer=self._trainer)
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
+        """Write a transformers student as `export` does, for `from_pretrained`.
+
+        Raises:
+            ValueError: If the student is of another kind, or the folder holds anything but a saved model.
+        """
+        if not isinstance(self.student, PreTrainedModel):
+            raise ValueError(
+                f"Expected a student of transformers for a folder, but got {type(self.student).__name__}. Use"
+                " `export(path)`, which writes a file for `load_state_dict`."
+            )
+        self.export(folder, tokenizer=tokenizer)
 
 
 def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models, PlainCausalLM, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import add_lora
 from lit_logits.modules.language_models.probes import OutputRule
-from lit_logits.modules.language_models.saving import save_model_folder
+from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 
@@ -46,7 +46,7 @@ class GLDLosses(NamedTuple):
     sources: dict[str, SourceTerms]
 
 
-class GLDFusionModule(LightningModule):
+class GLDFusionModule(PushesToHub, LightningModule):
     """A pivot model that learns from frozen source models by graph-on-logits distillation [0].
 
     L = (1 − λ) L_SFT + λ Σ_s ω_s (L_ULD^s + γ L_GLD^s): cross-entropy on the responses, the ℓ1 distance of the sorted

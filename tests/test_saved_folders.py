@@ -6,6 +6,8 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,3 +286,60 @@ def test_a_compact_folder_knows_the_original_of_its_original(original, tmp_path)
 def test_a_part_of_another_module_is_saved_with_a_card(tmp_path):
     fit(tmp_path, [1.0], LM([1.0], tiny(LlamaForCausalLM)), data=Data(tokenizer=tokenizer()))
     assert "LlamaForCausalLM" in (tmp_path / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------- the hub
+
+
+class FakeHub:
+    """Takes what would go to the hub."""
+
+    def __init__(self):
+        self.asked, self.files = [], {}
+
+    def __call__(self, token=None):
+        self.asked.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.asked.append(("create", repo_id, private, exist_ok))
+        return SimpleNamespace(repo_id=f"me/{repo_id.rpartition('/')[2]}")
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.asked.append(("upload", repo_id, commit_message))
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    fake = FakeHub()
+    monkeypatch.setattr("lit_logits.modules.language_models.saving.HfApi", fake)
+    return fake
+
+
+def test_what_is_pushed_is_the_saved_folder(original, tmp_path, hub):
+    model = compressed(original)
+    address = model.push_to_hub("mine", "compact", tokenizer=tokenizer(), private=True, token="secret")
+    assert address == "https://hub/me/mine"
+    assert hub.asked[:2] == [("token", "secret"), ("create", "mine", True, True)]
+    assert hub.asked[2][:2] == ("upload", "me/mine")
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS))
+    assert {"README.md", "tokenizer.json", "modeling_vq_logits.py"} <= hub.files.keys()
+
+
+def test_every_method_pushes_and_nothing_is_uploaded_where_saving_refuses(original, hub):
+    fused = GLDFusionModule(str(original), {"big": plain_lm()}, top_k=4)
+    for model in (CausalLM(str(original)), fused, DualHeadKD(student=tiny())):
+        assert model.push_to_hub("me/mine", tokenizer=tokenizer()) == "https://hub/me/mine"
+        assert {"config.json", "README.md", "model.safetensors"} <= hub.files.keys()
+    hub.asked.clear()
+    with pytest.raises(ValueError, match="Expected a student of transformers for a folder, but got Sequential"):
+        DualHeadKD(student=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))).push_to_hub("me/mine")
+    with pytest.raises(ValueError, match="Expected `head` to be"):
+        compressed(original).push_to_hub("me/mine", head="packed")
+    assert hub.asked == []

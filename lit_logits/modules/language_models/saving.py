@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,9 +19,50 @@ from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
 from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
 
-__all__ = ["describe_training", "measured", "save_model_file", "save_model_folder", "write_model"]
+__all__ = ["PushesToHub", "describe_training", "measured", "save_model_file", "save_model_folder", "write_model"]
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class PushesToHub:
+    """A LightningModule with `save_pretrained` that can send what it saves to the Hugging Face hub."""
+
+    save_pretrained: Callable[..., Any]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *args: Any,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Model saved by lit-logits",
+        **kwargs: Any,
+    ) -> str | None:
+        """Save the model, and upload the folder as one commit; rank zero does.
+
+        Args:
+            repo_id: `user/name` of the repository, which is made if it is not there.
+            *args: of `save_pretrained`, after the folder.
+            private: whether a new repository is private; default that of the account.
+            token: of the hub; default that of `hf auth login`.
+            commit_message: of the commit.
+            **kwargs: of `save_pretrained`.
+
+        Returns:
+            The address of the commit; None on other ranks.
+
+        Raises:
+            ValueError: If `save_pretrained` refuses; nothing is uploaded then.
+        """
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_pretrained(path, *args, **kwargs)
+            if getattr(self, "global_rank", 0) != 0:
+                return None
+            api = HfApi(token=token)
+            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(repo_id=repository, folder_path=path, commit_message=commit_message)
+        return str(commit.commit_url)
 
 
 def save_model_folder(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from lit_logits.contracts import ExportableHead, SizedHead
 from lit_logits.modules.language_models.calls import cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
-from lit_logits.modules.language_models.saving import save_model_folder
+from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.describe import describe_head
 from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsForCausalLM
@@ -274,7 +274,7 @@ def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:
     return residual
 
 
-class VQExport(nn.Module):
+class VQExport(PushesToHub, nn.Module):
     """The half of `VQLogitsLM` that writes it as a model of transformers; the attributes are that module's."""
 
     backbone: PreTrainedModel
