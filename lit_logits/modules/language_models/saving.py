@@ -19,7 +19,15 @@ from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
 from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
 
-__all__ = ["PushesToHub", "describe_training", "measured", "save_model_file", "save_model_folder", "write_model"]
+__all__ = [
+    "PushesToHub",
+    "describe_training",
+    "measured",
+    "save_any_generation_config",
+    "save_model_file",
+    "save_model_folder",
+    "write_model",
+]
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -131,7 +139,7 @@ def write_model(
     """
     if dtype is not None:
         state_dict = _cast(merged_state_dict(model, state_dict), dtype)
-    save_merged(model, folder, state_dict)
+    save_any_generation_config(model, partial(save_merged, model, folder, state_dict), folder)
     has_tokenizer = tokenizer is not None and hasattr(tokenizer, "save_pretrained")
     if has_tokenizer:
         tokenizer.save_pretrained(folder)
@@ -198,11 +206,26 @@ def _cast(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     }
 
 
+def save_any_generation_config(model: PreTrainedModel, save: Callable[[], None], folder: Path) -> None:
+    """Save a model whose generation config transformers may refuse to write, though it has read it.
+
+    Published ones have a `temperature` without `do_sample`. Some versions refuse them, and others only if changed.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return save()
+    model.generation_config = type(config)()
+    try:
+        save()
+    finally:
+        model.generation_config = config
+    (folder / "generation_config.json").write_text(config.to_json_string(), encoding="utf-8")
+
+
 def _write_configs(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None) -> None:
     """Put the tokenizer's ids and the dtype into the configs that `save_pretrained` has written.
 
-    Into the files: transformers refuses to save a generation config that was changed, if it has a `temperature` without
-    `do_sample`, as published ones do.
+    Into the files, so that the model stays as it is.
     """
     for name, config in (("config", model.config), ("generation_config", getattr(model, "generation_config", None))):
         path = folder / f"{name}.json"

@@ -6,6 +6,7 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lit_logits.functional.reductions import Reduction
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
 from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.lora import teach_peft
+from lit_logits.modules.language_models.saving import save_any_generation_config
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
@@ -142,7 +144,8 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write a folder as all models of transformers do, with a card; a README.md of somebody else's is kept."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        save = partial(super().save_pretrained, save_directory, *args, **kwargs)
+        save_any_generation_config(self, save, Path(save_directory))
         if kwargs.get("is_main_process", True):
             write_card(Path(save_directory), self, f"The output layer is a `{type(self.head).__name__}` (lit-logits).")
 
