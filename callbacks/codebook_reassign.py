@@ -4,7 +4,8 @@ Letters: B batch, T sequence, N positions, d hidden size, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from lit_logits.functional.labels import next_token_labels
 
 __all__ = ["CodebookReassign"]
 
-_TOKENS_A_WORD = 160  # 25 gained nothing in the ablation, 75 a little, 160 most
+_TOKENS_A_WORD = 160  # in a sketch 25 gained nothing, 75 a little, 160 most
 
 
 class CodebookReassign(Callback):
@@ -29,8 +30,8 @@ class CodebookReassign(Callback):
     A mapping from co-occurrence is known before training; what the model has learned tells better. The head sums, over
     one reading with the weights as they are, how the loss depends on the vector of each token, and gives the token the
     codes that come nearest to what it asks for; see `functional.reassign_by_loss`. Vectors stay, so the moments of the
-    optimizer stay right. A `HierarchicalVQLogitsHead` keeps its clusters. Right after it the loss is often higher, and
-    a few dozen steps later lower than without: leave time to train. All ranks end with the same codes.
+    optimizer stay right. A `HierarchicalVQLogitsHead` keeps its clusters. Right after it the loss is often higher, so
+    leave time to train. All ranks end with the same codes.
 
     Logs `vq/reassigned`, the share of the tokens that got other codes, and `vq/reassign_gain`, the expected gain in
     nats a token.
@@ -94,10 +95,10 @@ class CodebookReassign(Callback):
             return
         self.last_step = step
         data = data_module(trainer)
-        loader = first_pass(trainer.train_dataloader if data is None else cast(Any, data).train_dataloader())
         for head in find_parts(pl_module, ReassigningHead):
+            loader = first_pass(trainer.train_dataloader if data is None else cast(Any, data).train_dataloader())
             # Loaders of torch draw a seed, which must not change what training draws next.
-            with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+            with torch.random.fork_rng(devices=[]):
                 found = head.reassign(self._positions(trainer, pl_module, loader, head), min_gain=self.min_gain)
             share = found.num_tokens / len(cast(Any, head).token_counts)
             log_scalars(trainer, {"vq/reassigned": share, "vq/reassign_gain": found.gain})
@@ -111,7 +112,11 @@ class CodebookReassign(Callback):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         wanted = self.num_tokens or _TOKENS_A_WORD * len(head.token_counts)
         return read_positions(
-            loader, pl_module, num_tokens=-(-wanted // trainer.world_size), progress_bar=trainer.is_global_zero
+            loader,
+            pl_module,
+            num_tokens=-(-wanted // trainer.world_size),
+            precision=trainer.precision_plugin.forward_context,
+            progress_bar=trainer.is_global_zero,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +130,12 @@ class CodebookReassign(Callback):
 
 @torch.no_grad()
 def read_positions(
-    batches: Iterable[Mapping[str, Tensor]], module: Any, *, num_tokens: int, progress_bar: bool = False
+    batches: Iterable[Mapping[str, Tensor]],
+    module: Any,
+    *,
+    num_tokens: int,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress_bar: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield hidden states (N, d) and the tokens (N,) that follow them, of each batch until `num_tokens` are read.
 
@@ -133,6 +143,7 @@ def read_positions(
         batches: dicts with `input_ids`, `labels` (unshifted) and maybe `attention_mask` and `position_ids`, all (B, T).
         module: see `GivesHiddenStates`; it runs in eval mode.
         num_tokens: how many positions to read, if there are as many; the last batch is read whole.
+        precision: context of the forward alone, such as autocast: what is summed of it is to be exact.
         progress_bar: show one line of progress on a terminal.
     """
     training, read = [part for part in module.modules() if part.training], 0
@@ -140,10 +151,11 @@ def read_positions(
     bar = tqdm(desc="reading for other codes", total=num_tokens, disable=None if progress_bar else True, leave=False)
     try:
         for batch in batches:
-            moved = {name: value.to(module.device) for name, value in batch.items()}
-            labels, mask = next_token_labels(moved["labels"])
-            inputs = {name: moved.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
-            yield module.hidden_states(**inputs)[mask], labels[mask]
+            labels, mask = next_token_labels(batch["labels"].to(module.device))
+            names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
+            with precision():
+                hidden = module.hidden_states(**{name: batch[name].to(module.device) for name in names})
+            yield hidden[mask], labels[mask]
             bar.update(int(mask.sum()))
             read += int(mask.sum())
             if read >= num_tokens:

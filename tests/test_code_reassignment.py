@@ -17,6 +17,7 @@ from lit_logits.contracts import ReassigningHead
 from lit_logits.datamodules import TextDataModule
 from lit_logits.functional import (
     TokenStatistics,
+    code_reassignment,
     hierarchical_token_statistics,
     reassign_by_loss,
     vq_token_statistics,
@@ -199,7 +200,7 @@ def texts(tmp_path_factory):
     return make
 
 
-def run(folder, texts, head=TWO, *, steps=12, callbacks=(), resume=None, save_at=None, dropout=0.0):
+def run(folder, texts, head=TWO, *, steps=12, callbacks=(), resume=None, save_at=None, dropout=0.0, **kwargs):
     L.seed_everything(0, verbose=False)
     model = VQLogitsLM({**LLAMA, "attention_dropout": dropout}, 300, head=head)
     model.head.init = "random"
@@ -213,6 +214,7 @@ def run(folder, texts, head=TWO, *, steps=12, callbacks=(), resume=None, save_at
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*callbacks, *saves],
+        **kwargs,
     )
     trainer.fit(model, texts(), ckpt_path=resume)
     return trainer, model
@@ -227,6 +229,21 @@ def test_codes_change_at_the_steps_and_training_goes_on(head, texts, tmp_path, c
     assert told["vq/reassign_gain"] > 0
     assert callback.last_step == 4  # not at the last step, after which nothing would train
     assert model.training
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("head", [ONE, TWO])
+def test_sums_are_exact_in_other_precisions(head, precision, texts, tmp_path, monkeypatch):
+    """The forward is in the precision of training, the sums over it in float32."""
+    seen = []
+    monkeypatch.setattr(code_reassignment, "all_reduce_sum_", lambda tensor: seen.append(tensor) or tensor)
+    callback = CodebookReassign([2], num_tokens=500, min_gain=0.0)
+    trainer, _ = run(tmp_path, texts, head, steps=4, callbacks=[callback], precision=precision)
+    assert trainer.callback_metrics["vq/reassigned"] > 0
+    assert len(seen) == 6
+    assert all(tensor.dtype == torch.float32 for tensor in seen)
+    mass, counts = seen[1], seen[3]
+    torch.testing.assert_close(mass.sum(), counts.sum(), rtol=1e-3, atol=0)  # probabilities add up to one
 
 
 def test_reading_changes_nothing_else(texts, tmp_path):
