@@ -3,11 +3,10 @@
 Letters: d hidden size, V vocabulary, K clusters, S stages.
 """
 
-import contextlib
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_logits.functional.bit_packing import pack_codes, unpack_codes
 from lit_logits.functional.hierarchical_vq import (
@@ -20,12 +19,12 @@ from lit_logits.functional.hierarchical_vq import (
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
-from lit_logits.modules.vq_logits.tables import TableCache, is_traced
+from lit_logits.modules.vq_logits.tables import PackedMapping, TableCache, is_traced
 
 __all__ = ["PackedHierarchicalVQLogitsHead"]
 
 
-class PackedHierarchicalVQLogitsHead(nn.Module):
+class PackedHierarchicalVQLogitsHead(PackedMapping):
     """A `HierarchicalVQLogitsHead` without what only its training needs: the mapping is packed, and nothing is counted.
 
     Args:
@@ -85,23 +84,7 @@ class PackedHierarchicalVQLogitsHead(nn.Module):
             return cast(ClusterLayout, self._tables.kept("layout"))
         return cast(ClusterLayout, self._tables.get("layout", [self.packed_codes], self._unpack))
 
-    def train(self, mode: bool = True) -> "PackedHierarchicalVQLogitsHead":
-        """Switch between training and evaluation; for the latter the mapping is unpacked, as traced code needs it."""
-        super().train(mode)
-        self._unpack_to_trace()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedHierarchicalVQLogitsHead":
-        """Follow to devices and dtypes, with the mapping unpacked there."""
-        super()._apply(fn, recurse)
-        self._tables.clear()
-        self._unpack_to_trace()
-        return self
-
-    def _unpack_to_trace(self) -> None:
-        if not self.training and self.packed_codes.device.type != "meta":
-            with contextlib.suppress(ValueError):  # a damaged mapping is told where it is used
-                self.layout()
+    _unpacked = layout
 
     def _unpack(self) -> ClusterLayout:
         num_clusters, *stage_sizes = self.codebook_sizes

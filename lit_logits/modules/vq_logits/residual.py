@@ -3,7 +3,6 @@
 Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
-import contextlib
 from typing import Any, Literal, cast
 
 import torch
@@ -33,7 +32,7 @@ from lit_logits.functional.residual_vq import (
 )
 from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
-from lit_logits.modules.vq_logits.tables import TableCache, is_traced
+from lit_logits.modules.vq_logits.tables import PackedMapping, TableCache, is_traced
 
 __all__ = ["ResidualVQLogitsHead"]
 
@@ -43,7 +42,7 @@ _INIT_STD = 0.02
 _MAX_LOOKUPS = 256
 
 
-class ResidualVQLogitsHead(nn.Module):
+class ResidualVQLogitsHead(PackedMapping):
     """Output layer whose rows are sums of codes: one from each of G groups, in one or more residual stages.
 
         W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
@@ -246,21 +245,10 @@ class ResidualVQLogitsHead(nn.Module):
         mapping stays unpacked, as no optimizer writes to it: code that is traced needs it.
         """
         self._tables.clear(but="stages")
-        super().train(mode)
-        self._unpack_to_trace()
-        return self
+        return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ResidualVQLogitsHead":
-        """Follow to devices and dtypes, with the mapping unpacked there."""
-        super()._apply(fn, recurse)
-        self._tables.clear()
-        self._unpack_to_trace()
-        return self
-
-    def _unpack_to_trace(self) -> None:
-        if not self.training and self.packed_codes.device.type != "meta":
-            with contextlib.suppress(ValueError):  # a damaged mapping is told where it is used
-                self.stages()
+    def _unpacked(self) -> object:
+        return self.stages()
 
     # ------------------------------------------------------------------ the mapping
 

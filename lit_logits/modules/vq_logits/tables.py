@@ -1,14 +1,16 @@
-"""A cache of the tables that decoding makes from mapping and bias, valid until these change."""
+"""A cache of the tables that decoding makes from mapping and bias, valid until these change; a packed mapping in it."""
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["TableCache", "is_traced"]
+__all__ = ["PackedMapping", "TableCache", "is_traced"]
 
 _MAX_TABLES = 8
+_Head = TypeVar("_Head", bound="PackedMapping")
 
 
 class TableCache:
@@ -64,6 +66,39 @@ class TableCache:
 
     def __deepcopy__(self, memo: Any) -> "TableCache":
         return TableCache()
+
+
+class PackedMapping(nn.Module):
+    """A head with a packed mapping, which is unpacked whenever it evaluates: code that is traced needs it."""
+
+    packed_codes: Tensor
+    _tables: TableCache
+
+    def _unpacked(self) -> object:
+        """Return the mapping as tables, which are kept.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        raise NotImplementedError
+
+    def train(self: _Head, mode: bool = True) -> _Head:
+        """Switch between training and evaluation; for the latter the mapping is unpacked."""
+        super().train(mode)
+        self._unpack_to_trace()
+        return self
+
+    def _apply(self: _Head, fn: Any, recurse: bool = True) -> _Head:
+        """Follow to devices and dtypes, with the mapping unpacked there."""
+        super()._apply(fn, recurse)
+        self._tables.clear()
+        self._unpack_to_trace()
+        return self
+
+    def _unpack_to_trace(self) -> None:
+        if not self.training and self.packed_codes.device.type != "meta":
+            with contextlib.suppress(ValueError):  # a damaged mapping is told where it is used
+                self._unpacked()
 
 
 def is_traced() -> bool:
