@@ -665,7 +665,7 @@ from lit_logits.callbacks import CodebookReassign, CodebookReinit
 from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead
 
 torch.set_num_threads(1)
-devices, kwargs, folder = int(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
+devices, cases, folder = int(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
 rank = int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -674,65 +674,67 @@ def batches(data, batch_size):
     return DataLoader(data, batch_size=batch_size // devices, sampler=sampler)
 
 
-residual = kwargs.pop("residual", None)
-if residual is not None:
-    kwargs["head"] = partial(ResidualVQLogitsHead, codebook_size=8, **residual)
-hierarchical = kwargs.pop("hierarchical", None)
-if hierarchical is not None:
-    kwargs["head"] = partial(HierarchicalVQLogitsHead, **hierarchical)
-model = make_model(
-    {backbone!r},
-    calibration_batches=2,
-    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
-    **kwargs,
-)
-torch.manual_seed(rank)  # ranks must agree although they are seeded differently
-trainer = make_trainer(
-    folder,
-    devices=devices,
-    strategy="ddp" if devices == 2 else "auto",
-    max_epochs=2,
-    callbacks=[
-        *([] if residual is not None else [CodebookReinit(every_n_steps=3, min_usage=0.5)]),
-        *([] if hierarchical is None else [CodebookReassign([4], min_gain=0.1)]),
-    ],
-    use_distributed_sampler=False,
-)
-trainer.fit(model, batches(rows(32), 8), batches(rows(12, seed=1, ragged=True), 4))
-metrics = {{name: value.item() for name, value in trainer.callback_metrics.items()}}
-torch.save((model.state_dict(), metrics), f"{{folder}}/{{devices}}-{{trainer.global_rank}}.pt")
+for case, kwargs in cases.items():
+    residual, hierarchical = kwargs.pop("residual", None), kwargs.pop("hierarchical", None)
+    if residual is not None:
+        kwargs["head"] = partial(ResidualVQLogitsHead, codebook_size=8, **residual)
+    if hierarchical is not None:
+        kwargs["head"] = partial(HierarchicalVQLogitsHead, **hierarchical)
+    model = make_model(
+        {backbone!r},
+        calibration_batches=2,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+        **kwargs,
+    )
+    torch.manual_seed(rank)  # ranks must agree although they are seeded differently
+    trainer = make_trainer(
+        folder,
+        devices=devices,
+        strategy="ddp" if devices == 2 else "auto",
+        max_epochs=2,
+        callbacks=[
+            *([] if residual is not None else [CodebookReinit(every_n_steps=3, min_usage=0.5)]),
+            *([] if hierarchical is None else [CodebookReassign([4], min_gain=0.1)]),
+        ],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(model, batches(rows(32), 8), batches(rows(12, seed=1, ragged=True), 4))
+    metrics = {{name: value.item() for name, value in trainer.callback_metrics.items()}}
+    torch.save((model.state_dict(), metrics), f"{{folder}}/{{case}}-{{devices}}-{{trainer.global_rank}}.pt")
 os._exit(0)  # threads of gloo that outlive the interpreter abort it now and then; Lightning leaves the group open
 """
 
 
+CASES: dict[str, dict] = {
+    "learned": {"mapping": "learned", "codebook_size": 20},
+    "ema": {"mapping": "learned", "codebook_update": "ema", "codebook_size": 20},
+    "reassigned": {"mapping": "reassigned", "codebook_size": 20, "init": "kmeans"},
+    "residual": {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": True}, "kd_weight": 0.7},
+    "fisher": {
+        "residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "token_weights": "fisher"},
+        "kd_weight": 0.7,
+    },
+    "hierarchical": {"hierarchical": {"codebook_sizes": (12, 6, 6)}, "kd_weight": 0.3},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"mapping": "learned", "codebook_size": 20},
-        {"mapping": "learned", "codebook_update": "ema", "codebook_size": 20},
-        {"mapping": "reassigned", "codebook_size": 20, "init": "kmeans"},
-        {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "bias": True}, "kd_weight": 0.7},
-        {"residual": {"num_groups": 4, "num_stages": {20: 2, 61: 1}, "token_weights": "fisher"}, "kd_weight": 0.7},
-        {"hierarchical": {"codebook_sizes": (12, 6, 6)}, "kd_weight": 0.3},
-    ],
-    ids=["learned", "ema", "reassigned", "residual", "fisher", "hierarchical"],
-)
-def test_two_processes_equal_one(kwargs, tmp_path):
+def test_two_processes_equal_one(tmp_path):
     """Same global batches: calibration, weighted k-means, revivals and the learned mapping agree, and so do ranks."""
     pretrained("untied", tmp_path / "model")
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), backbone=str(tmp_path / "model")))
     for devices in (1, 2):
-        command = [sys.executable, str(script), str(devices), repr(kwargs), str(tmp_path)]
+        command = [sys.executable, str(script), str(devices), repr(CASES), str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for name in one[0]:
-        assert torch.equal(first[0][name], second[0][name]), name
-        torch.testing.assert_close(one[0][name], first[0][name], rtol=1e-3, atol=1e-5, msg=name)
-    names = {"vq/reinit", "vq/reassigned", "vq/reassign_gain", "val/loss", "val/ppl", "val/kl", "val/ppl_ratio"}
-    if "hierarchical" in kwargs:
-        assert one[1]["vq/reassigned"] > 0
-    for name in names & one[1].keys():  # the targets of the two ranks differ in number
-        assert first[1][name] == second[1][name] == pytest.approx(one[1][name], rel=1e-4), name
+    for case in CASES:
+        one, first, second = (torch.load(tmp_path / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+        for name in one[0]:
+            assert torch.equal(first[0][name], second[0][name]), (case, name)
+            torch.testing.assert_close(one[0][name], first[0][name], rtol=1e-3, atol=1e-5, msg=f"{case}: {name}")
+        names = {"vq/reinit", "vq/reassigned", "vq/reassign_gain", "val/loss", "val/ppl", "val/kl", "val/ppl_ratio"}
+        if case == "hierarchical":
+            assert one[1]["vq/reassigned"] > 0
+        for name in names & one[1].keys():  # the targets of the two ranks differ in number
+            assert first[1][name] == second[1][name] == pytest.approx(one[1][name], rel=1e-4), (case, name)
