@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
-from lit_logits.functional.residual_vq import decode_all_rows, decode_rows
+from lit_logits.functional.residual_rows import decode_all_rows, decode_rows
 from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead
 from lit_logits.modules.vq_logits.tables import TableCache
 

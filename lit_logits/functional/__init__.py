@@ -177,15 +177,13 @@ from lit_logits.functional.residual_codes import (
     fit_residual_codes,
     metric_matrix,
 )
+from lit_logits.functional.residual_rows import StageCodes, decode_rows, decode_token_rows, stage_codes, stage_places
 from lit_logits.functional.residual_vq import (
     DenseTarget,
     ResidualVQLosses,
-    StageCodes,
-    decode_rows,
     residual_vq_greedy,
     residual_vq_logits,
     residual_vq_losses,
-    stage_codes,
 )
 from lit_logits.functional.task_arithmetic import (
     add_task_vectors,
@@ -289,6 +287,7 @@ __all__ = [
     "count_pairs",
     "dead_codes",
     "decode_rows",
+    "decode_token_rows",
     "edge_gw_bound",
     "expert_divergences",
     "fit_residual_codes",
@@ -351,6 +350,7 @@ __all__ = [
     "sorted_gw_bound",
     "split_heavy_codes",
     "stage_codes",
+    "stage_places",
     "stages_by_rank",
     "stages_for_bytes",
     "straight_through_vq_cross_entropy",

@@ -1,4 +1,4 @@
-"""Residual product codes: a token's row of the output layer is a sum over stages of one code from each group.
+"""Residual product codes as an output layer: logits, greedy tokens and losses of rows that are decoded by the chunk.
 
     W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
 
@@ -9,7 +9,7 @@ Letters: N tokens, d hidden size, V vocabulary, K codes, G groups of width d/G, 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +19,18 @@ from torch.autograd.function import once_differentiable
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import soft_cap
+from lit_logits.functional.residual_rows import StageCodes, codes_of_range, decode_rows
 
 __all__ = [
     "DenseTarget",
     "ResidualVQLosses",
-    "StageCodes",
     "check_target",
-    "decode_rows",
     "residual_vq_greedy",
     "residual_vq_logits",
     "residual_vq_losses",
-    "stage_codes",
 ]
 
 _CHUNK_ELEMENTS = 1 << 22  # logits a chunk: 16 MiB in float32
-
-
-class StageCodes(NamedTuple):
-    """Mapping of one stage.
-
-    Attributes:
-        members: (n,) int64 tokens that own the stage, rising; None where all of them do.
-        codes: (n, G) of any integer dtype, in [0, K).
-    """
-
-    members: Tensor | None
-    codes: Tensor
 
 
 class DenseTarget(NamedTuple):
@@ -75,90 +61,6 @@ class ResidualVQLosses(NamedTuple):
     cross_entropy: Tensor
     divergence: Tensor
     target_cross_entropy: Tensor
-
-
-def stage_codes(token_stages: Tensor, codes: Tensor, num_groups: int) -> list[StageCodes]:
-    """Cut the codes of all stages, stored one after the other, into stages.
-
-    Args:
-        token_stages: (V,) integer number of stages that each token owns, at least 1.
-        codes: (Σ_v S_v · G,) of any integer dtype: stage after stage, in each the tokens that own it in rising order.
-        num_groups: G.
-
-    Example:
-        >>> first, second = stage_codes(torch.tensor([1, 2, 1]), torch.arange(8), num_groups=2)
-        >>> second
-        StageCodes(members=tensor([1]), codes=tensor([[6, 7]]))
-    """
-    stages, start = [], 0
-    for stage in range(int(token_stages.max())):
-        members = (token_stages > stage).nonzero().squeeze(1)
-        end = start + members.numel() * num_groups
-        whole = members.numel() == token_stages.numel()
-        stages.append(StageCodes(None if whole else members, codes[start:end].view(-1, num_groups)))
-        start = end
-    return stages
-
-
-def decode_rows(
-    codebooks: Tensor, stages: list[StageCodes], vocab_size: int, start: int = 0, end: int | None = None
-) -> Tensor:
-    """Decode rows [start, end) of the dense (V, d) layer that gives the same logits.
-
-    Args:
-        codebooks: (S, G, K, d/G).
-        stages: S of them, the first of all tokens.
-        vocab_size: V.
-        start: first token.
-        end: one past the last token; default V.
-
-    Returns:
-        (end − start, d), differentiable in the codebooks.
-
-    Example:
-        >>> codebooks = torch.tensor([[[[1.0], [2.0]]], [[[0.5], [0.0]]]])  # two stages, one group, two codes
-        >>> stages = [StageCodes(None, torch.tensor([[0], [1]])), StageCodes(torch.tensor([1]), torch.tensor([[0]]))]
-        >>> decode_rows(codebooks, stages, vocab_size=2)
-        tensor([[1.0000],
-                [2.5000]])
-    """
-    end = vocab_size if end is None else end
-    rows: Tensor | None = None
-    for stage, where, index in _chunk_codes(codebooks, stages, start, end):
-        part = F.embedding(index, codebooks[stage].flatten(0, 1)).flatten(1)
-        if where is None:
-            rows = part if rows is None else rows + part
-        else:
-            rows = cast(Tensor, rows).index_add(0, where, part)
-    return cast(Tensor, rows)
-
-
-def decode_all_rows(codebooks: Tensor, stages: list[StageCodes]) -> Tensor:
-    """Decode the dense (V, d) layer at once, by operations whose shapes do not depend on values.
-
-    Equal to `decode_rows`; for code that is traced, which cannot look at the codes.
-
-    Args:
-        codebooks: (S, G, K, d/G).
-        stages: up to S of them, the first of all tokens.
-
-    Example:
-        >>> codebooks = torch.tensor([[[[1.0], [2.0]]], [[[0.5], [0.0]]]])  # two stages, one group, two codes
-        >>> stages = [StageCodes(None, torch.tensor([[0], [1]])), StageCodes(torch.tensor([1]), torch.tensor([[0]]))]
-        >>> decode_all_rows(codebooks, stages)
-        tensor([[1.0000],
-                [2.5000]])
-    """
-    num_groups, codebook_size = codebooks.shape[1:3]
-    first_entry = torch.arange(num_groups, device=codebooks.device) * codebook_size  # of each codebook
-    first, *others = (
-        F.embedding(codes.long() + first_entry, codebooks[stage].flatten(0, 1)).flatten(1)
-        for stage, (_, codes) in enumerate(stages)
-    )
-    rows = first
-    for part, (members, _) in zip(others, stages[1:], strict=True):
-        rows = rows + part if members is None else rows.index_add(0, members, part)
-    return rows
 
 
 def residual_vq_logits(
@@ -370,7 +272,7 @@ class _Losses(torch.autograd.Function):
                 grad_hidden += narrow @ rows
             if wants_rows:
                 grad_rows = (narrow.T @ walk.hidden).to(walk.sum_dtype)
-                for stage, where, index in _chunk_codes(codebooks, ctx.stages, start, end):
+                for stage, where, index in codes_of_range(codebooks, ctx.stages, start, end):
                     part = grad_rows if where is None else grad_rows[where]
                     flat = grad_codebooks[stage].view(-1, codebooks.shape[3])
                     flat.index_add_(0, index.flatten(), part.reshape(-1, codebooks.shape[3]))
@@ -443,21 +345,6 @@ def _chunks(vocab_size: int, width: int) -> Iterator[tuple[int, int]]:
     size = max(1, _CHUNK_ELEMENTS // max(1, width))
     for start in range(0, vocab_size, size):
         yield start, min(start + size, vocab_size)
-
-
-def _chunk_codes(
-    codebooks: Tensor, stages: list[StageCodes], start: int, end: int
-) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-    """Yield for each stage that tokens of [start, end) own its number, which of them, and rows (n, G) of (G·K, d/G)."""
-    num_groups, codebook_size = codebooks.shape[1:3]
-    offsets = torch.arange(num_groups, device=codebooks.device) * codebook_size
-    for stage, (members, codes) in enumerate(stages):
-        if members is None:
-            yield stage, None, codes[start:end].long() + offsets
-            continue
-        low, high = torch.searchsorted(members, torch.tensor([start, end], device=members.device)).tolist()
-        if high > low:
-            yield stage, members[low:high] - start, codes[low:high].long() + offsets
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -21,7 +21,8 @@ from lit_logits.functional.codebook import (
 )
 from lit_logits.functional.reductions import Reduction, at_least_float32
 from lit_logits.functional.residual_codes import MetricKind
-from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, StageCodes, residual_vq_losses
+from lit_logits.functional.residual_rows import StageCodes
+from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, residual_vq_losses
 from lit_logits.functional.vq_decoding import (
     GreedyTables,
     SamplingTables,

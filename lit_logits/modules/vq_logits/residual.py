@@ -11,38 +11,31 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_logits.contracts import Calibrate, OutputLayer
-from lit_logits.functional.bit_packing import code_bits, pack_bits, unpack_bits
 from lit_logits.functional.checks import check_finite, check_not_negative
-from lit_logits.functional.code_tiers import stages_by_rank
 from lit_logits.functional.codebook import Footprint
-from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.lookup.lookup import LookupLayout, lookup_greedy, lookup_layout, packed_lookup_logits
 from lit_logits.functional.reductions import Reduction, reduce_tokens, soft_cap
 from lit_logits.functional.residual_codes import MetricKind
+from lit_logits.functional.residual_rows import decode_all_rows
 from lit_logits.functional.residual_vq import (
     DenseTarget,
     ResidualVQLosses,
-    StageCodes,
-    decode_all_rows,
-    decode_rows,
     residual_vq_greedy,
     residual_vq_logits,
     residual_vq_losses,
-    stage_codes,
 )
 from lit_logits.functional.vq_decoding import sample_logits
-from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
-from lit_logits.modules.vq_logits.tables import PackedMapping, TableCache, is_traced
+from lit_logits.modules.vq_logits.coded_rows import CodedRows
+from lit_logits.modules.vq_logits.tables import is_traced
 
 __all__ = ["ResidualVQLogitsHead"]
 
-_INIT_STD = 0.02
 # Hidden states; a look-up costs the same for each of them, while decoding the codes to rows is paid once. With more of
 # them a matrix product is faster.
 _MAX_LOOKUPS = 256
 
 
-class ResidualVQLogitsHead(PackedMapping):
+class ResidualVQLogitsHead(CodedRows):
     """Output layer whose rows are sums of codes: one from each of G groups, in one or more residual stages.
 
         W_v = Σ_{s < S_v} [C_{s,0}[M_{s,0}(v)], …, C_{s,G−1}[M_{s,G−1}(v)]]      z_v = ⟨h, W_v⟩ + b_v
@@ -84,10 +77,6 @@ class ResidualVQLogitsHead(PackedMapping):
         (torch.Size([2, 100]), (2, 4, 16, 2))
     """
 
-    codebook: nn.Parameter
-    packed_codes: Tensor
-    packed_stages: Tensor
-
     def __init__(
         self,
         hidden_size: int,
@@ -104,40 +93,23 @@ class ResidualVQLogitsHead(PackedMapping):
         count_power: float = 0.75,
         num_sweeps: int = 2,
     ) -> None:
-        super().__init__()
-        check_codebook_size(codebook_size, vocab_size)
-        if num_groups < 1 or hidden_size % num_groups:
-            raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
+        super().__init__(
+            hidden_size,
+            vocab_size,
+            codebook_size,
+            num_groups=num_groups,
+            num_stages=num_stages,
+            byte_budget=byte_budget,
+            token_stages=token_stages,
+            metric=metric,
+            num_sweeps=num_sweeps,
+        )
         if token_weights not in ("counts", "fisher"):
             raise ValueError(f"Expected `token_weights` to be 'counts' or 'fisher', but got {token_weights!r}.")
-        check_not_negative(count_power=count_power, num_sweeps=num_sweeps)
-        planned = default_stages(num_stages, byte_budget)
-        if token_stages is None:
-            stages = stages_by_rank(torch.ones(vocab_size, device="cpu"), planned)
-        elif isinstance(token_stages, Tensor):
-            stages = token_stages
-        else:
-            stages = torch.full((vocab_size,), token_stages, device="cpu")
-        _check_stages(stages, vocab_size)
-        self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
-        self.num_groups = num_groups
-        self.planned_stages, self.byte_budget = planned, byte_budget
-        self.metric, self.token_weights, self.count_power = metric, token_weights, count_power
-        self.num_sweeps = num_sweeps
-        self.num_stages = num_stages if isinstance(num_stages, int) else int(stages.max())
-        if self.num_stages < int(stages.max()):
-            raise ValueError(
-                f"Expected `num_stages` to be at least {int(stages.max())}, the most of a token, but got {num_stages}."
-            )
-        shape = self.num_stages, num_groups, codebook_size, hidden_size // num_groups
-        self.codebook = nn.Parameter(torch.randn(shape) * _INIT_STD)
+        check_not_negative(count_power=count_power)
+        self.token_weights, self.count_power = token_weights, count_power
         self.token_bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
         self.logit_cap: float | None = None
-        codes = torch.randint(codebook_size, (int(stages.sum()) * num_groups,))
-        self.register_buffer("packed_codes", pack_bits(codes, code_bits(codebook_size)))
-        self.register_buffer("packed_stages", self._pack_stages(stages))
-        self._tables = TableCache()
-        self.register_load_state_dict_pre_hook(_take_over_sizes)
 
     # ------------------------------------------------------------------ logits and loss
 
@@ -238,96 +210,34 @@ class ResidualVQLogitsHead(PackedMapping):
         bias = None if without else cast(Tensor, self.token_bias).detach()
         return lookup_layout(codebook, [stage.codes for stage in stages], [stage.members for stage in stages], bias)
 
-    def train(self, mode: bool = True) -> "ResidualVQLogitsHead":
-        """Switch between training and evaluation, and forget what was unpacked.
-
-        Writing through `.data`, as some optimizers do, does not change a tensor's version, which the cache goes by. The
-        mapping stays unpacked, as no optimizer writes to it: code that is traced needs it.
-        """
-        self._tables.clear(but="stages")
-        return super().train(mode)
-
-    def _unpacked(self) -> object:
-        return self.stages()
-
-    # ------------------------------------------------------------------ the mapping
-
-    def token_stages(self) -> Tensor:
-        """Return the number of stages S_v (V,) int64 that each token owns."""
-        if self.packed_stages.numel() == 0:
-            return torch.full((self.vocab_size,), self.num_stages, device=self.packed_codes.device)
-        return unpack_bits(self.packed_stages, code_bits(self.num_stages), self.vocab_size).long() + 1
-
-    def stages(self) -> list[StageCodes]:
-        """Return the mapping, unpacked; it is kept until the buffers are written to."""
-        if is_traced():
-            return self._tables.kept("stages")
-        return self._tables.get("stages", (self.packed_codes, self.packed_stages), self._unpack)
-
-    def _unpack(self) -> list[StageCodes]:
-        stages = self.token_stages()
-        bits, count = code_bits(self.codebook_size), int(stages.sum()) * self.num_groups
-        if int(stages.max()) > self.num_stages or self.packed_codes.numel() != -(-count * bits // 8):
-            raise ValueError(
-                f"Expected {-(-count * bits // 8):,} bytes of codes in {self.num_stages} stages, but got"
-                f" {self.packed_codes.numel():,} in {int(stages.max())}: the mapping is cut off or another head's."
-            )
-        codes = unpack_bits(self.packed_codes, bits, count)
-        if int(codes.max()) >= self.codebook_size:
-            raise ValueError(
-                f"Expected codes in [0, {self.codebook_size}), but the largest is {int(codes.max())}: the mapping is"
-                " damaged or another head's."
-            )
-        return stage_codes(stages, codes, self.num_groups)
-
-    def _pack_stages(self, stages: Tensor) -> Tensor:
-        if bool((stages == self.num_stages).all()):
-            return torch.empty(0, dtype=torch.uint8, device=stages.device)
-        return pack_bits(stages - 1, code_bits(self.num_stages))
+    # ------------------------------------------------------------------ start
 
     @torch.no_grad()
     def set_codes(
         self, codebook: Tensor, codes: Tensor, token_stages: Tensor, *, token_bias: Tensor | None = None
     ) -> None:
-        """Replace codes, on this rank only.
+        """Replace codes, on this rank only; arguments as in `CodedRows.set_codes`.
 
         Args:
-            codebook: (S, G, K, d/G); last stages that are missing become zero.
-            codes: (Σ_v S_v · G,) integers in [0, K), as `fit_residual_codes` gives them.
-            token_stages: (V,) S_v in [1, S], which may differ from those before.
+            codebook: (S, G, K, d/G).
+            codes: (Σ_v S_v · G,).
+            token_stages: (V,).
             token_bias: (V,) in nats; None leaves it as it is.
 
         Raises:
             ValueError: If a shape differs, a code is out of range or a value is not finite; nothing is written then.
         """
-        _check_stages(token_stages, self.vocab_size)
-        count = int(token_stages.sum()) * self.num_groups
-        missing = self.num_stages - codebook.shape[0]
-        if missing > 0:
-            codebook = torch.cat([codebook, codebook.new_zeros(missing, *codebook.shape[1:])])
-        given = [("codebook", codebook, tuple(self.codebook.shape)), ("codes", codes, (count,))]
-        given += [] if token_bias is None else [("token_bias", token_bias, (self.vocab_size,))]
-        for name, value, shape in given:
-            if tuple(value.shape) != shape:
-                raise ValueError(f"Expected `{name}` to have shape {shape}, but got {tuple(value.shape)}.")
-            if value.is_floating_point():
-                check_finite(value, name)
-        if int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size or int(token_stages.max()) > self.num_stages:
-            raise ValueError(
-                f"Expected codes in [0, {self.codebook_size}) and up to {self.num_stages} stages, but got"
-                f" [{int(codes.min())}, {int(codes.max())}] and {int(token_stages.max())}."
-            )
-        if token_bias is not None and self.token_bias is None:
-            raise ValueError("Expected `bias=True` for a token bias, but this head has none.")
-        device = self.codebook.device
-        self.codebook.copy_(codebook)
-        self.packed_codes = pack_bits(codes, code_bits(self.codebook_size)).to(device)
-        self.packed_stages = self._pack_stages(token_stages).to(device)
+        if token_bias is not None:
+            if self.token_bias is None:
+                raise ValueError("Expected `bias=True` for a token bias, but this head has none.")
+            if token_bias.shape != self.token_bias.shape:
+                raise ValueError(
+                    f"Expected `token_bias` to have shape ({self.vocab_size},), but got {tuple(token_bias.shape)}."
+                )
+            check_finite(token_bias, "token_bias")
+        super().set_codes(codebook, codes, token_stages)
         if token_bias is not None and self.token_bias is not None:
             self.token_bias.copy_(token_bias)
-        self._tables.clear()
-
-    # ------------------------------------------------------------------ start
 
     def prepare(self, layer: OutputLayer, table: nn.Embedding) -> bool:
         """Refuse a model of random weights, as there is nothing to fit to; return False. See `StartingHead`."""
@@ -346,31 +256,13 @@ class ResidualVQLogitsHead(PackedMapping):
                 " Make a new module to start again."
             )
         calibration = calibrate(second_moment=True, information=self.token_weights == "fisher")
-        device, count_power = self.codebook.device, self.count_power
-        weights, moment = calibration.token_counts, calibration.hidden_second_moment
+        weights, moment, power = calibration.token_counts, calibration.hidden_second_moment, self.count_power
         if calibration.token_information is not None:  # already what an error costs, so its exponent is 1
-            weights, moment, count_power = calibration.token_information, calibration.informed_second_moment, 1.0
-        fit = fit_output_layer(
-            layer.weight.to(device),
-            codebook_size=self.codebook_size,
-            num_groups=self.num_groups,
-            num_stages=self.planned_stages,
-            byte_budget=self.byte_budget,
-            keep_stages=True,  # the optimizer holds the codebooks of all stages, whether tokens own them or not
-            token_counts=weights,
-            hidden_second_moment=moment,
-            metric=self.metric,
-            count_power=count_power,
-            num_sweeps=self.num_sweeps,
-            generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
-            progress_bar=progress_bar,
-        )
-        bias = None if self.token_bias is None else layer.bias
-        self.set_codes(fit.codebooks, fit.codes, fit.token_stages, token_bias=bias)
-        # Codes may differ by seed or by rounding. The tiers, which give the buffers their sizes, do not: they follow
-        # from counts that are summed over ranks.
-        broadcast_(*(tensor for tensor in self.state_dict().values() if tensor.numel()))
-        self.train(self.training)  # forgets what was unpacked of this rank's codes
+            weights, moment, power = calibration.token_information, calibration.informed_second_moment, 1.0
+        if self.token_bias is not None and layer.bias is not None:
+            with torch.no_grad():
+                self.token_bias.copy_(layer.bias)
+        self.fit(layer.weight, token_weights=weights, second_moment=moment, power=power, progress_bar=progress_bar)
 
     @property
     def can_imitate(self) -> bool:
@@ -379,23 +271,15 @@ class ResidualVQLogitsHead(PackedMapping):
 
     # ------------------------------------------------------------------ inspection
 
-    def dense_weight(self) -> Tensor:
-        """Return the rows W_v of the dense (V, d) layer that gives the same logits, bias aside."""
-        return decode_rows(self.codebook, self.stages(), self.vocab_size)
-
     def footprint(self) -> Footprint:
         """Return parameters and bytes as stored, and those of the dense head in the same dtype."""
-        parameters = self.codebook.numel() + (0 if self.token_bias is None else self.token_bias.numel())
-        itemsize, dense = self.codebook.dtype.itemsize, self.vocab_size * self.hidden_size
-        mapping = self.packed_codes.numel() + self.packed_stages.numel()
-        return Footprint(parameters, parameters * itemsize + mapping, dense, dense * itemsize)
+        rows, bias = super().footprint(), 0 if self.token_bias is None else self.token_bias.numel()
+        taken = rows.bytes + bias * self.codebook.dtype.itemsize
+        return rows._replace(parameters=rows.parameters + bias, bytes=taken)
 
     def extra_repr(self) -> str:
         """Return the settings that `print(module)` shows."""
-        return (
-            f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
-            f" num_groups={self.num_groups}, num_stages={self.num_stages}, bias={self.token_bias is not None}"
-        )
+        return f"{super().extra_repr()}, bias={self.token_bias is not None}"
 
 
 class _LookUp(torch.autograd.Function):
@@ -421,26 +305,3 @@ class _LookUp(torch.autograd.Function):
             logits = ctx.head._decoded_logits(*given)
         found = iter(torch.autograd.grad(logits, wanted, grad))
         return *(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None
-
-
-def _check_stages(stages: Tensor, vocab_size: int) -> None:
-    if stages.shape != (vocab_size,) or int(stages.min()) < 1:
-        raise ValueError(
-            f"Expected `token_stages` to be at least 1 for each of {vocab_size} tokens, but got shape"
-            f" {tuple(stages.shape)} and minimum {int(stages.min()) if stages.numel() else None}."
-        )
-
-
-def _take_over_sizes(module: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Give the mapping the sizes of the checkpoint, whose tiers may differ; refuse another vocabulary or codebook."""
-    module._tables.clear()
-    codebook = state_dict.get(prefix + "codebook")
-    if codebook is not None and codebook.shape != module.codebook.shape:
-        raise ValueError(
-            f"Expected a checkpoint with codebooks (stages, groups, codes, width) {tuple(module.codebook.shape)}, but"
-            f" this one has {tuple(codebook.shape)}. Use the arguments that it was trained with."
-        )
-    for name in ("packed_codes", "packed_stages"):
-        loaded, own = state_dict.get(prefix + name), getattr(module, name)
-        if loaded is not None and loaded.shape != own.shape:
-            setattr(module, name, own.new_empty(loaded.shape))
