@@ -28,19 +28,29 @@ from lit_logits.modules.language_models.inspect import find_layers, freeze_first
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import counted_steps, make_optimizers
-from lit_logits.modules.vq_logits.calibration import calibrator, fresh_loader
+from lit_logits.modules.vq_logits.calibration import fresh_loader
 from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
+from lit_logits.modules.vq_logits.data_start import start_head
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
-from lit_logits.modules.vq_logits.generation import continue_prompts
+from lit_logits.modules.vq_logits.embedding import code_table, coded_table
+from lit_logits.modules.vq_logits.generation import VQGeneration
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.joining import VQExport, export_warning
 from lit_logits.modules.vq_logits.original import OriginalOutput, keep_original
-from lit_logits.modules.vq_logits.parts import HeadFactory, check_imitates, head_recipe, make_head, most_likely, set_cap
+from lit_logits.modules.vq_logits.parts import (
+    HeadFactory,
+    check_imitates,
+    head_recipe,
+    make_head,
+    most_likely,
+    names_embedding,
+    set_cap,
+)
 
 __all__ = ["VQLogitsLM"]
 
 
-class VQLogitsLM(VQExport, LightningModule):
+class VQLogitsLM(VQExport, VQGeneration, LightningModule):
     """A causal language model with a vector-quantised output layer [0], or with the dense one as its baseline.
 
     At the start of training the head reads data. With a new backbone it reads the text once, so that tokens of like
@@ -64,6 +74,9 @@ class VQLogitsLM(VQExport, LightningModule):
             kept frozen and out of checkpoints; validation then logs `val/kl`, and `val/ppl_ratio` to it.
         num_trainable_layers: how many of the last layers of the backbone are trained, with what follows them; 0 trains
             the head alone. Default all, embeddings included.
+        compress: `head`, or `head` and `embedding`: the input table of a pretrained model is read from codes too, those
+            of a `ResidualVQLogitsHead`. A tied model keeps one set for both, which are fitted to what errors cost in
+            both (`token_weights` of the head does not count then); else the table has codes of its own, as many.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
             monitored value for `ReduceLROnPlateau`.
@@ -93,6 +106,7 @@ class VQLogitsLM(VQExport, LightningModule):
         calibration_batches: int = 64,
         kd_weight: float = 0.0,
         num_trainable_layers: int | None = None,
+        compress: Sequence[str] = ("head",),
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -122,13 +136,14 @@ class VQLogitsLM(VQExport, LightningModule):
         if num_trainable_layers is not None:
             self._frozen = freeze_first_layers(self.backbone, num_trainable_layers)
             num_frozen_layers = len(find_layers(self.backbone)[1]) - num_trainable_layers
-        self.original = keep_original(parts, num_frozen_layers) if kd_weight else None
+        coded = names_embedding(compress)
+        self.original = keep_original(parts, num_frozen_layers, same_inputs=not coded) if kd_weight else None
         self.head: Any = made
-        self._prepare_head(parts)
+        self._prepare_head(parts, coded)
         self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
         self.train()  # `from_pretrained` leaves the backbone in eval mode
 
-    def _prepare_head(self, parts: CausalBackbone) -> None:
+    def _prepare_head(self, parts: CausalBackbone, coded: bool) -> None:
         """Let the head take what it needs of the pretrained model, and note whether it has to start from data."""
         # Not a module or parameter: the pretrained rows serve the start of the codes and stay out of checkpoints.
         self._output_layer = OutputLayer(parts.output_weight, parts.output_bias)
@@ -137,10 +152,13 @@ class VQLogitsLM(VQExport, LightningModule):
         if not self._starts:
             self._output_layer = OutputLayer(None, None)
         self.register_buffer("head_ready", torch.tensor(not self._starts))  # a buffer, so that checkpoints keep it
+        if coded:
+            code_table(parts.model, self.head, tied=parts.tied)
+            self.register_load_state_dict_post_hook(_read_codes)
         warning = export_warning(self.backbone, self.head, hidden_size=parts.hidden_size, vocab_size=parts.vocab_size)
         if warning is not None:
             rank_zero_warn(warning)
-        if parts.tied and isinstance(self.head, SizedHead):
+        if parts.tied and isinstance(self.head, SizedHead) and not coded:
             rank_zero_info(describe_untying(parts, self.head))
 
     def train(self, mode: bool = True) -> "VQLogitsLM":
@@ -155,12 +173,16 @@ class VQLogitsLM(VQExport, LightningModule):
         """Add the pretrained rows that a head which has not started yet will start from."""
         if not self.head_ready:
             checkpoint["output_layer"] = tuple(self._output_layer)
+            checkpoint["input_rows"] = getattr(coded_table(self.backbone), "dense", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the rows to start from, and copy what the original shares with the backbone if it will change."""
         # A search for a learning rate or a batch size trains a little, which frees the rows, and then loads such a
         # checkpoint.
         self._output_layer = OutputLayer(*checkpoint.get("output_layer", self._output_layer))
+        table = coded_table(self.backbone)
+        if table is not None:
+            table.dense = checkpoint.get("input_rows", table.dense)
         if self.original is None:
             return
         loaded = checkpoint["state_dict"]
@@ -319,49 +341,6 @@ class VQLogitsLM(VQExport, LightningModule):
             return greedy
         return {"nll": self.head.loss(hidden, batch["labels"][:, 1:], reduction="none"), **greedy}
 
-    # `continue_prompts` is public too; arguments and their descriptions are repeated there for editors.
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue prompts with a KV cache and without dropout.
-
-        Args:
-            input_ids: (B, T) prompts, left-padded where they differ in length.
-            attention_mask: (B, T), 0 at padding; default all 1.
-            max_new_tokens: how many tokens to add to each.
-            temperature: 0 for the most likely token, else sample.
-            eos_token_id: token that ends a text, or several; texts that have ended are filled with the first. Stops
-                when all have ended.
-            generator: source of randomness, on the device of the model.
-
-        Returns:
-            (B, at most T + max_new_tokens) token ids.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            return continue_prompts(
-                self.backbone,
-                self.head,
-                input_ids,
-                attention_mask,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                eos_token_id=eos_token_id,
-                generator=generator,
-                hidden_scale=self.output_rule.bias_free_scale,
-            )
-        finally:
-            self.train(was_training)
-
     # ------------------------------------------------------------------ start of the head
 
     def initialize_head(self, dataloader: Iterable[Mapping[str, Tensor]]) -> None:
@@ -369,24 +348,28 @@ class VQLogitsLM(VQExport, LightningModule):
 
         `fit` does so by itself. If parameters are sharded (FSDP), call it before `fit`.
         """
-        show = self.global_rank == 0
-        read = calibrator(
-            dataloader,
-            self.backbone,
-            self._output_layer,
-            hidden_scale=self.output_rule.bias_free_scale,
-            logit_cap=self.output_rule.cap,
-            num_batches=self.calibration_batches,
-            vocab_size=self.vocab_size,
-            device=self.device,
-            progress_bar=show,
-        )
-        if self._starts and isinstance(self.head, StartingHead):
-            self.head.start(read, self._output_layer, progress_bar=show)
+        if self._starts:
+            start_head(
+                self.head,
+                self.backbone,
+                self._output_layer,
+                self.output_rule,
+                dataloader,
+                num_batches=self.calibration_batches,
+                vocab_size=self.vocab_size,
+                device=self.device,
+                progress_bar=self.global_rank == 0,
+            )
         self.head_ready.fill_(True)
         self._output_layer = OutputLayer(None, None)  # frees the dense weights
         if isinstance(self.head, SizedHead):
             rank_zero_info(f"{describe_head(self.head)} {describe_model(self.backbone, self.head, tied=self._tied)}")
+
+
+def _read_codes(module: Any, _: object) -> None:
+    """Let the input table read its codes, if the state that was loaded has them fitted."""
+    if module.head_ready:
+        module.backbone.get_input_embeddings().dense = None
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:

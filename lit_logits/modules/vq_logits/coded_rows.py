@@ -3,6 +3,7 @@
 Letters: d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, of which token v owns S_v.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lit_logits.functional.residual_rows import StageCodes, decode_rows, decode_
 from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
 from lit_logits.modules.vq_logits.tables import PackedMapping, TableCache, is_traced
 
-__all__ = ["CodedRows"]
+__all__ = ["CodedRows", "stages_of_sizes"]
 
 _INIT_STD = 0.02
 
@@ -120,6 +121,11 @@ class CodedRows(PackedMapping):
         itemsize, dense = self.codebook.dtype.itemsize, self.vocab_size * self.hidden_size
         mapping = self.packed_codes.numel() + self.packed_stages.numel()
         return Footprint(self.codebook.numel(), self.codebook.numel() * itemsize + mapping, dense, dense * itemsize)
+
+    def stage_sizes(self) -> list[int]:
+        """Return how many tokens own each of the S stages."""
+        sizes = [stage.codes.shape[0] for stage in self.stages()]
+        return sizes + [0] * (self.num_stages - len(sizes))
 
     # ------------------------------------------------------------------ the mapping
 
@@ -246,6 +252,19 @@ class CodedRows(PackedMapping):
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_size={self.codebook_size},"
             f" num_groups={self.num_groups}, num_stages={self.num_stages}"
         )
+
+
+def stages_of_sizes(stage_sizes: Sequence[int], vocab_size: int) -> Tensor:
+    """Return stages (V,) of as many tokens: they give buffers their sizes, and the weights tell which tokens own one.
+
+    Args:
+        stage_sizes: how many tokens own each stage, V first.
+        vocab_size: V.
+    """
+    stages = torch.zeros(vocab_size, dtype=torch.int64, device="cpu")
+    for size in stage_sizes:
+        stages[:size] += 1
+    return stages
 
 
 def _check_stages(stages: Tensor, vocab_size: int) -> None:

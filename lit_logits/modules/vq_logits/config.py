@@ -40,6 +40,7 @@ class VQLogitsConfig(PreTrainedConfig):
         hidden_scale: factor of the hidden states that the head reads.
         logit_cap: c of the soft cap of the head's logits, or None.
         codebook_sizes: those of a `HierarchicalVQLogitsHead`; None tells that the head is a `ResidualVQLogitsHead`.
+        table: of a coded input table, what `CodedEmbedding.settings` gives; None for a dense one.
     """
 
     model_type = "vq_logits"
@@ -60,6 +61,7 @@ class VQLogitsConfig(PreTrainedConfig):
         hidden_scale: float = 1.0,
         logit_cap: float | None = None,
         codebook_sizes: list[int] | None = None,
+        table: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -68,6 +70,7 @@ class VQLogitsConfig(PreTrainedConfig):
         self.codebook_size, self.num_groups, self.head_bias = codebook_size, num_groups, head_bias
         self.hidden_scale, self.logit_cap = hidden_scale, logit_cap
         self.codebook_sizes = None if codebook_sizes is None else list(codebook_sizes)
+        self.table = None if table is None else dict(table)
         if stage_sizes is None:
             stage_sizes = [self.text_config.vocab_size] if codebook_sizes is None else []
         self.stage_sizes = list(stage_sizes)

@@ -3,11 +3,12 @@
 Letters: d hidden size, V vocabulary.
 """
 
-from torch import nn
+from typing import Any
 
 from lit_logits.contracts import SizedHead, WatchedHead
 from lit_logits.functional.codebook import Footprint
 from lit_logits.modules.language_models.loading import CausalBackbone
+from lit_logits.modules.vq_logits.embedding import coded_table
 
 __all__ = ["describe_head", "describe_model", "describe_untying"]
 
@@ -36,20 +37,32 @@ def describe_untying(parts: CausalBackbone, head: SizedHead) -> str:
     )
 
 
-def describe_model(backbone: nn.Module, head: SizedHead, *, tied: bool) -> str:
+def describe_model(backbone: Any, head: SizedHead, *, tied: bool) -> str:
     """Return the size of the whole model with this head and with its dense layer, both with the input table.
 
     Args:
-        backbone: the model without its output layer; its parameters include the input table.
+        backbone: the model without its output layer; its parameters include the input table, or the table's codes.
         head: its output layer.
         tied: whether the dense layer was the input table, so that it cost nothing.
     """
-    size = head.footprint()
+    size, table = head.footprint(), coded_table(backbone)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     taken = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
-    own, own_bytes = (0, 0) if tied else (size.dense_parameters, size.dense_bytes)
+    mapping = 0
+    before, before_bytes = parameters, taken
+    if table is not None:
+        codes = None if table.codes is None else table.codes.footprint()
+        if codes is not None:  # its codebooks are parameters of the backbone
+            own = codes.parameters * table.rows.codebook.itemsize
+            mapping = codes.bytes - own
+            before, before_bytes = before - codes.parameters, before_bytes - own
+        before, before_bytes = before + size.dense_parameters, before_bytes + size.dense_bytes
+    if not tied:
+        before, before_bytes = before + size.dense_parameters, before_bytes + size.dense_bytes
+    after = taken + mapping + size.bytes
     return (
-        f"Whole model, input table included: {parameters + own:,} parameters, {(taken + own_bytes) / 1e6:,.1f} MB with"
+        f"Whole model, input table included: {before:,} parameters, {before_bytes / 1e6:,.1f} MB with"
         f" its {'tied ' if tied else ''}dense layer; {parameters + size.parameters:,} parameters,"
-        f" {(taken + size.bytes) / 1e6:,.1f} MB with this head."
+        f" {after / 1e6:,.1f} MB ({after / before_bytes:.1%}) with this head"
+        f"{'' if table is None else ' and the input table read from codes'}."
     )

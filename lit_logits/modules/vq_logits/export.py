@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,7 +28,9 @@ from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_ar
 from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.lora import teach_peft
 from lit_logits.modules.language_models.saving import save_any_generation_config
+from lit_logits.modules.vq_logits.coded_rows import stages_of_sizes
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
+from lit_logits.modules.vq_logits.embedding import table_of_settings
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.packed import PackedHierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
@@ -42,7 +43,7 @@ SavedHead = ResidualVQLogitsHead | PackedHierarchicalVQLogitsHead
 class VQLogitsModel(PreTrainedModel):
     """The backbone of a compressed model, without its head: what `AutoModel.from_pretrained(folder)` gives.
 
-    Its outputs are the backbone's own.
+    Its outputs are the backbone's own. An input table that shares the head's codes keeps the head for them.
 
     Args:
         config: see `VQLogitsConfig`.
@@ -60,6 +61,9 @@ class VQLogitsModel(PreTrainedModel):
     def __init__(self, config: VQLogitsConfig) -> None:
         super().__init__(config)
         self.model = AutoModel.from_config(config.text_config)
+        if config.table is not None:
+            self.head = _residual_head(config) if config.table["tied"] else None
+            _code_table(self.model, config, self.head)
         self.post_init()
 
     @classmethod
@@ -102,6 +106,7 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
         text = config.text_config
         self.model = AutoModel.from_config(text)
         self.head: SavedHead = _residual_head(config) if config.codebook_sizes is None else _hierarchical_head(config)
+        _code_table(self.model, config, self.head)
         teach_peft(config.model_type, text.model_type)
         self.post_init()
 
@@ -232,15 +237,12 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _residual_head(config: VQLogitsConfig) -> ResidualVQLogitsHead:
-    stages = torch.zeros(config.vocab_size, dtype=torch.int64, device="cpu")
-    for size in config.stage_sizes:  # to make buffers of the right sizes; the weights tell which tokens own a stage
-        stages[:size] += 1
     head = ResidualVQLogitsHead(
         config.hidden_size,
         config.vocab_size,
         config.codebook_size,
         num_groups=config.num_groups,
-        token_stages=stages,
+        token_stages=stages_of_sizes(config.stage_sizes, config.vocab_size),
         num_stages=len(config.stage_sizes),
         bias=config.head_bias,
     )
@@ -253,6 +255,13 @@ def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead
     head = HierarchicalVQLogitsHead(config.hidden_size, config.vocab_size, sizes, bias=config.head_bias)
     head.logit_cap = config.logit_cap
     return PackedHierarchicalVQLogitsHead(head)
+
+
+def _code_table(backbone: Any, config: VQLogitsConfig, head: Any) -> None:
+    """Give a backbone the coded input table that the config tells of, if it does."""
+    if config.table is not None:
+        table = table_of_settings(config.table, head, config.hidden_size, config.vocab_size)
+        backbone.set_input_embeddings(table)
 
 
 AutoModel.register(VQLogitsConfig, VQLogitsModel, exist_ok=True)

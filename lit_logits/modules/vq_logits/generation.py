@@ -4,6 +4,7 @@ Letters: B batch, T sequence.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from lit_logits.contracts import DecodingHead
 from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.language_models.calls import read_with_cache
+from lit_logits.modules.language_models.probes import OutputRule
 
-__all__ = ["continue_prompts"]
+__all__ = ["VQGeneration", "continue_prompts"]
 
 
 def continue_prompts(
@@ -72,3 +74,55 @@ def _next_token(
     if isinstance(head, DecodingHead):
         return head.sample(hidden, temperature, generator) if temperature else head.greedy(hidden)
     return sample_logits(head(hidden), temperature, generator) if temperature else head(hidden).argmax(-1)
+
+
+class VQGeneration:
+    """The part of `VQLogitsLM` that continues prompts; the attributes are that module's."""
+
+    backbone: nn.Module
+    head: Any
+    output_rule: OutputRule
+
+    # `continue_prompts` is public too; arguments and their descriptions are repeated there for editors.
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts with a KV cache and without dropout.
+
+        Args:
+            input_ids: (B, T) prompts, left-padded where they differ in length.
+            attention_mask: (B, T), 0 at padding; default all 1.
+            max_new_tokens: how many tokens to add to each.
+            temperature: 0 for the most likely token, else sample.
+            eos_token_id: token that ends a text, or several; texts that have ended are filled with the first. Stops
+                when all have ended.
+            generator: source of randomness, on the device of the model.
+
+        Returns:
+            (B, at most T + max_new_tokens) token ids.
+        """
+        module: Any = self
+        was_training = module.training
+        module.eval()
+        try:
+            return continue_prompts(
+                self.backbone,
+                self.head,
+                input_ids,
+                attention_mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                eos_token_id=eos_token_id,
+                generator=generator,
+                hidden_scale=self.output_rule.bias_free_scale,
+            )
+        finally:
+            module.train(was_training)

@@ -20,6 +20,7 @@ from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
 from lit_logits.modules.vq_logits.describe import describe_head
+from lit_logits.modules.vq_logits.embedding import CodedEmbedding, coded_table, with_dense_table
 from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsForCausalLM
 from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
@@ -50,7 +51,9 @@ def export_problem(
     """
     try:
         if form == "compact":
-            config = VQLogitsConfig(_text_config(backbone), 1, stage_sizes=[vocab_size])
+            config = VQLogitsConfig(
+                _text_config(backbone), 1, stage_sizes=[vocab_size], table=_table_settings(backbone)
+            )
             _check_compact(backbone, config, hidden_size, vocab_size, has_dense)
         else:
             _dense_shell(backbone, hidden_size, vocab_size)
@@ -96,6 +99,7 @@ def compact_model(
         name_or_path=getattr(backbone.config, "_name_or_path", ""),
         **_head_settings(saved),
         hidden_scale=(rule or probe_backbone(backbone)[0]).bias_free_scale,
+        table=_table_settings(backbone),
         dtype=backbone.dtype,
     )
     _check_compact(backbone, config, saved.hidden_size, saved.vocab_size, isinstance(head, ExportableHead))
@@ -129,7 +133,12 @@ def dense_model(
     weight = head.dense_weight().detach()
     model, name = _dense_shell(backbone, weight.shape[1], weight.shape[0])
     output: Any = model.get_output_embeddings()
-    output.weight = nn.Parameter(weight.to(backbone.dtype), requires_grad=False)
+    table, backbone = coded_table(backbone), with_dense_table(backbone)
+    if table is not None and table.tied:  # one set of codes gives one set of rows
+        model.config.tie_word_embeddings = True
+        output.weight = backbone.get_input_embeddings().weight
+    else:
+        output.weight = nn.Parameter(weight.to(backbone.dtype), requires_grad=False)
     if output.bias is not None:
         bias = output.weight.new_zeros(len(output.weight)) if head.token_bias is None else head.token_bias.detach()
         bias = bias / (rule or probe_backbone(backbone)[0]).logit_scale  # the architecture multiplies it
@@ -143,6 +152,11 @@ def dense_model(
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
+
+
+def _table_settings(backbone: PreTrainedModel) -> dict[str, Any] | None:
+    table = coded_table(backbone)
+    return None if table is None else table.settings
 
 
 def _text_config(backbone: PreTrainedModel) -> Any:
@@ -206,9 +220,15 @@ def _check_same(backbone: nn.Module, loaded: nn.Module) -> None:
     """Raise unless loading makes a backbone of the same class, with the same names and shapes of weights."""
     if type(backbone) is not type(loaded):
         raise ValueError(f"loading makes {type(loaded).__name__} of it")
-    # A pooler reads the last hidden states, and some classes leave it out.
+    # A pooler reads the last hidden states, and some classes leave it out. A coded table may become a dense one.
+    coded = [
+        f"{name}."
+        for name, part in backbone.named_modules()
+        if isinstance(part, CodedEmbedding) and not isinstance(loaded.get_submodule(name), CodedEmbedding)
+    ]
+    left_out = ("pooler.", *coded)
     ours, theirs = (
-        {name: tuple(p.shape) for name, p in m.named_parameters() if not name.startswith("pooler.")}
+        {name: tuple(p.shape) for name, p in m.named_parameters() if not name.startswith(left_out)}
         for m in (backbone, loaded)
     )
     wrong = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -222,6 +242,8 @@ def _try_cache(model: VQLogitsForCausalLM) -> None:
     cache = DynamicCache(config=model.config.text_config)
     cache_argument(model.model, cache)
     model.set_submodule("head", nn.Identity())
+    if coded_table(model.model) is not None:
+        model.set_input_embeddings(nn.Embedding(model.config.vocab_size, model.config.hidden_size, device="meta"))
     model.eval()
     try:
         for length in (3, 1):
@@ -259,9 +281,8 @@ def _head_settings(head: SavedHead) -> dict[str, Any]:
     shared = {"head_bias": head.token_bias is not None, "logit_cap": head.logit_cap}
     if isinstance(head, PackedHierarchicalVQLogitsHead):
         return {"codebook_sizes": list(head.codebook_sizes), **shared}
-    sizes = [stage.codes.shape[0] for stage in head.stages()]
-    sizes += [0] * (head.num_stages - len(sizes))
-    return {"codebook_size": head.codebook_size, "num_groups": head.num_groups, "stage_sizes": sizes, **shared}
+    sizes = {"codebook_size": head.codebook_size, "num_groups": head.num_groups, "stage_sizes": head.stage_sizes()}
+    return {**sizes, **shared}
 
 
 def _as_residual(head: VQLogitsHead) -> ResidualVQLogitsHead:

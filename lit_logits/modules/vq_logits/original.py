@@ -124,13 +124,14 @@ class _Rows(nn.Module):
         return self
 
 
-def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> OriginalOutput:
+def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0, *, same_inputs: bool = True) -> OriginalOutput:
     """Keep a model as it is before training, to be imitated; frozen parameters are shared, the others copied.
 
     Args:
         parts: of the model that is about to be trained; its frozen parameters are frozen already.
         num_frozen_layers: how many of the first layers are frozen, with all that comes before them; see
             `sharing_layers`.
+        same_inputs: whether the layers of both read the same; not so where the trained model gets another input table.
 
     Raises:
         ValueError: If the model has random weights: there is nothing to imitate.
@@ -142,12 +143,12 @@ def keep_original(parts: CausalBackbone, num_frozen_layers: int = 0) -> Original
         )
     rule: Any = {"hidden_scale": parts.rule.bias_free_scale, "logit_cap": parts.rule.cap}
     frozen = [parameter for parameter in parts.model.parameters() if not parameter.requires_grad]
-    if len(frozen) == len(list(parts.model.parameters())):
+    if same_inputs and len(frozen) == len(list(parts.model.parameters())):
         return OriginalOutput(parts.output_weight, parts.output_bias, **rule)
     # Cloned, because a tied output layer is the input table, which is trained.
     weight = parts.output_weight.clone()
     bias = None if parts.output_bias is None else parts.output_bias.clone()
-    for num_shared_layers in (num_frozen_layers, 0):
+    for num_shared_layers in (num_frozen_layers if same_inputs else 0, 0):
         # `deepcopy` takes what its memo holds as copied already: frozen parameters stay one tensor.
         backbone = copy.deepcopy(parts.model, {id(parameter): parameter for parameter in frozen})
         original = OriginalOutput(weight, bias, backbone, num_shared_layers=num_shared_layers, **rule)

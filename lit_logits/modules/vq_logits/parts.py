@@ -3,7 +3,7 @@
 Letters: d hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from lit_logits.modules.vq_logits.head import VQLogitsHead
 from lit_logits.modules.vq_logits.hierarchical import HierarchicalVQLogitsHead
 from lit_logits.modules.vq_logits.residual import ResidualVQLogitsHead
 
-__all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely", "set_cap"]
+__all__ = ["HeadFactory", "check_imitates", "head_recipe", "make_head", "most_likely", "names_embedding", "set_cap"]
 
 HeadFactory = Callable[[int, int], nn.Module]
 
@@ -78,6 +78,18 @@ def set_cap(head: Any, cap: float | None) -> None:
             " config (`final_logit_softcapping: null`, or by the architecture's own name for it)."
         )
     head.logit_cap = cap
+
+
+def names_embedding(compress: Sequence[str]) -> bool:
+    """Return whether `compress` names the input table beside the head.
+
+    Raises:
+        ValueError: If it names anything else, or leaves out the head.
+    """
+    named = [compress] if isinstance(compress, str) else list(compress)
+    if "head" not in named or set(named) - {"head", "embedding"}:
+        raise ValueError(f"Expected `compress` to be [head] or [head, embedding], but got {named}.")
+    return "embedding" in named
 
 
 def check_imitates(head: Any) -> None:
