@@ -36,7 +36,7 @@ class CodedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = codes.vocab_size, codes.hidden_size
         self.padding_idx: int | None = None  # a row of zeros is coded as any other
         self.codes: CodedRows | None = None if tied else codes
-        self._shared = (codes,) if tied else ()  # in a tuple, so that it is no submodule
+        self._shared: tuple[CodedRows, ...] = (codes,) if tied else ()  # in a tuple, so that it is no submodule
         # Dense rows (V, d) that are read until the codes are fitted. Not a buffer: they stay out of checkpoints.
         self.dense: Tensor | None = None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lit_logits.contracts import DecodingHead
 from lit_logits.functional.vq_decoding import sample_logits
@@ -79,7 +80,7 @@ def _next_token(
 class VQGeneration:
     """The part of `VQLogitsLM` that continues prompts; the attributes are that module's."""
 
-    backbone: nn.Module
+    backbone: PreTrainedModel
     head: Any
     output_rule: OutputRule
 

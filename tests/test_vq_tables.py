@@ -1,0 +1,31 @@
+"""The benchmark of whole models, on a tiny one."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import vq_tables
+
+
+def test_bytes_and_costs_of_each_row_stand_in_a_table(monkeypatch, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1200, tie_word_embeddings=True, **sizes))
+    with torch.no_grad():  # logits that differ
+        model.model.embed_tokens.weight.mul_(20)
+    model.save_pretrained(tmp_path)
+    text = torch.randint(1200, (24, 20))
+    monkeypatch.setattr(vq_tables, "read_blocks", lambda args: (text[:20], text[20:]))
+    rows = ["head", "both", "both_head_metric"]
+    vq_tables.main(
+        ["--model", str(tmp_path), "--rows", *rows, "--minutes", "0.02", "--layers", "1", "--precision", "32"]
+    )
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line.startswith("| ")][2:]
+    head, both, head_metric = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)
+    assert both[0] == "both, two stages"
+    weights = sum(p.numel() for p in model.parameters()) * 2
+    codes = 2 * 256 * 16 * 2 + 2 * 1200 * 2  # two stages: codebooks in bf16, and a byte for each group of 8 dimensions
+    assert both[3] == head_metric[3] == f"{(weights - 1200 * 16 * 2 + codes) / weights:.1%}"
+    assert head[3] == f"{(weights + codes) / weights:.1%}"
+    assert float(head[6]) < float(both[6])  # one error more
+    assert float(both[9]) < float(both[6])  # recovered
