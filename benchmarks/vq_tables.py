@@ -148,7 +148,7 @@ def row(bench: Bench, name: str) -> list[object]:
     if bench.args.minutes > 0:
         steps = recover(bench, model)
         after = [*measure(bench, model), f"{steps} in {bench.args.minutes:g} min"]
-    export = model.to_pretrained("compact").bfloat16()
+    export: Any = model.to_pretrained("compact").bfloat16()
     taken = sum(value.numel() * value.element_size() for value in export.state_dict().values())
     original = sum(parameter.numel() for parameter in bench.base.parameters()) * 2
     table = bench.base.get_input_embeddings().weight.numel() * 2
@@ -177,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, test = read_blocks(args)
     base = load_causal_lm(args.model).eval()
     parts = load_backbone(base)
-    layer = OutputLayer(parts.output_weight, None)
+    weight: Any = parts.output_weight
+    layer = OutputLayer(weight, None)
     if parts.output_bias is not None or parts.rule.bias_free_scale != 1 or parts.rule.cap is not None:
         raise SystemExit("Expected a model whose logits are its output layer's, without bias, factor or cap.")
     options: Any = {"device": torch.device("cpu"), "progress_bar": True}
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_batches=-(-args.calibration_blocks // 2),
         vocab_size=parts.vocab_size,
         backbone=parts.model,
-        output_layer=layer,
+        output_layer=(weight, None),
         **options,
     )
     probe = VQLogitsLM(copy.deepcopy(base), head=partial(ResidualVQLogitsHead, codebook_size=2), compress=BOTH)
