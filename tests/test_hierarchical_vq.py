@@ -16,15 +16,13 @@ from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookMonitor
 from lit_logits.contracts import CappedHead, DecodingHead, ImitatingHead, OutputHead, StartingHead
 from lit_logits.functional import capped_assignment, unigram_bias
+from lit_logits.functional.hierarchical_decoding import hierarchical_greedy, hierarchical_sample, hierarchical_top_k
 from lit_logits.functional.hierarchical_vq import (
     HierarchicalCodes,
     cluster_layout,
     hierarchical_cross_entropy,
-    hierarchical_greedy,
     hierarchical_log_probs,
     hierarchical_losses,
-    hierarchical_sample,
-    hierarchical_top_k,
 )
 from lit_logits.functional.residual_vq import DenseTarget
 from lit_logits.modules import HierarchicalVQLogitsHead
@@ -233,7 +231,7 @@ def test_greedy_is_the_argmax(seed, scale, bias, cap):
 def test_top_k_is_that_of_all_log_probs(seed, k, scale, at_once):
     hidden, head, _ = problem(seed, scale=scale, num_tokens=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_logits.functional.hierarchical_vq._CLUSTERS_AT_ONCE", at_once)
+        patch.setattr("lit_logits.functional.hierarchical_decoding._CLUSTERS_AT_ONCE", at_once)
         found = hierarchical_top_k(hidden.view(3, 3, D), head, k)
     expected = hierarchical_log_probs(hidden, head).view(3, 3, V).topk(k)
     torch.testing.assert_close(found.log_probs, expected.values)
@@ -258,10 +256,10 @@ def test_greedy_opens_few_clusters(monkeypatch):
     opened = []
     generator = torch.Generator().manual_seed(0)
     owner, codes = torch.arange(4000) % 80, torch.randint(8, (4000, 1), generator=generator)
-    from lit_logits.functional import hierarchical_vq
+    from lit_logits.functional import hierarchical_decoding
 
-    real = hierarchical_vq._member_logits
-    monkeypatch.setattr(hierarchical_vq, "_member_logits", lambda *a: opened.append(len(a[1])) or real(*a))
+    real = hierarchical_decoding.member_logits
+    monkeypatch.setattr(hierarchical_decoding, "member_logits", lambda *a: opened.append(len(a[1])) or real(*a))
     hidden = 3 * torch.randn(16, 8, generator=generator)
     clusters, table = torch.randn(80, 8, generator=generator), torch.randn(8, 8, generator=generator)
     head = HierarchicalCodes(clusters, table, cluster_layout(owner, codes, 80, [8]), torch.zeros(80))

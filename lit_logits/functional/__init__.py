@@ -118,17 +118,19 @@ from lit_logits.functional.gromov_wasserstein import (
     gw_objective,
     gw_over_permutations,
 )
+from lit_logits.functional.hierarchical_decoding import (
+    TopTokens,
+    hierarchical_greedy,
+    hierarchical_sample,
+    hierarchical_top_k,
+)
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
     HierarchicalCodes,
-    TopTokens,
     cluster_layout,
     hierarchical_cross_entropy,
-    hierarchical_greedy,
     hierarchical_log_probs,
     hierarchical_losses,
-    hierarchical_sample,
-    hierarchical_top_k,
 )
 from lit_logits.functional.hierarchy_revival import (
     RevivedHierarchy,

@@ -65,7 +65,13 @@ def vq_footprint(hidden_size: int, vocab_size: int, codebook_size: int, *, bias:
 
 
 def hierarchical_footprint(
-    hidden_size: int, vocab_size: int, codebook_sizes: Sequence[int], *, bias: bool, itemsize: int
+    hidden_size: int,
+    vocab_size: int,
+    codebook_sizes: Sequence[int],
+    *,
+    bias: bool,
+    itemsize: int,
+    num_groups: int = 1,
 ) -> Footprint:
     """Count parameters and bytes of clusters, their codes and biases, with the mapping packed.
 
@@ -75,13 +81,15 @@ def hierarchical_footprint(
         codebook_sizes: number of clusters, and of the codes of each further stage.
         bias: whether there is a token bias; clusters have one always.
         itemsize: bytes of a float, 4 for float32.
+        num_groups: of the codes; a token owns a code of each stage in each group.
 
     Example:
         >>> hierarchical_footprint(192, 4096, [128, 64, 64], bias=True, itemsize=4)
         Footprint(parameters=53376, bytes=223232, dense_parameters=786432, dense_bytes=3145728)
     """
     parameters = sum(codebook_sizes) * hidden_size + codebook_sizes[0] + (vocab_size if bias else 0)
-    taken = parameters * itemsize + packed_size(vocab_size, codebook_sizes)
+    num_clusters, *stage_sizes = codebook_sizes
+    taken = parameters * itemsize + packed_size(vocab_size, [num_clusters, *stage_sizes * num_groups])
     dense_parameters = vocab_size * hidden_size
     return Footprint(parameters, taken, dense_parameters, dense_parameters * itemsize)
 

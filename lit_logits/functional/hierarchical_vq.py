@@ -11,6 +11,9 @@ O(N·(K + L)·d + N·m·S) time, and makes no tensor of the size (N, V). It is e
 A soft cap c, as of Gemma-2, bounds ⟨h, C_k⟩ and Σ_s ⟨h, C_s[M_s(v)]⟩ each, before the bias of its level is added:
 c · tanh(· / c). The two levels stay two softmaxes, so all of this holds with a cap too.
 
+With G groups the d dimensions of C_s are cut into G parts, and a token owns a code of each part: S · G codes instead
+of S from as many floats, and G times the sums over them. Each part is a stage below, of logits ⟨h_g, C_{s,g}[·]⟩.
+
 Letters: N tokens, d hidden size, V vocabulary, K clusters, m members of the largest, S stages with L codes in all.
 
 References:
@@ -34,17 +37,13 @@ from lit_logits.functional.vq_logits import code_logits
 __all__ = [
     "ClusterLayout",
     "HierarchicalCodes",
-    "TopTokens",
     "cluster_layout",
+    "gather_codes",
     "hierarchical_cross_entropy",
-    "hierarchical_greedy",
     "hierarchical_log_probs",
     "hierarchical_losses",
-    "hierarchical_sample",
-    "hierarchical_top_k",
+    "spread_codes",
 ]
-
-_CLUSTERS_AT_ONCE = 8
 
 
 class ClusterLayout(NamedTuple):
@@ -53,7 +52,7 @@ class ClusterLayout(NamedTuple):
     Attributes:
         token_to_cluster: (V,) int64 in [0, K).
         members: (K, m) int64, the tokens of each cluster in rising order, V after the last.
-        columns: (K, m, S) int64 in [0, L), their codes in all codebooks laid end to end; 0 after the last.
+        columns: (K, m, S · G) int64 in [0, G · L), their codes in all codebooks laid end to end; 0 after the last.
         places: (V,) int64, where in its cluster each token stands.
     """
 
@@ -69,10 +68,11 @@ class HierarchicalCodes(NamedTuple):
     Attributes:
         clusters: (K, d) C.
         codes: (L, d), the codebooks C_s laid end to end.
-        layout: the mapping.
+        layout: the mapping; with G groups its stages are those of the first group, then those of the second, etc.
         cluster_bias: (K,) β in nats.
         token_bias: (V,) b in nats; None is 0.
         cap: c of the soft cap of both levels, or None.
+        num_groups: G.
     """
 
     clusters: Tensor
@@ -81,18 +81,7 @@ class HierarchicalCodes(NamedTuple):
     cluster_bias: Tensor
     token_bias: Tensor | None = None
     cap: float | None = None
-
-
-class TopTokens(NamedTuple):
-    """Result of `hierarchical_top_k`.
-
-    Attributes:
-        log_probs: (..., k) in nats, falling.
-        token_ids: (..., k) int64.
-    """
-
-    log_probs: Tensor
-    token_ids: Tensor
+    num_groups: int = 1
 
 
 def cluster_layout(
@@ -102,9 +91,9 @@ def cluster_layout(
 
     Args:
         token_to_cluster: (V,) int64 in [0, K).
-        token_codes: (V, S) int64, of stage s in [0, K_s).
+        token_codes: (V, S) int64, of stage s in [0, K_s); (V, G · S) of G groups, one after another.
         num_clusters: K.
-        stage_sizes: K_s.
+        stage_sizes: K_s; G times with groups.
 
     Raises:
         ValueError: If a cluster or a code is out of range.
@@ -130,6 +119,26 @@ def cluster_layout(
     columns = order.new_zeros(*members.shape, num_stages)
     columns[token_to_cluster, places] = token_codes + offsets
     return ClusterLayout(token_to_cluster, members, columns, places)
+
+
+def spread_codes(codes: Tensor, num_groups: int) -> Tensor:
+    """Return the codes of each group as vectors (G · L, d) of all dimensions, 0 outside of the group.
+
+    Example:
+        >>> spread_codes(torch.tensor([[1.0, 2.0]]), 2)
+        tensor([[1., 0.],
+                [0., 2.]])
+    """
+    size, width = codes.shape[1], codes.shape[1] // num_groups
+    mask = torch.eye(num_groups, dtype=codes.dtype, device=codes.device).repeat_interleave(width, 1)
+    return (codes * mask.unsqueeze(1)).view(-1, size)
+
+
+def gather_codes(spread: Tensor, num_groups: int) -> Tensor:
+    """Return codes (L, d) that `spread_codes` gives; what stands outside of the groups is lost."""
+    groups = spread.view(num_groups, -1, spread.shape[1])
+    parts = [part.chunk(num_groups, -1)[group] for group, part in enumerate(groups)]
+    return torch.cat(parts, -1)
 
 
 def hierarchical_cross_entropy(
@@ -167,13 +176,14 @@ def hierarchical_cross_entropy(
 
     def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         own = layout.token_to_cluster[tokens]
-        outer = _cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1))
+        outer = cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1))
         inner = member_log_probs(rows, own, head)
         return (-(outer + inner.gather(-1, layout.places[tokens].unsqueeze(1))).squeeze(1),)
 
     rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
     # Columns and logits of a cluster's members are the largest tensors, and int64 counts twice.
-    chunk_size = rows_a_chunk(len(head.clusters) + len(head.codes) + 3 * layout.columns[0].numel())
+    sizes = len(head.clusters) + head.num_groups * len(head.codes) + 3 * layout.columns[0].numel()
+    chunk_size = rows_a_chunk(sizes)
     (values,) = chunked_rows(losses, rows, tokens, chunk_size=chunk_size)
     return reduce_tokens(values.reshape(labels.shape), mask, reduction)
 
@@ -184,13 +194,11 @@ def hierarchical_log_probs(hidden: Tensor, head: HierarchicalCodes) -> Tensor:
     It is what other output layers give as logits, and already normalised.
     """
     layout, rows = head.layout, hidden.reshape(-1, hidden.shape[-1])
-    outer, stages = _cluster_log_probs(rows, head), code_logits(rows, head.codes)
+    outer, stages = cluster_log_probs(rows, head), stage_logits(rows, head)
     # By cluster, padding with it, so that the inner softmax is along a dimension; then back into the order of tokens.
     # `index_select` has a faster backward than an index.
     picked = sum(stages.index_select(1, columns.flatten()) for columns in layout.columns.unbind(-1))
-    inner = (
-        soft_cap(cast(Tensor, picked), head.cap).view(-1, *layout.members.shape) + _padded_bias(head)[layout.members]
-    )
+    inner = soft_cap(cast(Tensor, picked), head.cap).view(-1, *layout.members.shape) + padded_bias(head)[layout.members]
     # A cluster without members has a softmax of NaN, which is not read; the mask keeps it from the gradients.
     padding = layout.members == len(layout.places)
     joint = outer.unsqueeze(-1) + F.log_softmax(inner.masked_fill(padding, -torch.inf), -1)
@@ -253,79 +261,6 @@ def hierarchical_losses(
     )
 
 
-# ---------------------------------------------------------------------- decoding
-
-
-def hierarchical_greedy(hidden: Tensor, head: HierarchicalCodes) -> Tensor:
-    """Return the most likely tokens (...) of hidden states (..., d), exactly, without logits of all tokens.
-
-    See `hierarchical_top_k`. Ties go to the likelier cluster, and in it to the lower id.
-    """
-    return hierarchical_top_k(hidden, head, 1).token_ids.squeeze(-1)
-
-
-@torch.no_grad()
-def hierarchical_top_k(hidden: Tensor, head: HierarchicalCodes, k: int) -> TopTokens:
-    """Return the k most likely tokens of hidden states (..., d), exactly, without logits of all tokens.
-
-    No token is likelier than its cluster, so clusters are opened from the likeliest on, until the last of the k best
-    tokens found is as likely as the next cluster.
-
-    Args:
-        hidden: (..., d).
-        head: the codes.
-        k: in [1, V].
-
-    Raises:
-        ValueError: If k is out of range.
-
-    Example:
-        >>> layout = cluster_layout(torch.tensor([1, 0, 1]), torch.tensor([[0], [0], [1]]), 2, [2])
-        >>> bias = torch.tensor([1.0, 0.0, 0.0])
-        >>> head = HierarchicalCodes(torch.zeros(2, 4), torch.zeros(2, 4), layout, torch.zeros(2), token_bias=bias)
-        >>> hierarchical_top_k(torch.zeros(4), head, 2)
-        TopTokens(log_probs=tensor([-0.6931, -1.0064]), token_ids=tensor([1, 0]))
-    """
-    layout = head.layout
-    if not 1 <= k <= len(layout.places):
-        raise ValueError(f"Expected `k` to be in [1, {len(layout.places)}], the vocabulary size, but got {k}.")
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    bounds, order = _cluster_log_probs(rows, head).sort(dim=-1, descending=True, stable=True)
-    stages, bias = code_logits(rows, head.codes), _padded_bias(head)
-    best = bounds.new_full((len(rows), k), -torch.inf)
-    tokens = order.new_zeros(len(rows), k)
-    open_rows = torch.arange(len(rows), device=rows.device)
-    for start in range(0, order.shape[1], _CLUSTERS_AT_ONCE):
-        chosen = order[open_rows, start : start + _CLUSTERS_AT_ONCE]
-        width = chosen.shape[1]
-        inner = _member_logits(stages[open_rows].repeat_interleave(width, 0), chosen.flatten(), head, bias)
-        inside = F.log_softmax(inner, -1).nan_to_num(nan=-torch.inf)  # NaN of clusters without members
-        joint = bounds[open_rows, start : start + width].unsqueeze(-1) + inside.view(*chosen.shape, -1)
-        values, at = _largest(joint.flatten(1), k)
-        found = layout.members[chosen].flatten(1).gather(1, at)
-        # Those of likelier clusters first: among equals they stay.
-        values, found = torch.cat([best[open_rows], values], 1), torch.cat([tokens[open_rows], found], 1)
-        best[open_rows], at = _largest(values, k)
-        tokens[open_rows] = found.gather(1, at)
-        if start + width >= order.shape[1]:
-            break
-        open_rows = open_rows[best[open_rows, -1] < bounds[open_rows, start + width]]
-        if len(open_rows) == 0:
-            break
-    shape = *hidden.shape[:-1], k
-    return TopTokens(best.view(shape), tokens.view(shape))
-
-
-@torch.no_grad()
-def hierarchical_sample(hidden: Tensor, head: HierarchicalCodes, *, generator: torch.Generator | None = None) -> Tensor:
-    """Return tokens (...) drawn from p(v | h) of hidden states (..., d): a cluster, then a token of it."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    drawn = torch.multinomial(_cluster_log_probs(rows, head).exp(), 1, generator=generator).squeeze(1)
-    inner = member_log_probs(rows, drawn, head)
-    places = torch.multinomial(inner.exp(), 1, generator=generator).squeeze(1)
-    return head.layout.members[drawn, places].reshape(hidden.shape[:-1])
-
-
 # ---------------------------------------------------------------------- parts
 
 
@@ -338,26 +273,32 @@ def _check_labels(hidden: Tensor, labels: Tensor, layout: ClusterLayout, ignore_
     check_labels(labels, len(layout.places), ignore_index=ignore_index)
 
 
-def _cluster_log_probs(rows: Tensor, head: HierarchicalCodes) -> Tensor:
+def cluster_log_probs(rows: Tensor, head: HierarchicalCodes) -> Tensor:
     """Return log softmax(l) (N, K); clusters without members have none of the probability."""
     empty = head.layout.members[:, 0] == len(head.layout.places)
     bias = head.cluster_bias.masked_fill(empty, -torch.inf)
     return F.log_softmax(code_logits(rows, head.clusters, bias, cap=head.cap), -1)
 
 
+def stage_logits(rows: Tensor, head: HierarchicalCodes) -> Tensor:
+    """Return the logits (N, G · L) of the codes of all stages, group after group."""
+    groups = zip(rows.chunk(head.num_groups, -1), head.codes.chunk(head.num_groups, -1), strict=True)
+    return torch.cat([code_logits(part, codes) for part, codes in groups], -1)
+
+
 def member_log_probs(hidden: Tensor, own: Tensor, head: HierarchicalCodes) -> Tensor:
     """Return log p(v | own cluster, h) (N, m) of the members of one cluster a row; −inf after the last."""
-    return F.log_softmax(_member_logits(code_logits(hidden, head.codes), own, head, _padded_bias(head)), -1)
+    return F.log_softmax(member_logits(stage_logits(hidden, head), own, head, padded_bias(head)), -1)
 
 
-def _member_logits(stages: Tensor, own: Tensor, head: HierarchicalCodes, bias: Tensor) -> Tensor:
-    """Return z (N, m) of the members of one cluster a row, −inf after the last, from the logits (N, L) of all codes."""
+def member_logits(stages: Tensor, own: Tensor, head: HierarchicalCodes, bias: Tensor) -> Tensor:
+    """Return z (N, m) of the members of one cluster a row, −inf after the last, from the logits (N, G · L) of codes."""
     columns = head.layout.columns[own]
     picked = stages.gather(1, columns.flatten(1)).view(columns.shape)
     return soft_cap(picked.sum(-1), head.cap) + bias[head.layout.members[own]]
 
 
-def _padded_bias(head: HierarchicalCodes) -> Tensor:
+def padded_bias(head: HierarchicalCodes) -> Tensor:
     """Return the bias (V + 1,) with −inf for the token V, which stands where clusters have no more members."""
     dtype = torch.promote_types(head.clusters.dtype, torch.float32)
     none = torch.full((1,), -torch.inf, dtype=dtype, device=head.clusters.device)
@@ -370,12 +311,3 @@ def _dense_logits(rows: Tensor, target: DenseTarget) -> Tensor:
     """Return the target's logits (N, V), at least float32."""
     logits = soft_cap(at_least_float32(F.linear(rows, target.weight.to(rows.dtype))), target.cap)
     return logits if target.bias is None else logits + target.bias
-
-
-def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row, or all if there are fewer, and their places; for k = 1 the first of equals."""
-    if k == 1:
-        highest, at = values.max(-1, keepdim=True)
-        return highest, at
-    found, at = values.topk(min(k, values.shape[-1]), -1)
-    return found, at

@@ -34,7 +34,7 @@ class VQLogitsConfig(PreTrainedConfig):
     Args:
         text_config: config of the backbone, or its settings with `model_type`.
         codebook_size: K of a `ResidualVQLogitsHead`.
-        num_groups: its G.
+        num_groups: G of either head.
         stage_sizes: how many tokens own each of its S stages, V first.
         head_bias: whether there is a token bias.
         hidden_scale: factor of the hidden states that the head reads.

@@ -252,7 +252,8 @@ def _residual_head(config: VQLogitsConfig) -> ResidualVQLogitsHead:
 
 def _hierarchical_head(config: VQLogitsConfig) -> PackedHierarchicalVQLogitsHead:
     sizes = config.codebook_sizes or ()
-    head = HierarchicalVQLogitsHead(config.hidden_size, config.vocab_size, sizes, bias=config.head_bias)
+    options: dict[str, Any] = {"num_groups": config.num_groups, "bias": config.head_bias}
+    head = HierarchicalVQLogitsHead(config.hidden_size, config.vocab_size, sizes, **options)
     head.logit_cap = config.logit_cap
     return PackedHierarchicalVQLogitsHead(head)
 

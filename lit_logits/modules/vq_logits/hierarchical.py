@@ -1,6 +1,6 @@
 """`HierarchicalVQLogitsHead`: tokens in clusters, with codes of their own in each; exact, and cheap at any vocabulary.
 
-Letters: d hidden size, V vocabulary, K clusters, S stages.
+Letters: d hidden size, V vocabulary, K clusters, S stages, G groups.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,19 @@ from lit_logits.functional.checks import check_finite, check_not_negative
 from lit_logits.functional.code_assignment import random_assignment
 from lit_logits.functional.codebook import Footprint, code_usage, hierarchical_footprint, ppl_floor
 from lit_logits.functional.distributed import broadcast_
+from lit_logits.functional.hierarchical_decoding import (
+    TopTokens,
+    hierarchical_greedy,
+    hierarchical_sample,
+    hierarchical_top_k,
+)
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
     HierarchicalCodes,
-    TopTokens,
     cluster_layout,
     hierarchical_cross_entropy,
-    hierarchical_greedy,
     hierarchical_log_probs,
     hierarchical_losses,
-    hierarchical_sample,
-    hierarchical_top_k,
 )
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
@@ -52,6 +54,9 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         vocab_size: V.
         codebook_sizes: number of clusters K, and of the codes of each further stage, whose logits are added: two
             numbers or more.
+        num_groups: G, a divisor of d. The codes of a stage are cut into G parts, and each token owns one of each, so
+            that as many floats tell more tokens apart; the loss then sums G times as many logits. All groups start with
+            the same codes of a token, and `CodebookReassign` gives each its own.
         bias: learn a bias for each token in its cluster; without it tokens of equal codes are equally likely.
         init: how `start` finds clusters and codes: `cooccurrence`, tokens that follow the same contexts, see
             `cooccurrence_hierarchy`; `random`; or `weighted_kmeans` of the rows of a pretrained output layer, see
@@ -69,7 +74,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         logit_cap: c of a soft cap on the logits of clusters, and on the summed logits of a token's codes, each before
             its bias is added; None for no cap. See `CappedHead`.
         token_to_cluster: (V,) int64 buffer.
-        token_codes: (V, S) int64 buffer.
+        token_codes: (V, G · S) int64 buffer: the codes of the stages in the first group, then in the second, etc.
         token_counts: (V,) buffer, running counts of the targets of all ranks.
 
     Raises:
@@ -87,6 +92,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         vocab_size: int,
         codebook_sizes: Sequence[int] = (256, 256),
         *,
+        num_groups: int = 1,
         bias: bool = True,
         init: HierarchyInit | None = None,
         start_tokens: int = PAIR_TOKENS,
@@ -101,6 +107,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
                 f"Expected `codebook_sizes` to be two numbers or more in [1, {vocab_size}], the vocabulary size, but"
                 f" got {tuple(codebook_sizes)}."
             )
+        if num_groups < 1 or hidden_size % num_groups:
+            raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
         if init not in (None, *get_args(HierarchyInit)):
             names = ", ".join(map(repr, get_args(HierarchyInit)))
             raise ValueError(f"Expected `init` to be one of {names}, but got {init!r}.")
@@ -116,7 +124,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
                 f" tokens, but got {max_cluster_size}."
             )
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
-        self.codebook_sizes = tuple(codebook_sizes)
+        self.codebook_sizes, self.num_groups = tuple(codebook_sizes), num_groups
         self.init, self.start_tokens, self.usage_decay = init, start_tokens, usage_decay
         self.count_power = count_power
         self.max_cluster_size = max_cluster_size or min(vocab_size, 4 * mean)
@@ -127,7 +135,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         self.logit_cap: float | None = None
         self.register_buffer("token_to_cluster", random_assignment(vocab_size, num_clusters))
         codes = [random_assignment(vocab_size, size) for size in stage_sizes]
-        self.register_buffer("token_codes", torch.stack(codes, 1))
+        self.register_buffer("token_codes", torch.stack(codes * num_groups, 1))
         self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running_dtype()))
         self._tables = TableCache()
 
@@ -187,14 +195,20 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
     def tensors(self) -> HierarchicalCodes:
         """Return the tensors of the head; they are shared, not copied."""
         return HierarchicalCodes(
-            self.clusters, self.codes, self._layout(), self.cluster_bias, self.token_bias, self.logit_cap
+            self.clusters,
+            self.codes,
+            self._layout(),
+            self.cluster_bias,
+            self.token_bias,
+            self.logit_cap,
+            self.num_groups,
         )
 
     def _layout(self) -> ClusterLayout:
         """Return the tables of the mapping; they are kept until it changes."""
 
         def make() -> ClusterLayout:
-            return cluster_layout(self.token_to_cluster, self.token_codes, len(self.clusters), self.codebook_sizes[1:])
+            return cluster_layout(self.token_to_cluster, self.token_codes, len(self.clusters), self.stage_sizes)
 
         return cast(ClusterLayout, self._tables.get("layout", [self.token_to_cluster, self.token_codes], make))
 
@@ -226,6 +240,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
             self.hidden_size,
             self.vocab_size,
             self.codebook_sizes,
+            num_groups=self.num_groups,
             bias=self.token_bias is not None,
             itemsize=self.clusters.dtype.itemsize,
         )
@@ -273,7 +288,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
 
         Args:
             token_to_cluster: (V,) int64 in [0, K).
-            token_codes: (V, S) int64, of stage s in [0, K_s).
+            token_codes: (V, S) int64, of stage s in [0, K_s), for all groups; or (V, G · S), those of one group after
+                another.
             token_bias: (V,) log-probabilities of tokens, split into those of the clusters and of tokens in them.
             clusters: (K, d).
             codes: (Σ K_s, d).
@@ -281,6 +297,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         Raises:
             ValueError: If a shape differs, a code is out of range or a value is not finite; nothing is written then.
         """
+        if token_codes is not None and token_codes.shape[1] != self.token_codes.shape[1]:
+            token_codes = token_codes.repeat(1, self.num_groups)
         given = {"token_to_cluster": token_to_cluster, "token_codes": token_codes, "clusters": clusters, "codes": codes}
         found = {name: value for name, value in given.items() if value is not None}
         for name, value in found.items():
@@ -291,7 +309,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
             if value.is_floating_point():
                 check_finite(value, name)
         owner, stages = found.get("token_to_cluster", self.token_to_cluster), found.get("token_codes", self.token_codes)
-        cluster_layout(owner, stages, len(self.clusters), self.codebook_sizes[1:])
+        cluster_layout(owner, stages, len(self.clusters), self.stage_sizes)
         for name, value in found.items():
             getattr(self, name).copy_(value)
         if token_bias is not None:
@@ -310,5 +328,6 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         """Return the settings that `print(module)` shows."""
         return (
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_sizes={self.codebook_sizes},"
-            f" bias={self.token_bias is not None}, max_cluster_size={self.max_cluster_size}"
+            f" num_groups={self.num_groups}, bias={self.token_bias is not None},"
+            f" max_cluster_size={self.max_cluster_size}"
         )

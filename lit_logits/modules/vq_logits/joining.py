@@ -280,7 +280,7 @@ def _head_settings(head: SavedHead) -> dict[str, Any]:
     """Return what `VQLogitsConfig` says of a head."""
     shared = {"head_bias": head.token_bias is not None, "logit_cap": head.logit_cap}
     if isinstance(head, PackedHierarchicalVQLogitsHead):
-        return {"codebook_sizes": list(head.codebook_sizes), **shared}
+        return {"codebook_sizes": list(head.codebook_sizes), "num_groups": head.num_groups, **shared}
     sizes = {"codebook_size": head.codebook_size, "num_groups": head.num_groups, "stage_sizes": head.stage_sizes()}
     return {**sizes, **shared}
 

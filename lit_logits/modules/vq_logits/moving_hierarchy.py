@@ -1,6 +1,6 @@
 """Codes of two levels that move: revival of dead ones, and tokens that get other codes.
 
-Letters: d hidden size, V vocabulary, K clusters, S stages with L codes in all.
+Letters: d hidden size, V vocabulary, K clusters, S stages with L codes in all, G groups.
 """
 
 import torch
@@ -10,7 +10,7 @@ from lit_logits.contracts import Reassigned, Revival
 from lit_logits.functional.code_reassignment import Positions, hierarchical_token_statistics, reassign_by_loss
 from lit_logits.functional.codebook import dead_codes
 from lit_logits.functional.distributed import broadcast_
-from lit_logits.functional.hierarchical_vq import HierarchicalCodes
+from lit_logits.functional.hierarchical_vq import HierarchicalCodes, gather_codes, spread_codes
 from lit_logits.functional.hierarchy_revival import revive_hierarchy
 from lit_logits.modules.vq_logits.counting import CountsTokens
 from lit_logits.modules.vq_logits.reassigning import summarize
@@ -23,6 +23,7 @@ class MovingHierarchy(CountsTokens):
     """The half of `HierarchicalVQLogitsHead` that changes its codes; the arguments and tensors are that head's."""
 
     codebook_sizes: tuple[int, ...]
+    num_groups: int
     max_cluster_size: int
     clusters: nn.Parameter
     codes: nn.Parameter
@@ -36,34 +37,42 @@ class MovingHierarchy(CountsTokens):
         """Return the tensors of the head."""
         raise NotImplementedError
 
+    @property
+    def stage_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each stage, those of the first group, then of the second, etc."""
+        return self.codebook_sizes[1:] * self.num_groups
+
     def dead_codes(self, min_usage: float = 0.0) -> Tensor:
         """Return clusters that own no token, or carry less than `min_usage` times an even share of the targets."""
         return dead_codes(self.token_counts, self.token_to_cluster, len(self.clusters), min_usage)
 
     def dead_stage_codes(self, min_usage: float = 0.0) -> list[Tensor]:
         """Return the same of the codes of each stage."""
-        stages = zip(self.token_codes.T, self.codebook_sizes[1:], strict=True)
+        stages = zip(self.token_codes.T, self.stage_sizes, strict=True)
         return [dead_codes(self.token_counts, codes, size, min_usage) for codes, size in stages]
 
     @torch.no_grad()
     def revive_dead(self, min_usage: float = 0.0, *, generator: torch.Generator | None = None) -> Revival:
         """Give dead clusters and codes one half of a heavy one; see `revive_hierarchy` and `RevivableHead`."""
         dead = [self.dead_codes(min_usage), *self.dead_stage_codes(min_usage)]
-        dead = [_of_rank_zero(codes, size) for codes, size in zip(dead, self.codebook_sizes, strict=True)]
+        sizes = (self.codebook_sizes[0], *self.stage_sizes)
+        dead = [_of_rank_zero(codes, size) for codes, size in zip(dead, sizes, strict=True)]
         if not any(codes.numel() for codes in dead):
             return Revival(0, {})
         parameters = {parameter: parameter.clone() for parameter in self.parameters()}
         mapping = self._mapping()
+        spread = self.tensors()._replace(codes=spread_codes(self.codes, self.num_groups), num_groups=1)
         found = revive_hierarchy(
-            self.tensors(),
+            spread,
             self.token_codes,
-            self.codebook_sizes[1:],
+            self.stage_sizes,
             dead_clusters=dead[0],
             dead_codes=dead[1:],
             token_counts=self.token_counts,
             max_cluster_size=self.max_cluster_size,
             generator=generator,
         )
+        found = found._replace(codes=gather_codes(found.codes, self.num_groups))
         for name, tensor in found._asdict().items():
             if tensor is not None:
                 getattr(self, name).copy_(tensor)
@@ -84,7 +93,10 @@ class MovingHierarchy(CountsTokens):
     def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
         """Give tokens the codes of the stages that lower the loss most; clusters stay. See `reassign_by_loss`."""
         sums, before = hierarchical_token_statistics(positions, self.tensors()), self.token_codes.clone()
-        stages, has_bias = self.codes.split(self.codebook_sizes[1:]), self.token_bias is not None
+        stages, has_bias = (
+            spread_codes(self.codes, self.num_groups).split(self.stage_sizes),
+            self.token_bias is not None,
+        )
         found = reassign_by_loss(sums, stages, before, has_bias=has_bias, min_gain=min_gain)
         self.token_codes.copy_(found.token_codes)
         if self.token_bias is not None:
@@ -94,7 +106,7 @@ class MovingHierarchy(CountsTokens):
         return summarize(found, before, sums)
 
     def _mapping(self) -> Tensor:
-        """Return cluster and codes of each token (V, 1 + S), a copy."""
+        """Return cluster and codes of each token (V, 1 + G · S), a copy."""
         return torch.cat([self.token_to_cluster.unsqueeze(1), self.token_codes], 1)
 
 

@@ -36,7 +36,8 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
         cluster_bias: (K,) parameter in nats.
         token_bias: (V,) parameter in nats, or None.
         logit_cap: c of the soft cap of both levels, or None; see `CappedHead`.
-        packed_codes: uint8 buffer, ⌈log2 K⌉ bits for the cluster of each token, then as many as each stage needs.
+        packed_codes: uint8 buffer, ⌈log2 K⌉ bits for the cluster of each token, then as many as each stage needs, group
+            after group.
 
     Example:
         >>> head = HierarchicalVQLogitsHead(hidden_size=8, vocab_size=100, codebook_sizes=(10, 16))
@@ -50,11 +51,12 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
     def __init__(self, head: HierarchicalVQLogitsHead) -> None:
         super().__init__()
         self.hidden_size, self.vocab_size, self.codebook_sizes = head.hidden_size, head.vocab_size, head.codebook_sizes
+        self.num_groups = head.num_groups
         self.clusters, self.codes = head.clusters, head.codes
         self.cluster_bias, self.token_bias = head.cluster_bias, head.token_bias
         self.logit_cap = head.logit_cap
         mapping = torch.cat([head.token_to_cluster.unsqueeze(1), head.token_codes], 1)
-        self.register_buffer("packed_codes", pack_codes(mapping, self.codebook_sizes))
+        self.register_buffer("packed_codes", pack_codes(mapping, self._mapped_sizes()))
         self._tables = TableCache()
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -71,8 +73,19 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
 
     def _tensors(self) -> HierarchicalCodes:
         return HierarchicalCodes(
-            self.clusters, self.codes, self.layout(), self.cluster_bias, self.token_bias, self.logit_cap
+            self.clusters,
+            self.codes,
+            self.layout(),
+            self.cluster_bias,
+            self.token_bias,
+            self.logit_cap,
+            self.num_groups,
         )
+
+    def _mapped_sizes(self) -> list[int]:
+        """Return the number of clusters, and of codes of each stage of each group."""
+        num_clusters, *stage_sizes = self.codebook_sizes
+        return [num_clusters, *stage_sizes * self.num_groups]
 
     def layout(self) -> ClusterLayout:
         """Return the tables of the mapping, unpacked; they are kept until it is written to.
@@ -87,13 +100,13 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
     _unpacked = layout
 
     def _unpack(self) -> ClusterLayout:
-        num_clusters, *stage_sizes = self.codebook_sizes
-        clusters, *codes = unpack_codes(self.packed_codes, self.codebook_sizes, self.vocab_size).unbind(1)
+        num_clusters, *stage_sizes = sizes = self._mapped_sizes()
+        clusters, *codes = unpack_codes(self.packed_codes, sizes, self.vocab_size).unbind(1)
         return cluster_layout(clusters, torch.stack(codes, 1), num_clusters, stage_sizes)
 
     def extra_repr(self) -> str:
         """Return the settings that `print(module)` shows."""
         return (
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_sizes={self.codebook_sizes},"
-            f" bias={self.token_bias is not None}"
+            f" num_groups={self.num_groups}, bias={self.token_bias is not None}"
         )
