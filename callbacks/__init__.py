@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lit_logits.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lit_logits.callbacks.atomic_checkpoints import AtomicCheckpointIO
     from lit_logits.callbacks.codebook_monitor import CodebookMonitor
     from lit_logits.callbacks.codebook_reassign import CodebookReassign
     from lit_logits.callbacks.codebook_reinit import CodebookReinit
@@ -21,6 +22,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "lit_logits.callbacks.atomic_checkpoints": "AtomicCheckpointIO",
             "lit_logits.callbacks.codebook_monitor": "CodebookMonitor",
             "lit_logits.callbacks.codebook_reassign": "CodebookReassign",
             "lit_logits.callbacks.codebook_reinit": "CodebookReinit",
@@ -37,6 +39,7 @@ else:
     )
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CodebookMonitor",
     "CodebookReassign",
     "CodebookReinit",

@@ -9,8 +9,10 @@ import os
 import pickle
 import pkgutil
 import re
+import signal
 import sys
 import traceback
+import zipfile
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -22,13 +24,16 @@ from jsonargparse import ActionConfigFile, Namespace, class_from_function
 from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard.summary import hparams
 from transformers import get_wsd_schedule
 
 import lit_logits
 from lit_logits import callbacks, datamodules, modules
+from lit_logits.callbacks.atomic_checkpoints import AtomicCheckpointIO
 from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
@@ -38,7 +43,8 @@ __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 # The parser finds `--model VQLogitsLM` among imported classes only.
 for _package in (lit_logits, modules, callbacks, datamodules):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
-        import_module(_module.name)
+        if not _module.name.endswith("__main__"):
+            import_module(_module.name)
     for _name in _package.__all__:
         getattr(_package, _name)
 
@@ -167,7 +173,7 @@ class LitLogitsCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose `--config` finds shipped recipes."""
-        parser = _Parser(dump_header=[f"lightning=={L.__version__}"], **kwargs)
+        parser = _Parser(dump_header=[f"lightning=={L.__version__}"], version=lit_logits.__version__, **kwargs)
         parser.add_argument("-c", "--config", action=_RecipeFile, help="Path of a recipe, or name of a shipped one.")
         return parser
 
@@ -195,10 +201,10 @@ class LitLogitsCLI(LightningCLI):
         if config.get("ckpt_path") == "last" and logger.get("save_dir"):
             # Lightning itself looks into the folder of the new run, which is empty.
             folder = Path(logger.save_dir, logger.get("name") or "")
-            found = [*folder.glob("*/checkpoints/last*.ckpt"), *folder.glob("checkpoints/last*.ckpt")]
-            if not found:
+            found = _last_checkpoint(folder)
+            if found is None:
                 self.parser.error(f"Expected `ckpt_path: last` to find {folder}/*/checkpoints/last.ckpt, got none.")
-            config.ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime))
+            config.ckpt_path = str(found)
             rank_zero_info(f"`ckpt_path: last` is {config.ckpt_path}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -213,6 +219,10 @@ class LitLogitsCLI(LightningCLI):
             chosen.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in chosen):
             chosen.append(PredictionWriter())
+        plugins = config.plugins if isinstance(config.plugins, list) else [p for p in [config.plugins] if p]
+        # DeepSpeed writes folders, by itself.
+        if "deepspeed" not in str(config.strategy) and not any(isinstance(p, CheckpointIO) for p in plugins):
+            kwargs = {"plugins": [*plugins, AtomicCheckpointIO()], **kwargs}
         if config.logger is False:
             self.save_config_callback = None  # without a run folder, it would write into the working directory
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})
@@ -226,18 +236,32 @@ class LitLogitsCLI(LightningCLI):
             print("\n".join(f"{name}: {value:.4f}" for name, value in metrics if name.startswith("val/")))
 
 
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest `last.ckpt` of the runs in a folder that is whole; tell of newer ones that are not."""
+    found = [*folder.glob("*/checkpoints/last*.ckpt"), *folder.glob("checkpoints/last*.ckpt")]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        # A file of torch is a zip archive, whose table of contents is its end. Sharded checkpoints are folders.
+        if path.is_dir() or zipfile.is_zipfile(path):
+            return path
+        rank_zero_warn(f"`ckpt_path: last` skips {path}: it is cut off or no checkpoint ({path.stat().st_size} bytes).")
+    return None
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line: the `lit-logits` command and `train.py`.
 
     Classes of modules in the working directory can be named. An error that this library explains is shown as its
     sentence alone, whatever the parser wrapped around it. Its traceback is shown too with `--debug`, anywhere among the
-    arguments, or with LIT_LOGITS_DEBUG=1. A run on several processes leaves its process group.
+    arguments, or with LIT_LOGITS_DEBUG=1. A run on several processes leaves its process group. SIGTERM ends the process
+    with status 143, after `LastCheckpoint` has saved.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     args, debug = _without_debug(args)
     try:
         LitLogitsCLI(args)
+    except SIGTERMException:  # else `fit && test` would go on
+        raise SystemExit(128 + signal.SIGTERM) from None
     except pickle.UnpicklingError as error:
         _stop(
             "Expected the checkpoint to hold tensors and plain data, but loading it would run code of its"

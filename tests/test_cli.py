@@ -18,11 +18,13 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel  # noqa: F401  (short names)
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_logits.callbacks import LastCheckpoint, LineProgress, LogitCacheWriter, PredictionWriter
+import lit_logits
+from lit_logits.callbacks import AtomicCheckpointIO, LastCheckpoint, LineProgress, LogitCacheWriter, PredictionWriter
 from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
 from lit_logits.datamodules import TextDataModule
 
@@ -326,6 +328,58 @@ def test_sigterm_leaves_a_checkpoint():
     step = torch.load("runs/CountingLM/version_0/checkpoints/last.ckpt", weights_only=False)["global_step"]
     assert step >= 2
     assert f"Stopped at step {step}; go on with `--ckpt_path" in rest
+
+
+def test_sigterm_is_told_to_the_shell(monkeypatch):
+    """`fit && test` went on after a preemption, as the status was 0."""
+
+    def stopped(args):
+        raise SIGTERMException
+
+    monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", stopped)
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit"])
+    assert exit_.value.code == 143
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    """A full disk left an empty file in the place of the checkpoint, or a new folder with one beside the good one."""
+    path = tmp_path / "new folder" / "last.ckpt"
+    writes = AtomicCheckpointIO()
+    writes.save_checkpoint({"step": 1}, path)
+    save = torch.save
+
+    def full(value, target):
+        save(value, target)
+        with open(target, "r+b") as file:
+            file.truncate(100)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        writes.save_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_checkpoints_of_runs_are_written_so():
+    assert isinstance(fit(steps=1).trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    chosen = fit("--trainer.plugins=[TorchCheckpointIO]", steps=1).trainer.strategy.checkpoint_io
+    assert not isinstance(chosen, AtomicCheckpointIO)
+
+
+def test_ckpt_path_last_skips_what_is_cut_off(recwarn):
+    fit("--trainer.logger.name=parts", steps=2)
+    fit("--trainer.logger.name=parts", steps=3)
+    newest = Path("runs/parts/version_1/checkpoints/last.ckpt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert fit("--trainer.logger.name=parts", "--ckpt_path=last", steps=4).model.steps_seen[0] == 2
+    assert any("skips runs/parts/version_1/checkpoints/last.ckpt: it is cut off" in str(w.message) for w in recwarn)
+
+
+def test_the_package_is_a_command_that_tells_its_version():
+    done = subprocess.run([sys.executable, "-m", "lit_logits", "--version"], capture_output=True, text=True)
+    assert lit_logits.__version__ in done.stdout
 
 
 # --- what the parser makes ---

@@ -1,0 +1,6 @@
+"""`python -m lit_logits` is the `lit-logits` command."""
+
+from lit_logits.cli import main
+
+if __name__ == "__main__":
+    main()
