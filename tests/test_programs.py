@@ -103,9 +103,10 @@ metric_list: [{metric: exact_match}]
 CHOICES = ["of course", "never", "1234 tokens"]
 
 
-def write_tasks(folder):
+def write_tasks(folder, place="."):
+    """Write the tasks and their documents into a folder, which the tasks call `place`."""
     for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(text.replace("test: ", f"test: {place}/"))
     rows = {"text": [{"text": text} for text in TEXTS]}
     rows["choice"] = [{"text": text, "choices": CHOICES, "label": 1} for text in TEXTS]
     for name, lines in rows.items():
@@ -160,6 +161,27 @@ def test_lm_evaluation_harness(saved, tmp_path):
         found = [[float(likelihood) for likelihood, _ in row] for row in answers(tmp_path / form, "my_choice")]
         assert found == [pytest.approx(row, abs=1e-3) for row in choices]
         assert answers(tmp_path / form, "my_end") == [[tokenizer.decode(x, skip_special_tokens=True)] for x in ends]
+
+
+def test_lm_evaluation_harness_from_python(saved, tmp_path, no_network):
+    """A model in memory, as it is after training."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model, folders = saved
+    write_tasks(tmp_path, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folders["compact"])
+    evaluated = lm_eval.simple_evaluate(
+        HFLM(model.to_pretrained(), tokenizer=tokenizer, device="cpu"),
+        tasks=["my_text"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    total = sum(nll_of(model, [tokenizer.bos_token_id, *tokenizer(text).input_ids]) for text in TEXTS)
+    num_words = sum(len(text.split()) for text in TEXTS)
+    found = evaluated["results"]["my_text"]["word_perplexity,none"]
+    assert found == pytest.approx(math.exp(total / num_words), rel=1e-4)
 
 
 # ---------------------------------------------------------------------- version 4 of transformers
