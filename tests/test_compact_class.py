@@ -93,6 +93,31 @@ def test_transformers_trainer_trains_and_evaluates(model, tmp_path):
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_accumulated_steps_are_those_of_the_whole_batch(compact, tmp_path):
+    """Each part of a batch had the same say, however few of its tokens count."""
+    rows = [{"input_ids": row, "labels": row.clone()} for row in IDS] * 2
+    rows[0]["labels"][:4] = -100
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "optim": "sgd"}
+    weights = []
+    for parts in (1, 4):
+        model = AutoModelForCausalLM.from_pretrained(compact)
+        sizes = {"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, learning_rate=1.0, max_grad_norm=0, **settings, **sizes
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*weights)
+
+
+def test_packed_texts_do_not_see_each_other(model):
+    """The packing of trl and of `DataCollatorWithFlattening` tells texts apart by their positions."""
+    packed, positions = IDS.flatten()[None], torch.arange(6).repeat(2)[None]
+    with torch.no_grad():
+        logits = model(input_ids=packed, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(logits.view(2, 6, V), model(input_ids=IDS).logits)
+
+
 # ---------------------------------------------------------------------- one call outside of `no_grad`
 
 
@@ -242,27 +267,62 @@ def test_peft_finds_the_layers_of_the_backbone(compact, targets):
     assert not [name for name in names if "head" in name]
 
 
+def test_two_levels_say_that_they_have_no_rows(compact):
+    """trl ended with "object has no attribute 'weight'"."""
+    model = AutoModelForCausalLM.from_pretrained(compact)
+    if is_residual(model):
+        assert model.get_output_embeddings().weight.shape == (V, 16)
+        return
+    assert not hasattr(model.head, "weight")
+    with pytest.raises(
+        AttributeError, match=r"two levels of codes equal no dense layer\. Let the program take the loss"
+    ):
+        _ = model.head.weight
+    with pytest.raises(AttributeError, match="no attribute 'wait'"):
+        _ = model.head.wait
+
+
+def sft_trainer(model):
+    """Return trl's trainer as docs/saved_models.md says: two levels have no rows that it could read."""
+    trl = pytest.importorskip("trl")
+
+    class LossOfTheModel(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    return trl.SFTTrainer if is_residual(model) else LossOfTheModel
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["plain", "packing", "lora"])
 def test_trl(model, compact, way, tmp_path):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    if not is_residual(model):
-        pytest.skip("reads the rows of the output layer, and two levels have none")
+    trainer_class = sft_trainer(model)
+    from datasets import Dataset
     from peft import LoraConfig
+    from trl import SFTConfig
 
     settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    settings |= {"max_steps": 2, "max_length": 16, "learning_rate": 0.01, "packing": way == "packing"}
-    before = model.head.codebook.detach().clone()
-    trainer = trl.SFTTrainer(
+    settings |= {"max_steps": 2, "max_length": 18, "learning_rate": 0.01, "packing": way == "packing"}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    before = model.head.codebook.detach().clone() if is_residual(model) else model.head.codes.detach().clone()
+    text, words = "word1 word2 word3 word4 word2", AutoTokenizer.from_pretrained(compact)
+    row = torch.tensor([[*words(text).input_ids, words.eos_token_id]])
+    expected = float(model(input_ids=row, labels=row).loss)
+    trainer = trainer_class(
         model,
-        trl.SFTConfig(str(tmp_path), **settings),
-        train_dataset=datasets.Dataset.from_dict({"text": ["word1 word2 word3 word4", "word2 word1"] * 16}),
-        processing_class=AutoTokenizer.from_pretrained(compact),
+        SFTConfig(str(tmp_path), **settings),
+        train_dataset=Dataset.from_dict({"text": [text] * 32}),
+        eval_dataset=Dataset.from_dict({"text": [text] * 4}),
+        processing_class=words,
         peft_config=LoraConfig(r=2, target_modules="all-linear") if way == "lora" else None,
     )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
     trainer.train()
-    assert trainer.state.log_history[1]["loss"] < trainer.state.log_history[0]["loss"]
-    assert torch.equal(model.head.codebook, before) == (way == "lora")
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+    assert losses[1] < losses[0]
+    after = model.head.codebook if is_residual(model) else model.head.codes
+    assert torch.equal(after, before) == (way == "lora")
 
 
 # ---------------------------------------------------------------------- our own modules

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_save_pretrained import IDS, LM, Data, V, fit, tiny, tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lit_logits import CausalLM, DualHeadKD, GLDFusionModule, VQLogitsLM
 from lit_logits.callbacks import SavePretrained
 from lit_logits.modules import ResidualVQLogitsHead, VQLogitsForCausalLM, VQLogitsHead, new_causal_lm
 from lit_logits.modules.language_models.card import Origin, find_origin
+from lit_logits.modules.language_models.version_4 import rotary_settings
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "max_position_embeddings": 16}
@@ -343,3 +344,62 @@ def test_every_method_pushes_and_nothing_is_uploaded_where_saving_refuses(origin
     with pytest.raises(ValueError, match="Expected `head` to be"):
         compressed(original).push_to_hub("me/mine", head="packed")
     assert hub.asked == []
+
+
+# ---------------------------------------------------------------------- version 4 of transformers
+
+SCALED = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROTARY = {
+    "plain": ({"rope_type": "default", "rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}),
+    "scaled": (SCALED, {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in SCALED.items() if k != "rope_theta"}}),
+    "layers": (
+        {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        },
+        {
+            "rope_theta": 500.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_local_base_freq": 300.0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROTARY)
+def test_version_4_finds_the_rotary_settings(tmp_path, case):
+    """It took its default angles, and said nothing: all logits were other ones."""
+    parameters, expected = ROTARY[case]
+    if case == "layers":
+        more = {"head_dim": 4, "num_key_value_heads": 2, "layer_types": ["full_attention"], "sliding_window": 4}
+        model = new_causal_lm({**LLAMA, **more, "model_type": "gemma3_text", "rope_parameters": parameters}, V)
+    else:
+        original = {"original_max_position_embeddings": 8} if case == "scaled" else {}
+        parameters = {**parameters, **original}
+        expected = {**expected, **({"rope_scaling": {**expected["rope_scaling"], **original}} if original else {})}
+        model = new_causal_lm({**LLAMA, "rope_parameters": parameters}, V)
+    CausalLM(model).save_pretrained(tmp_path / "saved", tokenizer=tokenizer())
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {name: written[name] for name in expected} == expected
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config.rope_parameters == model.config.rope_parameters
+    torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_old_names_that_would_change_the_model_are_left_out():
+    """One scaling of all layers would be read in place of one for each kind."""
+    parameters, _ = ROTARY["layers"]
+    assert rotary_settings(AutoConfig.for_model("modernbert-decoder", rope_parameters=parameters)) == {}
+    assert rotary_settings(AutoConfig.for_model("gpt2")) == {}
+
+
+def test_version_4_finds_the_tokenizer(tmp_path):
+    words = tokenizer()
+    words.add_special_tokens({"extra_special_tokens": ["<one>", "<two>"]})
+    CausalLM(tiny(vocab_size=len(words))).save_pretrained(tmp_path / "saved", tokenizer=words)
+    written = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (written["additional_special_tokens"], "extra_special_tokens" in written) == (["<one>", "<two>"], False)
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.extra_special_tokens == ["<one>", "<two>"]
+    assert again("word1 <two>").input_ids == words("word1 <two>").input_ids

@@ -95,13 +95,15 @@ def _text(model: PreTrainedModel, summary: str, figures: Mapping[str, float], ha
     head += [f"base_model: {origin.hub_id}"] if origin.hub_id else []
     head += [f"license: {origin.licence}"] if re.fullmatch(r"[\w.+-]+", origin.licence) else []
     size = sum(parameter.numel() for parameter in model.parameters())
+    is_ours = type(model).__module__.startswith("lit_logits.")
+    readers = "needs transformers 5" if is_ours else "transformers 5 reads it, and 4.57 most architectures"
     unknown = "not known here; that of the base model holds" if origin.name else "none given: a new model"
     rows = [
         ("base model", origin.name or "none: trained from random weights"),
         ("licence of the base", origin.licence or unknown),
         ("class", f"`{type(model).__name__}`, {size:,} parameters"),
         ("written by", f"lit-logits {version('lit-logits')}, transformers {transformers.__version__},"
-         f" torch {torch.__version__}; config and tokenizer need transformers 5"),
+         f" torch {torch.__version__}; {readers}"),
     ]  # fmt: skip
     body = [f"# {origin.name or type(model).__name__}, changed with lit-logits", "", summary, "", "| | |", "|---|---|"]
     body += [f"| {name} | {value} |" for name, value in rows]

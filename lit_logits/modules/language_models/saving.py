@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lit_logits.contracts import DescribesItself, HasTokenizer, offers
 from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
+from lit_logits.modules.language_models.version_4 import rename_tokenizer_settings, rotary_settings
 from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
 
 __all__ = [
@@ -143,6 +144,7 @@ def write_model(
     has_tokenizer = tokenizer is not None and hasattr(tokenizer, "save_pretrained")
     if has_tokenizer:
         tokenizer.save_pretrained(folder)
+        rename_tokenizer_settings(folder)
     elif model.can_generate():
         warnings.warn(
             "The model is saved without a tokenizer, and with the end tokens of its config: pass `tokenizer`, or let"
@@ -223,7 +225,7 @@ def save_any_generation_config(model: PreTrainedModel, save: Callable[[], None],
 
 
 def _write_configs(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None) -> None:
-    """Put the tokenizer's ids and the dtype into the configs that `save_pretrained` has written.
+    """Put the tokenizer's ids, the dtype and old names into the configs that `save_pretrained` has written.
 
     Into the files, so that the model stays as it is.
     """
@@ -232,7 +234,7 @@ def _write_configs(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: 
         if config is None or not path.is_file():
             continue
         written = json.loads(path.read_text(encoding="utf-8"))
-        written.update(_special_ids(config, tokenizer))
+        written.update({**_special_ids(config, tokenizer), **rotary_settings(config)})
         if dtype is not None and name == "config":
             written["dtype"] = str(dtype).removeprefix("torch.")
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -99,7 +99,6 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    accepts_loss_kwargs = False  # the loss is a mean, which transformers' Trainer then averages over accumulation
 
     def __init__(self, config: VQLogitsConfig) -> None:
         super().__init__(config)

@@ -3,7 +3,7 @@
 Letters: d hidden size, V vocabulary, K clusters, S stages.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,6 +98,16 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
         return cast(ClusterLayout, self._tables.get("layout", [self.packed_codes], self._unpack))
 
     _unpacked = layout
+
+    def __getattr__(self, name: str) -> Any:
+        """Say of the rows of a dense layer, which some programs read in place of logits, that there are none."""
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"Expected an output layer with `{name}`, but two levels of codes equal no dense layer. Let the program"
+                " take the loss that the model itself returns for `labels`, as `transformers.Trainer` does;"
+                " docs/saved_models.md has the lines for trl's `SFTTrainer`."
+            )
+        return super().__getattr__(name)
 
     def _unpack(self) -> ClusterLayout:
         num_clusters, *stage_sizes = sizes = self._mapped_sizes()
