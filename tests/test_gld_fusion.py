@@ -122,6 +122,22 @@ def test_tokens_that_are_ruled_out_leave_the_softmax_of_the_others(ruled_out):
     assert uld_loss(logits, logits, top_k=2).item() == 0
 
 
+@pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("nodes", ["rank", "vocabulary"])
+def test_a_student_that_rules_tokens_out_learns_of_the_others(ruled_out, nodes):
+    """The gradient once was NaN beside a finite loss: 0 from the moments that no loss used, times −inf."""
+    student, teacher = (draw(40 + i, 5, 9, dtype=torch.float32) for i in range(2))
+    padded = torch.cat([student, torch.full((5, 1), ruled_out)], -1)
+    grads = []
+    for logits in (student.requires_grad_(), padded.requires_grad_()):
+        mine, theirs = top_k_logits(logits, 3), top_k_logits(teacher, 3)
+        strengths = [graph_strengths(top_k_values(t, "softmax"), t.token_ids, nodes=nodes) for t in (mine, theirs)]
+        bound = sorted_gw_bound(strengths[0].strengths, strengths[1].strengths)
+        grads.append(torch.autograd.grad(uld_loss(logits, teacher, top_k=3) + bound, logits)[0])
+    torch.testing.assert_close(grads[1][:, :9], grads[0])
+    assert (grads[1][:, 9] == 0).all()
+
+
 @pytest.mark.parametrize(("top_k", "temperature", "match"), [(0, 1, "top_k"), (8, 1, r"\[1, 7\]"), (2, 0, "positive")])
 def test_top_k_out_of_range(top_k, temperature, match):
     with pytest.raises(ValueError, match=match):
