@@ -482,6 +482,15 @@ def test_alignment_of_nothing():
     assert align_positions(none[:, :0], some).shape == (2, 0)
 
 
+def test_positions_within_a_character_lie_in_the_span():
+    """They once were left out of graphs, which need no alignment. One that reads on beyond the other's end is out."""
+    ends1 = torch.tensor([[-1, 0, -1, 3, -1, 6, -1], [-1, 0, -1, 3, -1, 6, -1]])
+    ends2 = torch.tensor([[0, 3, -1, -1, 6], [0, -1, -1, 3, -1]])
+    one, other = common_span(ends1, ends2)
+    assert one.tolist() == [[False, True, True, True, True, True, False], [False, True, True, True] + [False] * 3]
+    assert other.tolist() == [[True] * 5, [True, True, True, True, False]]
+
+
 def test_span_that_both_tokenisations_reach():
     """The second sample has been cut in the other tokenisation, the third has nothing there."""
     ends1 = torch.tensor([[0, 3, 7], [0, 3, 7], [0, 3, 7]])

@@ -95,19 +95,23 @@ def prompts_of(loader, tokenizer):
 def test_batch_by_hand():
     """Prompt [5, 6] with response [8, 9, 1]; prompt [5] with response [1]; the pad token may be a real one."""
     rows = [
-        {"row": 3, "sample_id": 2**62, "prompt": [5, 6], "responses": [[8, 9, 1]], "ends": [[2, 5, -1]], "correct": 0},
-        {"row": 0, "sample_id": 17, "prompt": [5], "responses": [[1]], "ends": [[-1]], "correct": 0},
+        {"row": 3, "sample_id": 2**62, "prompt": [5, 6], "responses": [[8, 9, 1]], "ends": [[2, 5, -1]]},
+        {"row": 0, "sample_id": 17, "prompt": [5], "responses": [[1]], "ends": [[-1]]},
+    ]
+    rows = [
+        {**row, "byte_ends": [[2 * end if end > 0 else end for end in row["ends"][0]]], "correct": 0} for row in rows
     ]
     batch = collate_examples(rows, Vocabulary(pad_token_id=1, tokenizer_id=2**61))
     assert batch["input_ids"].tolist() == [[5, 6, 8, 9, 1], [5, 1, 1, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 8, 9, 1], [-100, 1, -100, -100, -100]]
     assert batch["response_ends"].tolist() == [[-1, 0, 2, 5, -1], [0, -1, -1, -1, -1]]
+    assert batch["response_bytes"].tolist() == [[-1, 0, 4, 10, -1], [0, -1, -1, -1, -1]]
     assert batch["rows"].tolist() == [3, 0]
     assert batch["sample_ids"].tolist() == [2**62, 17]
     assert batch["tokenizer_id"].item() == 2**61
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id", "layout_id"}
+    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "response_bytes", "tokenizer_id", "layout_id"}
     assert set(batch) == {*tokens, "rows", "sample_ids"}
 
 
@@ -115,6 +119,7 @@ def test_choices_by_hand():
     first = {"prompt": [5], "responses": [[7], [8, 9]], "ends": [[1], [2, -1]], "correct": 1}
     second = {"prompt": [5, 6], "responses": [[7], [8], [9]], "ends": [[1], [2], [3]], "correct": 0}
     rows = [{"row": 0, "sample_id": 70, **first}, {"row": 1, "sample_id": 71, **second}]
+    rows = [{**row, "byte_ends": row["ends"]} for row in rows]
     vocabulary = Vocabulary(pad_token_id=0, tokenizer_id=1)
     batch = collate_examples(rows, vocabulary, all_choices=True)
     assert batch["input_ids"].tolist() == [[5, 7, 0], [5, 8, 9], [5, 6, 7], [5, 6, 8], [5, 6, 9]]
@@ -164,7 +169,8 @@ def test_token_that_would_span_the_boundary_is_split():
     layout = object.__new__(TemplateLayout)
     layout.pieces, layout.before, layout.after = ("", "", ""), [9], [0]
     rendered = [layout.render(Example("a", "b"), ["b", "a"], [])]
-    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], [[1, -1], [1, -1]])]
+    ends = [[1, -1], [1, -1]]
+    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], ends, ends)]
 
 
 def test_begin_token_is_added_where_the_tokenizer_adds_one(folder, make, tmp_path):
@@ -201,7 +207,7 @@ def test_template_is_cut_before_the_white_space(template, shot, prompt, response
     for shots, before in (([], ""), ([Example("{s}", "t")], f"{shot}\n\n")):
         rendered = layout.render(Example("p", "r"), ["r"], shots)
         assert rendered[:2] == (before + prompt, [response])
-        begin, end, skipped = rendered.spans[0]
+        begin, end, skipped, _ = rendered.spans[0]
         assert (response[begin:end], response[:begin].strip(), skipped) == ("r", "", 0)
 
 

@@ -12,10 +12,13 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   one, −1 before it, on padding, where a token ends within a character, and where it reaches beyond the response or
   comes after it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
   text. White space that a template strips at the response's beginning counts as read, and at its end never is;
+* `response_bytes` (B, T), the same in bytes of UTF-8. Tokens that end within a character have a number, too, if the
+  tokenizer's tokens are bytes (byte-level BPE, byte fallback), and are the same place in two such tokenizers;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
 * `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
-* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends` (B, T'),
-  `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
+* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends`,
+  `response_bytes` (B, T'), `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to
+  their own longest T'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +54,7 @@ from lit_logits.datamodules.tokenization import load_or_train_tokenizer, train_b
 
 __all__ = ["InstructionDataModule"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of every cache entry's name: raise it when the same arguments are to give other token ids."""
 
 PredictSplit = Literal["test", "all"]

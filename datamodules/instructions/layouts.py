@@ -39,11 +39,13 @@ class Span(NamedTuple):
         begin: number of characters before it.
         end: number of characters up to its end.
         skipped: characters at its own beginning that the text does not have.
+        skipped_bytes: the bytes of these.
     """
 
     begin: int
     end: int
     skipped: int = 0
+    skipped_bytes: int = 0
 
 
 class Rendered(NamedTuple):
@@ -196,13 +198,14 @@ class ChatLayout:
         """Return where the response is, as it is or stripped. It comes after the opening, whose words it may repeat."""
         opening = self._opening or ""
         start = len(opening) if continuation.startswith(opening) else 0
-        forms = (response, 0), (response.strip(), len(response) - len(response.lstrip()))
+        space = response[: len(response) - len(response.lstrip())]
+        forms = (response, (0, 0)), (response.strip(), (len(space), len(space.encode())))
         for text, skipped in forms:
             if continuation.startswith(text, start):
-                return Span(start, start + len(text), skipped)
+                return Span(start, start + len(text), *skipped)
         for text, skipped in forms:  # a template that strips some white space only
             if (begin := continuation.find(text, start)) >= 0:
-                return Span(begin, begin + len(text), skipped)
+                return Span(begin, begin + len(text), *skipped)
         raise ValueError(
             f"Expected the chat template to keep the response of {example.where}, {response!r}, or to strip white "
             f"space only, but got {continuation!r}. {self.advice}"

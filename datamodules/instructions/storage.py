@@ -2,8 +2,8 @@
 
 An Arrow row is an example: its number in the split and that of its content, the prompt's token ids, a list of ids for
 each response (one, or of a multiple-choice test question one a choice), for each of these ids how many characters of
-the response have been read after it, and the number of the right response. Where there are other tokenizers, prompt,
-responses and ends are there once more for each of them.
+the response have been read after it, how many bytes, and the number of the right response. Where there are other
+tokenizers, all but the numbers is there once more for each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,7 +110,7 @@ def write_examples(
 def _features(sources: Sequence[str]) -> Features:
     """Return the columns of a split."""
     ids = ListOf(Value("int32"))
-    view = {"prompt": ids, "responses": ListOf(ids), "ends": ListOf(ids)}
+    view = {"prompt": ids, **{name: ListOf(ids) for name in ("responses", "ends", "byte_ends")}}
     columns = {"row": Value("int32"), "sample_id": Value("int64"), **view, "correct": Value("int32")}
     return Features({**columns, "sources": {name: dict(view) for name in sources}} if sources else columns)
 
@@ -131,8 +131,7 @@ def _too_long(encoded: EncodedExample, max_length: int) -> str:
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
     """Cut responses at their end to what the prompt leaves room for."""
     room = max_length - len(encoded.prompt)
-    responses, ends = ([row[:room] for row in rows] for rows in encoded[1:])
-    return Encoded(encoded.prompt, responses, ends)
+    return Encoded(encoded.prompt, *([row[:room] for row in rows] for rows in encoded[1:]))
 
 
 def write_instructions(

@@ -205,9 +205,13 @@ class SourceLogits(NamedTuple):
     Attributes:
         top_k: of each position; `log_probs` and `token_ids` are (B, T, k), the others (B, T).
         mask: (B, T) bool; positions that count.
-        ends: (B, T) int64; characters of the response that are read at the position, −1 where it does not count.
+        ends: (B, T) int64; bytes of the response that are read at the position, −1 where there is no such number: where
+            it does not count, within a character that tokens do not cut by bytes, and after the response.
+        label_log_probs: (B, T) log-probability at τ = 1 of the token that came, in nats, 0 where none counts; None
+            where it is not known.
     """
 
     top_k: TopKLogits
     mask: Tensor
     ends: Tensor
+    label_log_probs: Tensor | None = None
