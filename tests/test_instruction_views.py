@@ -505,10 +505,11 @@ def test_pair_is_dropped_for_all_if_it_is_too_long_for_one(make, tmp_path):
         assert sorted(row for row, _ in found) == [0, 2]
         assert read_sizes(data._directory, InstructionSize)["train"].dropped == 1
     ready(make(max_length=30, **options))  # it has room in the other one
-    with pytest.raises(
-        ValueError, match=r"\(row 1 of 'test' .*\) to have at most 29 tokens of `source_tokenizers\['bytes'\]`"
-    ):
-        make(max_length=30, **other, **{**options, "source": single_test_set(tmp_path, pairs)}).prepare_data()
+    data = make(max_length=30, **other, **{**options, "source": single_test_set(tmp_path, pairs)})
+    with pytest.warns(UserWarning, match="Of the 3 examples of the split 'test', 1 are left out"):
+        data.prepare_data()
+    with pytest.raises(ValueError, match=r"to have at most 9 tokens of `source_tokenizers\['bytes'\]`, but got 12"):
+        make(max_length=10, **other, **{**options, "source": str(tmp_path / "set")}).prepare_data()
 
 
 def single_test_set(tmp_path, pairs):

@@ -236,9 +236,24 @@ def test_whole_conversation_is_what_the_template_makes(make):
     assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == ids
 
 
+@pytest.mark.parametrize("response", ["r", "<thin ice", "<think>\nno"])
+def test_chat_template_whose_prompt_is_not_in_the_conversation(folder, response):
+    """As DeepSeek-R1's: the prompt for generation opens a thought that the conversation lacks; even if a response
+    begins like the rest of it, all of that is the response.
+    """
+    tokenizer = load_tokenizer(folder / "bpe")
+    tokenizer.chat_template = CHAT.replace("<assistant>", "<assistant><think>\n")
+    layout = ChatLayout(tokenizer)
+    for number in range(2):
+        rendered = layout.render(Example(f"p{number}", response, where="row 5"), [response], [])
+        assert rendered.prompt == f"<user>p{number}<end>\n<assistant>"
+        assert rendered.continuations == [f"{response}<end>\n"]
+        assert rendered.spans[0][:2] == (0, len(response))
+
+
 def test_chat_template_that_does_not_fit(folder):
     tokenizer = load_tokenizer(folder / "bpe")
-    tokenizer.chat_template = CHAT.replace("<assistant>", "<assistant><think>")
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m == messages[-1] }}")
     with pytest.raises(ValueError, match=r"Expected the chat template to begin a conversation with its prompt.*row 5"):
         ChatLayout(tokenizer).render(Example("p", "r", where="row 5"), ["r"], [])
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -314,11 +329,30 @@ def test_too_long_is_cut_or_dropped(make, tmp_path):
     assert str(size) == "2 examples, 6 response tokens (2 truncated, 1 dropped, see `max_length`)"
 
 
-def test_prompt_for_evaluation_that_is_too_long_is_named(make, tmp_path):
+def test_prompts_for_evaluation_that_are_too_long_are_left_out(make, tmp_path):
+    """One once stopped everything. Rows keep their numbers, and `finished_rows` are numbers of rows."""
     pairs = [*PAIRS, *((f"{'ü' * 50} {i}", "long") for i in range(100))]
     source = write_jsonl(tmp_path / "long.jsonl", as_rows(pairs))
-    message = r"Expected the prompt of row \d+ \(line \d+ of .*long.jsonl\) to have at most 59 tokens, but got 1\d\d. "
-    with pytest.raises(ValueError, match=message + "Raise `max_length` or shorten it."):
+    data = make(source=source, max_length=60, val_fraction=0.2, test_fraction=0.2, batch_size=1)
+    with pytest.warns(UserWarning, match=r"Of the 40 examples of the split 'test', \d+ are left out, .* `max_length`"):
+        data.prepare_data()
+    data.setup()
+    examples = data.pairs.splits["test"]
+    kept = [row for row, example in enumerate(examples) if example.response != "long"]
+    assert 0 < len(kept) < 40
+    assert [batch["rows"].item() for batch in data.predict_dataloader()] == kept
+    assert [batch["rows"].item() for batch in data.test_dataloader()] == kept
+    assert len(data.val_dataloader()) == sum(example.response != "long" for example in data.pairs.splits["val"])
+    data.finished_rows |= set(kept[1::2])
+    assert [batch["rows"].item() for batch in data.predict_dataloader()] == kept[::2]
+
+
+def test_a_split_of_prompts_that_are_all_too_long(make, tmp_path):
+    source = write_jsonl(tmp_path / "long.jsonl", as_rows([(f"{'ü' * 50} {i}", "long") for i in range(100)]))
+    message = r"Expected the prompt of row 0 \(line \d+ of .*long.jsonl\) to have at most 59 tokens, but got 1\d\d. "
+    with pytest.raises(
+        ValueError, match=message + "Raise `max_length` or shorten it. So it is with all 80 of the split"
+    ):
         make(source=source, max_length=60).prepare_data()
 
 
@@ -328,14 +362,16 @@ def test_prompts_only_are_all_for_predict(make, tmp_path):
     pairs = texts_of(data.predict_dataloader(), data.tokenizer)
     assert pairs == [(f"Question: {prompt}\nAnswer:", "") for prompt, _ in PAIRS]
     assert data.val_dataloader() == []
-    with pytest.raises(ValueError, match=r"Expected at least 4 training examples .* but got 0"):
+    with pytest.raises(ValueError, match=r"a source with responses to train on, .* Set `response_column`"):
         data.train_dataloader()
     longest = max(len(data.tokenizer.encode(prompt)) for prompt, _ in pairs)
-    ready(
-        make(source={"path": source, "response_column": None}, max_length=longest)
-    )  # no room for a response is needed
-    with pytest.raises(ValueError, match=f"at most {longest - 1} tokens, but got {longest}"):
-        make(source={"path": source, "response_column": None}, max_length=longest - 1).prepare_data()
+    for limit, found in ((longest, len(PAIRS)), (longest - 1, None)):  # no room for a response is needed
+        data = make(source={"path": source, "response_column": None}, max_length=limit)
+        if found is None:
+            with pytest.warns(UserWarning, match="are left out"):
+                data.prepare_data()
+            found = sum(len(data.tokenizer.encode(prompt)) < longest for prompt, _ in pairs)
+        assert sum(len(batch["rows"]) for batch in ready(data).predict_dataloader()) == found
 
 
 @pytest.mark.parametrize(

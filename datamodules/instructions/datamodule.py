@@ -65,8 +65,9 @@ class InstructionDataModule(Resumes, LightningDataModule):
 
     Pairs are split into training, validation and test so that equal prompts never meet across splits, nor equal
     responses of more than five words. A response ends with the eos token, or with what the chat template puts after it.
-    A response that is too long is cut at its end; a training pair whose prompt leaves no room for any, in any of the
-    tokenizers, is dropped. Training resumes in the middle of an epoch with the next unseen batch.
+    A response that is too long is cut at its end; a pair whose prompt leaves no room for any, in any of the tokenizers,
+    is dropped, with a warning outside of the training split. Training resumes in the middle of an epoch with the next
+    unseen batch.
 
     Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
     other models, too, to distil from these.
@@ -112,7 +113,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
     Raises:
         ValueError: If an argument is out of range or goes without one that it needs; from `vocab_size`, `tokenizer` or
             `prepare_data`, if the source cannot be read, a row is not as it should be, a tokenizer has no chat
-            template or a template that changes responses, or a prompt for evaluation is too long.
+            template or a template that changes responses, or all prompts of a split are too long.
     """
 
     def __init__(
@@ -206,6 +207,11 @@ class InstructionDataModule(Resumes, LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
+        if self.pairs.source.prompts_only:
+            raise ValueError(
+                "Expected a source with responses to train on, but got one of prompts only, which are for `predict`."
+                " Set `response_column`."
+            )
         return self._resume.apply(self._loader("train"), self.trainer)
 
     def val_dataloader(self) -> Any:
@@ -232,9 +238,11 @@ class InstructionDataModule(Resumes, LightningDataModule):
         if "test" not in self._examples:
             return []
         rows = self._examples["test"]
-        left = [row for row in range(len(rows)) if row not in self.finished_rows]
+        numbers = rows.with_format("numpy")["row"][:].tolist()  # with gaps where examples were dropped
+        left = [place for place, number in enumerate(numbers) if number not in self.finished_rows]
         if left:  # Lightning's sampler wants a row for each rank; what is done already fills up
-            left += sorted(self.finished_rows)[: max(0, self._world_size - len(left))]
+            done = [place for place, number in enumerate(numbers) if number in self.finished_rows]
+            left += done[: max(0, self._world_size - len(left))]
         collate = partial(collate_examples, **self._vocabularies)
         return DataLoader(rows.select(left), batch_size=self.batch_size, collate_fn=collate, **self._loading)
 
