@@ -139,7 +139,7 @@ def evaluate(pivot: Any, data: Any, caches: dict[str, str], texts: dict[str, Tok
         logits = module(batch["input_ids"], batch["attention_mask"])
         nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         add("nll", float(nll), float((labels[:, 1:] != -100).sum()))
-        ends = batch["response_ends"].masked_fill(~mask, -1)
+        ends = batch["response_bytes"].masked_fill(~mask, -1)
         best = logits[..., : data.vocab_size].argmax(-1)
         for name in caches:
             source = LogitCache(caches[name]).read(batch["sample_ids"], top_k=1)

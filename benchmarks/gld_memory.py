@@ -256,8 +256,9 @@ def source_rows(
             notes.append(f"{name}: {source} ({origin}), not sharded.")
             continue
         vocabulary = model.config.get_text_config().vocab_size if model else 1 << 17
-        # ids in 2 bytes up to 65,536 tokens, else 4; log-probabilities in 4; end, tail, normalizer, mean and deviation
-        a_token = top_k * ((2 if vocabulary <= 1 << 16 else 4) + 4) + 5 * 4
+        # ids in 2 bytes up to 65,536 tokens, else 4; log-probabilities in 4, also of the token that came; end, tail,
+        # normalizer, mean and deviation
+        a_token = top_k * ((2 if vocabulary <= 1 << 16 else 4) + 4) + 6 * 4
         rows.append(Row(f"source {name}, cached", "on no GPU", 0))
         rows.append(Row(f"cache of {name}, on disk", f"{tokens:,} tokens · {a_token}", tokens * a_token, False))
         online = f"; online it would take {bytes_online / 1e9:.1f} GB in {dtype} on each GPU" if model else ""

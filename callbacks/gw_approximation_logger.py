@@ -77,17 +77,13 @@ class GWApproximationLogger(Callback):
         check_at_least(1, every_n_steps=every_n_steps, max_samples=max_samples, num_starts=num_starts)
         check_at_least(2, max_nodes=max_nodes)
         check_at_least(3, window=window)
+        load_pot()  # before any model is loaded
         self.every_n_steps, self.max_samples, self.max_nodes = every_n_steps, max_samples, max_nodes
         self.num_starts, self.window, self.seed = num_starts, window, seed
         self._pairs: dict[str, deque[tuple[float, float]]] = {}
         self._seen: dict[str, GraphPair] = {}
         self._hook: RemovableHandle | None = None
         self._next_step = self._step = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that POT is installed."""
-        if stage == "fit":
-            load_pot()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a part to watch; not in `setup`, as `configure_model` may make it afterwards."""
@@ -222,6 +218,7 @@ class GWApproximationLogger(Callback):
                 node_names=("token" if by_id else node, node),
                 unit=unit,
                 name=name,
-                title=f"step {self._step}: sorted bound {bound:.4g}, exact {exact:.4g}, bound from edges {edges:.4g}",
+                title=f"step {self._step}: sorted bound {bound:.4g}, best matching found {exact:.4g}, bound from edges"
+                f" {edges:.4g}",
             )
             writer.add_figure(self._tag("gw/graph", name), figure, self._step)

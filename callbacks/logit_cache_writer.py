@@ -1,5 +1,6 @@
 """`LogitCacheWriter`: the predicted top-k logits as caches on disk, however often the run is killed."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lit_logits.callbacks.parts import data_module, on_rank_zero, tell_finished
 from lit_logits.contracts import (
     HasCacheSettings,
+    HasCacheTokens,
     HasFingerprint,
     HasFinishedSamples,
     HasLayoutIds,
@@ -42,12 +44,13 @@ class LogitCacheWriter(BasePredictionWriter):
 
     The module's `cache_settings`, a dict or a method that returns one, are the settings of each source by its name, as
     plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. The cache keeps them with `dtype` and the
-    data module's `fingerprint` and `layout_ids`, if it has them; runs with other settings are refused.
+    data module's `fingerprint` and `layout_ids`, if it has them; runs with other settings are refused. With the
+    module's `cache_tokens`, the bytes of each token by the name of its source, a cache tells what its token ids mean.
 
     Args:
         folder: folder of the caches; each source has its own folder there.
         dtype: of the log-probabilities; with `float32` training is the same as with the source itself, bit for bit.
-        shard_tokens: approximate number of positions in a file of the finished cache; each takes 276 bytes at k = 32.
+        shard_tokens: approximate number of positions in a file of the finished cache; each takes 280 bytes at k = 32.
 
     Raises:
         ValueError: If the folder holds logits of other settings or data, or other files; if the module has no
@@ -66,6 +69,7 @@ class LogitCacheWriter(BasePredictionWriter):
             raise ValueError(f"Expected `shard_tokens` to be positive, but got {shard_tokens}.")
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self._settings: dict[str, dict[str, Any]] = {}
+        self._tokens: Mapping[str, Sequence[bytes | None] | None] = {}
         self._known: dict[str, set[int]] = {}  # samples of each source that this rank knows to be written
         self._complete: set[str] = set()
         self._num_written = 0
@@ -81,6 +85,7 @@ class LogitCacheWriter(BasePredictionWriter):
         self._num_written, self._is_running, self._is_stopped = 0, False, False
         data = data_module(trainer)
         self._settings = _settings_of(pl_module, self.dtype, data)
+        self._tokens = pl_module.cache_tokens if offers(pl_module, HasCacheTokens) else {}
         # Ranks must agree on the samples that are left, as they share them among themselves.
         known, self._complete = on_rank_zero(trainer, self._begin)
         self._known = {name: set(ids) for name, ids in known.items()}
@@ -98,7 +103,7 @@ class LogitCacheWriter(BasePredictionWriter):
             if problem := check_cache(Path(self.folder, name), settings):
                 raise ValueError(problem)
         for name, settings in self._settings.items():
-            begin_cache(Path(self.folder, name), settings)
+            begin_cache(Path(self.folder, name), settings, self._tokens.get(name))
         complete = {name for name in self._settings if (describe_cache(Path(self.folder, name)) or {}).get("complete")}
         return {name: find_finished(Path(self.folder, name)) for name in self._settings}, complete
 

@@ -1,5 +1,7 @@
 """`SavePretrained`: the trained model of transformers, as a folder for `from_pretrained`."""
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -7,18 +9,21 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_logits.callbacks.parts import data_tokenizer
 from lit_logits.contracts import ExportsPretrained
+from lit_logits.modules.language_models.end_tokens import end_candidates, last_candidates
 from lit_logits.modules.language_models.saving import describe_training, measured, write_model
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
 __all__ = ["SavePretrained"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+_WATCHED_SAMPLES = 64  # whose labels are read, as on an accelerator the host waits for them
 
 
 class SavePretrained(Callback):
@@ -27,8 +32,10 @@ class SavePretrained(Callback):
     The model is the first in the order of `modules()` that has an output layer and parameters in training, or else the
     first with an output layer. A `VQLogitsLM` is saved with its compressed head instead. The model is saved when a
     validation's `monitor` is better than all before. If there is no validation, or the metric is NaN, it is saved at
-    the end. The data module's `tokenizer` is saved with it, if there is one. Its bos, eos and pad ids are copied to the
-    saved configs, as the training texts end with them; a list of eos ids is kept if it contains the tokenizer's. LoRA
+    the end. The data module's `tokenizer` is saved with it, if there is one, and its bos, eos and pad ids are copied to
+    the saved configs. The eos id is that by which the labels of the first batches end: a chat template may end a text
+    by another token than the tokenizer's eos. A list of eos ids is kept if it contains that token. A warning tells if
+    no label ends a text. LoRA
     adapters are merged into the saved weights, not into those in training. A card, README.md, says what the model was
     made of and what was measured. A folder is replaced as a whole or not at all; a README.md of your own stays, and the
     card is MODEL_CARD.md then.
@@ -71,6 +78,7 @@ class SavePretrained(Callback):
         self.saved_in: str | None = None
         self._path = Path()
         self._name = ""
+        self._ends: Counter[int | None] = Counter()  # how the samples of the first batches end
 
     @property
     def state_key(self) -> str:
@@ -105,6 +113,18 @@ class SavePretrained(Callback):
         is_there = self.saved_in is not None and Path(self.saved_in, "config.json").is_file()
         if not trainer.strategy.broadcast(is_there):  # rank zero decides, as the others may not see its disk
             self.best = self.saved_in = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note by which tokens the first batches of a language model end their texts."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        tokenizer = data_tokenizer(trainer)
+        if self._ends.total() >= _WATCHED_SAMPLES or tokenizer is None or not isinstance(labels, Tensor):
+            return
+        candidates = end_candidates(tokenizer)
+        if candidates and labels.ndim == 2 and not labels.is_floating_point():  # not the classes of images
+            self._ends += last_candidates(labels, candidates)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the metric is the best so far; rank zero decides, as all must gather the weights or none."""
@@ -155,6 +175,7 @@ class SavePretrained(Callback):
             state_dict=weights,
             tokenizer=data_tokenizer(trainer),
             dtype=self.dtype,
+            end_token=_end_token(self._ends, data_tokenizer(trainer)),
             figures=measured(trainer),
             replaced=self._path,
         )
@@ -175,6 +196,18 @@ class SavePretrained(Callback):
         prefix = f"{self._name}.".replace("_fsdp_wrapped_module.", "")  # state dicts do not name FSDP's wrapper
         state = strategy.lightning_module_state_dict()
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _end_token(ends: Counter[int | None], tokenizer: Any) -> int | None:
+    """Return the token that most texts end by, the tokenizer's eos if it is one of them; None if that is not known."""
+    found = {token: count for token, count in ends.items() if token is not None}
+    if ends and not found:
+        rank_zero_warn(
+            "Expected labels to hold a token that ends a text, but those of the first batches hold none: the saved"
+            " model may not end its texts. Let the template or the data module put one behind every response."
+        )
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return eos if eos in found else max(found, key=lambda token: found[token], default=None)
 
 
 def _model_name(pl_module: LightningModule) -> str:

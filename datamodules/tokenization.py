@@ -1,16 +1,19 @@
 """The tokenizer: loaded from the hub, a folder or a GGUF file, or a byte-level BPE trained on the training split."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lit_logits.datamodules.caching import build_once
 
-__all__ = ["load_or_train_tokenizer", "load_tokenizer", "tokenizer_id", "train_bpe"]
+__all__ = ["load_or_train_tokenizer", "load_tokenizer", "token_bytes", "tokenizer_id", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -85,6 +88,25 @@ def train_bpe(documents: Iterable[str], vocab_size: int, directory: Path) -> Non
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
     fast.save_pretrained(directory)
+
+
+def token_bytes(token: str) -> bytes | None:
+    r"""Return the bytes that a token is a name of, in a byte-level vocabulary or as a byte's fallback, or else None.
+
+    Example:
+        >>> token_bytes("Ġé"), token_bytes("<0xF0>"), token_bytes("▁a")
+        (b' \xe9', b'\xf0', None)
+    """
+    if fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(fallback[1])
+    numbers = [_byte_numbers().get(character) for character in token]
+    return None if None in numbers else bytes(number for number in numbers if number is not None)
+
+
+@cache
+def _byte_numbers() -> dict[str, int]:
+    """Return the byte of each character of byte-level vocabularies."""
+    return {character: number for number, character in bytes_to_unicode().items()}
 
 
 def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "ExportsPretrained",
     "GivesHiddenStates",
     "HasCacheSettings",
+    "HasCacheTokens",
     "HasClassNames",
     "HasFingerprint",
     "HasFinishedRows",
@@ -378,6 +379,15 @@ class HasCacheSettings(Protocol):
     @property
     def cache_settings(self) -> Mapping[str, Mapping[str, Any]] | Callable[[], Mapping[str, Mapping[str, Any]]]:
         """Return the settings of each source by its name, or a function that does."""
+        ...
+
+
+class HasCacheTokens(Protocol):
+    """A LightningModule that knows what the token ids of its `predict_step` mean."""
+
+    @property
+    def cache_tokens(self) -> Mapping[str, Sequence[bytes | None] | None]:
+        """Return for each source by its name the bytes of each token, None for one that stands for no text."""
         ...
 
 

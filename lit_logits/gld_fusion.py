@@ -21,7 +21,7 @@ from lit_logits.functional.reductions import at_least_float32, sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.checks import check_options, check_source
 from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
-from lit_logits.modules.gld_fusion.sources import LogitSource, load_source, view_of
+from lit_logits.modules.gld_fusion.sources import LogitSource, ends_to_align, load_source, view_of
 from lit_logits.modules.language_models.calls import counted_states
 from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models, PlainCausalLM, load_plain_causal_lm
@@ -166,8 +166,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
         """Return every term before weighting; with λ = 0 the cross-entropy alone.
 
         Args:
-            batch: `input_ids`, `attention_mask` and `labels` (B, T); `response_ends` (B, T) and `sources` for sources
-                with other tokenizers, `sample_ids` (B,) for cached ones.
+            batch: `input_ids`, `attention_mask` and `labels` (B, T); `response_bytes` (or `response_ends`, of any
+                unit) (B, T) and `sources` for sources with other tokenizers, `sample_ids` (B,) for cached ones.
 
         Raises:
             ValueError: If tokens are another tokenizer's, a cache lacks a sample, or a source emits NaN.
@@ -178,14 +178,9 @@ class GLDFusionModule(PushesToHub, LightningModule):
             return GLDLosses(_mean_over_samples(ce, mask), {})
         # One pass over the chunks for both: the (N, V) logits are never whole, and each chunk is made once.
         ce, *top = chunked_rows(self._cross_entropy_and_top_k, hidden, labels, chunk_size=self.chunk_size)
-        pivot, ends = place_rows(TopKLogits(*top), mask), batch.get("response_ends")
-        terms = {}
-        for name in self.sources:
-            if ends is None and view_of(batch, name) is not batch:
-                raise ValueError(
-                    f"Expected batches with `response_ends`, by which the tokens of source {name!r} are aligned, but"
-                    f" got {sorted(batch)}."
-                )
+        pivot, terms = place_rows(TopKLogits(*top), mask), {}
+        for name, source in self.sources.items():
+            ends = ends_to_align(name, source, batch)
             terms[name] = self.criterion(pivot, self._source_logits(name, batch), mask, ends, name=name)
         return GLDLosses(_mean_over_samples(ce, mask), terms)
 
@@ -300,6 +295,11 @@ class GLDFusionModule(PushesToHub, LightningModule):
                 f" {sorted(set(self.sources) - set(models))}."
             )
         return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
+
+    @property
+    def cache_tokens(self) -> dict[str, list[bytes | None] | None]:
+        """The bytes of each token of each source, for its cache; None where the tokenizer is not known."""
+        return {name: source.tokens for name, source in self.sources.items()}
 
     @property
     def card_text(self) -> str:

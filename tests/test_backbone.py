@@ -1,5 +1,6 @@
 """Language models taken apart, calibration batches counted, and heads started from both: tiny models on disk."""
 
+import copy
 import importlib
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from lit_logits.contracts import OutputLayer
 from lit_logits.functional import code_log_mass, ppl_floor
 from lit_logits.modules import Calibration, DenseLogitsHead, VQLogitsHead, calibrate, describe_head, load_backbone
+from lit_logits.modules.language_models.inspect import digest_model
+from lit_logits.modules.language_models.loading import load_causal_lm, new_causal_lm
 from lit_logits.modules.vq_logits.describe import describe_untying
 from lit_logits.modules.vq_logits.start import choose_init
 
@@ -309,3 +312,58 @@ def test_weighted_start_loses_less_than_plain_k_means():
         losses[init] = head.eval().loss(hidden, targets).item()
     dense = F.cross_entropy(hidden @ weight.T, targets).item()
     assert dense < losses["weighted_kmeans"] < losses["kmeans"]
+
+
+# ---------------------------------------------------------------------- digests and settings of what is loaded
+
+
+def tiny_causal_lm(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return new_causal_lm({"model_type": "llama", "vocab_size": 64, **sizes, **kwargs})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_digest_sees_every_value_of_a_model(dtype):
+    """It strode over one column of a table: a teacher whose other columns had changed was taken for the same."""
+    model = tiny_causal_lm().to(dtype)
+    digest = digest_model(model)
+    assert digest == digest_model(copy.deepcopy(model))
+    table = model.get_input_embeddings().weight
+    for place in ((0, 1), (17, 15), (63, 3)):
+        with torch.no_grad():
+            kept = table[place].clone()
+            table[place] += 0.5
+        assert digest_model(model) != digest
+        with torch.no_grad():
+            table[place] = kept
+    with torch.no_grad():
+        table[[3, 5]] = table[[5, 3]]  # rows that change their places
+    assert digest_model(model) != digest
+
+
+def test_a_digest_does_not_depend_on_threads():
+    model, threads = tiny_causal_lm(vocab_size=5000), torch.get_num_threads()
+    digest = digest_model(model)
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert digest_model(model) == digest
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"dtpye": "bfloat16"}, "but got 'dtpye'. Did you mean 'dtype'?"),
+        ({"device_mapp": "cpu"}, "but got 'device_mapp'. Did you mean 'device_map'?"),
+        (
+            {"dtype": "bflaot16"},
+            "Expected `dtype` to be the name of one of torch, such as bfloat16, but got 'bflaot16'",
+        ),
+    ],
+)
+def test_settings_of_from_pretrained_that_are_misspelt(tmp_path, kwargs, match):
+    tiny_causal_lm().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        load_causal_lm(str(tmp_path), **kwargs)

@@ -23,7 +23,7 @@ CONTRACTS = [name for name in contracts.__all__ if name.startswith(("Has", "Expo
     [
         (TextDataModule, {"HasTokenizer"}),
         (ImageDataModule, {"HasClassNames"}),
-        (GLDFusionModule, {"HasCacheSettings"}),
+        (GLDFusionModule, {"HasCacheSettings", "HasCacheTokens"}),
         (DynamicFusionDecoder, {"HasPredictionSettings"}),  # a tokenizer is an attribute that `__init__` sets
         (VQLogitsLM, {"ExportsPretrained"}),
     ],

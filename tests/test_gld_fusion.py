@@ -122,6 +122,22 @@ def test_tokens_that_are_ruled_out_leave_the_softmax_of_the_others(ruled_out):
     assert uld_loss(logits, logits, top_k=2).item() == 0
 
 
+@pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("nodes", ["rank", "vocabulary"])
+def test_a_student_that_rules_tokens_out_learns_of_the_others(ruled_out, nodes):
+    """The gradient once was NaN beside a finite loss: 0 from the moments that no loss used, times −inf."""
+    student, teacher = (draw(40 + i, 5, 9, dtype=torch.float32) for i in range(2))
+    padded = torch.cat([student, torch.full((5, 1), ruled_out)], -1)
+    grads = []
+    for logits in (student.requires_grad_(), padded.requires_grad_()):
+        mine, theirs = top_k_logits(logits, 3), top_k_logits(teacher, 3)
+        strengths = [graph_strengths(top_k_values(t, "softmax"), t.token_ids, nodes=nodes) for t in (mine, theirs)]
+        bound = sorted_gw_bound(strengths[0].strengths, strengths[1].strengths)
+        grads.append(torch.autograd.grad(uld_loss(logits, teacher, top_k=3) + bound, logits)[0])
+    torch.testing.assert_close(grads[1][:, :9], grads[0])
+    assert (grads[1][:, 9] == 0).all()
+
+
 @pytest.mark.parametrize(("top_k", "temperature", "match"), [(0, 1, "top_k"), (8, 1, r"\[1, 7\]"), (2, 0, "positive")])
 def test_top_k_out_of_range(top_k, temperature, match):
     with pytest.raises(ValueError, match=match):
@@ -464,6 +480,15 @@ def test_alignment_of_nothing():
     assert (align_positions(none, some) == -1).all()
     assert (align_positions(some, none) == -1).all()
     assert align_positions(none[:, :0], some).shape == (2, 0)
+
+
+def test_positions_within_a_character_lie_in_the_span():
+    """They once were left out of graphs, which need no alignment. One that reads on beyond the other's end is out."""
+    ends1 = torch.tensor([[-1, 0, -1, 3, -1, 6, -1], [-1, 0, -1, 3, -1, 6, -1]])
+    ends2 = torch.tensor([[0, 3, -1, -1, 6], [0, -1, -1, 3, -1]])
+    one, other = common_span(ends1, ends2)
+    assert one.tolist() == [[False, True, True, True, True, True, False], [False, True, True, True] + [False] * 3]
+    assert other.tolist() == [[True] * 5, [True, True, True, True, False]]
 
 
 def test_span_that_both_tokenisations_reach():

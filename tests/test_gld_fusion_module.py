@@ -159,6 +159,67 @@ def test_aligned_share_counts_what_a_cut_response_lacks():
     assert float(make().losses(batch).sources["far"].aligned) == pytest.approx(4 / 17)  # the prompts' ends alone
 
 
+def within_characters(batch, places):
+    """The same batch, whose positions at these places of every sample end within a character."""
+    for view in (batch, *batch["sources"].values()):
+        rows, columns = (view["response_ends"] > 0).nonzero(as_tuple=True)
+        chosen = (columns % 3).unsqueeze(-1).eq(torch.tensor(places)).any(-1)
+        view["response_ends"][rows[chosen], columns[chosen]] = -1
+    return batch
+
+
+def test_the_same_tokens_are_aligned_wherever_they_end():
+    """Of Chinese text a third of the positions was used, while `aligned` said 1."""
+    module = GLDFusionModule(make_model(0, PIVOT_SIZE), {"near": make_model(1, PIVOT_SIZE)}, top_k=4)
+    expected = module.losses(make_batch()).sources["near"]
+    batch = within_characters(make_batch(), [0, 1])
+    assert (batch["response_ends"] >= 0).sum() < 12 < int((batch["labels"] != -100).sum())
+    torch.testing.assert_close(module.losses(batch).sources["near"], expected)
+    batch["sources"] = {"near": {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}}
+    for view in (batch, batch["sources"]["near"]):
+        view["layout_id"] = torch.tensor(5)
+    torch.testing.assert_close(module.losses(batch).sources["near"], expected)
+    assert float(expected.aligned) == 1
+
+
+def test_aligned_is_a_share_of_all_positions():
+    """Those that end within a character count as not aligned, and are there in the graphs."""
+    module, batch = make(), make_batch()
+    whole = module.losses(batch).sources["far"]
+    fewer = module.losses(within_characters(make_batch(), [0])).sources["far"]
+    assert float(fewer.aligned) < float(whole.aligned)
+    ends, others = (view["response_ends"] for view in (batch, batch["sources"]["far"]))
+    keep = [set(row.tolist()) & set(other.tolist()) - {-1} for row, other in zip(ends, others, strict=True)]
+    batch = within_characters(make_batch(), [0])
+    ends, others = (view["response_ends"] for view in (batch, batch["sources"]["far"]))
+    left = [set(row.tolist()) & set(other.tolist()) - {-1} for row, other in zip(ends, others, strict=True)]
+    assert float(fewer.aligned) == pytest.approx(sum(map(len, left)) / 17)
+    assert float(whole.aligned) == pytest.approx(sum(map(len, keep)) / 17)
+
+
+def test_bytes_come_before_characters():
+    module, batch = make(), make_batch()
+    expected = module.losses(batch)
+    for view in (batch, batch["sources"]["far"]):
+        ends = view["response_ends"]
+        view["response_bytes"], view["response_ends"] = torch.where(ends > 0, 3 * ends, ends), ends.clamp(max=0)
+    for one, other in zip(expected.sources.values(), module.losses(batch).sources.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_log_probability_of_the_token_that_came():
+    source, batch = LogitSource(make_model(2, PIVOT_SIZE)), make_batch()
+    logits = source.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = -torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )
+    mask = counted_positions(batch)
+    for temperature in (1.0, 3.0):
+        found = source(batch, 4, temperature)
+        torch.testing.assert_close(found.label_log_probs[found.mask], expected[mask[:, :-1]])
+        assert (found.label_log_probs[~found.mask] == 0).all()
+
+
 def test_a_source_that_is_the_pivot_has_nothing_to_teach():
     module = GLDFusionModule(make_model(0, PIVOT_SIZE), {"twin": make_model(0, PIVOT_SIZE)}, top_k=4)
     losses = module.losses(make_batch())

@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
+from lit_logits import GLDFusionModule
 from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.tokenization import load_tokenizer, tokenizer_id, train_bpe
@@ -169,8 +170,6 @@ def test_a_cache_of_more_logits_is_the_source_itself_to_the_bit(models):
 
 def test_a_cache_that_was_killed_ends_in_the_same_bytes(models, monkeypatch):
     """By an exception at several batches; the run after it makes the rest, in the same batches."""
-    from lit_logits import GLDFusionModule
-
     write_caches(models, folder="whole")
     original, calls = GLDFusionModule.predict_step, []
 
@@ -262,3 +261,26 @@ def test_a_source_without_a_fast_tokenizer(models, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", slow)
     with pytest.raises(ValueError, match=r"`source_tokenizers\['wide'\]` to be a fast one"):
         fit(models)
+
+
+def test_chinese_text_is_aligned_at_every_position(models, tmp_path):
+    """The pivot's own tokenizer: 63 of 112 positions were used. Two of bytes meet within characters, too."""
+    rows = [json.dumps({"prompt": f"one {i}", "response": f"日本語 🙂 {i} café"}) + "\n" for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    views = {"narrow": str(models / "narrow")}
+    shared = {"source_tokenizers": views, "batch_size": 4, "val_fraction": 0, "test_fraction": 0}
+    data = InstructionDataModule(str(tmp_path / "pairs.jsonl"), tokenizer=str(models / "wide"), **shared)
+    data.prepare_data()
+    data.setup()
+    fusion = GLDFusionModule(str(models / "wide"), {"same": str(models / "wide"), **views}, data.vocab_size, top_k=4)
+    for batch in data.train_dataloader():
+        losses = fusion.losses(batch)
+        assert float(losses.sources["same"].aligned) == 1
+        own, other = (
+            [set(ends[ends >= 0].tolist()) for ends in view["response_bytes"]]
+            for view in (batch, batch["sources"]["narrow"])
+        )
+        shared_places = sum(len(one & two) for one, two in zip(own, other, strict=True))
+        expected = shared_places / int((batch["labels"] != -100).sum())
+        assert float(losses.sources["narrow"].aligned) == pytest.approx(expected)
+        assert expected > 0.9

@@ -117,7 +117,7 @@ def test_sources_online_and_cached(tmp_path, capsys):
     main(["--config", str(path), "--tokens", "1000000000", "--cache_top_k", "10"])
     printed = capsys.readouterr().out
     assert "| source a, online | 0.0 B in bfloat16 | 0.0 |" in printed
-    assert "| cache of b, on disk | 1,000,000,000 tokens · 100 | 100.0 |" in printed
+    assert "| cache of b, on disk | 1,000,000,000 tokens · 104 | 104.0 |" in printed
     assert "b: cache caches/Qwen2.5-14B-Instruct; online it would take 29.5 GB in bfloat16" in printed
     assert "c: cache caches/mine." in printed
     assert "Fits: 0.0 of 80 GB" in printed

@@ -42,7 +42,7 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TRIMMING = CHAT.replace("m.content", "m.content | trim").replace("<end>", "[END]")
-BATCH = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id", "layout_id"}
+BATCH = {"input_ids", "attention_mask", "labels", "response_ends", "response_bytes", "tokenizer_id", "layout_id"}
 QUIET = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -139,6 +139,56 @@ def test_bytes_by_hand(make, tmp_path):
     _, ids, ends = only(make(tokenizer=str(tmp_path / "bytes"), **single(tmp_path, "aé🙂 ")))
     assert len(ids) == 1 + 1 + 2 + 4 + 1 + 1
     assert ends == [0, 1, -1, 2, -1, -1, -1, 3, 4, -1]
+
+
+def test_bytes_are_counted_within_a_character(make, tmp_path):
+    """Oracle: each character of a byte-level token's name is a byte. A fallback of single bytes is counted alike."""
+    (tmp_path / "bytes").mkdir()
+    train_bpe(["x"], 257, tmp_path / "bytes")
+    response = "aé🙂 日本 "
+    [batch] = batches(make(tokenizer=str(tmp_path / "bytes"), **single(tmp_path, response)))
+    [(_, ids, _)] = sequences(batch)
+    size = len(response.encode())
+    assert read_in_bytes(batch) == [[0, *range(1, size + 1), -1]]  # the token before the first is the space
+    assert len(ids) == 1 + size + 1
+    pieces = {"<eos>": 0, "<unk>": 1, "a": 2, " ": 3, "p": 4, **{f"<0x{i:02X}>": 5 + i for i in range(256)}}
+    fallback = Tokenizer(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    save(fallback, tmp_path / "fallback")
+    data = make(tokenizer=str(tmp_path / "fallback"), template="{prompt} {response}", **single(tmp_path, response))
+    assert read_in_bytes(batches(data)[0]) == [[0, *range(1, size + 1), -1]]
+
+
+def read_in_bytes(view):
+    """Bytes read after each token of the responses."""
+    rows = zip(view["labels"], view["response_bytes"], strict=True)
+    return [ends[labels != -100].tolist() for labels, ends in rows]
+
+
+def test_bytes_of_two_tokenizers_are_the_same_places(make, folder):
+    """Every token of two byte-level BPEs has a number, and it is what their names sum up to."""
+    for batch in batches(make(["bpe400", "words"], predict_split="all", batch_size=7)):
+        for name, view in [("bpe300", batch), ("bpe400", batch["sources"]["bpe400"])]:
+            tokenizer = load_tokenizer(folder / name)
+            for (_, ids, _), ends in zip(sequences(view), read_in_bytes(view), strict=True):
+                names = tokenizer.convert_ids_to_tokens(ids[:-1])
+                read, expected = -1, []  # the template's space is none of the response's
+                for text in names:
+                    read += len(text)
+                    expected.append(read)
+                assert ends == [*expected, -1]
+        words = batch["sources"]["words"]
+        for ends, characters in zip(words["response_bytes"].tolist(), words["response_ends"].tolist(), strict=True):
+            assert [end < 0 for end in ends] == [end < 0 for end in characters]  # its tokens are not bytes
+
+
+def test_a_normalized_character_has_no_place_within(make, tmp_path):
+    """`é` is read as an `e` and an accent; the byte of the `e` is none of the text's."""
+    letters = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "e": 2, "\u0301": 3, "b": 4}, unk_token="<unk>"))
+    letters.normalizer = normalizers.NFD()
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    save(letters, tmp_path / "letters")
+    data = make(tokenizer=str(tmp_path / "letters"), template="{prompt}{response}", **single(tmp_path, "béb"))
+    assert read_in_bytes(batches(data)[0]) == [[1, -1, 3, 4, -1]]
 
 
 def tiny(path, *merges, **parts):
@@ -332,17 +382,18 @@ def render(folder, template, response):
 @pytest.mark.parametrize(
     ("template", "response", "span"),
     [
-        (CHAT, " end ", (0, 5, 0)),
-        (TRIMMING, " \n end ", (0, 3, 3)),
+        (CHAT, " end ", (0, 5, 0, 0)),
+        (TRIMMING, " \n end ", (0, 3, 3, 3)),
+        (TRIMMING, "\u3000end", (0, 3, 1, 3)),
         (
             CHAT.replace("<{{ m.role }}>", "<{{ m.role }}>{% if m.role == 'assistant' %}the end: {% endif %}"),
             "end",
-            (9, 12, 0),
+            (9, 12, 0, 0),
         ),
-        (CHAT.replace("m.content", "m.content.lstrip('\n')"), "\n\n x ", (1, 2, 3)),
-        (CHAT.replace("m.content", "m.content.rstrip()"), "  x ", (2, 3, 2)),
+        (CHAT.replace("m.content", "m.content.lstrip('\n')"), "\n\n x ", (1, 2, 3, 3)),
+        (CHAT.replace("m.content", "m.content.rstrip()"), "  x ", (2, 3, 2, 2)),
     ],
-    ids=["as it is", "trimmed", "opening", "newlines trimmed", "end trimmed"],
+    ids=["as it is", "trimmed", "wide space trimmed", "opening", "newlines trimmed", "end trimmed"],
 )
 def test_response_is_found_in_its_turn(folder, template, response, span):
     """Behind what stands at every turn's beginning, though that holds the same word."""
@@ -454,10 +505,11 @@ def test_pair_is_dropped_for_all_if_it_is_too_long_for_one(make, tmp_path):
         assert sorted(row for row, _ in found) == [0, 2]
         assert read_sizes(data._directory, InstructionSize)["train"].dropped == 1
     ready(make(max_length=30, **options))  # it has room in the other one
-    with pytest.raises(
-        ValueError, match=r"\(row 1 of 'test' .*\) to have at most 29 tokens of `source_tokenizers\['bytes'\]`"
-    ):
-        make(max_length=30, **other, **{**options, "source": single_test_set(tmp_path, pairs)}).prepare_data()
+    data = make(max_length=30, **other, **{**options, "source": single_test_set(tmp_path, pairs)})
+    with pytest.warns(UserWarning, match="Of the 3 examples of the split 'test', 1 are left out"):
+        data.prepare_data()
+    with pytest.raises(ValueError, match=r"to have at most 9 tokens of `source_tokenizers\['bytes'\]`, but got 12"):
+        make(max_length=10, **other, **{**options, "source": str(tmp_path / "set")}).prepare_data()
 
 
 def single_test_set(tmp_path, pairs):

@@ -95,19 +95,23 @@ def prompts_of(loader, tokenizer):
 def test_batch_by_hand():
     """Prompt [5, 6] with response [8, 9, 1]; prompt [5] with response [1]; the pad token may be a real one."""
     rows = [
-        {"row": 3, "sample_id": 2**62, "prompt": [5, 6], "responses": [[8, 9, 1]], "ends": [[2, 5, -1]], "correct": 0},
-        {"row": 0, "sample_id": 17, "prompt": [5], "responses": [[1]], "ends": [[-1]], "correct": 0},
+        {"row": 3, "sample_id": 2**62, "prompt": [5, 6], "responses": [[8, 9, 1]], "ends": [[2, 5, -1]]},
+        {"row": 0, "sample_id": 17, "prompt": [5], "responses": [[1]], "ends": [[-1]]},
+    ]
+    rows = [
+        {**row, "byte_ends": [[2 * end if end > 0 else end for end in row["ends"][0]]], "correct": 0} for row in rows
     ]
     batch = collate_examples(rows, Vocabulary(pad_token_id=1, tokenizer_id=2**61))
     assert batch["input_ids"].tolist() == [[5, 6, 8, 9, 1], [5, 1, 1, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 8, 9, 1], [-100, 1, -100, -100, -100]]
     assert batch["response_ends"].tolist() == [[-1, 0, 2, 5, -1], [0, -1, -1, -1, -1]]
+    assert batch["response_bytes"].tolist() == [[-1, 0, 4, 10, -1], [0, -1, -1, -1, -1]]
     assert batch["rows"].tolist() == [3, 0]
     assert batch["sample_ids"].tolist() == [2**62, 17]
     assert batch["tokenizer_id"].item() == 2**61
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "tokenizer_id", "layout_id"}
+    tokens = {"input_ids", "attention_mask", "labels", "response_ends", "response_bytes", "tokenizer_id", "layout_id"}
     assert set(batch) == {*tokens, "rows", "sample_ids"}
 
 
@@ -115,6 +119,7 @@ def test_choices_by_hand():
     first = {"prompt": [5], "responses": [[7], [8, 9]], "ends": [[1], [2, -1]], "correct": 1}
     second = {"prompt": [5, 6], "responses": [[7], [8], [9]], "ends": [[1], [2], [3]], "correct": 0}
     rows = [{"row": 0, "sample_id": 70, **first}, {"row": 1, "sample_id": 71, **second}]
+    rows = [{**row, "byte_ends": row["ends"]} for row in rows]
     vocabulary = Vocabulary(pad_token_id=0, tokenizer_id=1)
     batch = collate_examples(rows, vocabulary, all_choices=True)
     assert batch["input_ids"].tolist() == [[5, 7, 0], [5, 8, 9], [5, 6, 7], [5, 6, 8], [5, 6, 9]]
@@ -164,7 +169,8 @@ def test_token_that_would_span_the_boundary_is_split():
     layout = object.__new__(TemplateLayout)
     layout.pieces, layout.before, layout.after = ("", "", ""), [9], [0]
     rendered = [layout.render(Example("a", "b"), ["b", "a"], [])]
-    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], [[1, -1], [1, -1]])]
+    ends = [[1, -1], [1, -1]]
+    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], ends, ends)]
 
 
 def test_begin_token_is_added_where_the_tokenizer_adds_one(folder, make, tmp_path):
@@ -201,7 +207,7 @@ def test_template_is_cut_before_the_white_space(template, shot, prompt, response
     for shots, before in (([], ""), ([Example("{s}", "t")], f"{shot}\n\n")):
         rendered = layout.render(Example("p", "r"), ["r"], shots)
         assert rendered[:2] == (before + prompt, [response])
-        begin, end, skipped = rendered.spans[0]
+        begin, end, skipped, _ = rendered.spans[0]
         assert (response[begin:end], response[:begin].strip(), skipped) == ("r", "", 0)
 
 
@@ -230,9 +236,24 @@ def test_whole_conversation_is_what_the_template_makes(make):
     assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == ids
 
 
+@pytest.mark.parametrize("response", ["r", "<thin ice", "<think>\nno"])
+def test_chat_template_whose_prompt_is_not_in_the_conversation(folder, response):
+    """As DeepSeek-R1's: the prompt for generation opens a thought that the conversation lacks; even if a response
+    begins like the rest of it, all of that is the response.
+    """
+    tokenizer = load_tokenizer(folder / "bpe")
+    tokenizer.chat_template = CHAT.replace("<assistant>", "<assistant><think>\n")
+    layout = ChatLayout(tokenizer)
+    for number in range(2):
+        rendered = layout.render(Example(f"p{number}", response, where="row 5"), [response], [])
+        assert rendered.prompt == f"<user>p{number}<end>\n<assistant>"
+        assert rendered.continuations == [f"{response}<end>\n"]
+        assert rendered.spans[0][:2] == (0, len(response))
+
+
 def test_chat_template_that_does_not_fit(folder):
     tokenizer = load_tokenizer(folder / "bpe")
-    tokenizer.chat_template = CHAT.replace("<assistant>", "<assistant><think>")
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m == messages[-1] }}")
     with pytest.raises(ValueError, match=r"Expected the chat template to begin a conversation with its prompt.*row 5"):
         ChatLayout(tokenizer).render(Example("p", "r", where="row 5"), ["r"], [])
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -308,11 +329,30 @@ def test_too_long_is_cut_or_dropped(make, tmp_path):
     assert str(size) == "2 examples, 6 response tokens (2 truncated, 1 dropped, see `max_length`)"
 
 
-def test_prompt_for_evaluation_that_is_too_long_is_named(make, tmp_path):
+def test_prompts_for_evaluation_that_are_too_long_are_left_out(make, tmp_path):
+    """One once stopped everything. Rows keep their numbers, and `finished_rows` are numbers of rows."""
     pairs = [*PAIRS, *((f"{'ü' * 50} {i}", "long") for i in range(100))]
     source = write_jsonl(tmp_path / "long.jsonl", as_rows(pairs))
-    message = r"Expected the prompt of row \d+ \(line \d+ of .*long.jsonl\) to have at most 59 tokens, but got 1\d\d. "
-    with pytest.raises(ValueError, match=message + "Raise `max_length` or shorten it."):
+    data = make(source=source, max_length=60, val_fraction=0.2, test_fraction=0.2, batch_size=1)
+    with pytest.warns(UserWarning, match=r"Of the 40 examples of the split 'test', \d+ are left out, .* `max_length`"):
+        data.prepare_data()
+    data.setup()
+    examples = data.pairs.splits["test"]
+    kept = [row for row, example in enumerate(examples) if example.response != "long"]
+    assert 0 < len(kept) < 40
+    assert [batch["rows"].item() for batch in data.predict_dataloader()] == kept
+    assert [batch["rows"].item() for batch in data.test_dataloader()] == kept
+    assert len(data.val_dataloader()) == sum(example.response != "long" for example in data.pairs.splits["val"])
+    data.finished_rows |= set(kept[1::2])
+    assert [batch["rows"].item() for batch in data.predict_dataloader()] == kept[::2]
+
+
+def test_a_split_of_prompts_that_are_all_too_long(make, tmp_path):
+    source = write_jsonl(tmp_path / "long.jsonl", as_rows([(f"{'ü' * 50} {i}", "long") for i in range(100)]))
+    message = r"Expected the prompt of row 0 \(line \d+ of .*long.jsonl\) to have at most 59 tokens, but got 1\d\d. "
+    with pytest.raises(
+        ValueError, match=message + "Raise `max_length` or shorten it. So it is with all 80 of the split"
+    ):
         make(source=source, max_length=60).prepare_data()
 
 
@@ -322,14 +362,16 @@ def test_prompts_only_are_all_for_predict(make, tmp_path):
     pairs = texts_of(data.predict_dataloader(), data.tokenizer)
     assert pairs == [(f"Question: {prompt}\nAnswer:", "") for prompt, _ in PAIRS]
     assert data.val_dataloader() == []
-    with pytest.raises(ValueError, match=r"Expected at least 4 training examples .* but got 0"):
+    with pytest.raises(ValueError, match=r"a source with responses to train on, .* Set `response_column`"):
         data.train_dataloader()
     longest = max(len(data.tokenizer.encode(prompt)) for prompt, _ in pairs)
-    ready(
-        make(source={"path": source, "response_column": None}, max_length=longest)
-    )  # no room for a response is needed
-    with pytest.raises(ValueError, match=f"at most {longest - 1} tokens, but got {longest}"):
-        make(source={"path": source, "response_column": None}, max_length=longest - 1).prepare_data()
+    for limit, found in ((longest, len(PAIRS)), (longest - 1, None)):  # no room for a response is needed
+        data = make(source={"path": source, "response_column": None}, max_length=limit)
+        if found is None:
+            with pytest.warns(UserWarning, match="are left out"):
+                data.prepare_data()
+            found = sum(len(data.tokenizer.encode(prompt)) < longest for prompt, _ in pairs)
+        assert sum(len(batch["rows"]) for batch in ready(data).predict_dataloader()) == found
 
 
 @pytest.mark.parametrize(

@@ -474,13 +474,73 @@ def test_files_of_others_are_left_alone(tmp_path):
 
 
 def test_another_version_is_refused(cache):
-    text = (cache / "cache.json").read_text().replace('"version": 1', '"version": 2')
+    text = (cache / "cache.json").read_text().replace('"version": 2', '"version": 3')
     (cache / "cache.json").write_text(text)
-    with pytest.raises(ValueError, match=r"to be a logit cache of version 1, but got version 2\. Pass another"):
+    with pytest.raises(ValueError, match=r"to be a logit cache of version 2, but got version 3\. Pass another"):
         predict(cache.parent)
-    with pytest.raises(ValueError, match=r"to be of version 1 .* but got version 2"):
+    with pytest.raises(ValueError, match=r"to be of a version in \[1, 2\] .* but got version 3"):
         LogitCache(cache)
     assert is_logit_cache(cache)
+
+
+def test_a_cache_of_version_1_is_read_and_not_written_to(cache):
+    """It has neither log-probabilities of labels nor tokens, and its ends count characters."""
+    new = LogitCache(cache)
+    text = (cache / "cache.json").read_text().replace('"version": 2', '"version": 1')
+    (cache / "cache.json").write_text(text)
+    old = LogitCache(cache)
+    assert (new.counts_bytes, old.counts_bytes, old.has_label_log_probs, old.tokens) == (True, False, False, None)
+    one, other = (reader.read(torch.tensor(IDS)) for reader in (new, old))
+    assert other.label_log_probs is None
+    for mine, theirs in zip((*one.top_k, one.mask, one.ends), (*other.top_k, other.mask, other.ends), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match=r"to be a logit cache of version 2, but got version 1\. Pass another"):
+        predict(cache.parent)
+
+
+def with_labels(prediction):
+    """Each position's label has a log-probability that tells where it is."""
+    sources = prediction["sources"]
+    return {
+        **prediction,
+        "sources": {
+            name: logits._replace(label_log_probs=-logits.ends.float() - 0.125) for name, logits in sources.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 0), ("float16", 0.5)])
+def test_log_probabilities_of_the_tokens_that_came(tmp_path, dtype, atol):
+    """Written beside the others, across kills, in two or four bytes."""
+    with pytest.raises(RuntimeError, match="killed"):
+        predict(tmp_path, Model(change=with_labels, stop_at=12, dtype=dtype))
+    predict(tmp_path, Model(change=with_labels, dtype=dtype))
+    reader = LogitCache(tmp_path / "base")
+    assert reader.has_label_log_probs
+    read = reader.read(torch.tensor(IDS))
+    expected = torch.where(read.mask, -read.ends.float() - 0.125, 0.0)
+    torch.testing.assert_close(read.label_log_probs, expected, atol=atol, rtol=0)
+    [shard, *_] = [logit_cache_joining.safe_open(path, "pt") for path in sorted((tmp_path / "base").glob("shard-*"))]
+    assert shard.get_tensor("label_log_probs").dtype == getattr(torch, dtype)
+
+
+def test_tokens_are_written_once_and_read(tmp_path):
+    tokens = [b"a", None, " \u3042".encode(), b"\xf0\x9f", b"\n"]
+
+    class WithTokens(Model):
+        @property
+        def cache_tokens(self):
+            return {"base": tokens, "other": None}
+
+    predict(tmp_path, WithTokens(["base", "other"]))
+    assert LogitCache(tmp_path / "base").tokens == tokens
+    assert LogitCache(tmp_path / "other").tokens is None
+    before = (tmp_path / "base" / "tokens.json").stat().st_mtime_ns
+    predict(tmp_path, WithTokens(["base", "other"]))
+    assert (tmp_path / "base" / "tokens.json").stat().st_mtime_ns == before
+    (tmp_path / "base" / "tokens.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokens\.json to be whole"):
+        _ = LogitCache(tmp_path / "base").tokens
 
 
 def test_more_samples_than_a_complete_cache_has(cache, whole):

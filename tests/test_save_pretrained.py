@@ -211,6 +211,52 @@ def test_several_ends_stay_if_the_tokenizer_has_one_of_them(tmp_path):
         assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == expected
 
 
+class Turns(Data):
+    """Batches of dicts, whose labels end as they are told."""
+
+    def train_dataloader(self):
+        rows = [{"input_ids": torch.tensor([3, 4, *self.end]), "labels": torch.tensor([-100, 4, *self.end])}] * 2
+        return DataLoader(rows, batch_size=1)
+
+    def val_dataloader(self):
+        return DataLoader(IDS, batch_size=2)
+
+
+class TurnLM(LM):
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+
+def turn_tokenizer():
+    made = tokenizer()
+    made.add_tokens(["<turn>"], special_tokens=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("end", "own", "expected"),
+    [
+        ([12, 5], 2, 12),  # the template's <turn> and a word, as its new line; the tokenizer's <end> was never trained
+        ([12, 5], 12, 12),  # what the model had was right
+        ([12, 5], [12, 3], [12, 3]),
+        ([12, 1], 2, 1),  # the tokenizer's own comes last
+        ([1, 5], 2, 1),
+    ],
+)
+def test_the_end_is_the_one_that_labels_hold(tmp_path, end, own, expected):
+    """A chat template's end once gave way to the tokenizer's, and generated texts did not end."""
+    model = tiny(vocab_size=V + 1, eos_token_id=own)
+    fit(tmp_path / "model", model=TurnLM([1.0], model), data=Turns(tokenizer=turn_tokenizer(), end=end))
+    for kind in (AutoConfig, GenerationConfig):
+        assert kind.from_pretrained(tmp_path / "model").eos_token_id == expected, kind
+
+
+def test_labels_without_an_end_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="Expected labels to hold a token that ends a text"):
+        fit(tmp_path / "model", model=TurnLM([1.0], tiny()), data=Turns(tokenizer=tokenizer(), end=[5, 6]))
+    assert AutoConfig.from_pretrained(tmp_path / "model").eos_token_id == 1
+
+
 def test_without_a_tokenizer_ids_stay(tmp_path):
     fit(tmp_path / "model", [1.0], data=Data(tokenizer=SimpleNamespace(eos_token_id=9)))
     assert AutoConfig.from_pretrained(tmp_path / "model").eos_token_id == 2

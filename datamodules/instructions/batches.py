@@ -44,21 +44,22 @@ def collate_examples(
     """Pad examples on the right to a batch of sequences, prompt and response each.
 
     Args:
-        rows: B examples `{"row", "sample_id", "prompt", "responses", "ends", "correct"}` and, with `sources`,
-            `"sources"`, for each of their names `{"prompt", "responses", "ends"}`.
+        rows: B examples `{"row", "sample_id", "prompt", "responses", "ends", "byte_ends", "correct"}` and, with
+            `sources`, `"sources"`, for each of their names `{"prompt", "responses", "ends", "byte_ends"}`.
         vocabulary: of the ids.
         sources: name → vocabulary of the other tokenizers.
         all_choices: one sequence for each choice instead of one with the right response; without `sources`.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (the ids, unshifted; −100 on prompts and padding) and `response_ends`
-        (characters of the response that have been read; −1 before the prompt's last token and after the response),
-        LongTensors of shape (N, T); `tokenizer_id` and `layout_id`, scalars; `rows` and `sample_ids` (N,); with
-        `sources` a dict `sources`, name → the first six of these in that tokenizer; with `all_choices` `choices` (N,),
-        numbers of the choices, and `correct` (N,), 1 for the right ones.
+        `input_ids`, `attention_mask`, `labels` (the ids, unshifted; −100 on prompts and padding), `response_ends` and
+        `response_bytes` (characters and bytes of the response that have been read; −1 before the prompt's last token
+        and after the response), LongTensors of shape (N, T); `tokenizer_id` and `layout_id`, scalars; `rows` and
+        `sample_ids` (N,); with `sources` a dict `sources`, name → the first seven of these in that tokenizer; with
+        `all_choices` `choices` (N,), numbers of the choices, and `correct` (N,), 1 for the right ones.
 
     Example:
-        >>> row = {"row": 7, "sample_id": 99, "prompt": [5, 6], "responses": [[8, 1]], "ends": [[2, -1]], "correct": 0}
+        >>> row = {"row": 7, "sample_id": 99, "prompt": [5, 6], "responses": [[8, 1]], "ends": [[2, -1]]}
+        >>> row |= {"byte_ends": [[3, -1]], "correct": 0}
         >>> batch = collate_examples([row], Vocabulary(pad_token_id=0, tokenizer_id=3))
         >>> batch["labels"].tolist(), batch["response_ends"].tolist(), batch["rows"].tolist()
         ([[-100, -100, 8, 1]], [[-1, 0, 2, -1]], [7])
@@ -82,24 +83,27 @@ def collate_examples(
 
 def _pad(pairs: Sequence[tuple[dict[str, Any], int]], vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Make the tensors of one tokenizer, a sequence for each pair of an example and the number of its response."""
-    sequences = [(row["prompt"], row["responses"][choice], row["ends"][choice]) for row, choice in pairs]
-    shape = len(sequences), max(len(prompt) + len(response) for prompt, response, _ in sequences)
+    columns = ("responses", "ends", "byte_ends")
+    sequences = [(row["prompt"], *(row[name][choice] for name in columns)) for row, choice in pairs]
+    shape = len(sequences), max(len(prompt) + len(response) for prompt, response, *_ in sequences)
     batch = {
         "input_ids": torch.full(shape, vocabulary.pad_token_id),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
         "labels": torch.full(shape, IGNORE_INDEX),
         "response_ends": torch.full(shape, BEYOND),
+        "response_bytes": torch.full(shape, BEYOND),
         "tokenizer_id": torch.tensor(vocabulary.tokenizer_id),
         "layout_id": torch.tensor(vocabulary.layout_id),
     }
-    for i, (prompt, response, ends) in enumerate(sequences):
+    for i, (prompt, response, *read) in enumerate(sequences):
         start, end = len(prompt), len(prompt) + len(response)
         batch["input_ids"][i, :end] = torch.tensor([*prompt, *response])
         batch["attention_mask"][i, :end] = 1
         batch["labels"][i, start:end] = batch["input_ids"][i, start:end]
-        batch["response_ends"][i, start:end] = torch.tensor(ends)
-        if start:
-            batch["response_ends"][i, start - 1] = 0
+        for name, ends in zip(("response_ends", "response_bytes"), read, strict=True):
+            batch[name][i, start:end] = torch.tensor(ends)
+            if start:
+                batch[name][i, start - 1] = 0
     return batch
 
 

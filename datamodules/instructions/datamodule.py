@@ -12,10 +12,13 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
   one, −1 before it, on padding, where a token ends within a character, and where it reaches beyond the response or
   comes after it. It never falls where it is not −1, and equal numbers in two tokenizers are the same place in the
   text. White space that a template strips at the response's beginning counts as read, and at its end never is;
+* `response_bytes` (B, T), the same in bytes of UTF-8. Tokens that end within a character have a number, too, if the
+  tokenizer's tokens are bytes (byte-level BPE, byte fallback), and are the same place in two such tokenizers;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
 * `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
-* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends` (B, T'),
-  `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to their own longest T'.
+* with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends`,
+  `response_bytes` (B, T'), `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to
+  their own longest T'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +54,7 @@ from lit_logits.datamodules.tokenization import load_or_train_tokenizer, train_b
 
 __all__ = ["InstructionDataModule"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of every cache entry's name: raise it when the same arguments are to give other token ids."""
 
 PredictSplit = Literal["test", "all"]
@@ -62,8 +65,9 @@ class InstructionDataModule(Resumes, LightningDataModule):
 
     Pairs are split into training, validation and test so that equal prompts never meet across splits, nor equal
     responses of more than five words. A response ends with the eos token, or with what the chat template puts after it.
-    A response that is too long is cut at its end; a training pair whose prompt leaves no room for any, in any of the
-    tokenizers, is dropped. Training resumes in the middle of an epoch with the next unseen batch.
+    A response that is too long is cut at its end; a pair whose prompt leaves no room for any, in any of the tokenizers,
+    is dropped, with a warning outside of the training split. Training resumes in the middle of an epoch with the next
+    unseen batch.
 
     Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
     other models, too, to distil from these.
@@ -109,7 +113,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
     Raises:
         ValueError: If an argument is out of range or goes without one that it needs; from `vocab_size`, `tokenizer` or
             `prepare_data`, if the source cannot be read, a row is not as it should be, a tokenizer has no chat
-            template or a template that changes responses, or a prompt for evaluation is too long.
+            template or a template that changes responses, or all prompts of a split are too long.
     """
 
     def __init__(
@@ -203,6 +207,11 @@ class InstructionDataModule(Resumes, LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Return the shuffled training batches, from the checkpoint's position on if one is restored."""
+        if self.pairs.source.prompts_only:
+            raise ValueError(
+                "Expected a source with responses to train on, but got one of prompts only, which are for `predict`."
+                " Set `response_column`."
+            )
         return self._resume.apply(self._loader("train"), self.trainer)
 
     def val_dataloader(self) -> Any:
@@ -229,9 +238,11 @@ class InstructionDataModule(Resumes, LightningDataModule):
         if "test" not in self._examples:
             return []
         rows = self._examples["test"]
-        left = [row for row in range(len(rows)) if row not in self.finished_rows]
+        numbers = rows.with_format("numpy")["row"][:].tolist()  # with gaps where examples were dropped
+        left = [place for place, number in enumerate(numbers) if number not in self.finished_rows]
         if left:  # Lightning's sampler wants a row for each rank; what is done already fills up
-            left += sorted(self.finished_rows)[: max(0, self._world_size - len(left))]
+            done = [place for place, number in enumerate(numbers) if number in self.finished_rows]
+            left += done[: max(0, self._world_size - len(left))]
         collate = partial(collate_examples, **self._vocabularies)
         return DataLoader(rows.select(left), batch_size=self.batch_size, collate_fn=collate, **self._loading)
 

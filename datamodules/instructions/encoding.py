@@ -1,19 +1,23 @@
 """From text to token ids: where the prompt ends, and how much of the response each token has read.
 
-A prompt's ids are always a prefix of the whole sequence's. The characters that were read up to a token are the same
-measure in every tokenizer, so that what two of them make of a response can be laid side by side.
+A prompt's ids are always a prefix of the whole sequence's. The characters that were read up to a token, and the bytes
+of these in UTF-8, are the same measure in every tokenizer, so that what two of them make of a response can be laid side
+by side. Bytes tell tokens within a character apart, too.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.instructions.layouts import Layout, Rendered, Span
 from lit_logits.datamodules.instructions.splits import Example
+from lit_logits.datamodules.tokenization import token_bytes
 
-__all__ = ["BEYOND", "Encoded", "Encoder", "encode_rendered", "read_characters", "with_whole_offsets"]
+__all__ = ["BEYOND", "Encoded", "Encoder", "encode_rendered", "read_bytes", "read_characters", "with_whole_offsets"]
 
 BEYOND = -1
 """The number of read characters where it is undefined: before the prompt's end, within one, after the response."""
@@ -29,11 +33,14 @@ class Encoded(NamedTuple):
         responses: ids of what follows it with each of the responses.
         ends: for each of these ids, how many characters of the response have been read after it; −1 after the response
             and within a character.
+        byte_ends: the same in bytes, which are counted within a character as well where the tokenizer's tokens are
+            bytes.
     """
 
     prompt: list[int]
     responses: list[list[int]]
     ends: list[list[int]]
+    byte_ends: list[list[int]]
 
 
 class Encoder:
@@ -67,7 +74,7 @@ class Encoder:
             responses = example.choices if all_choices and example.choices else (example.response,)
             rendered.append(self.layout.render(example, [text for text in responses if text], before))
         encoded = encode_rendered(rendered, self.layout, self.tokenizer, self.argument)
-        return [Encoded(prompt, responses or [[]], ends or [[]]) for prompt, responses, ends in encoded]
+        return [Encoded(prompt, *(rows or [[]] for rows in parts)) for prompt, *parts in encoded]
 
 
 def encode_rendered(
@@ -100,7 +107,8 @@ def encode_rendered(
     encoded = []
     for text, continuations, spans, where in rendered:
         prompt, _ = next(tokens)
-        responses, ends = [], []
+        responses, ends, byte_ends = [], [], []
+        beyond = [BEYOND for _ in layout.after]
         for continuation, span in zip(continuations, spans, strict=True):
             ids, offsets = next(tokens)
             if ids[: len(prompt)] == prompt:
@@ -114,9 +122,16 @@ def encode_rendered(
                     f"{continuation!r}. Correct the row or drop it."
                 )
             responses.append([*ids, *layout.after])
-            ends.append([*read_characters(offsets, continuation, span), *(BEYOND for _ in layout.after)])
-        encoded.append(Encoded([*layout.before, *prompt], responses, ends))
+            ends.append([*read_characters(offsets, continuation, span), *beyond])
+            pieces = partial(_piece, tokenizer, ids)
+            byte_ends.append([*read_bytes(offsets, pieces, continuation, span), *beyond])
+        encoded.append(Encoded([*layout.before, *prompt], responses, ends, byte_ends))
     return encoded
+
+
+def _piece(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], place: int) -> bytes | None:
+    """Return the bytes of the token at a place."""
+    return token_bytes(str(tokenizer.convert_ids_to_tokens(ids[place])))
 
 
 def read_characters(offsets: Offsets, text: str, span: Span) -> list[int]:
@@ -146,6 +161,43 @@ def read_characters(offsets: Offsets, text: str, span: Span) -> list[int]:
         while read < limit and not text[read].isspace():
             read += 1
         ends.append(read - span.begin + span.skipped if read > span.begin else 0)
+    return ends
+
+
+def read_bytes(offsets: Offsets, piece: Callable[[int], bytes | None], text: str, span: Span) -> list[int]:
+    """Count the bytes of a response, in UTF-8, that have been read after each token.
+
+    It is `read_characters` in bytes, but for a token that ends within a character: it has read as many bytes more as it
+    has itself, if these are the next ones of the text. Else it gets −1.
+
+    Args:
+        offsets: first character of each token and the one after its last.
+        piece: returns the bytes of the token at a place, or None; asked for tokens that end within a character only.
+        text: what was tokenised.
+        span: where the response is in it.
+
+    Example:
+        >>> halves = ["é".encode()[:1], "é".encode()[1:]]
+        >>> read_bytes([(0, 1), (1, 2), (1, 2)], lambda place: halves[place - 1], "né", Span(0, 2))
+        [1, 2, 3]
+    """
+    raw = text.encode("utf-8", "surrogatepass")
+    before = [0, *accumulate(len(character.encode("utf-8", "surrogatepass")) for character in text)]
+    first = before[span.begin]
+    following = [*(start for start, _ in offsets[1:]), len(text)]
+    ends, read = [], 0  # the latter of the whole text
+    for place, ((start, end), count) in enumerate(zip(offsets, read_characters(offsets, text, span), strict=True)):
+        if following[place] < end:  # within a character
+            read, part = max(read, before[start]), piece(place)
+            if part is None or end > span.end or not raw.startswith(part, read):
+                ends.append(BEYOND)
+                continue
+            read += len(part)
+            ends.append(read - first + span.skipped_bytes if read > first else 0)
+        else:
+            read = before[end]
+            at = span.begin + count - span.skipped
+            ends.append(before[at] - first + span.skipped_bytes if count > 0 else count)
     return ends
 
 

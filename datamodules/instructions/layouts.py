@@ -39,11 +39,13 @@ class Span(NamedTuple):
         begin: number of characters before it.
         end: number of characters up to its end.
         skipped: characters at its own beginning that the text does not have.
+        skipped_bytes: the bytes of these.
     """
 
     begin: int
     end: int
     skipped: int = 0
+    skipped_bytes: int = 0
 
 
 class Rendered(NamedTuple):
@@ -145,7 +147,8 @@ class TemplateLayout:
 class ChatLayout:
     """The tokenizer's own chat template: prompts are the user's turns, responses the assistant's, shots earlier turns.
 
-    Special tokens are those that the template writes. A template may strip white space from a turn.
+    Special tokens are those that the template writes. A template may strip white space from a turn. Where the prompt
+    for generation is not in the whole conversation (DeepSeek-R1's ends with `<think>`), it ends where both part.
 
     Args:
         tokenizer: with a chat template.
@@ -164,6 +167,7 @@ class ChatLayout:
         self.before: list[int] = []
         self.after: list[int] = []
         self._opening: str | None = None  # what stands between the prompt and a response
+        self._has_prompt = True  # whether a whole conversation begins with its prompt for generation
 
     def render(self, example: Example, responses: Sequence[str], shots: Sequence[Example]) -> Rendered:
         """Return the conversation up to the assistant's turn, and that turn with each of the responses.
@@ -176,8 +180,18 @@ class ChatLayout:
         messages = [*self.system, *turns, _turn("user", example.prompt)]
         prompt = self._apply(messages, example, add_generation_prompt=True)
 
+        def complete(response: str) -> str:
+            return self._apply([*messages, _turn("assistant", response)], example, add_generation_prompt=False)
+
+        if responses and self._opening is None:
+            self._has_prompt = complete(MARK).startswith(prompt)
+        if responses and not self._has_prompt:
+            # Only up to the mark, as a response may happen to begin like the rest of the prompt.
+            shared = _common_beginning(prompt, complete(MARK).partition(MARK)[0])
+            prompt = shared if example.prompt.strip() in shared else prompt
+
         def continue_with(response: str) -> str:
-            whole = self._apply([*messages, _turn("assistant", response)], example, add_generation_prompt=False)
+            whole = complete(response)
             if not whole.startswith(prompt):
                 raise ValueError(
                     f"Expected the chat template to begin a conversation with its prompt, but got {prompt!r} and "
@@ -196,13 +210,14 @@ class ChatLayout:
         """Return where the response is, as it is or stripped. It comes after the opening, whose words it may repeat."""
         opening = self._opening or ""
         start = len(opening) if continuation.startswith(opening) else 0
-        forms = (response, 0), (response.strip(), len(response) - len(response.lstrip()))
+        space = response[: len(response) - len(response.lstrip())]
+        forms = (response, (0, 0)), (response.strip(), (len(space), len(space.encode())))
         for text, skipped in forms:
             if continuation.startswith(text, start):
-                return Span(start, start + len(text), skipped)
+                return Span(start, start + len(text), *skipped)
         for text, skipped in forms:  # a template that strips some white space only
             if (begin := continuation.find(text, start)) >= 0:
-                return Span(begin, begin + len(text), skipped)
+                return Span(begin, begin + len(text), *skipped)
         raise ValueError(
             f"Expected the chat template to keep the response of {example.where}, {response!r}, or to strip white "
             f"space only, but got {continuation!r}. {self.advice}"
@@ -242,6 +257,11 @@ def chat_template_of(
         raise ValueError(
             f"Expected {argument} to have a chat template, but {tokenizer.name_or_path!r} has none. {advice}"
         ) from error
+
+
+def _common_beginning(one: str, other: str) -> str:
+    length = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    return one[: min(len(one), len(other)) if length is None else length]
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

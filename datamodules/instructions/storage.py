@@ -2,8 +2,8 @@
 
 An Arrow row is an example: its number in the split and that of its content, the prompt's token ids, a list of ids for
 each response (one, or of a multiple-choice test question one a choice), for each of these ids how many characters of
-the response have been read after it, and the number of the right response. Where there are other tokenizers, prompt,
-responses and ends are there once more for each of them.
+the response have been read after it, how many bytes, and the number of the right response. Where there are other
+tokenizers, all but the numbers is there once more for each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm import tqdm
 
 from lit_logits.datamodules.caching import hide_progress
@@ -41,7 +42,7 @@ class InstructionSize(NamedTuple):
         examples: number of examples.
         response_tokens: number of tokens of their (right) responses, in the data module's own tokenizer.
         truncated: examples of which a response was cut at its end, in any tokenizer.
-        dropped: training examples that were left out, because the prompt left no room for a response, in any tokenizer.
+        dropped: examples that were left out, because the prompt left no room for a response, in any tokenizer.
     """
 
     examples: int = 0
@@ -62,25 +63,26 @@ def write_examples(
     encode: Encode,
     max_length: int,
     *,
-    drop: bool,
     sources: Sequence[str] = (),
 ) -> InstructionSize:
     """Encode a split into an Arrow file, a batch at a time.
+
+    An example whose prompt leaves no room for a token of the response, in any of the tokenizers, is left out.
 
     Args:
         file: the Arrow file to write.
         examples: the split.
         encode: makes token ids of a batch of examples.
         max_length: tokens that a sequence may have; a response is cut at its end, in each tokenizer at its own.
-        drop: leave an example out whose prompt leaves no room for a token of the response in any of the tokenizers.
         sources: names of the other tokenizers.
 
     Raises:
-        ValueError: If there is such an example and `drop` is False; it names the row.
+        ValueError: If all examples are left out; it names the first.
     """
     features = _features(sources)
     bar = tqdm(total=len(examples), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
     kept = tokens = truncated = 0
+    first_problem = ""
     numbered = iter(enumerate(examples))
     # Without the names that this version of datasets gives to its types, which an older one cannot read.
     with ArrowWriter(features=features, path=str(file), with_metadata=False) as writer, bar:
@@ -88,9 +90,8 @@ def write_examples(
             columns: dict[str, list[Any]] = {name: [] for name in features}
             for (row, example), encoded in zip(batch, encode([example for _, example in batch]), strict=True):
                 if problem := _too_long(encoded, max_length):
-                    if drop:
-                        continue
-                    raise ValueError(f"Expected the prompt of row {row} ({example.where}) to have {problem}")
+                    first_problem = first_problem or f"the prompt of row {row} ({example.where}) to have {problem}"
+                    continue
                 own, *others = cut = [_cut(view, max_length) for view in (encoded.own, *encoded.sources.values())]
                 correct = example.correct if len(own.responses) > 1 else 0
                 values: dict[str, Any] = {"row": row, "sample_id": encoded.sample_id, "correct": correct}
@@ -103,6 +104,8 @@ def write_examples(
                 truncated += cut != [encoded.own, *encoded.sources.values()]
             writer.write_batch(columns)
             bar.update(len(batch))
+        if examples and not kept:
+            raise ValueError(f"Expected {first_problem} So it is with all {len(examples)} of the split {file.stem!r}.")
         writer.finalize()
     return InstructionSize(kept, tokens, truncated, len(examples) - kept)
 
@@ -110,7 +113,7 @@ def write_examples(
 def _features(sources: Sequence[str]) -> Features:
     """Return the columns of a split."""
     ids = ListOf(Value("int32"))
-    view = {"prompt": ids, "responses": ListOf(ids), "ends": ListOf(ids)}
+    view = {"prompt": ids, **{name: ListOf(ids) for name in ("responses", "ends", "byte_ends")}}
     columns = {"row": Value("int32"), "sample_id": Value("int64"), **view, "correct": Value("int32")}
     return Features({**columns, "sources": {name: dict(view) for name in sources}} if sources else columns)
 
@@ -131,8 +134,7 @@ def _too_long(encoded: EncodedExample, max_length: int) -> str:
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
     """Cut responses at their end to what the prompt leaves room for."""
     room = max_length - len(encoded.prompt)
-    responses, ends = ([row[:room] for row in rows] for rows in encoded[1:])
-    return Encoded(encoded.prompt, responses, ends)
+    return Encoded(encoded.prompt, *([row[:room] for row in rows] for rows in encoded[1:]))
 
 
 def write_instructions(
@@ -147,7 +149,7 @@ def write_instructions(
         max_length: tokens that a sequence may have.
 
     Raises:
-        ValueError: If a prompt for evaluation leaves no room for a response.
+        ValueError: If no prompt of a split leaves room for a response.
     """
     sizes = {}
     for name, examples in splits.items():
@@ -157,8 +159,12 @@ def write_instructions(
             examples,
             encode,
             max_length,
-            drop=name == "train",
             sources=encoder.names,
         )
+        if name != "train" and sizes[name].dropped:
+            rank_zero_warn(
+                f"Of the {len(examples)} examples of the split {name!r}, {sizes[name].dropped} are left out, because"
+                " their prompts leave no room for a response. Raise `max_length` to keep them."
+            )
     write_sizes(directory, sizes)
     return sizes

@@ -19,6 +19,10 @@ from lit_logits.functional.checks import (
     check_labels,
     check_token_to_code,
 )
+from lit_logits.functional.chunk_likelihood import (
+    chunk_likelihood_loss,
+    sum_chunks,
+)
 from lit_logits.functional.chunks import (
     chunked_rows,
     chunked_sum,
@@ -158,6 +162,12 @@ from lit_logits.functional.lookup.lookup import (
     lookup_logits,
     packed_lookup_logits,
 )
+from lit_logits.functional.matched_tokens import (
+    MatchedTopK,
+    match_top_k,
+    match_vocabularies,
+    matched_kl,
+)
 from lit_logits.functional.neural_collapse import (
     ClassMoments,
     NeuralCollapse,
@@ -189,6 +199,10 @@ from lit_logits.functional.residual_vq import (
 )
 from lit_logits.functional.task_arithmetic import (
     add_task_vectors,
+)
+from lit_logits.functional.top_k_kl import (
+    KLKind,
+    top_k_kl,
 )
 from lit_logits.functional.top_k_logits import (
     LogitValues,
@@ -232,10 +246,12 @@ __all__ = [
     "GraphNodes",
     "GreedyTables",
     "HierarchicalCodes",
+    "KLKind",
     "KMeansResult",
     "LogitLoss",
     "LogitValues",
     "LookupLayout",
+    "MatchedTopK",
     "MetricKind",
     "NeuralCollapse",
     "NextTokenLabels",
@@ -268,6 +284,7 @@ __all__ = [
     "check_finite",
     "check_labels",
     "check_token_to_code",
+    "chunk_likelihood_loss",
     "chunked_rows",
     "chunked_sum",
     "class_moments",
@@ -319,6 +336,9 @@ __all__ = [
     "lookup_kernel",
     "lookup_layout",
     "lookup_logits",
+    "match_top_k",
+    "match_vocabularies",
+    "matched_kl",
     "merge_pairs",
     "metric_matrix",
     "mse_logit_loss",
@@ -356,7 +376,9 @@ __all__ = [
     "stages_by_rank",
     "stages_for_bytes",
     "straight_through_vq_cross_entropy",
+    "sum_chunks",
     "sum_pairs_of_ranks",
+    "top_k_kl",
     "top_k_logits",
     "top_k_uld",
     "top_k_values",

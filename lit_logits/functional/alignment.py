@@ -1,8 +1,9 @@
-"""Alignment of two tokenisations of one text, by the characters that a position has read.
+"""Alignment of two tokenisations of one text, by the bytes that a position has read.
 
-A position's end is the number of characters of the response that a model has read there: 0 after the prompt, the length
-of the response after its last token. Two models that have read the same text each predict what comes next, in tokens of
-their own; only there can their predictions be compared.
+A position's end is the number of bytes of the response, in UTF-8, that a model has read there: 0 after the prompt, the
+length of the response after its last token. Two models that have read the same text each predict what comes next, in
+tokens of their own; only there can their predictions be compared. Bytes, unlike characters, tell the tokens within a
+character apart; any other measure that both share would do.
 
 Letters: B samples, T and U positions.
 """
@@ -19,8 +20,8 @@ def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
     Of several tokens with one end (white space before the response) the last one counts.
 
     Args:
-        ends1: (B, T) characters of the response read, not decreasing along T; −1 where a position does not count.
-        ends2: (B, U) of the second.
+        ends1: (B, T) bytes of the response read, not decreasing along T; −1 where a position has no end.
+        ends2: (B, U) of the second, in the same unit.
 
     Returns:
         (B, T) indices along U; −1 where no position of the second has read the same.
@@ -48,9 +49,10 @@ def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
 
 
 def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return masks of the positions that count and lie in the span that both tokenisations reach.
+    """Return masks of the positions that lie in the span of the response that both tokenisations reach.
 
-    Either may have been truncated, the response with it.
+    Either may have been truncated, the response with it. A position without an end lies there if one after it does and
+    one before it has an end: it is within a character.
 
     Args:
         ends1: (B, T) as in `align_positions`.
@@ -60,11 +62,18 @@ def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
         Boolean (B, T) and (B, U).
 
     Example:
-        >>> common_span(torch.tensor([[0, 4, 6]]), torch.tensor([[0, 2, 5]]))
-        (tensor([[ True,  True, False]]), tensor([[True, True, True]]))
+        >>> common_span(torch.tensor([[-1, 0, 4, 6]]), torch.tensor([[0, -1, 5, -1]]))
+        (tensor([[False,  True,  True, False]]), tensor([[ True,  True,  True, False]]))
     """
     limit = torch.minimum(ends1.amax(-1), ends2.amax(-1)).unsqueeze(-1)
-    return (ends1 >= 0) & (ends1 <= limit), (ends2 >= 0) & (ends2 <= limit)
+    return _reached(ends1, limit), _reached(ends2, limit)
+
+
+def _reached(ends: Tensor, limit: Tensor) -> Tensor:
+    has_end = ends >= 0
+    last = torch.iinfo(ends.dtype).max
+    following = ends.masked_fill(~has_end, last).flip(-1).cummin(-1).values.flip(-1)
+    return (following <= limit) & (has_end.cumsum(-1) > 0)
 
 
 def _keys(ends: Tensor, stride: int) -> Tensor:

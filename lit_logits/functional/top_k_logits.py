@@ -180,15 +180,16 @@ class _TopKLogits(torch.autograd.Function):
         # dlog Z/du = softmax(u), dmean/du = 1/V, dstd/du = (u − mean) / (V std).
         grad_top = grad_top - grad_tail.unsqueeze(-1) * log_probs.exp()
         grad_normalizer = grad_normalizer - grad_top.sum(-1)  # log-probabilities are u minus the normaliser
-        slope = grad_std / (size * std.clamp(min=1e-6))
-        level = grad_mean / size - slope * mean
+        slope = torch.where(grad_std == 0, 0.0, grad_std / (size * std.clamp(min=1e-6)))
+        level = grad_mean / size - torch.where(slope == 0, 0.0, slope * mean)
         grad_logits = torch.empty_like(logits)
         for start in range(0, len(logits), rows := _rows_a_chunk(size)):
             part = slice(start, start + rows)
             u = logits[part].to(log_probs.dtype)
             u = u / ctx.temperature if ctx.temperature != 1 else u
             grad = (u - log_normalizer[part, None]).exp_().mul_(grad_normalizer[part, None])
-            grad.addcmul_(u, slope[part, None]).add_(level[part, None])
+            # Where no gradient reaches the moments, 0 times a logit of −inf would be NaN.
+            grad.addcmul_(u.masked_fill(slope[part, None] == 0, 0.0), slope[part, None]).add_(level[part, None])
             grad.scatter_add_(1, token_ids[part], grad_top[part])
             grad_logits[part] = grad if ctx.temperature == 1 else grad.div_(ctx.temperature)
         return grad_logits, None, None
@@ -204,9 +205,13 @@ class SourceLogits(NamedTuple):
     Attributes:
         top_k: of each position; `log_probs` and `token_ids` are (B, T, k), the others (B, T).
         mask: (B, T) bool; positions that count.
-        ends: (B, T) int64; characters of the response that are read at the position, −1 where it does not count.
+        ends: (B, T) int64; bytes of the response that are read at the position, −1 where there is no such number: where
+            it does not count, within a character that tokens do not cut by bytes, and after the response.
+        label_log_probs: (B, T) log-probability at τ = 1 of the token that came, in nats, 0 where none counts; None
+            where it is not known.
     """
 
     top_k: TopKLogits
     mask: Tensor
     ends: Tensor
+    label_log_probs: Tensor | None = None

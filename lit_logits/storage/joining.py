@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_logits.storage.logit_cache import CACHE_FIELDS, describe_cache
+from lit_logits.storage.logit_cache import CACHE_FIELDS, OPTIONAL_FIELDS, describe_cache
 from lit_logits.storage.writing import find_parts, offsets_of, save_tensors, write_description
 
 __all__ = ["join_cache"]
@@ -102,7 +102,8 @@ def _join_rows(index: _Index, rows: slice) -> dict[str, Tensor]:
     for number, start, target, length in places[places[:, 0].argsort(stable=True)].tolist():
         if number != opened:
             with safe_open(index.files[number], framework="pt") as part:
-                opened, fields = number, {name: part.get_tensor(name) for name in CACHE_FIELDS}
+                names = [*CACHE_FIELDS, *sorted(set(OPTIONAL_FIELDS) & set(part.keys()))]
+                opened, fields = number, {name: part.get_tensor(name) for name in names}
         for name, tensor in fields.items():
             if name not in joined:
                 joined[name] = tensor.new_empty(int(offsets[-1]), *tensor.shape[1:])

@@ -1,18 +1,25 @@
 """The top-k logits of one source model on disk: the format, and `LogitCache`, which reads them.
 
 A cache is a folder. Its `cache.json` holds the format's version, the settings of the source, whether the cache is
-complete, its size, and the bytes of each shard. The shards of a complete cache, `shard-00000.safetensors`, …, hold the
-samples in ascending order of their ids; each sample has its positions that count, one after the other:
+complete, its size, and the bytes of each shard. Where the tokenizer of the source was known, `tokens.json` holds the
+bytes of each token as a text of Latin-1, null for one that stands for no text. The shards of a complete cache,
+`shard-00000.safetensors`, …, hold the samples in ascending order of their ids; each sample has its positions that
+count, one after the other:
 
     sample_ids (S,) int64      offsets (S + 1,) int64: positions offsets[s] to offsets[s + 1] are of sample s
     ends (M,) int32            token_ids (M, k) uint16, or int32 where the vocabulary has more than 65,536 tokens
     log_probs (M, k) float32 or float16                tail, log_normalizer, mean, std (M,) float32
+    label_log_probs (M,) like log_probs, of the token that came, at τ = 1; may be missing
+
+In version 1 positions within a character and after the response are missing, `ends` counts characters instead of bytes,
+and there are neither `label_log_probs` nor `tokens.json`.
 
 Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions of a file.
 """
 
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +30,23 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits
 
-__all__ = ["CACHE_FIELDS", "CACHE_FORMAT", "CACHE_VERSION", "LogitCache", "describe_cache", "is_logit_cache"]
+__all__ = [
+    "CACHE_FIELDS",
+    "CACHE_FORMAT",
+    "CACHE_VERSION",
+    "OPTIONAL_FIELDS",
+    "TOKENS_FILE",
+    "LogitCache",
+    "describe_cache",
+    "is_logit_cache",
+]
 
 CACHE_FORMAT = "lit_logits.logit_cache"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 CACHE_FIELDS = ("ends", "token_ids", "log_probs", "tail", "log_normalizer", "mean", "std")  # a row a position
+OPTIONAL_FIELDS = ("label_log_probs",)
+TOKENS_FILE = "tokens.json"
 
 _NEUTRAL = {"ends": -1, "std": 1}  # what padding holds, where not 0
 
@@ -55,6 +74,8 @@ class LogitCache:
         tokenizer_id: digest of the source's vocabulary.
         layout_id: `layout_id` of the batches that the source has read, or None.
         vocab_size: size of the source's vocabulary.
+        counts_bytes: whether ends count bytes, or else, in version 1, characters.
+        has_label_log_probs: whether the log-probabilities of the tokens that came are there.
         sample_ids: (S,) int64, ascending, of all shards.
         num_samples: S.
         num_tokens: positions of all samples.
@@ -78,10 +99,13 @@ class LogitCache:
         except (KeyError, TypeError, ValueError) as error:
             wrong = f"misses or misspells {error}"
             raise _torn(self.folder, self.folder / "cache.json", wrong) from error
+        self.counts_bytes = description["version"] > 1
         self._files = [self.folder / f"shard-{index:05d}.safetensors" for index in range(len(sizes))]
         self._maps: dict[int, dict[str, Tensor]] = {}
         self._process = os.getpid()
-        ids, offsets = zip(*map(self._check, self._files, sizes), strict=True)
+        ids, offsets, optional = zip(*map(self._check, self._files, sizes), strict=True)
+        self._fields = (*CACHE_FIELDS, *(name for name in OPTIONAL_FIELDS if all(name in found for found in optional)))
+        self.has_label_log_probs = "label_log_probs" in self._fields
         self.sample_ids = torch.cat(ids)
         self._starts = torch.cat([offset[:-1] for offset in offsets])
         self._lengths = torch.cat([offset.diff() for offset in offsets])
@@ -89,6 +113,22 @@ class LogitCache:
         found = len(self.sample_ids), int(self._lengths.sum())
         if found != (self.num_samples, self.num_tokens) or not (self.sample_ids.diff() > 0).all():
             raise _torn(self.folder, self.folder, f"its shards hold {found[0]} samples of {found[1]} positions")
+
+    @cached_property
+    def tokens(self) -> list[bytes | None] | None:
+        """Bytes of each token of the source, None for one that stands for no text; None if they are not there.
+
+        Raises:
+            ValueError: If the file of them is not whole.
+        """
+        path = self.folder / TOKENS_FILE
+        if not path.is_file():
+            return None
+        try:
+            texts = json.loads(path.read_text(encoding="utf-8"))
+            return [None if text is None else text.encode("latin-1") for text in texts]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _torn(self.folder, path, str(error)) from error
 
     def __len__(self) -> int:
         return self.num_samples
@@ -124,7 +164,7 @@ class LogitCache:
             raise ValueError(f"Expected `top_k` to be in [1, {self.top_k}], as stored in {self.folder}, but got {k}.")
         rows = self._find(sample_ids)
         places = torch.stack([self._shards[rows], self._starts[rows], self._lengths[rows]], 1).tolist()
-        fields = {name: self._gather(name, places) for name in CACHE_FIELDS}
+        fields = {name: self._gather(name, places) for name in self._fields}
         ends, token_ids = fields["ends"].long(), fields["token_ids"].long()
         mask = torch.arange(ends.shape[1]) < self._lengths[rows, None]
         log_probs, tail = fields["log_probs"].float(), fields["tail"]
@@ -137,7 +177,8 @@ class LogitCache:
             tail = tail.masked_fill_(~mask, 0)
         rest = (fields[name] for name in ("log_normalizer", "mean", "std"))
         top = TopKLogits(*(tensor.to(device).contiguous() for tensor in (log_probs, token_ids, tail, *rest)))
-        return SourceLogits(top, mask.to(device), ends.to(device))
+        labelled = fields["label_log_probs"].float().to(device) if self.has_label_log_probs else None
+        return SourceLogits(top, mask.to(device), ends.to(device), labelled)
 
     def _find(self, sample_ids: Tensor) -> Tensor:
         """Return the rows of the samples among those of all shards."""
@@ -164,20 +205,21 @@ class LogitCache:
         if shard not in self._maps:
             try:
                 with safe_open(self._files[shard], framework="pt") as file:
-                    self._maps[shard] = {name: file.get_tensor(name) for name in CACHE_FIELDS}
+                    self._maps[shard] = {name: file.get_tensor(name) for name in self._fields}
             except (OSError, SafetensorError) as error:
                 raise _torn(self.folder, self._files[shard], str(error)) from error
         return self._maps[shard]
 
-    def _check(self, path: Path, size: int) -> tuple[Tensor, Tensor]:
-        """Return `sample_ids` and `offsets` of a shard, once its sizes are checked."""
+    def _check(self, path: Path, size: int) -> tuple[Tensor, Tensor, set[str]]:
+        """Return `sample_ids`, `offsets` and the optional fields of a shard, once its sizes are checked."""
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise _torn(self.folder, path, f"has {found} instead of {size} bytes")
         try:
             with safe_open(path, framework="pt") as file:
                 ids, offsets = file.get_tensor("sample_ids").clone(), file.get_tensor("offsets").clone()
-                shapes = {name: file.get_slice(name).get_shape() for name in CACHE_FIELDS}
+                optional = set(OPTIONAL_FIELDS) & set(file.keys())
+                shapes = {name: file.get_slice(name).get_shape() for name in (*CACHE_FIELDS, *sorted(optional))}
         except (OSError, SafetensorError) as error:
             raise _torn(self.folder, path, str(error)) from error
         rising = offsets.ndim == ids.ndim == 1 and len(offsets) == len(ids) + 1 and bool((offsets.diff() >= 0).all())
@@ -185,7 +227,7 @@ class LogitCache:
         wide = ("token_ids", "log_probs")
         if any(shape != ([length, self.top_k] if name in wide else [length]) for name, shape in shapes.items()):
             raise _torn(self.folder, path, f"its tensors are of shapes {shapes}")
-        return ids, offsets
+        return ids, offsets, optional
 
 
 def describe_cache(folder: Path) -> dict[str, Any] | None:
@@ -202,10 +244,10 @@ def _describe_complete(folder: Path) -> dict[str, Any]:
     description = describe_cache(folder)
     if description is None:
         raise ValueError(f"Expected a folder of cached logits with a cache.json, but {folder} has none.")
-    if description.get("version") != CACHE_VERSION:
+    if description.get("version") not in READABLE_VERSIONS:
         raise ValueError(
-            f"Expected {folder} to be of version {CACHE_VERSION} of the format of cached logits, but got version"
-            f" {description.get('version')}. Delete it and run the predict command again."
+            f"Expected {folder} to be of a version in {list(READABLE_VERSIONS)} of the format of cached logits, but got"
+            f" version {description.get('version')}. Delete it and run the predict command again."
         )
     if not description.get("complete"):
         raise ValueError(

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from lit_logits.functional.top_k_logits import SourceLogits
 from lit_logits.storage.folders import replace_file
-from lit_logits.storage.logit_cache import CACHE_FIELDS, CACHE_FORMAT, CACHE_VERSION, LogitCache, describe_cache
+from lit_logits.storage.logit_cache import (
+    CACHE_FORMAT,
+    CACHE_VERSION,
+    TOKENS_FILE,
+    LogitCache,
+    describe_cache,
+)
 from lit_logits.storage.settings import differing_settings
 
 __all__ = [
@@ -86,12 +92,21 @@ def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def begin_cache(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make a cache without samples unless there is a cache, and remove what a kill left half done."""
+def begin_cache(folder: Path, settings: Mapping[str, Any], tokens: Sequence[bytes | None] | None = None) -> None:
+    """Make a cache without samples unless there is a cache, and remove what a kill left half done.
+
+    Args:
+        folder: of the cache.
+        settings: as `complete_settings` returns them.
+        tokens: bytes of each token of the source, None for one that stands for no text; None if they are not known.
+    """
     if (folder / "partial").is_dir():
         shutil.rmtree(folder / "partial")
     if describe_cache(folder) is None:
         write_description(folder, settings, complete=False)
+    if tokens is not None and not (folder / TOKENS_FILE).is_file():
+        texts = [None if token is None else token.decode("latin-1") for token in tokens]
+        _write_text(folder, TOKENS_FILE, json.dumps(texts, separators=(",", ":")) + "\n")
 
 
 def find_finished(folder: Path) -> list[int]:
@@ -129,8 +144,10 @@ def pack_logits(
         )
     index = torch.tensor(rows, device=logits.mask.device)
     mask = logits.mask[index]
-    fields = {**logits.top_k._asdict(), "ends": logits.ends}
-    fields = {name: fields[name][index][mask].detach().cpu() for name in CACHE_FIELDS}
+    given = {**logits.top_k._asdict(), "ends": logits.ends}
+    if logits.label_log_probs is not None:
+        given["label_log_probs"] = logits.label_log_probs
+    fields = {name: values[index][mask].detach().cpu() for name, values in given.items()}
     lengths, ids = mask.sum(1).cpu(), sample_ids.detach().cpu()[index.cpu()]
     if not (finite := fields["log_normalizer"].isfinite()).all():
         at = int((~finite).nonzero()[0])
@@ -141,7 +158,7 @@ def pack_logits(
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         raise ValueError(f"Expected tokens of source {source!r} to be in [0, {size}), but got {int(tokens.max())}.")
     dtypes = {"ends": torch.int32, "token_ids": torch.uint16 if size <= 1 << 16 else torch.int32}
-    dtypes["log_probs"] = _DTYPES[settings["dtype"]]
+    dtypes |= dict.fromkeys(("log_probs", "label_log_probs"), _DTYPES[settings["dtype"]])
     packed = {name: tensor.to(dtypes.get(name, torch.float32)).contiguous() for name, tensor in fields.items()}
     return {"sample_ids": ids.long(), "offsets": offsets_of(lengths), **packed}
 
@@ -169,14 +186,15 @@ def offsets_of(lengths: Tensor) -> Tensor:
 def write_description(folder: Path, settings: Mapping[str, Any], **state: Any) -> dict[str, Any]:
     """Replace `cache.json`, and return what it says."""
     description = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "settings": dict(settings), **state}
-    (folder / "partial").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    replace_file(
-        folder / "cache.json",
-        lambda partial: partial.write_text(text, encoding="utf-8"),
-        partial=folder / "partial" / "cache.json",
-    )
+    _write_text(folder, "cache.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
     return description
+
+
+def _write_text(folder: Path, name: str, text: str) -> None:
+    (folder / "partial").mkdir(parents=True, exist_ok=True)
+    replace_file(
+        folder / name, lambda partial: partial.write_text(text, encoding="utf-8"), partial=folder / "partial" / name
+    )
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, target: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.functional.alignment import align_positions, common_span
 from lit_logits.functional.gld_fusion import GraphNodes, graph_strengths, sorted_gw_bound, top_k_uld
 from lit_logits.functional.reductions import sample_mean
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
+from lit_logits.modules.gld_fusion.alignment import SourceAlignment, align_source
 
 __all__ = ["GLDCriterion", "GraphAlignment", "GraphPair", "SourceTerms"]
 
@@ -121,7 +121,7 @@ class SourceTerms(NamedTuple):
     Attributes:
         uld: token-wise loss, mean over samples of the mean over aligned positions.
         gld: sorted Gromov–Wasserstein bound, mean over samples.
-        aligned: share of the student's positions in responses at which the source has read the same text.
+        aligned: share of the student's positions that predict a label at which the source has read the same text.
     """
 
     uld: Tensor
@@ -172,28 +172,24 @@ class GLDCriterion(nn.Module):
             student: (B, T, k).
             source: (B, U, k); no gradient reaches it.
             mask: (B, T) positions of the student that predict a label.
-            ends: (B, T) characters of the response that the student has read, −1 where none; None if both read the same
-                tokens, whose n-th positions belong together.
+            ends: (B, T) how much of the response the student has read, −1 where none; None if both read the same
+                tokens, whose n-th positions belong together. See `align_source`.
             name: of the source, for messages and graph hooks.
 
         Raises:
             ValueError: If logits are to be standardised whose moments tokens that are ruled out have made useless.
         """
+        return self.compare(student, source, align_source(source, mask, ends), name=name)
+
+    def compare(
+        self, student: TopKLogits, source: SourceLogits, alignment: SourceAlignment, *, name: str = "source"
+    ) -> SourceTerms:
+        """Compare the positions that are aligned already; arguments and errors as those of a call."""
         self._check_moments(source, name)
-        if ends is None:
-            student_mask, source_mask = mask, source.mask
-            partner = (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
-            in_response = mask
-        else:
-            ends = ends.masked_fill(~mask, -1)
-            student_mask, source_mask = common_span(ends, source.ends)
-            partner = align_positions(ends.masked_fill(~student_mask, -1), source.ends.masked_fill(~source_mask, -1))
-            in_response = ends >= 0
-        is_aligned = partner >= 0
+        partner, student_mask, source_mask, share = alignment
         uld = top_k_uld(student, gather_positions(source.top_k, partner.clamp(min=0)), values=self.uld_values)
         gld = self.graphs(student, source.top_k, student_mask, source_mask, name=name)
-        share = is_aligned.sum() / in_response.sum().clamp(min=1)
-        return SourceTerms(sample_mean(uld, is_aligned), gld.mean(), share)
+        return SourceTerms(sample_mean(uld, partner >= 0), gld.mean(), share)
 
     def _check_moments(self, source: SourceLogits, name: str) -> None:
         if "standardize" in (self.uld_values, self.graphs.values) and not bool((source.top_k.std < 1e4).all()):

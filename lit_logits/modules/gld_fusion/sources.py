@@ -4,6 +4,7 @@ Letters: B batch, T sequence, N positions that count, d hidden size, V vocabular
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,15 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.labels import next_token_labels
+from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
+from lit_logits.modules.gld_fusion.alignment import read_ends
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.frozen import FrozenModels, input_device
 from lit_logits.modules.language_models.inspect import check_causal_lm, digest_model, num_logits
 from lit_logits.modules.language_models.loading import is_plain_causal_lm, load_causal_lm
-from lit_logits.modules.language_models.tokenizers import find_tokenizer, tokenizer_id
+from lit_logits.modules.language_models.tokenizers import find_tokenizer, token_table, tokenizer_id
 from lit_logits.storage.logit_cache import LogitCache, is_logit_cache
 
-__all__ = ["LogitSource", "counted_positions", "load_source", "view_of"]
+__all__ = ["LogitSource", "counted_positions", "ends_to_align", "load_source", "view_of"]
 
 Model = nn.Module | str
 
@@ -60,6 +63,7 @@ class LogitSource(FrozenModels):
         super().__init__(model, keep_dtype=True, pinned=pinned)
         self.name, self.origin = name, origin or type(model).__name__
         self.tokenizer_id = None if tokenizer is None else tokenizer_id(tokenizer)
+        self.tokens = None if tokenizer is None else token_table(tokenizer)
         self.vocab_size = min(num_logits(model), num_logits(model) if tokenizer is None else len(tokenizer))
         self.chunk_size = rows_a_chunk(self.vocab_size, chunk_size)
         self.is_plain = is_plain_causal_lm(model)
@@ -97,24 +101,25 @@ class LogitSource(FrozenModels):
         with torch.autocast(device.type, enabled=False):
             hidden = self._hidden(inputs)
             hidden = hidden[mask.to(hidden.device)]  # of a model on several devices, the output is on the last one
-            top = chunked_rows(
-                lambda rows: top_k_logits(self._logits(rows), top_k, temperature=temperature),
-                hidden,
-                chunk_size=self.chunk_size,
-            )
-        rows = TopKLogits(*(values.to(home) for values in top))
+            labels = next_token_labels(view["labels"]).labels[mask].to(hidden.device)
+            make = partial(self._rows, top_k=top_k, temperature=temperature)
+            found = chunked_rows(make, hidden, labels, chunk_size=self.chunk_size)
+        label_log_probs, *top = (values.to(home) for values in found)
+        rows = TopKLogits(*top)
         if not bool(rows.log_normalizer.isfinite().all()):
             raise ValueError(
                 f"Expected the logits of source {self.name!r} to be finite, but got NaN or infinities at"
                 f" {int((~rows.log_normalizer.isfinite()).sum())} of {len(rows.log_normalizer)} positions. Load it in"
                 " another dtype (float16 overflows in models that were trained in bfloat16)."
             )
-        ends = view.get("response_ends", torch.full_like(view["input_ids"], -1))[mask]
+        given = read_ends(view)
+        ends = (torch.full_like(view["input_ids"], -1) if given is None else given)[mask]
         # Without gaps, as a cache stores them: then sums over positions are the same to the bit, model or cache.
         counts = mask.sum(-1, keepdim=True)
         dense = torch.arange(max(1, int(counts.max())), device=home) < counts
         placed = torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
-        return SourceLogits(place_rows(rows, dense), dense, placed)
+        labelled = label_log_probs.new_zeros(dense.shape).masked_scatter(dense, label_log_probs)
+        return SourceLogits(place_rows(rows, dense), dense, placed, labelled)
 
     def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
         """Return the settings that a cache of its logits depends on."""
@@ -153,6 +158,13 @@ class LogitSource(FrozenModels):
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return self.model(**inputs, use_cache=False).logits  # whole, because only the model knows what it does to them
 
+    def _rows(self, rows: Tensor, labels: Tensor, *, top_k: int, temperature: float) -> tuple[Tensor, ...]:
+        """Return the log-probabilities (N,) of the labels, and what `top_k_logits` gives."""
+        logits = self._logits(rows)
+        top = top_k_logits(logits, top_k, temperature=temperature)
+        total = top.log_normalizer if temperature == 1 else at_least_float32(logits).logsumexp(-1)
+        return (logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1) - total, *top)
+
     def _logits(self, rows: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(rows) if self.is_plain else rows
         return logits[..., : self.vocab_size]
@@ -190,9 +202,31 @@ def view_of(batch: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
 
 
 def counted_positions(view: Mapping[str, Tensor]) -> Tensor:
-    """Return the mask (B, T) of positions that predict a label and have read no more than the response.
+    """Return the mask (B, T) of positions that predict a label, wherever they end."""
+    return next_token_labels(view["labels"]).mask
 
-    Without `response_ends` in the view, every position that predicts a label counts.
+
+def ends_to_align(name: str, source: LogitSource | LogitCache, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return by which ends (B, T) of the pivot a source is aligned: the argument of `align_source`.
+
+    It is None, position by position, where the source reads the pivot's own tokens. A cache of version 1 lacks some of
+    these positions, and counts characters.
+
+    Raises:
+        ValueError: If the batch does not say how much a position has read, which another tokenizer needs.
     """
-    mask = next_token_labels(view["labels"]).mask
-    return mask & (view["response_ends"] >= 0) if "response_ends" in view else mask
+    view, is_cache = view_of(batch, name), isinstance(source, LogitCache)
+    if is_cache and not source.counts_bytes:
+        return batch["response_ends"]
+    same = "layout_id" in view and "layout_id" in batch and int(view["layout_id"]) == int(batch["layout_id"])
+    if is_cache:  # it may hold other tokens than the batch, unless both say that these are the same
+        same = same and source.layout_id is not None
+    if same or (view is batch and not is_cache):
+        return None
+    ends = read_ends(batch)
+    if ends is None:
+        raise ValueError(
+            f"Expected batches with `response_bytes` or `response_ends`, by which the tokens of source {name!r} are"
+            f" aligned, but got {sorted(batch)}."
+        )
+    return ends

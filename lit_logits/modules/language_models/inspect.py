@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,6 +25,9 @@ __all__ = [
 ]
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
+
+
 def eos_token_ids(model: PreTrainedModel) -> set[int]:
     """Return the ids that end the model's texts; empty if its configs name none."""
     config = model.generation_config
@@ -34,14 +38,20 @@ def eos_token_ids(model: PreTrainedModel) -> set[int]:
 
 
 def digest_model(model: PreTrainedModel) -> str:
-    """Return a name for the model: 16 hexadecimal digits from its config and up to 64 values of each tensor."""
+    """Return a name for the model: 16 hexadecimal digits from its config and from every bit of every tensor.
+
+    Of a tensor the bits of its values are summed over rows and over columns, as integers, whose sums depend neither on
+    the order nor on the device: each value is part of two of them.
+    """
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta":  # accelerate keeps these weights elsewhere
-            values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
-            sha.update(values.float().cpu().numpy().tobytes())
+            bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+            table = bits.reshape(bits.shape[0] if bits.ndim else 1, -1)
+            for dim in (0, 1):
+                sha.update(table.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

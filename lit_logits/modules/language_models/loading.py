@@ -4,6 +4,7 @@ Letters: B batch, T sequence, d hidden size, V vocabulary.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -49,6 +50,26 @@ else:
     ModelOrConfig, Models = str | dict[str, Any], dict[str, str]
 
 
+# The common ones, to suggest one in place of a misspelt name.
+_PRETRAINED_KWARGS = (
+    "dtype",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "attn_implementation",
+)
+_PRETRAINED_KWARGS += (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "trust_remote_code",
+    "subfolder",
+    "variant",
+)
+
+
 class CausalBackbone(NamedTuple):
     """Result of `load_backbone`.
 
@@ -89,15 +110,27 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: If there is no such model; the message says what was tried.
+        ValueError: If there is no such model, or a setting is misspelt; the message says what was tried.
     """
     # `torch_dtype` is the old name. Without either transformers takes the dtype of the file, often bfloat16.
     kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
     path = os.path.expanduser(name_or_path)
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto" and not hasattr(torch, kwargs["dtype"]):
+        raise ValueError(
+            f"Expected `dtype` to be the name of one of torch, such as bfloat16, but got {kwargs['dtype']!r}."
+        )
     try:
         if not path.endswith(".gguf"):
             return AutoModelForCausalLM.from_pretrained(path, **kwargs)
         model = _load_gguf(path, **kwargs)
+    except TypeError as error:  # what `from_pretrained` does not know, it passes on to the class of the model
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise ValueError(
+            f"Expected settings of `from_pretrained` for {name_or_path!r}, but got {unknown[1]!r}"
+            f"{_suggest(unknown[1], _PRETRAINED_KWARGS)}"
+        ) from error
     except OSError as error:
         raise ValueError(
             "Expected the model to be a hub id, a local folder, the path of a .gguf file or a mapping with"

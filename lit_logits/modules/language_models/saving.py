@@ -120,13 +120,14 @@ def write_model(
     state_dict: Mapping[str, Tensor] | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
+    end_token: int | None = None,
     figures: Mapping[str, float] | None = None,
     replaced: Path | None = None,
 ) -> None:
     """Write weights, configs, tokenizer and card of a model: all that a saved folder holds.
 
     Adapters are merged into the weights. The tokenizer's bos, eos and pad ids are written into both configs, as texts
-    end with its tokens whatever the architecture's defaults are; a list of eos ids stays if it holds the tokenizer's.
+    end with its tokens whatever the architecture's defaults are; a list of eos ids stays if it holds the right one.
 
     Args:
         folder: to write to.
@@ -135,6 +136,7 @@ def write_model(
         state_dict: the weights, if a strategy gathered them; None takes the model's.
         tokenizer: of the model's tokens. A warning tells if a language model gets none.
         dtype: of the saved weights; default theirs.
+        end_token: that of the texts that the model was trained on, in place of the tokenizer's eos.
         figures: measured values by name.
         replaced: folder that this one will replace.
     """
@@ -151,7 +153,7 @@ def write_model(
             " the data module have one, so that the folder reads and ends texts by itself.",
             stacklevel=2,
         )
-    _write_configs(folder, model, tokenizer if has_tokenizer else None, dtype)
+    _write_configs(folder, model, tokenizer if has_tokenizer else None, dtype, end_token)
     write_card(folder, model, summary, figures=figures, replaced=replaced)
 
 
@@ -224,7 +226,9 @@ def save_any_generation_config(model: PreTrainedModel, save: Callable[[], None],
     (folder / "generation_config.json").write_text(config.to_json_string(), encoding="utf-8")
 
 
-def _write_configs(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None) -> None:
+def _write_configs(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype | None, end_token: int | None
+) -> None:
     """Put the tokenizer's ids, the dtype and old names into the configs that `save_pretrained` has written.
 
     Into the files, so that the model stays as it is.
@@ -234,16 +238,18 @@ def _write_configs(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: 
         if config is None or not path.is_file():
             continue
         written = json.loads(path.read_text(encoding="utf-8"))
-        written.update({**_special_ids(config, tokenizer), **rotary_settings(config)})
+        written.update({**_special_ids(config, tokenizer, end_token), **rotary_settings(config)})
         if dtype is not None and name == "config":
             written["dtype"] = str(dtype).removeprefix("torch.")
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
+def _special_ids(config: Any, tokenizer: Any, end_token: int | None) -> dict[str, int]:
     ids = {}
     for name in _SPECIAL_IDS:
         token, known = getattr(tokenizer, name, None), getattr(config, name, None)
+        if name == "eos_token_id" and end_token is not None:
+            token = end_token
         if token is not None and not (isinstance(known, list) and token in known):
             ids[name] = token
     return ids

@@ -1,11 +1,15 @@
-"""Tokenizers of models: found, compared, and identified by their vocabulary."""
+"""Tokenizers of models: found, compared, and identified by their vocabulary; the texts of their tokens."""
 
 import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-__all__ = ["check_same_tokenizer", "find_tokenizer", "tokenizer_id"]
+__all__ = ["check_same_tokenizer", "find_tokenizer", "token_table", "tokenizer_id"]
 
 
 def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerBase | None:
@@ -54,3 +58,39 @@ def tokenizer_id(tokenizer: PreTrainedTokenizerBase) -> int:
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     text = "\n".join(f"{number} {token}" for token, number in tokens).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1  # 63 bits, to fit an int64 tensor
+
+
+def token_table(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+    """Return the bytes that each token stands for in a text, in the order of the ids, to compare vocabularies by.
+
+    A space before a word belongs to its token, however a vocabulary writes it (`Ġ`, `▁`, or no `##`). Special tokens
+    stand for no text and are None, and so is the fallback of a single byte that has a token of its own too.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    table: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+    fallbacks = set()
+    read = _reader(tokenizer)
+    for token, number in vocabulary.items():
+        if number in special:
+            continue
+        if number in added:  # is written as it is
+            table[number] = token.encode("utf-8", "surrogatepass")
+        elif fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            table[number] = bytes.fromhex(fallback[1])
+            fallbacks.add(number)
+        else:
+            table[number] = read(token)
+    own = {text for number, text in enumerate(table) if number not in fallbacks}
+    return [None if number in fallbacks and text in own else text for number, text in enumerate(table)]
+
+
+def _reader(tokenizer: Any) -> Callable[[str], bytes]:
+    """Return a function that makes bytes of a token's name."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in str(backend.decoder):
+        numbers = {character: number for number, character in bytes_to_unicode().items()}
+        return lambda token: bytes(numbers[character] for character in token)
+    if any(token.startswith("##") for token in tokenizer.get_vocab()):
+        return lambda token: (token[2:] if token.startswith("##") else f" {token}").encode()
+    return lambda token: token.replace("▁", " ").encode("utf-8", "surrogatepass")
