@@ -194,13 +194,19 @@ class LitLogitsCLI(LightningCLI):
             config.weights_only = True  # Lightning's default would run the code in a checkpoint from a URL
         if self.subcommand == "predict" and config.get("return_predictions") is None:
             config.return_predictions = False  # a writer stores them, and memory may be too small
-        logger: Any = config.trainer.logger.get("init_args", {}) if isinstance(config.trainer.logger, Namespace) else {}
-        if logger.get("name") == "lightning_logs":
-            recipes = [Path(str(path)).stem for path in config.get("config") or []]
-            logger.name = recipes[-1] if recipes else config.model.class_path.rpartition(".")[2]
-        if config.get("ckpt_path") == "last" and logger.get("save_dir"):
+        given = config.trainer.logger
+        loggers = [one.init_args for one in (given if isinstance(given, list) else [given]) if _has_arguments(one)]
+        recipes = [Path(str(path)).stem for path in config.get("config") or []]
+        for logger in loggers:
+            if logger.get("name") == "lightning_logs":
+                logger.name = recipes[-1] if recipes else config.model.class_path.rpartition(".")[2]
+        folder = next((_runs_folder(logger) for logger in loggers), None)  # checkpoints go to the first logger's
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and folder and config.trainer.get("default_root_dir") is None:
+            # What Lightning saves when a job is requeued, and looks for when it starts: of this job alone.
+            config.trainer.default_root_dir = str(folder / f"job_{job}")
+        if config.get("ckpt_path") == "last" and folder:
             # Lightning itself looks into the folder of the new run, which is empty.
-            folder = Path(logger.save_dir, logger.get("name") or "")
             found = _last_checkpoint(folder)
             if found is None:
                 self.parser.error(f"Expected `ckpt_path: last` to find {folder}/*/checkpoints/last.ckpt, got none.")
@@ -234,6 +240,17 @@ class LitLogitsCLI(LightningCLI):
             print(f"\nRun folder: {folder}\nLook at it: tensorboard --logdir {self.trainer.logger.save_dir}")
             metrics = self.trainer.callback_metrics.items()
             print("\n".join(f"{name}: {value:.4f}" for name, value in metrics if name.startswith("val/")))
+
+
+def _has_arguments(logger: Any) -> bool:
+    """Return whether a parsed logger tells where it writes."""
+    arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+    return arguments is not None and bool(arguments.get("save_dir"))
+
+
+def _runs_folder(logger: Namespace) -> Path:
+    """Return where a logger keeps its runs; that of Weights & Biases calls the name a project."""
+    return Path(logger.save_dir, logger.get("project") or logger.get("name") or "")
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

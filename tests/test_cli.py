@@ -368,6 +368,28 @@ def test_checkpoints_of_runs_are_written_so():
     assert not isinstance(chosen, AtomicCheckpointIO)
 
 
+def test_several_loggers_have_runs_of_the_same_name_and_a_last_checkpoint():
+    """With a list they were named lightning_logs, and `--ckpt_path last` began anew without a word."""
+    loggers = [{"class_path": name, "init_args": {"save_dir": "runs"}} for name in ("CSVLogger", "TensorBoardLogger")]
+    Path("two.yaml").write_text(yaml.dump({"trainer": {"logger": loggers}}))
+    fit("--config=two.yaml", steps=2)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["two"]
+    assert fit("--config=two.yaml", "--ckpt_path=last", steps=3).model.steps_seen == [2]
+
+
+def test_a_requeued_job_goes_on_and_another_does_not(monkeypatch):
+    """Lightning keeps `hpc_ckpt_1.ckpt` in the working directory, where the next job of any kind began from it."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    first = fit(steps=2).trainer
+    assert first.default_root_dir.endswith("runs/CountingLM/job_17")
+    Path(first.default_root_dir).mkdir(parents=True, exist_ok=True)
+    first.save_checkpoint(Path(first.default_root_dir, "hpc_ckpt_1.ckpt"))
+    assert fit("--ckpt_path=hpc", steps=3).model.steps_seen == [2]  # which Lightning takes by itself under SLURM
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    with pytest.raises(ValueError, match="no HPC checkpoint was found"):
+        fit("--ckpt_path=hpc", steps=3)
+
+
 def test_ckpt_path_last_skips_what_is_cut_off(recwarn):
     fit("--trainer.logger.name=parts", steps=2)
     fit("--trainer.logger.name=parts", steps=3)
