@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         BOTH,
         {"num_stages": TIERS},
     ),
+    "both_budget": ("both, 14.5 % of the bytes of a table", BOTH, {"byte_budget": 0.145}),
     "both_three": ("both, three stages", BOTH, {"num_stages": 3}),
     "both_head_metric": ("both, two stages, in the metric of the head", BOTH, {"num_stages": 2}),
 }
