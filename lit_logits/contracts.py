@@ -230,7 +230,7 @@ class Reassigned(NamedTuple):
 
     Attributes:
         num_tokens: how many tokens got another code.
-        gain: by how many nats a position the loss is expected to fall.
+        gain: by how many nats a position the loss fell, on positions that were set aside.
         num_positions: how many were read.
     """
 

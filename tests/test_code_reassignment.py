@@ -23,6 +23,7 @@ from lit_logits.functional import (
     vq_token_statistics,
 )
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
+from lit_logits.modules.vq_logits.reassigning import set_aside
 
 V, D = 24, 6
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -162,6 +163,48 @@ def test_tokens_whose_codes_were_exchanged_get_them_back(make):
     assert now - best < (1e-3 if make is ONE else 0.6) * (before - best)
 
 
+def test_the_loss_falls_where_the_whole_step_goes_too_far():
+    """Contexts of few kinds: a token is likely in one of them, along which the curvature is many times the mean."""
+    generator = torch.Generator().manual_seed(3)
+    rows, kinds = torch.randn(60, 16, generator=generator), 4 * torch.randn(6, 16, generator=generator)
+
+    def text(num):
+        hidden = 0.2 * torch.randn(num, 16, generator=generator) + kinds[torch.randint(6, (num,), generator=generator)]
+        return hidden, torch.multinomial((hidden @ rows.T).softmax(-1), 1, generator=generator)[:, 0]
+
+    torch.manual_seed(0)
+    head = HierarchicalVQLogitsHead(16, 60, (10, 32, 32)).eval()
+    for parameter in head.parameters():
+        parameter.data.normal_(std=0.5)
+    read, fresh = [text(500) for _ in range(24)], text(4000)
+    with torch.no_grad():
+        before = float(head.loss(*fresh))
+        whole = copy.deepcopy(head)
+        sums = hierarchical_token_statistics(read, whole.tensors())
+        found = reassign_by_loss(sums, whole.codes.split([32, 32]), whole.token_codes)
+        whole.set_codes(token_codes=found.token_codes)
+        whole.token_bias.add_(found.bias_shift)
+        assert float(whole.loss(*fresh)) > before + 0.1
+        told = head.reassign(read)
+        after = float(head.loss(*fresh))
+    assert after < before - 0.3
+    assert after - before == pytest.approx(-told.gain, abs=0.3)  # measured on other text
+
+
+def test_an_eighth_is_set_aside_and_nothing_is_lost():
+    data = [(torch.full((3, D), float(index)), torch.arange(3)) for index in range(20)]
+    held: list = []
+    others = list(set_aside(iter(data), held))
+    numbers = [[int(hidden[0, 0]) for hidden, _ in part] for part in (held, others)]
+    assert numbers[0] == [0, 8, 16]
+    assert sorted(numbers[0] + numbers[1]) == list(range(20))
+    held = []
+    ((hidden, labels),) = set_aside([(torch.arange(16.0).unsqueeze(1), torch.arange(16))], held)
+    assert held[0][1].tolist() == [0, 8]
+    assert sorted([*labels.tolist(), 0, 8]) == list(range(16))
+    assert torch.equal(hidden.squeeze(1).long(), labels)
+
+
 def test_arguments_are_checked():
     sums, codes = vq_token_statistics(positions(), torch.eye(D), torch.arange(V) % D), (torch.arange(V) % D)[:, None]
     with pytest.raises(ValueError, match="Expected `min_gain`"):
@@ -269,8 +312,8 @@ def test_resumed_is_uninterrupted(save_at, texts, tmp_path):
 
 
 def test_a_plain_loader_is_read_too():
-    ids = torch.randint(300, (40, 16), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": row, "labels": row} for row in ids]
+    starts = torch.randint(40, (40, 1), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in (starts + torch.arange(16)) % 40]  # there is much to gain
     model = VQLogitsLM(LLAMA, 300, head=partial(TWO, init="random"))
     callback = CodebookReassign([2], min_gain=0.0)
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -152,6 +152,7 @@ def reassign_by_loss(
     has_bias: bool = True,
     min_gain: float = 2.0,
     num_sweeps: int = 2,
+    damping: float = 1.0,
 ) -> CodeReassignment:
     """Give each token the codes that lower the loss most, one stage after another.
 
@@ -162,6 +163,8 @@ def reassign_by_loss(
         has_bias: whether the bias of a token can keep its mean logit where it was.
         min_gain: nats, summed over the positions, that a change must gain: a few, as the sums are of a sample.
         num_sweeps: how often the stages are gone through.
+        damping: factor of m_v, above 1 for shorter steps: p and h are not independent, and where they are not the step
+            of 1 goes too far.
 
     Raises:
         ValueError: If a code is out of range, or an argument is.
@@ -173,7 +176,7 @@ def reassign_by_loss(
         >>> reassign_by_loss(sums, [torch.eye(2)], wrong.unsqueeze(1)).token_codes.squeeze(1)
         tensor([0, 1])
     """
-    check_not_negative(min_gain=min_gain)
+    check_not_negative(min_gain=min_gain, damping=damping)
     if num_sweeps < 1:
         raise ValueError(f"Expected `num_sweeps` to be at least 1, but got {num_sweeps}.")
     for codes, codebook in zip(token_codes.T, codebooks, strict=True):
@@ -187,7 +190,7 @@ def reassign_by_loss(
         gradient = gradient - (statistics.mass - statistics.counts).unsqueeze(1) * means[groups]
     moment = moment / statistics.counts.sum().clamp(min=1)
     expected = statistics.counts * (1 - statistics.counts / sizes[groups])
-    weight = torch.maximum(statistics.variance, expected)
+    weight = damping * torch.maximum(statistics.variance, expected)
     parts = []
     rows = rows_a_chunk(max(len(codebook) for codebook in codebooks))
     stages = [codebook.float() for codebook in codebooks]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lit_logits.contracts import Reassigned, Revival
 from lit_logits.functional.checks import check_finite, check_token_to_code
 from lit_logits.functional.code_assignment import code_means, reassign_tokens, split_heavy_codes
-from lit_logits.functional.code_reassignment import Positions, reassign_by_loss, vq_token_statistics
+from lit_logits.functional.code_reassignment import CodeReassignment, Positions, vq_token_statistics
 from lit_logits.functional.codebook import code_usage, dead_codes
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.kmeans import nearest_centroids
 from lit_logits.modules.vq_logits.counting import CountsTokens
-from lit_logits.modules.vq_logits.reassigning import summarize
+from lit_logits.modules.vq_logits.reassigning import move_codes, set_aside
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["CodebookUpdate", "MappingStrategy", "MovingCodes"]
@@ -191,16 +191,22 @@ class MovingCodes(CountsTokens):
 
     @torch.no_grad()
     def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
-        """Give tokens the codes that lower the loss most, on all ranks those of rank 0; see `reassign_by_loss`."""
-        sums = vq_token_statistics(positions, self.codebook, self.token_to_code, self.token_bias, cap=self.logit_cap)
-        before, has_bias = self.token_to_code.clone().unsqueeze(1), self.token_bias is not None
-        found = reassign_by_loss(sums, [self.codebook], before, has_bias=has_bias, min_gain=min_gain)
-        self.token_to_code.copy_(found.token_codes.squeeze(1))
-        if self.token_bias is not None:
-            self.token_bias.add_(found.bias_shift)
+        """Give tokens the codes that lower the loss most, on all ranks those of rank 0; see `move_codes`."""
+        held: list[tuple[Tensor, Tensor]] = []
+        others, cap = set_aside(positions, held), self.logit_cap
+        sums = vq_token_statistics(others, self.codebook, self.token_to_code, self.token_bias, cap=cap)
+        before, bias = self.token_to_code.clone(), None if self.token_bias is None else self.token_bias.clone()
+
+        def write(found: CodeReassignment) -> None:
+            self.token_to_code.copy_(found.token_codes.squeeze(1))
+            if self.token_bias is not None and bias is not None:
+                self.token_bias.copy_(bias + found.bias_shift)
+            self._tables.clear()
+
+        changed = move_codes(self, sums, [self.codebook], before.unsqueeze(1), held, write=write, min_gain=min_gain)
         broadcast_(*self.state_dict().values())
         self._tables.clear()
-        return summarize(found, before, sums)
+        return changed
 
     # ------------------------------------------------------------------ inside
 

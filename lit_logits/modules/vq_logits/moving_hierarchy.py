@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.contracts import Reassigned, Revival
-from lit_logits.functional.code_reassignment import Positions, hierarchical_token_statistics, reassign_by_loss
+from lit_logits.functional.code_reassignment import CodeReassignment, Positions, hierarchical_token_statistics
 from lit_logits.functional.codebook import dead_codes
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import HierarchicalCodes, gather_codes, spread_codes
 from lit_logits.functional.hierarchy_revival import revive_hierarchy
 from lit_logits.modules.vq_logits.counting import CountsTokens
-from lit_logits.modules.vq_logits.reassigning import summarize
+from lit_logits.modules.vq_logits.reassigning import move_codes, set_aside
 from lit_logits.modules.vq_logits.tables import TableCache
 
 __all__ = ["MovingHierarchy"]
@@ -91,19 +91,22 @@ class MovingHierarchy(CountsTokens):
 
     @torch.no_grad()
     def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
-        """Give tokens the codes of the stages that lower the loss most; clusters stay. See `reassign_by_loss`."""
-        sums, before = hierarchical_token_statistics(positions, self.tensors()), self.token_codes.clone()
-        stages, has_bias = (
-            spread_codes(self.codes, self.num_groups).split(self.stage_sizes),
-            self.token_bias is not None,
-        )
-        found = reassign_by_loss(sums, stages, before, has_bias=has_bias, min_gain=min_gain)
-        self.token_codes.copy_(found.token_codes)
-        if self.token_bias is not None:
-            self.token_bias.add_(found.bias_shift)
+        """Give tokens the codes of the stages that lower the loss most; clusters stay. See `move_codes`."""
+        held: list[tuple[Tensor, Tensor]] = []
+        sums = hierarchical_token_statistics(set_aside(positions, held), self.tensors())
+        before, bias = self.token_codes.clone(), None if self.token_bias is None else self.token_bias.clone()
+
+        def write(found: CodeReassignment) -> None:
+            self.token_codes.copy_(found.token_codes)
+            if self.token_bias is not None and bias is not None:
+                self.token_bias.copy_(bias + found.bias_shift)
+            self._tables.clear()
+
+        stages = spread_codes(self.codes, self.num_groups).split(self.stage_sizes)
+        changed = move_codes(self, sums, stages, before, held, write=write, min_gain=min_gain)
         broadcast_(*self.state_dict().values())
         self._tables.clear()
-        return summarize(found, before, sums)
+        return changed
 
     def _mapping(self) -> Tensor:
         """Return cluster and codes of each token (V, 1 + G · S), a copy."""
