@@ -19,8 +19,8 @@ __all__ = ["move_codes", "set_aside"]
 _ONE_IN = 8  # batches are set aside
 _MAX_NUMBERS = 1 << 24  # of hidden states that are kept: 64 MiB
 # The sums take the curvature as if a token were as likely in all contexts. Where contexts differ it is higher along the
-# few directions in which the token would move, and the whole step goes too far: in a training with V = 4,096 it promised
-# 0.50 nats and gained 0.00 where half of it gained 0.14, and later on it cost 0.32.
+# few directions in which the token would move, and the whole step goes too far: in a training with V = 4,096 that step
+# promised 0.50 nats and gained 0.00 where half of it gained 0.14, and later on it cost 0.32.
 _DAMPINGS = (1.0, 2.0, 4.0, 8.0)
 
 
