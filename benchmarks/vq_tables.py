@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     args.model = args.model or default_model()
-    train, test = read_blocks(args)
+    train, test = read_blocks(args.model, args.text, args.block)
+    test = test[: args.test_blocks]
     base = load_causal_lm(args.model).eval()
     parts = load_backbone(base)
     weight: Any = parts.output_weight

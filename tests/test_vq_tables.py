@@ -14,7 +14,7 @@ def test_bytes_and_costs_of_each_row_stand_in_a_table(monkeypatch, tmp_path, cap
         model.model.embed_tokens.weight.mul_(20)
     model.save_pretrained(tmp_path)
     text = torch.randint(1200, (24, 20))
-    monkeypatch.setattr(vq_tables, "read_blocks", lambda args: (text[:20], text[20:]))
+    monkeypatch.setattr(vq_tables, "read_blocks", lambda *given: (text[:20], text[20:]))
     rows = ["head", "both", "both_head_metric"]
     vq_tables.main(
         ["--model", str(tmp_path), "--rows", *rows, "--minutes", "0.02", "--layers", "1", "--precision", "32"]
