@@ -346,6 +346,12 @@ def test_every_method_pushes_and_nothing_is_uploaded_where_saving_refuses(origin
     assert hub.asked == []
 
 
+def test_weights_are_as_readable_as_the_other_files(tmp_path):
+    """A server that runs as another user could not read them."""
+    CausalLM(tiny()).save_pretrained(tmp_path / "saved", tokenizer=tokenizer())
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
+
+
 # ---------------------------------------------------------------------- version 4 of transformers
 
 SCALED = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -154,6 +154,8 @@ def write_model(
             stacklevel=2,
         )
     _write_configs(folder, model, tokenizer if has_tokenizer else None, dtype, end_token)
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)  # safetensors' 0600 locks out a server of another user
     write_card(folder, model, summary, figures=figures, replaced=replaced)
 
 
