@@ -4,7 +4,7 @@ Letters: B samples, T positions, N of them that predict a label, S sources, V vo
 """
 
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -230,9 +230,9 @@ class GLDFusionModule(PushesToHub, LightningModule):
             shares = column_shares(batch, weights)
             weights = {name: weights[name] for name in shares}
         mask, hidden, labels = counted_states(self._pivot, batch)
-        compare = partial(self._sources.compare, batch=batch, mask=mask, step=self.global_step)
-        own = {"vocab_size": self.vocab_size, "pivot_tokens": lambda: self.pivot_tokens}
-        compared = [compare(name, list(terms), **own) for name, terms in weights.items()]
+        shown: dict[str, Any] = {"batch": batch, "mask": mask, "step": self.global_step, "vocab_size": self.vocab_size}
+        shown["pivot_tokens"] = lambda: self.pivot_tokens
+        compared = [self._sources.compare(name, list(terms), **shown) for name, terms in weights.items()]
         if self.source_routing == "nll":
             shares = nll_shares(compared, self.routing_temperature)
         rows = pivot_rows(

@@ -100,9 +100,9 @@ class PairSplits:
         """Digest of all that decides which pairs are in which split."""
         shares = sorted(self.fractions.items())
         given = self.source
-        columns = given.prompt_column, given.response_column, given.choices_column, given.answer_column
-        columns = (*columns, *(name for name in [given.teacher_column] if name is not None))
-        return digest(self._fingerprint(), columns, shares, self.max_test_rows, self.seed)
+        columns = [given.prompt_column, given.response_column, given.choices_column, given.answer_column]
+        columns += [given.teacher_column] if given.teacher_column is not None else []
+        return digest(self._fingerprint(), tuple(columns), shares, self.max_test_rows, self.seed)
 
     @property
     def splits(self) -> dict[str, list[Example]]:

@@ -100,13 +100,17 @@ def collect_losses(
         for term in one.targets:
             terms[term] = sample_means(place(next(divergences), mask), is_aligned)
         if "chunk" in one.terms:
-            options = {"temperature": chunk_temperature, "same_tokens": one.same_tokens, "name": one.name}
+            options: dict[str, Any] = {
+                "temperature": chunk_temperature,
+                "same_tokens": one.same_tokens,
+                "name": one.name,
+            }
             terms["chunk"] = chunk_terms(place(-rows.ce, mask), one.logits, one.alignment, **options)
         if "matched" in one.targets:
             losses.matched[one.name] = sample_mean(place(1 - one.targets["matched"].tail, mask), is_aligned)
-        none = torch.zeros_like(losses.ce, requires_grad=False)
-        sorted_terms = (terms[term].mean() if term in terms else none for term in ("uld", "gld"))
-        losses.sources[one.name] = SourceTerms(*sorted_terms, one.alignment.aligned)
+        zero = torch.zeros_like(losses.ce, requires_grad=False)
+        uld, gld = (terms[term].mean() if term in terms else zero for term in ("uld", "gld"))
+        losses.sources[one.name] = SourceTerms(uld, gld, one.alignment.aligned)
     return losses
 
 
