@@ -4,8 +4,9 @@ Letters: B samples, T positions, N of them that predict a label, S sources, V vo
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +15,35 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_logits.functional.checks import check_labels
+from lit_logits.contracts import HasTokenizer, offers
+from lit_logits.functional.checks import check_labels, check_not_negative, check_positive
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.gld_fusion import GraphNodes
-from lit_logits.functional.reductions import at_least_float32, sample_mean
-from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, place_rows, top_k_logits
-from lit_logits.modules.gld_fusion.checks import check_options, check_source
-from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
-from lit_logits.modules.gld_fusion.sources import LogitSource, ends_to_align, load_source, view_of
+from lit_logits.functional.reductions import at_least_float32
+from lit_logits.functional.top_k_kl import KLKind, check_kl_kind
+from lit_logits.functional.top_k_logits import LogitValues
+from lit_logits.modules.gld_fusion.checks import check_options
+from lit_logits.modules.gld_fusion.comparison import (
+    GLDLosses,
+    collect_losses,
+    column_shares,
+    nll_shares,
+)
+from lit_logits.modules.gld_fusion.criterion import GLDCriterion
+from lit_logits.modules.gld_fusion.pivot import load_pivot, num_tokens, pivot_rows
+from lit_logits.modules.gld_fusion.source_set import SourceSet
+from lit_logits.modules.gld_fusion.sources import LogitSource
+from lit_logits.modules.gld_fusion.weights import SourceRouting, StepValue, TermWeights, value_at
 from lit_logits.modules.language_models.calls import counted_states
-from lit_logits.modules.language_models.inspect import num_logits
-from lit_logits.modules.language_models.loading import ModelOrConfig, Models, PlainCausalLM, load_plain_causal_lm
-from lit_logits.modules.language_models.lora import add_lora
+from lit_logits.modules.language_models.loading import ModelOrConfig, Models
 from lit_logits.modules.language_models.probes import OutputRule
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
+from lit_logits.modules.language_models.tokenizers import find_tokenizer, token_table
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
+from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["GLDFusionModule"]
-
-
-class GLDLosses(NamedTuple):
-    """Terms of the loss before weighting: means over samples of the mean over the positions that count in a sample.
-
-    Attributes:
-        ce: cross-entropy of the next tokens of responses, in nats.
-        sources: terms of each source.
-    """
-
-    ce: Tensor
-    sources: dict[str, SourceTerms]
 
 
 class GLDFusionModule(PushesToHub, LightningModule):
@@ -54,30 +54,47 @@ class GLDFusionModule(PushesToHub, LightningModule):
     co-activation graphs of their responses, which needs no alignment. Sources may have tokenizers of their own: those
     that the data module names under `source_tokenizers` read the text in their own tokens, the others in the pivot's.
 
+    With `terms` the bracket is Σ_term w_term L_term^s of any of these, which say what a source knows, and not only how
+    sure it is: `uld` and `gld`; `kl`, the divergence of next tokens from a source of the pivot's tokenizer
+    (`top_k_kl`); `matched`, the same over the tokens that a source of another tokenizer shares with the pivot; `chunk`,
+    of the likelihoods of chunks that both tokenizers cut at the same places (`chunk_likelihood_loss`).
+
     Every term is a mean over the samples of a batch. The loss is therefore the same however a batch is padded, or split
     over micro-batches and processes with equally many samples in each. (`val/loss` is a mean over tokens, as in
     `CausalLM`.)
 
-    Logs `train/loss` and `train/loss_ce`; for each source `train/loss_uld`, `train/loss_gld` and `train/aligned`, with
-    `/<name>` appended if there are several sources, all before weighting; `val/loss` (cross-entropy over tokens) and
-    `val/ppl`; the same under `test/`. `predict` gives the top-k logits of the sources, which the callback
-    `LogitCacheWriter` writes to a folder that can take the place of the model.
+    Logs `train/loss` and `train/loss_ce`; for each source `train/loss_<term>`, `train/aligned`, with `matched` also
+    `train/matched` (probability that found a token of the pivot), and with a routing `train/share`, its mean share of
+    the samples, with `/<name>` appended if there are several sources, all before weighting; `val/loss` (cross-entropy
+    over tokens) and `val/ppl`; the same under `test/`. `predict` gives the top-k logits of the sources, which the
+    callback `LogitCacheWriter` writes to a folder that can take the place of the model.
 
     Args:
         pivot: the model that learns: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with
             `model_type`; from Python also a loaded model. Not needed to predict.
         sources: S models by names of your choice: hub id, local folder, `.gguf` path, the folder of a logit cache, or
-            from Python a loaded model. They are frozen, in `eval`, and in neither checkpoint nor optimizer.
+            from Python a loaded model. They are frozen, in `eval`, and in neither checkpoint nor optimizer. They are
+            loaded when training or predicting begins, those that weigh nothing not at all.
         vocab_size: V of the pivot's tokenizer; the CLI links it from the data. A pretrained pivot keeps its own
             (padded) vocabulary, which must not be smaller.
-        source_weights: ω_s by name; default 1/S each.
+        source_weights: ω_s by name; default 1/S each, or 1 each with `source_routing`.
         source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`. The latter pins it
             to its device; one that is not pinned follows the batches. A cache ignores it.
-        kd_weight: λ in [0, 1]; 0 is supervised fine-tuning, which runs no source.
+        kd_weight: λ in [0, 1], or a function of the optimizer steps taken that returns it, such as `LinearRamp`; 0 is
+            supervised fine-tuning, which runs no source.
         gld_weight: γ ≥ 0; small, because the bound sums strengths over nodes, each of the order of 10 with
-            `standardize`.
+            `standardize`. Unused with `terms`.
+        terms: w_term by name, at least 0: a number or a function of the step, or these by the name of the source, such
+            as `{"kl": {"twin": 1.0}, "chunk": 1.0}`; None is `{"uld": 1, "gld": γ}`.
+        source_routing: which source teaches which sample: None, all by ω_s; `column`, the one that the batch names in
+            `teachers` (a `teacher_column` of the data); `nll`, the one that explains the response best, by its −log p a
+            byte. ω_s is then a factor of its share.
+        routing_temperature: of `nll`: shares are softmax(−NLL / temperature); 0 is all to the best.
         top_k: k.
-        temperature: τ of the softmax.
+        temperature: τ of the softmax; for sources online also a function of the step.
+        kl_kind: of `kl` and `matched`: `forward`, `reverse` or `jsd`, see `top_k_kl`.
+        kl_beta: β of `jsd`.
+        chunk_temperature: τ of `chunk`.
         uld_values: what the token-wise loss compares; see `top_k_values`.
         graph_values: what the graphs are made of.
         nodes: nodes of the graphs: `rank`, or `vocabulary` ids.
@@ -111,10 +128,16 @@ class GLDFusionModule(PushesToHub, LightningModule):
         *,
         source_weights: dict[str, float] | None = None,
         source_kwargs: dict[str, dict[str, Any]] | None = None,
-        kd_weight: float = 0.3,
+        kd_weight: StepValue = 0.3,
         gld_weight: float = 0.001,
+        terms: dict[str, StepValue | dict[str, StepValue]] | None = None,
+        source_routing: SourceRouting | None = None,
+        routing_temperature: float = 0.0,
         top_k: int = 10,
-        temperature: float = 1.0,
+        temperature: StepValue = 1.0,
+        kl_kind: KLKind = "forward",
+        kl_beta: float = 0.5,
+        chunk_temperature: float = 100.0,
         uld_values: LogitValues = "softmax",
         graph_values: LogitValues = "standardize",
         nodes: GraphNodes = "rank",
@@ -125,28 +148,34 @@ class GLDFusionModule(PushesToHub, LightningModule):
     ) -> None:
         super().__init__()
         sources = sources or {}
-        modules = [k for k, v in (("pivot", pivot), ("sources", sources)) if _has_modules(v)]
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
-        self.weights = check_options(sources, source_weights, source_kwargs, kd_weight, gld_weight)
-        if top_k < 1 or not temperature > 0:
+        given = {"pivot": pivot, "sources": sources, "kd_weight": kd_weight, "terms": terms, "temperature": temperature}
+        kept_out = [name for name, value in given.items() if _has_code(value)]
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
+        self.weights = check_options(sources, source_weights, source_kwargs, kd_weight, source_routing=source_routing)
+        if not 0 <= gld_weight < float("inf"):
+            raise ValueError(f"Expected `gld_weight` ≥ 0, but got {gld_weight}.")
+        chosen = {"uld": 1.0, "gld": gld_weight} if terms is None else terms
+        self.term_weights = TermWeights(kd_weight, self.weights, chosen)
+        if top_k < 1 or (not callable(temperature) and not temperature > 0):
             raise ValueError(
                 "Expected `top_k` to be at least 1 and `temperature` to be positive, but got"
                 f" {top_k} and {temperature}."
             )
+        check_kl_kind(kl_kind, kl_beta)
+        check_positive(chunk_temperature=chunk_temperature)
+        check_not_negative(routing_temperature=routing_temperature)
         self.kd_weight, self.gld_weight, self.top_k, self.temperature = kd_weight, gld_weight, top_k, temperature
+        self.kl_kind, self.kl_beta, self.chunk_temperature = kl_kind, kl_beta, chunk_temperature
+        self.source_routing, self.routing_temperature = source_routing, routing_temperature
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
         self.pivot, self.output_rule = None, OutputRule()
         if pivot is not None:
-            self.pivot, self.output_rule = _load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
-        self.vocab_size = 0 if self.pivot is None else _num_tokens(self.pivot, vocab_size, top_k)
+            self.pivot, self.output_rule = load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
+        self.vocab_size = 0 if self.pivot is None else num_tokens(self.pivot, vocab_size, top_k)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
-        kwargs = source_kwargs or {}
-        self.sources = {name: load_source(model, name, kwargs.get(name)) for name, model in sources.items()}
-        for name, source in self.sources.items():
-            check_source(name, source, top_k, temperature)
-            if self.pivot is not None and getattr(source, "model", None) is self.pivot:
-                raise ValueError(f"Expected other models as sources, but {name!r} is the pivot, which it would freeze.")
+        self._pivot_name = pivot if isinstance(pivot, str) else None
+        self._sources = SourceSet(sources, source_kwargs, top_k=top_k, temperature=temperature, pivot=self.pivot)
         self.chunk_size = rows_a_chunk(self.vocab_size or 1)
         self.means = StageMeans("nll")
 
@@ -160,6 +189,27 @@ class GLDFusionModule(PushesToHub, LightningModule):
             raise ValueError("Expected a `pivot` to train or to evaluate, but got None, which serves predicting only.")
         return self.pivot
 
+    # ------------------------------------------------------------------ sources
+
+    def setup(self, stage: str) -> None:
+        """Load the sources that this stage runs: to fit those that weigh something, to predict all."""
+        for name in {"fit": self.term_weights.used_sources, "predict": list(self._sources)}.get(stage, []):
+            self._sources.load(name)
+
+    @property
+    def sources(self) -> dict[str, LogitSource | LogitCache]:
+        """All sources by name, loaded."""
+        return {name: self._sources.load(name) for name in self._sources}
+
+    @cached_property
+    def pivot_tokens(self) -> list[bytes | None] | None:
+        """What each token of the pivot stands for: by the data module's tokenizer, or the one beside the pivot."""
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = data.tokenizer if offers(data, HasTokenizer) else None
+        if tokenizer is None and self._pivot_name is not None:
+            tokenizer = find_tokenizer(self._pivot_name)
+        return None if tokenizer is None else token_table(tokenizer)
+
     # ------------------------------------------------------------------ losses
 
     def losses(self, batch: Mapping[str, Any]) -> GLDLosses:
@@ -167,41 +217,36 @@ class GLDFusionModule(PushesToHub, LightningModule):
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels` (B, T); `response_bytes` (or `response_ends`, of any
-                unit) (B, T) and `sources` for sources with other tokenizers, `sample_ids` (B,) for cached ones.
+                unit) (B, T) and `sources` for sources with other tokenizers, `sample_ids` (B,) for cached ones,
+                `teachers`, B names, for the routing by a column.
 
         Raises:
-            ValueError: If tokens are another tokenizer's, a cache lacks a sample, or a source emits NaN.
+            ValueError: If tokens are another tokenizer's, a cache lacks a sample or what a term needs, or a source
+                emits NaN.
         """
+        weights = self.term_weights.at(self.global_step)
+        shares: dict[str, Tensor] = {}
+        if weights and self.source_routing == "column":
+            shares = column_shares(batch, weights)
+            weights = {name: weights[name] for name in shares}
         mask, hidden, labels = counted_states(self._pivot, batch)
-        if self.kd_weight == 0:
-            (ce,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
-            return GLDLosses(_mean_over_samples(ce, mask), {})
-        # One pass over the chunks for both: the (N, V) logits are never whole, and each chunk is made once.
-        ce, *top = chunked_rows(self._cross_entropy_and_top_k, hidden, labels, chunk_size=self.chunk_size)
-        pivot, terms = place_rows(TopKLogits(*top), mask), {}
-        for name, source in self.sources.items():
-            ends = ends_to_align(name, source, batch)
-            terms[name] = self.criterion(pivot, self._source_logits(name, batch), mask, ends, name=name)
-        return GLDLosses(_mean_over_samples(ce, mask), terms)
-
-    def _source_logits(self, name: str, batch: Mapping[str, Any]) -> SourceLogits:
-        """Return the top-k logits of a source, from the model itself or from its cache."""
-        source, view = self.sources[name], view_of(batch, name)
-        if isinstance(source, LogitSource):
-            return source(batch, self.top_k, self.temperature)
-        if "sample_ids" not in batch or "response_ends" not in batch:
-            raise ValueError(
-                f"Expected batches with `sample_ids` and `response_ends` for the logit cache of {name!r}, as"
-                f" InstructionDataModule gives them, but got {sorted(batch)}."
-            )
-        if source.layout_id is not None and "layout_id" in view and int(view["layout_id"]) != source.layout_id:
-            raise ValueError(
-                f"Expected the tokens that the logit cache {source.folder} was written for, but those of source"
-                f" {name!r} in the batch are of another tokenizer, template or `max_length`. Give the data module the"
-                f" same `source_tokenizers` (one for {name!r}, unless it is the pivot's) and layout as then, or write"
-                " another cache."
-            )
-        return source.read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
+        shown: dict[str, Any] = {"batch": batch, "mask": mask, "step": self.global_step, "vocab_size": self.vocab_size}
+        shown["pivot_tokens"] = lambda: self.pivot_tokens
+        compared = [self._sources.compare(name, list(terms), **shown) for name, terms in weights.items()]
+        if self.source_routing == "nll":
+            shares = nll_shares(compared, self.routing_temperature)
+        rows = pivot_rows(
+            self._head,
+            hidden,
+            labels,
+            compared,
+            vocab_size=self.vocab_size,
+            top_k=self.top_k,
+            temperature=value_at(self.temperature, self.global_step),
+            kl=(self.kl_kind, self.kl_beta),
+            chunk_size=self.chunk_size,
+        )
+        return collect_losses(compared, rows, self.criterion, mask, shares, chunk_temperature=self.chunk_temperature)
 
     # ------------------------------------------------------------------ the pivot
 
@@ -210,11 +255,6 @@ class GLDFusionModule(PushesToHub, LightningModule):
 
     def _cross_entropy(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (F.cross_entropy(at_least_float32(self._head(rows)), labels, reduction="none"),)
-
-    def _cross_entropy_and_top_k(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        logits = self._head(rows)
-        ce = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
-        return (ce, *top_k_logits(logits[:, : self.vocab_size], self.top_k, temperature=self.temperature))
 
     # ------------------------------------------------------------------ training
 
@@ -227,15 +267,26 @@ class GLDFusionModule(PushesToHub, LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the weighted sum of all terms; a zero with a graph if nothing counts."""
         losses = self.losses(batch)
-        loss = (1 - self.kd_weight) * losses.ce
+        kd_weight, weights = self.term_weights.kd_weight_at(self.global_step), self.term_weights.at(self.global_step)
+        loss = (1 - kd_weight) * losses.ce
         self.log("train/loss_ce", losses.ce)
-        for name, terms in losses.sources.items():
-            loss = loss + self.kd_weight * self.weights[name] * (terms.uld + self.gld_weight * terms.gld)
-            suffix = f"/{name}" if len(losses.sources) > 1 else ""
-            values = {"loss_uld": terms.uld, "loss_gld": terms.gld, "aligned": terms.aligned}
-            self.log_dict({f"train/{key}{suffix}": value for key, value in values.items()})
+        for name, terms in losses.terms.items():
+            share = losses.shares.get(name, 1.0)
+            for term, values in terms.items():
+                loss = loss + kd_weight * self.weights[name] * weights[name][term] * (share * values).mean()
+            self._log_source(name, losses)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _log_source(self, name: str, losses: GLDLosses) -> None:
+        values = {f"loss_{term}": value.mean() for term, value in losses.terms[name].items()}
+        values["aligned"] = losses.sources[name].aligned
+        if name in losses.matched:
+            values["matched"] = losses.matched[name]
+        if name in losses.shares:
+            values["share"] = losses.shares[name].mean()
+        suffix = f"/{name}" if len(self.term_weights.used_sources) > 1 else ""
+        self.log_dict({f"train/{key}{suffix}": value for key, value in values.items()})
 
     def configure_optimizers(self) -> Any:
         """Return the injected optimizer and scheduler."""
@@ -278,7 +329,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
             )
         return {
             "sample_ids": batch["sample_ids"],
-            "sources": {name: self._source_logits(name, batch) for name in self.sources},
+            "sources": {name: self._sources.logits(name, batch, self.global_step) for name in self._sources},
         }
 
     @property
@@ -294,6 +345,10 @@ class GLDFusionModule(PushesToHub, LightningModule):
                 "Expected `sources` to be models, whose logits are to be cached, but got caches:"
                 f" {sorted(set(self.sources) - set(models))}."
             )
+        if callable(self.temperature):
+            raise ValueError(
+                "Expected `temperature` to be a number to write logits at, but got a function of the step."
+            )
         return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
     @property
@@ -304,11 +359,12 @@ class GLDFusionModule(PushesToHub, LightningModule):
     @property
     def card_text(self) -> str:
         """What was done, for the card of the saved model."""
-        names = ", ".join(f"`{name}`" for name in self.sources) or "none"
+        names, weights = ", ".join(f"`{name}`" for name in self._sources) or "none", self.term_weights
+        share = "" if callable(weights.kd_weight) else f", a share of {weights.kd_weight:g} of the loss"
         return (
             "Fused by graph-on-logits distillation (InfiGFusion, arXiv 2505.13893; `GLDFusionModule`): it learned from"
-            f" the {self.top_k} likeliest tokens of its sources {names}, a share of {self.kd_weight:g} of the loss, and"
-            " by cross-entropy."
+            f" the {self.top_k} likeliest tokens of its sources {names} by the terms {', '.join(weights.terms)}{share},"
+            " and by cross-entropy."
         )
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -317,31 +373,6 @@ class GLDFusionModule(PushesToHub, LightningModule):
         save_model_folder(folder, self._pivot, self.card_text, **options)
 
 
-def _mean_over_samples(rows: Tensor, mask: Tensor) -> Tensor:
-    """Return `sample_mean` of the (N,) values at the positions that count."""
-    return sample_mean(rows.new_zeros(mask.shape).masked_scatter(mask, rows), mask)
-
-
-def _has_modules(value: Any) -> bool:
-    return isinstance(value, nn.Module) or (isinstance(value, dict) and any(map(_has_modules, value.values())))
-
-
-def _load_pivot(
-    pivot: Any, vocab_size: int | None, lora: Mapping[str, Any] | None, gradient_checkpointing: bool
-) -> PlainCausalLM:
-    model, rule = load_plain_causal_lm(pivot, vocab_size)
-    if lora is not None:
-        model = add_lora(model, lora)
-    if gradient_checkpointing:
-        # The reentrant kind needs inputs that require a gradient, which frozen embeddings under LoRA do not give.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PlainCausalLM(model.train(), rule)  # `from_pretrained` leaves it in eval mode
-
-
-def _num_tokens(pivot: PreTrainedModel, vocab_size: int | None, top_k: int) -> int:
-    """Return how many logits of the pivot belong to tokens; the others are padding of its table."""
-    rows = num_logits(pivot)
-    size = min(rows, vocab_size or rows)
-    if top_k > size:
-        raise ValueError(f"Expected `top_k` to be in [1, {size}], the pivot's vocabulary, but got {top_k}.")
-    return size
+def _has_code(value: Any) -> bool:
+    """Return whether a value is or holds a module or a function, which do not belong into a checkpoint."""
+    return callable(value) or (isinstance(value, Mapping) and any(map(_has_code, value.values())))

@@ -493,7 +493,7 @@ def test_only_the_right_choices_are_scored():
 )
 def test_arguments_out_of_range(kwargs, match):
     with pytest.raises(ValueError, match=match):
-        make(**kwargs)
+        make(**kwargs).setup("fit")  # where sources that are named by a path are loaded
 
 
 def test_without_a_pivot_there_is_only_predicting():

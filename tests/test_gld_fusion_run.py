@@ -134,6 +134,40 @@ def test_training_from_caches_is_training_with_the_sources(models):
     torch.testing.assert_close(online, weights(fit(models, batch_size=4, sources=CACHED)), atol=1e-4, rtol=1e-4)
 
 
+def test_every_term_from_caches_is_that_of_the_sources(models):
+    """The tokenizers of pivot and sources are found: the pivot's in the data module, the sources' beside the models."""
+    terms = {"matched": 1.0, "chunk": {"wide": 2.0}, "uld": 0.5}
+    more = [f"--model.init_args.terms={json.dumps(terms)}", "--model.init_args.source_routing=nll"]
+    more.append("--model.init_args.kl_kind=jsd")
+    write_caches(models, batch_size=1)
+    run = fit(models, *more, batch_size=1)
+    online, logged = weights(run), run.trainer.logged_metrics
+    names = {f"train/{part}/{name}" for part in ("loss_matched", "matched", "share") for name in CACHED}
+    assert names | {"train/loss_chunk/wide"} <= set(logged)
+    assert "train/loss_chunk/narrow" not in logged
+    assert sum(float(logged[f"train/matched/{name}"]) for name in CACHED) > 0.001
+    run = fit(models, *more, batch_size=1, sources=CACHED)
+    assert torch.equal(online, weights(run))
+    assert {name: float(value) for name, value in logged.items() if name.startswith("train")} == {
+        name: float(value) for name, value in run.trainer.logged_metrics.items() if name.startswith("train")
+    }
+
+
+def test_kl_to_a_source_of_the_pivots_tokenizer_with_a_warm_up(models):
+    """From the command line; `wide` is given in the pivot's own tokens, and is cached with those."""
+    ramp = {"class_path": "lit_logits.modules.LinearRamp", "init_args": {"start": 0.1, "end": 0.5, "steps": 10}}
+    more = ["--data.init_args.source_tokenizers=null", f"--data.init_args.tokenizer={models / 'wide'}"]
+    more += ["--model.init_args.terms={kl: 1.0, chunk: 1.0}", f"--model.init_args.kd_weight={json.dumps(ramp)}"]
+    run = fit(models, *more, sources={"wide": str(models / "wide")})
+    logged = run.trainer.logged_metrics
+    assert {"train/loss_kl", "train/loss_chunk"} <= set(logged)
+    assert float(logged["train/aligned"]) == 1
+    taught = float(logged["train/loss_kl"] + logged["train/loss_chunk"])
+    kd = 0.1 + 0.4 * 2 / 10  # of the third step
+    expected = (1 - kd) * float(logged["train/loss_ce"]) + kd * taught
+    assert float(logged["train/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_sample_is_cached_once_in_few_bytes(models):
     write_caches(models)
     data = InstructionDataModule(

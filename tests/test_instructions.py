@@ -356,6 +356,27 @@ def test_a_split_of_prompts_that_are_all_too_long(make, tmp_path):
         make(source=source, max_length=60).prepare_data()
 
 
+def test_a_column_of_teachers_is_in_the_batches(make, tmp_path):
+    """One name a sequence, in every loader; the pairs are the same samples as without it."""
+    rows = [{**row, "who": f"model {i % 3}"} for i, row in enumerate(as_rows(PAIRS))]
+    source = {"path": write_jsonl(tmp_path / "taught.jsonl", rows), "teacher_column": "who"}
+    of_prompt = {row["prompt"]: row["who"] for row in rows}
+    data, plain = ready(make(source=source)), ready(make())
+    assert data.fingerprint != plain.fingerprint
+    for name, loader in (("train", data.train_dataloader()), ("test", data.test_dataloader())):
+        for batch in loader:
+            examples = data.pairs.splits[name]
+            assert batch["teachers"] == [of_prompt[examples[row].prompt] for row in batch["rows"].tolist()]
+    samples = [{n for batch in one.val_dataloader() for n in batch["sample_ids"].tolist()} for one in (data, plain)]
+    assert samples[0] == samples[1]
+    assert "teachers" not in next(iter(plain.test_dataloader()))
+    rows[7]["who"] = ""
+    with pytest.raises(ValueError, match="the column 'who' to hold text, but got an empty teacher in line 8"):
+        make(source={**source, "path": write_jsonl(tmp_path / "gap.jsonl", rows)}).prepare_data()
+    with pytest.raises(ValueError, match="`teacher_column` to be None for the source 'python-questions'"):
+        PairSource("python-questions", teacher_column="who")
+
+
 def test_prompts_only_are_all_for_predict(make, tmp_path):
     source = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in PAIRS])
     data = ready(make(source={"path": source, "response_column": None}))

@@ -118,7 +118,7 @@ def test_print_config_round_trips(capsys):
     saved = yaml.safe_load(printed[0])["data"]["init_args"]
     assert saved["source"] == {
         **{"path": "pairs.jsonl", "subset": None, "prompt_column": "q", "response_column": "a"},
-        **{"choices_column": None, "answer_column": None},
+        **{"choices_column": None, "answer_column": None, "teacher_column": None},
     }
     assert saved["source_tokenizers"]["a"] == "x"
 
@@ -133,7 +133,7 @@ def test_saved_hyper_parameters_make_the_same_source():
 OLD = [(name, argument) for name, part in DATA.items() for argument in inspect.signature(part).parameters]
 
 
-@pytest.mark.parametrize(("name", "old"), [pair for pair in OLD if pair[1] != "path"])
+@pytest.mark.parametrize(("name", "old"), [pair for pair in OLD if pair[1] not in ("path", "teacher_column")])
 def test_an_argument_of_version_0_1_is_told_the_new_form(name, old, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model", "CausalLM", "--data", name, f"--data.{old}", "x"])

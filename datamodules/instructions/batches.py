@@ -55,7 +55,8 @@ def collate_examples(
         `response_bytes` (characters and bytes of the response that have been read; −1 before the prompt's last token
         and after the response), LongTensors of shape (N, T); `tokenizer_id` and `layout_id`, scalars; `rows` and
         `sample_ids` (N,); with `sources` a dict `sources`, name → the first seven of these in that tokenizer; with
-        `all_choices` `choices` (N,), numbers of the choices, and `correct` (N,), 1 for the right ones.
+        `all_choices` `choices` (N,), numbers of the choices, and `correct` (N,), 1 for the right ones; with `teacher`
+        in the rows `teachers`, N names.
 
     Example:
         >>> row = {"row": 7, "sample_id": 99, "prompt": [5, 6], "responses": [[8, 1]], "ends": [[2, -1]]}
@@ -70,6 +71,8 @@ def collate_examples(
     batch: dict[str, Any] = _pad(pairs, vocabulary)
     batch["rows"] = torch.tensor([row["row"] for row, _ in pairs])
     batch["sample_ids"] = torch.tensor([row["sample_id"] for row, _ in pairs])
+    if rows and "teacher" in rows[0]:
+        batch["teachers"] = [row["teacher"] for row, _ in pairs]
     if all_choices:
         batch["choices"] = torch.tensor([choice for _, choice in pairs])
         batch["correct"] = torch.tensor([int(choice == row["correct"]) for row, choice in pairs])

@@ -18,7 +18,8 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
 * `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
 * with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends`,
   `response_bytes` (B, T'), `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to
-  their own longest T'.
+  their own longest T';
+* with a `teacher_column`, `teachers`, B names of models to learn from.
 """
 
 from collections.abc import Mapping, Sequence

@@ -42,6 +42,8 @@ class PairSource:
         response_column: name of the responses; None reads prompts only, which are all in the test split.
         choices_column: name of the lists of choices; `response_column` is unused then.
         answer_column: name of the right choices, or of their numbers from 0.
+        teacher_column: name of the column that tells for each pair which of several models it is to be learned from;
+            batches then have `teachers`.
 
     Raises:
         ValueError: If only one of the columns of choices and of answers is named, or the source has none.
@@ -53,6 +55,7 @@ class PairSource:
     response_column: str | None = "response"
     choices_column: str | None = None
     answer_column: str | None = None
+    teacher_column: str | None = None
 
     def __post_init__(self) -> None:
         if (self.choices_column is None) != (self.answer_column is None):
@@ -60,10 +63,9 @@ class PairSource:
                 "Expected `choices_column` and `answer_column` to be set both or neither, but got "
                 f"{self.choices_column!r} and {self.answer_column!r}."
             )
-        if self.choices_column is not None and self.path == EMBEDDED:
-            raise ValueError(
-                f"Expected `choices_column` to be None for the source {EMBEDDED!r}, but got {self.choices_column!r}."
-            )
+        for name in ("choices_column", "teacher_column"):
+            if (value := getattr(self, name)) is not None and self.path == EMBEDDED:
+                raise ValueError(f"Expected `{name}` to be None for the source {EMBEDDED!r}, but got {value!r}.")
 
     @property
     def prompts_only(self) -> bool:
@@ -98,8 +100,9 @@ class PairSplits:
         """Digest of all that decides which pairs are in which split."""
         shares = sorted(self.fractions.items())
         given = self.source
-        columns = given.prompt_column, given.response_column, given.choices_column, given.answer_column
-        return digest(self._fingerprint(), columns, shares, self.max_test_rows, self.seed)
+        columns = [given.prompt_column, given.response_column, given.choices_column, given.answer_column]
+        columns += [given.teacher_column] if given.teacher_column is not None else []
+        return digest(self._fingerprint(), tuple(columns), shares, self.max_test_rows, self.seed)
 
     @property
     def splits(self) -> dict[str, list[Example]]:
@@ -178,7 +181,8 @@ def parse_row(row: dict[str, Any], where: str, source: PairSource) -> Example:
     keys: tuple[str, ...] = (f"prompt {prompt}",)
     if len(response.split()) > SHORT_RESPONSE:
         keys = (*keys, f"response {response}")
-    return Example(prompt, response, keys, choices, correct, where)
+    teacher = "" if source.teacher_column is None else _text(row, "teacher_column", source.teacher_column, where)
+    return Example(prompt, response, keys, choices, correct, where, teacher)
 
 
 def _value(row: dict[str, Any], argument: str, column: str, where: str) -> Any:

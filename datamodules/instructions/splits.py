@@ -20,6 +20,7 @@ class Example(NamedTuple):
         choices: of a multiple-choice question, `response` among them; else empty.
         correct: number of the right choice; 0 without choices.
         where: the row's place in its source, for messages.
+        teacher: name of the model that the pair is to be learned from, or empty.
     """
 
     prompt: str
@@ -28,6 +29,7 @@ class Example(NamedTuple):
     choices: tuple[str, ...] = ()
     correct: int = 0
     where: str = ""
+    teacher: str = ""
 
 
 def group_examples(examples: Sequence[Example]) -> list[int]:

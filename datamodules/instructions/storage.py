@@ -79,7 +79,7 @@ def write_examples(
     Raises:
         ValueError: If all examples are left out; it names the first.
     """
-    features = _features(sources)
+    features = _features(sources, has_teachers=bool(examples) and bool(examples[0].teacher))
     bar = tqdm(total=len(examples), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
     kept = tokens = truncated = 0
     first_problem = ""
@@ -95,7 +95,7 @@ def write_examples(
                 own, *others = cut = [_cut(view, max_length) for view in (encoded.own, *encoded.sources.values())]
                 correct = example.correct if len(own.responses) > 1 else 0
                 values: dict[str, Any] = {"row": row, "sample_id": encoded.sample_id, "correct": correct}
-                values |= own._asdict()
+                values |= own._asdict() | {"teacher": example.teacher}
                 values["sources"] = {name: view._asdict() for name, view in zip(encoded.sources, others, strict=True)}
                 for name, column in columns.items():
                     column.append(values[name])
@@ -110,11 +110,12 @@ def write_examples(
     return InstructionSize(kept, tokens, truncated, len(examples) - kept)
 
 
-def _features(sources: Sequence[str]) -> Features:
+def _features(sources: Sequence[str], *, has_teachers: bool) -> Features:
     """Return the columns of a split."""
     ids = ListOf(Value("int32"))
     view = {"prompt": ids, **{name: ListOf(ids) for name in ("responses", "ends", "byte_ends")}}
     columns = {"row": Value("int32"), "sample_id": Value("int64"), **view, "correct": Value("int32")}
+    columns |= {"teacher": Value("string")} if has_teachers else {}
     return Features({**columns, "sources": {name: dict(view) for name in sources}} if sources else columns)
 
 

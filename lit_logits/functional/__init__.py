@@ -182,6 +182,7 @@ from lit_logits.functional.reductions import (
     at_least_float32,
     reduce_tokens,
     sample_mean,
+    sample_means,
 )
 from lit_logits.functional.residual_codes import (
     MetricKind,
@@ -196,6 +197,10 @@ from lit_logits.functional.residual_vq import (
     residual_vq_greedy,
     residual_vq_logits,
     residual_vq_losses,
+)
+from lit_logits.functional.source_routing import (
+    response_nll,
+    route_by_nll,
 )
 from lit_logits.functional.task_arithmetic import (
     add_task_vectors,
@@ -362,10 +367,13 @@ __all__ = [
     "residual_vq_greedy",
     "residual_vq_logits",
     "residual_vq_losses",
+    "response_nll",
     "revive_hierarchy",
+    "route_by_nll",
     "rows_a_chunk",
     "sample_logits",
     "sample_mean",
+    "sample_means",
     "sampling_tables",
     "scatter_code_logits",
     "simplex_gap",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_logits.functional.labels import IGNORE_INDEX
 
-__all__ = ["check_finite", "check_labels", "check_not_negative", "check_token_to_code"]
+__all__ = ["check_finite", "check_labels", "check_not_negative", "check_positive", "check_token_to_code"]
 
 
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX, wait: bool = False) -> None:
@@ -88,3 +88,14 @@ def check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:  # unlike `value < 0`, this catches NaN
             raise ValueError(f"Expected `{name}` to be non-negative, but got {value}.")
+
+
+def check_positive(**values: float) -> None:
+    """Raise unless every value is above 0; the keywords are the names of the arguments.
+
+    Raises:
+        ValueError: If a value is not positive or NaN; the error names the first.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"Expected `{name}` to be positive, but got {value}.")

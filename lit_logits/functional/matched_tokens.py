@@ -10,7 +10,7 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,5 +125,5 @@ def matched_kl(
         tensor(0.1438)
     """
     matched = match_top_k(top_k_ids, top_k_log_probs, source_to_pivot, tail=tail)
-    options = {"kind": kind, "beta": beta, "temperature": temperature, "reduction": reduction}
+    options: dict[str, Any] = {"kind": kind, "beta": beta, "temperature": temperature, "reduction": reduction}
     return top_k_kl(student_logits, matched.token_ids, matched.log_probs, mask, tail=matched.tail, **options)

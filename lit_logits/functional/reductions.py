@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean", "soft_cap"]
+__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean", "sample_means", "soft_cap"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -79,4 +79,18 @@ def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
         >>> sample_mean(values, mask)  # of 2 and 6
         tensor(4.)
     """
-    return (reduce_tokens(values, mask, "none").sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    return sample_means(values, mask).mean()
+
+
+def sample_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Compute the mean over the positions that count in each sample: (B,), 0 for a sample where none counts.
+
+    Args:
+        values: (B, T); values at masked-out positions must be finite.
+        mask: boolean (B, T).
+
+    Example:
+        >>> sample_means(torch.tensor([[1.0, 3.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
+        tensor([2., 6.])
+    """
+    return reduce_tokens(values, mask, "none").sum(-1) / mask.sum(-1).clamp(min=1)

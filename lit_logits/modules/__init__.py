@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
     from lit_logits.modules.gld_fusion.criterion import GLDCriterion, GraphAlignment
     from lit_logits.modules.gld_fusion.sources import LogitSource, load_source
+    from lit_logits.modules.gld_fusion.weights import LinearRamp
     from lit_logits.modules.language_models.loading import CausalBackbone, load_backbone, load_causal_lm, new_causal_lm
     from lit_logits.modules.language_models.lora import add_lora, save_merged
     from lit_logits.modules.language_models.tokenizers import find_tokenizer
@@ -46,6 +47,7 @@ else:
             "lit_logits.modules.dynamic_fusion.loading": "load_fusion_models",
             "lit_logits.modules.gld_fusion.criterion": "GLDCriterion GraphAlignment",
             "lit_logits.modules.gld_fusion.sources": "LogitSource load_source",
+            "lit_logits.modules.gld_fusion.weights": "LinearRamp",
             "lit_logits.modules.language_models.loading": "CausalBackbone load_backbone load_causal_lm new_causal_lm",
             "lit_logits.modules.language_models.lora": "add_lora save_merged",
             "lit_logits.modules.language_models.tokenizers": "find_tokenizer",
@@ -88,6 +90,7 @@ __all__ = [
     "GraphAlignment",
     "HeadInit",
     "HierarchicalVQLogitsHead",
+    "LinearRamp",
     "LogitCache",
     "LogitSource",
     "MappingStrategy",

@@ -1,17 +1,23 @@
 """Checks of the arguments of `GLDFusionModule`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from lit_logits.modules.gld_fusion.sources import LogitSource
+from lit_logits.modules.gld_fusion.weights import SourceRouting, StepValue
 from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["check_options", "check_source"]
 
 
-def check_source(name: str, source: LogitSource | LogitCache, top_k: int, temperature: float) -> None:
+def check_source(name: str, source: LogitSource | LogitCache, top_k: int, temperature: StepValue) -> None:
     """Refuse a cache of another temperature, or a source with fewer than `top_k` logits."""
     if isinstance(source, LogitCache):
+        if callable(temperature):
+            raise ValueError(
+                f"Expected `temperature` to be a number for the logit cache of {name!r}, which was written at"
+                f" {source.temperature}, but got a function of the step."
+            )
         if source.temperature != temperature:
             raise ValueError(
                 f"Expected the logit cache of {name!r} at temperature {temperature}, but it was written at"
@@ -32,14 +38,22 @@ def check_options(
     sources: Mapping[str, Any],
     source_weights: Mapping[str, float] | None,
     source_kwargs: Mapping[str, Any] | None,
-    kd_weight: float,
-    gld_weight: float,
+    kd_weight: StepValue,
+    *,
+    source_routing: SourceRouting | None,
 ) -> dict[str, float]:
-    """Return the weight of each source, once all arguments are in range."""
-    _check_names(sources, source_weights, source_kwargs, needed=kd_weight > 0)
-    if not 0 <= kd_weight <= 1 or not 0 <= gld_weight < float("inf"):
-        raise ValueError(f"Expected `kd_weight` in [0, 1] and `gld_weight` ≥ 0, but got {kd_weight} and {gld_weight}.")
-    weights = {name: 1 / len(sources) for name in sources} if source_weights is None else dict(source_weights)
+    """Return the weight of each source, once names and weights are in order.
+
+    Without `source_weights` it is 1/S, or 1 where a routing shares each sample out among the sources.
+    """
+    if source_routing not in (None, *get_args(SourceRouting)):
+        raise ValueError(
+            f"Expected `source_routing` to be None or one of {list(get_args(SourceRouting))}, but got"
+            f" {source_routing!r}."
+        )
+    _check_names(sources, source_weights, source_kwargs, needed=kd_weight != 0)
+    share = 1 / max(1, len(sources)) if source_routing is None else 1.0
+    weights = dict.fromkeys(sources, share) if source_weights is None else dict(source_weights)
     if missing := sorted(set(sources) - set(weights)):
         raise ValueError(f"Expected `source_weights` for every source, but got none for {missing}.")
     if any(not 0 <= weight < float("inf") for weight in weights.values()):

@@ -4,7 +4,7 @@ Letters: B batch, T positions of the student, U positions of the source, k `top_
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, get_args
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_logits.functional.gld_fusion import GraphNodes, graph_strengths, sorted_gw_bound, top_k_uld
-from lit_logits.functional.reductions import sample_mean
+from lit_logits.functional.reductions import sample_means
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment, align_source
 
@@ -179,20 +179,38 @@ class GLDCriterion(nn.Module):
         Raises:
             ValueError: If logits are to be standardised whose moments tokens that are ruled out have made useless.
         """
-        return self.compare(student, source, align_source(source, mask, ends), name=name)
+        alignment = align_source(source, mask, ends)
+        uld, gld = self.compare(student, source, alignment, name=name).values()
+        return SourceTerms(uld.mean(), gld.mean(), alignment.aligned)
 
     def compare(
-        self, student: TopKLogits, source: SourceLogits, alignment: SourceAlignment, *, name: str = "source"
-    ) -> SourceTerms:
-        """Compare the positions that are aligned already; arguments and errors as those of a call."""
-        self._check_moments(source, name)
-        partner, student_mask, source_mask, share = alignment
-        uld = top_k_uld(student, gather_positions(source.top_k, partner.clamp(min=0)), values=self.uld_values)
-        gld = self.graphs(student, source.top_k, student_mask, source_mask, name=name)
-        return SourceTerms(sample_mean(uld, partner >= 0), gld.mean(), share)
+        self,
+        student: TopKLogits,
+        source: SourceLogits,
+        alignment: SourceAlignment,
+        *,
+        terms: Collection[str] = ("uld", "gld"),
+        name: str = "source",
+    ) -> dict[str, Tensor]:
+        """Compare positions that are aligned already; arguments and errors as those of a call.
 
-    def _check_moments(self, source: SourceLogits, name: str) -> None:
-        if "standardize" in (self.uld_values, self.graphs.values) and not bool((source.top_k.std < 1e4).all()):
+        Returns:
+            Of `uld` and `gld`, those that are among the `terms`: (B,) each, one value a sample.
+        """
+        found, partner = {}, alignment.partner
+        if "uld" in terms:
+            self._check_moments(self.uld_values, source, name)
+            aligned = gather_positions(source.top_k, partner.clamp(min=0))
+            found["uld"] = sample_means(top_k_uld(student, aligned, values=self.uld_values), partner >= 0)
+        if "gld" in terms:
+            self._check_moments(self.graphs.values, source, name)
+            masks = alignment.student_mask, alignment.source_mask
+            found["gld"] = self.graphs(student, source.top_k, *masks, name=name)
+        return found
+
+    @staticmethod
+    def _check_moments(values: LogitValues, source: SourceLogits, name: str) -> None:
+        if values == "standardize" and not bool((source.top_k.std < 1e4).all()):
             raise ValueError(
                 f"Expected the logits of source {name!r} to be of one scale, to be standardised, but some are −inf or"
                 " huge, as of tokens that are ruled out. Use `graph_values: softmax` (and `uld_values: softmax`)."

@@ -52,21 +52,8 @@ else:
 
 # The common ones, to suggest one in place of a misspelt name.
 _PRETRAINED_KWARGS = (
-    "dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "quantization_config",
-    "attn_implementation",
-)
-_PRETRAINED_KWARGS += (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "trust_remote_code",
-    "subfolder",
-    "variant",
+    *("dtype", "device_map", "max_memory", "offload_folder", "quantization_config", "attn_implementation"),
+    *("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "variant"),
 )
 
 

@@ -1,0 +1,140 @@
+"""Terms that say what a source knows: divergences of next tokens, and of the likelihoods of chunks.
+
+Letters: B batch, T positions of the pivot, U positions of the source, N of the pivot's that predict a label, k `top_k`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_logits.functional.chunk_likelihood import chunk_likelihood_loss, sum_chunks
+from lit_logits.functional.matched_tokens import match_top_k, match_vocabularies
+from lit_logits.functional.reductions import sample_means
+from lit_logits.functional.top_k_logits import SourceLogits, gather_positions
+from lit_logits.modules.gld_fusion.alignment import SourceAlignment
+from lit_logits.modules.gld_fusion.sources import LogitSource, view_of
+from lit_logits.storage.logit_cache import LogitCache
+
+__all__ = ["TokenTargets", "check_same_vocabulary", "chunk_terms", "match_source", "token_targets"]
+
+
+class TokenTargets(NamedTuple):
+    """What `top_k_kl` compares the pivot's logits with.
+
+    Attributes:
+        token_ids: (N, k) ids of the pivot, −1 where there is none, as where the source is not aligned.
+        log_probs: (N, k) in nats.
+        tail: (N,) probability of all other tokens.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+
+
+def token_targets(
+    source: SourceLogits, alignment: SourceAlignment, mask: Tensor, vocab_size: int, table: Tensor | None = None
+) -> TokenTargets:
+    """Return what a source says of the pivot's next tokens.
+
+    Args:
+        source: (B, U).
+        alignment: of the pivot's positions with it.
+        mask: (B, T) the N positions of the pivot that predict a label.
+        vocab_size: V of the pivot; what a padded table of the source has beyond it belongs to the tail.
+        table: (W,) of `match_vocabularies`; None where the vocabularies are one.
+    """
+    partner = alignment.partner
+    top = gather_positions(source.top_k, partner.clamp(min=0))
+    token_ids, log_probs, tail = (values[mask] for values in (top.token_ids, top.log_probs, top.tail))
+    if table is not None:
+        token_ids, log_probs, tail = match_top_k(token_ids, log_probs, table, tail=tail)
+    is_beyond = token_ids >= vocab_size
+    tail = tail + log_probs.exp().masked_fill(~is_beyond, 0.0).sum(-1)
+    is_there = (partner[mask] >= 0).unsqueeze(-1) & ~is_beyond
+    return TokenTargets(token_ids.masked_fill(~is_there, -1), log_probs, tail)
+
+
+def chunk_terms(
+    label_log_probs: Tensor,
+    source: SourceLogits,
+    alignment: SourceAlignment,
+    *,
+    temperature: float,
+    same_tokens: bool,
+    name: str = "source",
+) -> Tensor:
+    """Compute the mean of `chunk_likelihood_loss` over the chunks of each sample.
+
+    Args:
+        label_log_probs: (B, T) of the pivot for the token that came after each position, 0 where none counts.
+        source: (B, U), with its own.
+        alignment: of the pivot's positions with it.
+        temperature: τ of the chunks.
+        same_tokens: whether both read the same tokens; else what follows the last place that both have read is left
+            out, which may be the end of a template or of a response that was cut.
+        name: of the source, for messages.
+
+    Returns:
+        (B,) nats; 0 for a sample without chunks.
+
+    Raises:
+        ValueError: If the source has no log-probabilities of the tokens that came.
+    """
+    if source.label_log_probs is None:
+        raise ValueError(
+            f"Expected the logit cache of {name!r} to hold the log-probabilities of the tokens that came, which the"
+            " term 'chunk' needs, but it is one of version 1. Write it again, or leave the term out."
+        )
+    partner = alignment.partner
+    is_cut = partner >= 0
+    is_source_cut = torch.zeros_like(source.mask)
+    rows = is_cut.nonzero()[:, 0]
+    is_source_cut[rows, partner[is_cut]] = True
+    own = sum_chunks(label_log_probs, is_cut)
+    theirs = sum_chunks(source.label_log_probs.masked_fill(~source.mask, 0.0), is_source_cut)
+    theirs = theirs.gather(-1, partner.clamp(min=0))
+    counts = is_cut
+    if not same_tokens:
+        places = torch.arange(is_cut.shape[-1], device=is_cut.device)
+        counts = is_cut & (places < places.masked_fill(~is_cut, -1).amax(-1, keepdim=True))
+    losses = chunk_likelihood_loss(own, theirs, counts, temperature=temperature, reduction="none")
+    return sample_means(losses, counts)
+
+
+def check_same_vocabulary(name: str, source: LogitSource | LogitCache, batch: Mapping[str, Any]) -> None:
+    """Raise unless a source has the vocabulary of the batch's own tokens, as far as both tell.
+
+    Raises:
+        ValueError: If it has another one.
+    """
+    own, theirs = batch.get("tokenizer_id"), view_of(batch, name).get("tokenizer_id", source.tokenizer_id)
+    is_known = own is not None and theirs is not None
+    if int(own) != int(theirs) if is_known else view_of(batch, name) is not batch:  # type: ignore[arg-type]
+        raise ValueError(
+            f"Expected source {name!r} to have the pivot's tokenizer, whose next tokens the term 'kl' compares, but it"
+            " has another one. Give it a weight of its own, `terms: {kl: {NAME: ...}}` for the sources that share it,"
+            " and `matched` or `chunk` for the others."
+        )
+
+
+def match_source(name: str, source: LogitSource | LogitCache, pivot_tokens: list[bytes | None] | None) -> Tensor:
+    """Return the table of `match_vocabularies` for a source.
+
+    Raises:
+        ValueError: If it is not known what the tokens of either stand for.
+    """
+    if pivot_tokens is None:
+        raise ValueError(
+            "Expected to know the pivot's tokenizer, whose tokens the term 'matched' compares with those of the"
+            " sources, but got none. Train with a data module that has a `tokenizer`, or name the pivot by a path that"
+            " has one."
+        )
+    if source.tokens is None:
+        raise ValueError(
+            f"Expected to know the tokenizer of source {name!r}, whose tokens the term 'matched' needs, but got none."
+            " Name the source by a path that has one, or write its cache again."
+        )
+    return match_vocabularies(pivot_tokens, source.tokens)
