@@ -141,7 +141,8 @@ def judge_rows(rows: Tensor, hidden: Tensor, labels: Tensor, target: DenseTarget
 
 
 def judge_head(head: Any, hidden: Tensor, labels: Tensor, target: DenseTarget) -> Judged:
-    return Judged(*head.imitation_losses(hidden, labels, target=target), head.greedy(hidden))
+    losses = head.imitation_losses(hidden, labels, target=target)
+    return Judged(losses.cross_entropy, losses.divergence, losses.target_cross_entropy, head.greedy(hidden))
 
 
 def fit_head(bench: Bench, options: dict[str, Any], **kwargs: Any) -> Any:

@@ -214,6 +214,8 @@ def test_several_ends_stay_if_the_tokenizer_has_one_of_them(tmp_path):
 class Turns(Data):
     """Batches of dicts, whose labels end as they are told."""
 
+    end: list[int]
+
     def train_dataloader(self):
         rows = [{"input_ids": torch.tensor([3, 4, *self.end]), "labels": torch.tensor([-100, 4, *self.end])}] * 2
         return DataLoader(rows, batch_size=1)
