@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -308,24 +309,26 @@ def test_two_levels_say_that_they_have_no_rows(compact):
     if is_residual(model):
         assert model.get_output_embeddings().weight.shape == (V, 16)
         return
-    assert not hasattr(model.head, "weight")
+    head: Any = model.head
+    assert not hasattr(head, "weight")
     with pytest.raises(
         AttributeError, match=r"two levels of codes equal no dense layer\. Let the program take the loss"
     ):
-        _ = model.head.weight
+        _ = head.weight
     with pytest.raises(AttributeError, match="no attribute 'wait'"):
-        _ = model.head.wait
+        _ = head.wait
 
 
 def sft_trainer(model):
     """Return trl's trainer as docs/saved_models.md says: two levels have no rows that it could read."""
-    trl = pytest.importorskip("trl")
+    pytest.importorskip("trl")
+    from trl import SFTTrainer
 
-    class LossOfTheModel(trl.SFTTrainer):
+    class LossOfTheModel(SFTTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
-    return trl.SFTTrainer if is_residual(model) else LossOfTheModel
+    return SFTTrainer if is_residual(model) else LossOfTheModel
 
 
 @pytest.mark.slow

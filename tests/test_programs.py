@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def write_tasks(folder, place="."):
     """Write the tasks and their documents into a folder, which the tasks call `place`."""
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(text.replace("test: ", f"test: {place}/"))
-    rows = {"text": [{"text": text} for text in TEXTS]}
+    rows: dict[str, Any] = {"text": [{"text": text} for text in TEXTS]}
     rows["choice"] = [{"text": text, "choices": CHOICES, "label": 1} for text in TEXTS]
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

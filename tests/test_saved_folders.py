@@ -8,6 +8,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -355,7 +356,7 @@ def test_weights_are_as_readable_as_the_other_files(tmp_path):
 # ---------------------------------------------------------------------- version 4 of transformers
 
 SCALED = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROTARY = {
+ROTARY: dict[str, Any] = {
     "plain": ({"rope_type": "default", "rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}),
     "scaled": (SCALED, {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in SCALED.items() if k != "rope_theta"}}),
     "layers": (
