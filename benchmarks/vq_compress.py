@@ -306,9 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     titles = ["head", "float parameters", "bytes", "fit, s", "as initialised", "KL", "top-1"]
     titles += ["recovered", "KL", "top-1", "steps", "floor"]
     rows: list[list[object]] = []
-    for rival in () if args.no_rivals else rivals(bench.weight, calibration):
-        rows.append(rival_row(bench, rival) + [""] * 5)
-        print(rows[-1], flush=True)
+    if not args.no_rivals:
+        for rival in rivals(bench.weight, calibration):
+            rows.append(rival_row(bench, rival) + [""] * 5)
+            print(rows[-1], flush=True)
     for name in args.rows:
         rows.append(head_row(bench, name))
         print(rows[-1], flush=True)

@@ -164,10 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = Path(path).stem
         ways = save_ways(path, args.folder / name, args.text, args.calibration_blocks)
         prompts = make_prompts(path, args.prompt_tokens)
-        for way in () if args.no_memory else ways:
-            sizes = in_fresh_process(memory_of, way, prompts[:1], args.new_tokens, args.threads[0])
-            memories.append([f"{name}, {way.head}, {way.dtype}", *(f"{size / 2**20:.0f}" for size in sizes)])
-            print(memories[-1], flush=True)
+        if not args.no_memory:
+            for way in ways:
+                sizes = in_fresh_process(memory_of, way, prompts[:1], args.new_tokens, args.threads[0])
+                memories.append([f"{name}, {way.head}, {way.dtype}", *(f"{size / 2**20:.0f}" for size in sizes)])
+                print(memories[-1], flush=True)
         for threads in args.threads:
             torch.set_num_threads(threads)
             for batch in args.batch:
