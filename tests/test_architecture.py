@@ -71,7 +71,8 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1:
         return "package"
-    return parts[1] if parts[1] in RULES else "method"
+    name = "cli" if parts[1] == "__main__" else parts[1]
+    return name if name in RULES else "method"
 
 
 def imports(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -101,7 +102,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             parents = {"lit_logits"}  # `from lit_logits import x` is judged by `lit_logits.x`
             wrong = name not in parents and not any(f"{name}.".startswith(f"{prefix}.") for prefix in rule.inside)
             wrong = wrong and not (is_package and f"{name}.".startswith("lit_logits.lazy."))
-            wrong = wrong or (name.startswith("lit_logits.cli") and module != "lit_logits.cli")
+            wrong = wrong or (name.startswith("lit_logits.cli") and layer_of(module) != "cli")
             own, room = room_of(module), room_of(name)
             wrong = wrong or (room is not None and module.startswith(f"{room[0]}.") and own != room and not is_package)
             wrong = wrong or (name in FACADES and not is_package and module != "lit_logits.cli")
