@@ -1,9 +1,21 @@
 """The benchmark of whole models, on a tiny one."""
 
+import logging
+
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import vq_tables
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The benchmark makes Lightning quiet, for the rest of its process."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def test_bytes_and_costs_of_each_row_stand_in_a_table(monkeypatch, tmp_path, capsys):
