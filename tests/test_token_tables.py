@@ -4,11 +4,11 @@ import json
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lit_logits.datamodules.tokenization import load_tokenizer, token_bytes, train_bpe
 from lit_logits.functional import match_vocabularies
-from lit_logits.modules.language_models.tokenizers import token_table
+from lit_logits.modules.language_models.tokenizers import find_tokenizer, token_table
 
 TEXTS = ["the cat sat on the mat", "the café, naïve 日本語 🙂", "one two three the end"] * 20
 
@@ -97,3 +97,11 @@ def test_both_layers_read_a_token_alike(byte_level):
     table = token_table(byte_level)
     for token, number in byte_level.get_vocab().items():
         assert number in added or token_bytes(token) == table[number]
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    """transformers 5.3 made one of 8 tokens of the config alone, and a source's logits were cut to 8."""
+    LlamaConfig(vocab_size=40).save_pretrained(tmp_path)
+    assert find_tokenizer(str(tmp_path)) is None
+    with pytest.raises(ValueError, match="holds no file of a tokenizer"):
+        find_tokenizer(str(tmp_path), required=True)

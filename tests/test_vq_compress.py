@@ -545,11 +545,14 @@ def test_a_loaded_model_is_tuned_with_accumulation(started, tmp_path):
     trainer = Trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "compact"), arguments, train_dataset=data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    # The one step reads all rows. transformers' own models are no oracle: 5.3 divides their sum by one label too many.
+    # The one step reads all rows.
     ids, labels = (torch.stack([torch.as_tensor(row[name]) for row in data]) for name in ("input_ids", "labels"))
     with torch.no_grad():
         mean = torch.nn.functional.cross_entropy(started(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert losses == pytest.approx([float(mean)], rel=1e-3)
+    # transformers 5.3 divides the sum by the labels of all positions, of which the first has no prediction.
+    shifts = "shift" in inspect.getsource(Trainer._get_num_items_in_batch)
+    expected = float(mean) if shifts else float(mean) * labels[:, 1:].numel() / labels.numel()
+    assert losses == pytest.approx([expected], rel=1e-3)
 
 
 def test_a_loaded_model_answers_as_transformers_own(started):

@@ -12,6 +12,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 __all__ = ["check_same_tokenizer", "find_tokenizer", "token_table", "tokenizer_id"]
 
 
+_OF_TOKENIZERS = re.compile(r"token|vocab|merges|spiece|spm|bpe|\.model$")
+
+
 def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer beside a model: a hub id, a local folder or a `.gguf` file; return None if there is no such.
 
@@ -22,6 +25,9 @@ def find_tokenizer(name: str, *, required: bool = False) -> PreTrainedTokenizerB
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        # transformers 5.3 makes one without tokens of the config alone.
+        if path.is_dir() and not any(_OF_TOKENIZERS.search(file.name) for file in path.iterdir()):
+            raise FileNotFoundError(f"{path} holds no file of a tokenizer.")
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # parsers of damaged files raise errors of any kind
         if required:
