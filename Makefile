@@ -27,7 +27,7 @@ demo: $(VENV)/.run  ## Train a model with two levels of codes and say how to loo
 
 # A process for each core, one thread each.
 PYTEST = -m pytest -q -n auto
-export OMP_NUM_THREADS ?= 1
+test test-all coverage test-oldest test-newest: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.dev  ## The fast tests
 	$(BIN)/python $(PYTEST) -m "not slow"
