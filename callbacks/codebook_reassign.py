@@ -29,10 +29,10 @@ class CodebookReassign(Callback):
 
     A mapping from co-occurrence is known before training; what the model has learned tells better. The head sums, over
     one reading with the weights as they are, how the loss depends on the vector of each token, and gives the token the
-    codes that come nearest to what it asks for; see `functional.reassign_by_loss`. An eighth of what is read is set
-    aside, and of steps of several lengths the one is taken after which the loss there is lowest, or none. Vectors stay,
-    so the moments of the optimizer stay right. A `HierarchicalVQLogitsHead` keeps its clusters. All ranks end with the
-    same codes.
+    codes that come nearest to what it asks for; see `functional.reassign_by_loss`. Up to an eighth of what is read is
+    set aside, and of steps of several lengths the one is taken after which the loss there is lowest, or none. Vectors
+    stay, so the moments of the optimizer stay right. A `HierarchicalVQLogitsHead` keeps its clusters. All ranks end
+    with the same codes.
 
     Logs `vq/reassigned`, the share of the tokens that got other codes, and `vq/reassign_gain`, by how many nats a token
     the loss fell on what was set aside.
@@ -105,7 +105,7 @@ class CodebookReassign(Callback):
             log_scalars(trainer, {"vq/reassigned": share, "vq/reassign_gain": found.gain})
             rank_zero_info(
                 f"Step {step}: {found.num_tokens:,} tokens got other codes, after reading {found.num_positions:,}"
-                f" tokens; on an eighth of them, set aside, the loss fell by {found.gain:.3f} nats a token."
+                f" tokens; on those of them that were set aside the loss fell by {found.gain:.3f} nats a token."
             )
 
     def _positions(

@@ -2,6 +2,7 @@
 
 import logging
 
+import lightning as L
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,16 @@ def _log_level():
     logger.setLevel(level)
 
 
+class Steps(L.Callback):
+    """Ends a recovery after thirty steps."""
+
+    def __init__(self, duration):
+        self.duration = duration
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 30
+
+
 def test_bytes_and_costs_of_each_row_stand_in_a_table(monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -27,6 +38,7 @@ def test_bytes_and_costs_of_each_row_stand_in_a_table(monkeypatch, tmp_path, cap
     model.save_pretrained(tmp_path)
     text = torch.randint(1200, (24, 20))
     monkeypatch.setattr(vq_tables, "read_blocks", lambda *given: (text[:20], text[20:]))
+    monkeypatch.setattr(vq_tables, "Timer", Steps)  # not as many steps as the machine takes in a time
     rows = ["head", "both", "both_head_metric"]
     vq_tables.main(
         ["--model", str(tmp_path), "--rows", *rows, "--minutes", "0.02", "--layers", "1", "--precision", "32"]

@@ -46,23 +46,21 @@ def describe_model(backbone: Any, head: SizedHead, *, tied: bool) -> str:
         tied: whether the dense layer was the input table, so that it cost nothing.
     """
     size, table = head.footprint(), coded_table(backbone)
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    taken = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
-    mapping = 0
-    before, before_bytes = parameters, taken
+    rest = sum(parameter.numel() for parameter in backbone.parameters())
+    rest_bytes = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
+    before, before_bytes = rest, rest_bytes
+    after, after_bytes = rest + size.parameters, rest_bytes + size.bytes
     if table is not None:
-        codes = None if table.codes is None else table.codes.footprint()
-        if codes is not None:  # its codebooks are parameters of the backbone
-            own = codes.parameters * table.rows.codebook.itemsize
-            mapping = codes.bytes - own
-            before, before_bytes = before - codes.parameters, before_bytes - own
         before, before_bytes = before + size.dense_parameters, before_bytes + size.dense_bytes
+        if table.codes is not None:  # their codebooks are parameters of the backbone, and the mapping is not
+            own = table.codes.codebook
+            before, before_bytes = before - own.numel(), before_bytes - own.nbytes
+            after_bytes += table.codes.footprint().bytes - own.nbytes
     if not tied:
         before, before_bytes = before + size.dense_parameters, before_bytes + size.dense_bytes
-    after = taken + mapping + size.bytes
     return (
         f"Whole model, input table included: {before:,} parameters, {before_bytes / 1e6:,.1f} MB with"
-        f" its {'tied ' if tied else ''}dense layer; {parameters + size.parameters:,} parameters,"
-        f" {after / 1e6:,.1f} MB ({after / before_bytes:.1%}) with this head"
+        f" its {'tied ' if tied else ''}dense layer; {after:,} parameters,"
+        f" {after_bytes / 1e6:,.1f} MB ({after_bytes / before_bytes:.1%}) with this head"
         f"{'' if table is None else ' and the input table read from codes'}."
     )

@@ -42,18 +42,18 @@ class CodedEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return rows (..., d) of token ids (...)."""
-        rows = self.rows.rows(input_ids) if self.dense is None else F.embedding(input_ids, self.dense)
+        rows = self.source.rows(input_ids) if self.dense is None else F.embedding(input_ids, self.dense)
         return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
     @property
-    def rows(self) -> CodedRows:
-        """The codes, whosever they are."""
+    def source(self) -> CodedRows:
+        """The codes that the rows are decoded from, whosever they are."""
         return self._shared[0] if self.codes is None else self.codes
 
     @property
     def weight(self) -> Tensor:
         """The rows (V, d) without the factor, decoded: for programs that read the table instead of calling it."""
-        return self.rows.dense_weight() if self.dense is None else self.dense
+        return self.source.dense_weight() if self.dense is None else self.dense
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,14 +169,13 @@ def _factor(table: Any) -> float:
 
 def _codes_like(head: CodedRows) -> CodedRows:
     """Return codes of the kind and number of a head's, which are still to be fitted."""
-    budget = head.byte_budget
     return CodedRows(
         head.hidden_size,
         head.vocab_size,
         head.codebook_size,
         num_groups=head.num_groups,
         num_stages=head.planned_stages,  # type: ignore[arg-type]
-        byte_budget=budget,
+        byte_budget=head.byte_budget,
         metric=head.metric,
         num_sweeps=head.num_sweeps,
     )

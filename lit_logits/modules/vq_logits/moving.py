@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_logits.contracts import Reassigned, Revival
 from lit_logits.functional.checks import check_finite, check_token_to_code
 from lit_logits.functional.code_assignment import code_means, reassign_tokens, split_heavy_codes
-from lit_logits.functional.code_reassignment import CodeReassignment, Positions, vq_token_statistics
+from lit_logits.functional.code_reassignment import Positions, vq_token_statistics
 from lit_logits.functional.codebook import code_usage, dead_codes
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.kmeans import nearest_centroids
@@ -195,15 +195,13 @@ class MovingCodes(CountsTokens):
         held: list[tuple[Tensor, Tensor]] = []
         others, cap = set_aside(positions, held), self.logit_cap
         sums = vq_token_statistics(others, self.codebook, self.token_to_code, self.token_bias, cap=cap)
-        before, bias = self.token_to_code.clone(), None if self.token_bias is None else self.token_bias.clone()
+        before = self.token_to_code.clone().unsqueeze(1)
 
-        def write(found: CodeReassignment) -> None:
-            self.token_to_code.copy_(found.token_codes.squeeze(1))
-            if self.token_bias is not None and bias is not None:
-                self.token_bias.copy_(bias + found.bias_shift)
+        def write(token_codes: Tensor) -> None:
+            self.token_to_code.copy_(token_codes.squeeze(1))
             self._tables.clear()
 
-        changed = move_codes(self, sums, [self.codebook], before.unsqueeze(1), held, write=write, min_gain=min_gain)
+        changed = move_codes(self, sums, [self.codebook], before, held, write=write, min_gain=min_gain)
         broadcast_(*self.state_dict().values())
         self._tables.clear()
         return changed

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.contracts import Reassigned, Revival
-from lit_logits.functional.code_reassignment import CodeReassignment, Positions, hierarchical_token_statistics
+from lit_logits.functional.code_reassignment import Positions, hierarchical_token_statistics
 from lit_logits.functional.codebook import dead_codes
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.hierarchical_vq import HierarchicalCodes, gather_codes, spread_codes
@@ -94,15 +94,13 @@ class MovingHierarchy(CountsTokens):
         """Give tokens the codes of the stages that lower the loss most; clusters stay. See `move_codes`."""
         held: list[tuple[Tensor, Tensor]] = []
         sums = hierarchical_token_statistics(set_aside(positions, held), self.tensors())
-        before, bias = self.token_codes.clone(), None if self.token_bias is None else self.token_bias.clone()
 
-        def write(found: CodeReassignment) -> None:
-            self.token_codes.copy_(found.token_codes)
-            if self.token_bias is not None and bias is not None:
-                self.token_bias.copy_(bias + found.bias_shift)
+        def write(token_codes: Tensor) -> None:
+            self.token_codes.copy_(token_codes)
             self._tables.clear()
 
         stages = spread_codes(self.codes, self.num_groups).split(self.stage_sizes)
+        before = self.token_codes.clone()
         changed = move_codes(self, sums, stages, before, held, write=write, min_gain=min_gain)
         broadcast_(*self.state_dict().values())
         self._tables.clear()

@@ -16,7 +16,7 @@ from lit_logits.functional.distributed import all_reduce_sum_
 
 __all__ = ["move_codes", "set_aside"]
 
-_ONE_IN = 8  # batches are set aside
+_ONE_IN = 8  # one in as many batches is set aside
 _MAX_NUMBERS = 1 << 24  # of hidden states that are kept: 64 MiB
 # The sums take the curvature as if a token were as likely in all contexts. Where contexts differ it is higher along the
 # few directions in which the token would move, and the whole step goes too far: in a training with V = 4,096 that step
@@ -57,7 +57,7 @@ def move_codes(
     before: Tensor,
     held: Iterable[tuple[Tensor, Tensor]],
     *,
-    write: Callable[[CodeReassignment], None],
+    write: Callable[[Tensor], None],
     min_gain: float,
 ) -> Reassigned:
     """Give tokens the codes that lower the loss most on the text that was set aside, or leave them as they are.
@@ -68,10 +68,17 @@ def move_codes(
         codebooks: of each stage.
         before: (V, S) the present codes.
         held: what `set_aside` gave.
-        write: puts codes, and the shift of the bias from what it is now, into the head.
+        write: puts codes (V, S) into the head.
         min_gain: see `reassign_by_loss`.
     """
     held = list(held)
+    bias = None if head.token_bias is None else head.token_bias.clone()
+
+    def take(found: CodeReassignment) -> None:
+        write(found.token_codes)
+        if bias is not None:
+            head.token_bias.copy_(bias + found.bias_shift)
+
     was_training = head.training
     head.eval()  # else it counts the labels
     nothing = CodeReassignment(before, torch.zeros_like(statistics.mass), torch.zeros_like(statistics.mass))
@@ -79,13 +86,13 @@ def move_codes(
     best = nothing
     for damping in _DAMPINGS:
         found = reassign_by_loss(
-            statistics, codebooks, before, has_bias=head.token_bias is not None, min_gain=min_gain, damping=damping
+            statistics, codebooks, before, has_bias=bias is not None, min_gain=min_gain, damping=damping
         )
-        write(found)
+        take(found)
         loss = _mean_loss(head, held)
         if loss < lowest:
             lowest, best = loss, found
-    write(best)
+    take(best)
     head.train(was_training)
     num_held = all_reduce_sum_(statistics.mass.new_tensor(float(sum(len(labels) for _, labels in held))))
     num_positions = int(statistics.counts.sum()) + int(num_held)
