@@ -327,7 +327,9 @@ class VQExport(PushesToHub, nn.Module):
     def card_text(self) -> str:
         """What was done, for the card of the saved model."""
         size = f" {describe_head(self.head)}" if isinstance(self.head, SizedHead) else ""
-        kd_weight = getattr(self, "kd_weight", 0.0)
+        table, kd_weight = coded_table(self.backbone), getattr(self, "kd_weight", 0.0)
+        if table is not None:
+            size += f" The input table is read from {'the same codes' if table.tied else 'codes of its own'}."
         loss = (
             f"{kd_weight:g} · KL(original ‖ this) + {1 - kd_weight:g} · cross-entropy" if kd_weight else "cross-entropy"
         )
