@@ -30,9 +30,10 @@ class CodebookReassign(Callback):
     A mapping from co-occurrence is known before training; what the model has learned tells better. The head sums, over
     one reading with the weights as they are, how the loss depends on the vector of each token, and gives the token the
     codes that come nearest to what it asks for; see `functional.reassign_by_loss`. Up to an eighth of what is read is
-    set aside, and of steps of several lengths the one is taken after which the loss there is lowest, or none. Vectors
-    stay, so the moments of the optimizer stay right. A `HierarchicalVQLogitsHead` keeps its clusters. All ranks end
-    with the same codes.
+    set aside. Of steps of several lengths, and none, the longest is taken after which the loss there is within 0.05
+    nats of the lowest: right after it the loss may be that much higher, so leave time to train. Vectors stay, so the
+    moments of the optimizer stay right. A `HierarchicalVQLogitsHead` keeps its clusters. All ranks end with the same
+    codes.
 
     Logs `vq/reassigned`, the share of the tokens that got other codes, and `vq/reassign_gain`, by how many nats a token
     the loss fell on what was set aside.

@@ -23,6 +23,7 @@ from lit_logits.functional import (
     vq_token_statistics,
 )
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
+from lit_logits.modules.vq_logits import reassigning
 from lit_logits.modules.vq_logits.reassigning import set_aside
 
 V, D = 24, 6
@@ -189,6 +190,34 @@ def test_the_loss_falls_where_the_whole_step_goes_too_far():
         after = float(head.loss(*fresh))
     assert after < before - 0.3
     assert after - before == pytest.approx(-told.gain, abs=0.3)  # measured on other text
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ((4.9, 4.8, 4.6, 4.66), 4.0),
+        ((5.3, 5.01, 5.0, 4.99), 2.0),  # at most 0.05 above the lowest
+        ((4.5, 4.5, 4.5, 4.5), 1.0),
+        ((5.2, 5.2, 5.2, 5.2), None),
+        ((float("nan"), 4.9, 4.9, 4.9), 2.0),
+        ((float("nan"),) * 4, None),
+    ],
+)
+def test_the_longest_step_that_is_nearly_the_best_is_taken(losses, chosen, monkeypatch):
+    head = random_head(TWO, std=0.3).eval()
+    seen = iter([5.0, *losses])
+    monkeypatch.setattr(reassigning, "_mean_loss", lambda *_: next(seen))
+    data = positions(num=20_000)
+    others = list(set_aside(data, []))
+    sums = hierarchical_token_statistics(others, head.tensors())
+    before = head.token_codes.clone()
+    expected = before
+    if chosen is not None:
+        expected = reassign_by_loss(sums, head.codes.split([4, 3]), before, damping=chosen).token_codes
+        assert not torch.equal(expected, before)
+    told = head.reassign(data)
+    assert torch.equal(head.token_codes, expected)
+    assert told.num_tokens == int((expected != before).any(1).sum())
 
 
 def test_an_eighth_is_set_aside_and_nothing_is_lost():
