@@ -248,12 +248,16 @@ class ReassigningHead(Protocol):
         """Return whether this head can, with its settings."""
         ...
 
-    def reassign(self, positions: Iterable[tuple[Tensor, Tensor]], *, min_gain: float = 2.0) -> Reassigned:
+    def reassign(
+        self, positions: Iterable[tuple[Tensor, Tensor]], *, min_gain: float = 2.0, slack: float = 0.0
+    ) -> Reassigned:
         """Give tokens the codes that lower the loss most; every rank must call it.
 
         Args:
             positions: hidden states (N, d) and the tokens (N,) that follow them, a batch at a time.
             min_gain: nats, summed over all positions, that the change of a code must gain.
+            slack: nats a token by which the loss may be higher, right after, than the lowest one found, for the sake of
+                a longer step.
         """
         ...
 

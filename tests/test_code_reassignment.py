@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookReassign, CodebookReinit
-from lit_logits.contracts import ReassigningHead
+from lit_logits.contracts import Reassigned, ReassigningHead
 from lit_logits.datamodules import TextDataModule
 from lit_logits.functional import (
     TokenStatistics,
@@ -193,18 +193,20 @@ def test_the_loss_falls_where_the_whole_step_goes_too_far():
 
 
 @pytest.mark.parametrize(
-    ("losses", "chosen"),
+    ("losses", "slack", "chosen"),
     [
-        ((4.9, 4.8, 4.7, 4.6), 8.0),
-        ((4.9, 4.8, 4.6, 4.66), 4.0),
-        ((5.3, 5.01, 5.0, 4.99), 2.0),  # at most 0.05 above the lowest
-        ((4.5, 4.5, 4.5, 4.5), 1.0),
-        ((5.2, 5.2, 5.2, 5.2), None),
-        ((float("nan"), 4.9, 4.9, 4.9), 2.0),
-        ((float("nan"),) * 4, None),
+        ((4.9, 4.8, 4.7, 4.6), 0.05, 8.0),
+        ((4.9, 4.8, 4.6, 4.66), 0.05, 4.0),
+        ((5.3, 5.01, 5.0, 4.99), 0.05, 2.0),  # at most that much above the lowest
+        ((5.3, 5.01, 5.0, 4.99), 0.015, 4.0),
+        ((5.3, 5.01, 5.0, 4.99), 0.0, 8.0),
+        ((4.5, 4.5, 4.5, 4.5), 0.05, 1.0),
+        ((5.2, 5.2, 5.2, 5.2), 0.05, None),
+        ((float("nan"), 4.9, 4.9, 4.9), 0.05, 2.0),
+        ((float("nan"),) * 4, 0.05, None),
     ],
 )
-def test_the_longest_step_that_is_nearly_the_best_is_taken(losses, chosen, monkeypatch):
+def test_the_longest_step_that_is_nearly_the_best_is_taken(losses, slack, chosen, monkeypatch):
     head = random_head(TWO, std=0.1).eval()
     seen = iter([5.0, *losses])
     monkeypatch.setattr(reassigning, "_mean_loss", lambda *_: next(seen))
@@ -216,7 +218,7 @@ def test_the_longest_step_that_is_nearly_the_best_is_taken(losses, chosen, monke
     if chosen is not None:
         expected = reassign_by_loss(sums, head.codes.split([4, 3]), before, damping=chosen).token_codes
         assert not torch.equal(expected, before)
-    told = head.reassign(data)
+    told = head.reassign(data, slack=slack)
     assert torch.equal(head.token_codes, expected)
     assert told.num_tokens == int((expected != before).any(1).sum())
 
@@ -302,6 +304,32 @@ def test_codes_change_at_the_steps_and_training_goes_on(head, texts, tmp_path, c
     assert told["vq/reassign_gain"] > 0
     assert callback.last_step == 4  # not at the last step, after which nothing would train
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("length", "shares"),
+    [
+        ({"steps": 12}, [2 / 3, 1 / 3]),
+        ({"steps": -1, "max_epochs": 2, "limit_train_batches": 6}, [2 / 3, 1 / 3]),
+        ({"steps": -1, "max_epochs": 1, "limit_train_batches": 16}, [3 / 4, 1 / 2]),
+        ({"steps": -1, "max_epochs": -1}, [1, 1]),  # the end is not known
+    ],
+)
+def test_a_late_step_is_a_careful_one(length, shares, texts, tmp_path, monkeypatch):
+    seen = []
+
+    def reassign(self, positions, *, min_gain, slack):
+        seen.append(slack)
+        return Reassigned(0, 0.0, sum(len(labels) for _, labels in positions))
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 9
+
+    monkeypatch.setattr(HierarchicalVQLogitsHead, "reassign", reassign)
+    callbacks = [CodebookReassign([4, 8], num_tokens=50), Stop()]
+    run(tmp_path, texts, callbacks=callbacks, **length)
+    assert seen == pytest.approx([0.05 * share for share in shares])
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -190,7 +190,7 @@ class MovingCodes(CountsTokens):
         return self.mapping == "fixed" and self.latents is None
 
     @torch.no_grad()
-    def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
+    def reassign(self, positions: Positions, *, min_gain: float = 2.0, slack: float = 0.0) -> Reassigned:
         """Give tokens the codes that lower the loss most, on all ranks those of rank 0; see `move_codes`."""
         held: list[tuple[Tensor, Tensor]] = []
         others, cap = set_aside(positions, held), self.logit_cap
@@ -201,7 +201,7 @@ class MovingCodes(CountsTokens):
             self.token_to_code.copy_(token_codes.squeeze(1))
             self._tables.clear()
 
-        changed = move_codes(self, sums, [self.codebook], before, held, write=write, min_gain=min_gain)
+        changed = move_codes(self, sums, [self.codebook], before, held, write=write, min_gain=min_gain, slack=slack)
         broadcast_(*self.state_dict().values())
         self._tables.clear()
         return changed

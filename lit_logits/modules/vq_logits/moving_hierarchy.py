@@ -90,7 +90,7 @@ class MovingHierarchy(CountsTokens):
         return True
 
     @torch.no_grad()
-    def reassign(self, positions: Positions, *, min_gain: float = 2.0) -> Reassigned:
+    def reassign(self, positions: Positions, *, min_gain: float = 2.0, slack: float = 0.0) -> Reassigned:
         """Give tokens the codes of the stages that lower the loss most; clusters stay. See `move_codes`."""
         held: list[tuple[Tensor, Tensor]] = []
         sums = hierarchical_token_statistics(set_aside(positions, held), self.tensors())
@@ -101,7 +101,7 @@ class MovingHierarchy(CountsTokens):
 
         stages = spread_codes(self.codes, self.num_groups).split(self.stage_sizes)
         before = self.token_codes.clone()
-        changed = move_codes(self, sums, stages, before, held, write=write, min_gain=min_gain)
+        changed = move_codes(self, sums, stages, before, held, write=write, min_gain=min_gain, slack=slack)
         broadcast_(*self.state_dict().values())
         self._tables.clear()
         return changed

@@ -23,9 +23,6 @@ _MAX_NUMBERS = 1 << 24  # of hidden states that are kept: 64 MiB
 # few directions in which the token would move, and the whole step goes too far: in a training with V = 4,096 that step
 # promised 0.50 nats and gained 0.00 where half of it gained 0.14, and later on it cost 0.32.
 _DAMPINGS = (1.0, 2.0, 4.0, 8.0)
-# Nats: a longer step is worth this much at once, as vectors then learn to serve the tokens that they got. In the demo
-# the step of the lowest loss moved a fifth of the tokens and ended at 84.5 and 85.5, one that cost 0.02 more at 83.4.
-_SLACK = 0.05
 
 
 def set_aside(positions: Positions, held: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,8 +60,9 @@ def move_codes(
     *,
     write: Callable[[Tensor], None],
     min_gain: float,
+    slack: float,
 ) -> Reassigned:
-    """Give tokens other codes by the longest step that is nearly the best on the text that was set aside, or by none.
+    """Give tokens other codes by the longest step within `slack` of the best on the text that was set aside, or by none.
 
     Args:
         head: whose `loss` is taken.
@@ -74,6 +72,7 @@ def move_codes(
         held: what `set_aside` gave.
         write: puts codes (V, S) into the head.
         min_gain: see `reassign_by_loss`.
+        slack: nats a token.
     """
     held = list(held)
     bias = None if head.token_bias is None else head.token_bias.clone()
@@ -96,7 +95,7 @@ def move_codes(
         tried.append((_mean_loss(head, held), found))
     tried.append((start, nothing))
     lowest = min((loss for loss, _ in tried if not math.isnan(loss)), default=start)
-    loss, best = next(((loss, found) for loss, found in tried if loss <= lowest + _SLACK), (start, nothing))
+    loss, best = next(((loss, found) for loss, found in tried if loss <= lowest + slack), (start, nothing))
     take(best)
     head.train(was_training)
     num_held = all_reduce_sum_(statistics.mass.new_tensor(float(sum(len(labels) for _, labels in held))))
