@@ -41,4 +41,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, partial(torch.save, checkpoint))
+        replace_file(target, partial(_write, checkpoint))
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a file with torch, which has a RuntimeError about positions in place of what the system says."""
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error

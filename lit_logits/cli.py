@@ -4,7 +4,9 @@ A recipe that is not a file here is looked up among those that the package ships
 wherever the package is installed.
 """
 
+import errno
 import gc
+import logging
 import os
 import pickle
 import pkgutil
@@ -12,7 +14,7 @@ import re
 import signal
 import sys
 import traceback
-import zipfile
+import warnings
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +27,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonito
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard.summary import hparams
@@ -37,6 +39,8 @@ from lit_logits.callbacks.atomic_checkpoints import AtomicCheckpointIO
 from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
+from lit_logits.callbacks.resume_check import ResumeCheck
+from lit_logits.run_folders import best_checkpoint, claim_version, last_checkpoint, runs_folder
 
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 
@@ -47,6 +51,8 @@ for _package in (lit_logits, modules, callbacks, datamodules):
             import_module(_module.name)
     for _name in _package.__all__:
         getattr(_package, _name)
+
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 
 # A recipe can give `init_args` only to classes, and transformers' schedules are functions. After its end this one stays
 # at its floor, where `OneCycleLR` raises and the other cosines of torch and transformers rise again.
@@ -106,7 +112,11 @@ _SOURCE_ARGUMENTS = {
 class _Parser(LightningArgumentParser):
     """A parser whose errors explain arguments that have moved or changed their names since version 0.1."""
 
+    def print_usage(self, file: Any = None) -> None:
+        """Leave it out: it is hundreds of lines above the one that helps."""
+
     def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
+        """Add what has become of an argument to what is wrong with it."""
         old = next((name for name in _HEAD_ARGUMENTS if f"'{name}'" in message and "VQLogitsLM" in message), None)
         if old is not None:
             head = "ResidualVQLogitsHead" if old in _RESIDUAL else "VQLogitsHead"
@@ -151,10 +161,11 @@ class LitLogitsCLI(LightningCLI):
     """LightningCLI with the library's classes by their short names, and runs that leave a record.
 
     Runs are kept in `runs/RECIPE`, or without a recipe under the model's name; `--ckpt_path last` takes the newest
-    there. A model whose `vocab_size` or `num_classes` is not given gets that of the data. These callbacks are added: a
-    `LastCheckpoint`, a `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a terminal) and, to
-    predict, a `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same purpose, or if the
-    Trainer's switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
+    there, `--ckpt_path best` the best checkpoint of that run. A model whose `vocab_size` or `num_classes` is not given
+    gets that of the data. These callbacks are added: a `LastCheckpoint` and a `ResumeCheck`, a `LearningRateMonitor`, a
+    progress bar (a `LineProgress` if the output is not a terminal) and, to predict, a `PredictionWriter`. Each is left
+    out if `trainer.callbacks` has one for the same purpose, or if the Trainer's switch is off (`enable_checkpointing`,
+    `logger`, `enable_progress_bar`).
 
     Args:
         args: the arguments as on the command line, or as a dict; None takes `sys.argv`.
@@ -200,18 +211,22 @@ class LitLogitsCLI(LightningCLI):
         for logger in loggers:
             if logger.get("name") == "lightning_logs":
                 logger.name = recipes[-1] if recipes else config.model.class_path.rpartition(".")[2]
-        folder = next((_runs_folder(logger) for logger in loggers), None)  # checkpoints go to the first logger's
+        folder = next((runs_folder(logger) for logger in loggers), None)  # checkpoints go to the first logger's
         job = os.environ.get("SLURM_JOB_ID")
         if job and folder and config.trainer.get("default_root_dir") is None:
             # What Lightning saves when a job is requeued, and looks for when it starts: of this job alone.
             config.trainer.default_root_dir = str(folder / f"job_{job}")
-        if config.get("ckpt_path") == "last" and folder:
+        wanted = config.get("ckpt_path")
+        if wanted in ("last", "best") and folder:
             # Lightning itself looks into the folder of the new run, which is empty.
-            found = _last_checkpoint(folder)
+            found = last_checkpoint(folder) if wanted == "last" else best_checkpoint(folder)
             if found is None:
-                self.parser.error(f"Expected `ckpt_path: last` to find {folder}/*/checkpoints/last.ckpt, got none.")
+                kept = "" if wanted == "last" else " and the best one that its `ModelCheckpoint` kept"
+                self.parser.error(
+                    f"Expected `ckpt_path: {wanted}` to find {folder}/*/checkpoints/last.ckpt{kept}, got none."
+                )
             config.ckpt_path = str(found)
-            rank_zero_info(f"`ckpt_path: last` is {config.ckpt_path}.")
+            rank_zero_info(f"`ckpt_path: {wanted}` is {config.ckpt_path}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer, with the default callbacks that the class lists."""
@@ -219,6 +234,8 @@ class LitLogitsCLI(LightningCLI):
         chosen = config.callbacks if isinstance(config.callbacks, list) else [c for c in [config.callbacks] if c]
         if config.enable_checkpointing is not False and not any(getattr(c, "save_last", False) for c in chosen):
             chosen.append(LastCheckpoint())
+        if config.enable_checkpointing is not False and not any(isinstance(c, ResumeCheck) for c in chosen):
+            chosen.append(ResumeCheck())
         if config.logger is not False and not any(isinstance(c, LearningRateMonitor) for c in chosen):
             chosen.append(LearningRateMonitor(logging_interval="step"))
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in chosen):
@@ -231,6 +248,9 @@ class LitLogitsCLI(LightningCLI):
             kwargs = {"plugins": [*plugins, AtomicCheckpointIO()], **kwargs}
         if config.logger is False:
             self.save_config_callback = None  # without a run folder, it would write into the working directory
+        elif rank_zero_only.rank == 0 and not config.fast_dev_run:
+            for logger in config.logger if isinstance(config.logger, list) else [config.logger]:
+                claim_version(logger)
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})
 
     def after_fit(self) -> None:
@@ -248,22 +268,6 @@ def _has_arguments(logger: Any) -> bool:
     return arguments is not None and bool(arguments.get("save_dir"))
 
 
-def _runs_folder(logger: Namespace) -> Path:
-    """Return where a logger keeps its runs; that of Weights & Biases calls the name a project."""
-    return Path(logger.save_dir, logger.get("project") or logger.get("name") or "")
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest `last.ckpt` of the runs in a folder that is whole; tell of newer ones that are not."""
-    found = [*folder.glob("*/checkpoints/last*.ckpt"), *folder.glob("checkpoints/last*.ckpt")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        # A file of torch is a zip archive, whose table of contents is its end. Sharded checkpoints are folders.
-        if path.is_dir() or zipfile.is_zipfile(path):
-            return path
-        rank_zero_warn(f"`ckpt_path: last` skips {path}: it is cut off or no checkpoint ({path.stat().st_size} bytes).")
-    return None
-
-
 def main(args: ArgsType = None) -> None:
     """Run the command line: the `lit-logits` command and `train.py`.
 
@@ -275,28 +279,57 @@ def main(args: ArgsType = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     args, debug = _without_debug(args)
+    _silence_others()
     try:
         LitLogitsCLI(args)
     except SIGTERMException:  # else `fit && test` would go on
         raise SystemExit(128 + signal.SIGTERM) from None
-    except pickle.UnpicklingError as error:
-        _stop(
-            "Expected the checkpoint to hold tensors and plain data, but loading it would run code of its"
-            f" author. If you trust it, add `--weights_only false`. {error}",
-            debug,
-        )
-    except (ValueError, TypeError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not _is_ours(cause):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+    except (pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError) as error:
+        explanation = _explanation(error)
+        if explanation is None:
             raise
-        _stop(str(cause), debug)
+        _stop(explanation, debug)
     if dist.is_available() and dist.is_initialized():
         # Threads of gloo may still hold tensors of the last collective, and to drop them while the interpreter ends
         # aborts it. The threads are joined when the group is freed, so first free what holds it in reference cycles.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _silence_others() -> None:
+    """Leave out what Lightning says of other products, and what torch says to Lightning."""
+    warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
+
+
+def _explanation(error: BaseException) -> str | None:
+    """Return what an error means for who runs the command line, or None if only its traceback helps."""
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "Expected the checkpoint to hold tensors and plain data, but loading it would run code of its author. If"
+            f" you trust it, add `--weights_only false`. {error}"
+        )
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        return (
+            f"Expected to be able to read and write {error.filename}, but got: {error.strerror}. Make room or give"
+            " rights there, or choose another place: runs are kept in `--trainer.logger.save_dir`, caches in"
+            " `--data.cache_dir` or `$XDG_CACHE_HOME`."
+        )
+    if isinstance(error, RuntimeError) and "loading state_dict for" in str(error):
+        differences = [line.strip() for line in str(error).splitlines()[1:]]
+        return (
+            f"Expected the checkpoint to be of the same model, but got other weights: {differences[0][:300]} Resume"
+            " with the config.yaml of the run, or leave `ckpt_path` out."
+        )
+    cause: BaseException | None = error
+    while cause is not None and not _is_ours(cause):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else str(cause)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel  # noqa: F401  (short names)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ import lit_logits
 from lit_logits.callbacks import AtomicCheckpointIO, LastCheckpoint, LineProgress, LogitCacheWriter, PredictionWriter
 from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
 from lit_logits.datamodules import TextDataModule
+from lit_logits.run_folders import claim_version
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -342,22 +345,18 @@ def test_sigterm_is_told_to_the_shell(monkeypatch):
     assert exit_.value.code == 143
 
 
-def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
     """A full disk left an empty file in the place of the checkpoint, or a new folder with one beside the good one."""
     path = tmp_path / "new folder" / "last.ckpt"
     writes = AtomicCheckpointIO()
     writes.save_checkpoint({"step": 1}, path)
-    save = torch.save
-
-    def full(value, target):
-        save(value, target)
-        with open(target, "r+b") as file:
-            file.truncate(100)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        writes.save_checkpoint({"step": 2}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*last.ckpt.partial'"):
+            writes.save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.load(path) == {"step": 1}
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -397,6 +396,98 @@ def test_ckpt_path_last_skips_what_is_cut_off(recwarn):
     newest.write_bytes(newest.read_bytes()[:1000])
     assert fit("--trainer.logger.name=parts", "--ckpt_path=last", steps=4).model.steps_seen[0] == 2
     assert any("skips runs/parts/version_1/checkpoints/last.ckpt: it is cut off" in str(w.message) for w in recwarn)
+
+
+def test_ckpt_path_best_is_that_of_the_newest_run(capsys):
+    keep = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
+    fit(*keep, "--trainer.callbacks.filename=first", steps=4)
+    fit(*keep, "--trainer.callbacks.filename=best", steps=5)
+    assert cli("validate", "--ckpt_path=best").config.validate.ckpt_path.endswith("version_1/checkpoints/best.ckpt")
+    Path("runs/CountingLM/version_1/checkpoints/best.ckpt").unlink()
+    with pytest.raises(SystemExit):
+        cli("test", "--ckpt_path=best")
+    assert "and the best one that its `ModelCheckpoint` kept, got none" in capsys.readouterr().err
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
+    """The folder was made at the first entry of the log, so that both took `version_0`."""
+    loggers = [kind(tmp_path, name="runs") for kind in (TensorBoardLogger, TensorBoardLogger, CSVLogger)]
+    for logger in loggers:
+        claim_version(logger)
+    assert [logger.version for logger in loggers] == [0, 1, 2]
+    assert [Path(logger.log_dir).name for logger in loggers] == ["version_0", "version_1", "version_2"]
+    given = TensorBoardLogger(tmp_path, name="runs", version=1)
+    claim_version(given)
+    assert given.version == 1
+    run = fit(steps=1).trainer
+    assert Path(run.log_dir).name == "version_0"
+    assert Path("runs/CountingLM").is_dir()
+    fit("--trainer.fast_dev_run=true")
+    assert [entry.name for entry in Path("runs/CountingLM").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--model.optimizer=SGD", "--model.optimizer.lr=0.01"], "Expected the optimizer of the checkpoint, AdamW, to"),
+        (["--data.size=7"], "of the same model, but got other weights: size mismatch for logits.weight"),
+    ],
+)
+def test_to_resume_with_something_else_is_refused_in_words(changes, expected, capsys):
+    fit(steps=2)
+    arguments = ["fit", "--model=CountingLM", "--data=CountingData", "--trainer.accelerator=cpu", *changes]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--trainer.max_steps=3", "--ckpt_path=last"])
+    assert expected in str(stopped.value)
+    assert "config.yaml" in str(stopped.value)
+
+
+@pytest.mark.parametrize("schedule", [[], ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=1"]])
+def test_settings_that_a_checkpoint_keeps_are_told(schedule, recwarn):
+    adam = ["--model.optimizer=Adam", *schedule]
+    fit(*adam, "--model.optimizer.lr=0.01", steps=2)
+    again = fit(*adam, "--model.optimizer.lr=0.02", "--model.optimizer.eps=1e-5", "--ckpt_path=last", steps=3)
+    told = [str(w.message) for w in recwarn if "settings of its checkpoint" in str(w.message)]
+    assert told == ["The run resumes with the settings of its checkpoint: lr 0.01 (here 0.02), eps 1e-08 (here 1e-05)."]
+    assert again.trainer.optimizers[0].param_groups[0]["eps"] == 1e-8
+    recwarn.clear()
+    fit(*adam, "--model.optimizer.lr=0.01", "--ckpt_path=last", "--trainer.logger.version=0", steps=4)
+    assert not [w for w in recwarn if "settings of its checkpoint" in str(w.message)]
+
+
+@pytest.mark.parametrize(("error", "is_explained"), [(28, True), (13, True), (30, True), (2, False)])
+def test_a_full_disk_or_one_without_rights_is_explained(error, is_explained, monkeypatch):
+    def run(*_):
+        raise OSError(error, os.strerror(error), "runs/x")
+
+    monkeypatch.setattr("lit_logits.cli.LitLogitsCLI", run)
+    with pytest.raises(SystemExit if is_explained else OSError, match=re.escape(os.strerror(error))) as stopped:
+        main(["fit"])
+    assert not is_explained or "read and write runs/x" in str(stopped.value)
+
+
+def test_a_run_folder_that_cannot_be_made_is_explained(capsys):
+    Path("file").write_text("")
+    arguments = ["fit", "--model=CountingLM", "--data=CountingData", "--trainer.max_steps=1"]
+    with pytest.raises(SystemExit, match=r"Expected to be able to read and write file/runs/CountingLM.*--trainer.log"):
+        main([*arguments, "--trainer.accelerator=cpu", "--trainer.logger.save_dir=file/runs"])
+
+
+def test_a_slip_is_told_without_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        fit("--model.bacbone=x")
+    told = capsys.readouterr().err
+    assert "'bacbone' is not accepted" in told
+    assert "usage:" not in told
+    assert len(told.splitlines()) < 20
+
+
+def test_others_are_silent(capsys, recwarn):
+    """Lightning advertises, and torch deprecates what Lightning uses."""
+    main(["fit", "--model=CountingLM", "--data=CountingData", "--trainer.max_steps=1", "--trainer.accelerator=cpu"])
+    shown = capsys.readouterr()
+    assert "Tip:" not in shown.out + shown.err
+    assert not [w for w in recwarn if "LeafSpec" in str(w.message)]
 
 
 def test_the_package_is_a_command_that_tells_its_version():

@@ -62,7 +62,7 @@ def move_codes(
     min_gain: float,
     slack: float,
 ) -> Reassigned:
-    """Give tokens other codes by the longest step within `slack` of the best on the text that was set aside, or by none.
+    """Give tokens other codes by the longest step within `slack` of the best on the text set aside, or by none.
 
     Args:
         head: whose `loss` is taken.
