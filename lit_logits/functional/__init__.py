@@ -90,13 +90,14 @@ from lit_logits.functional.dual_head_kd import (
     mse_logit_loss,
 )
 from lit_logits.functional.dynamic_fusion import (
+    FusionCriterion,
     FusionMode,
     FusionSolver,
     FusionWeights,
-    expert_divergences,
     fuse_logits,
     fusion_weights,
 )
+from lit_logits.functional.fusion_problem import expert_divergences
 from lit_logits.functional.gld_fusion import (
     GraphNodes,
     NodeStrengths,
@@ -177,6 +178,7 @@ from lit_logits.functional.neural_collapse import (
     relative_spread,
     simplex_gap,
 )
+from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.functional.reductions import (
     Reduction,
     at_least_float32,
@@ -245,6 +247,7 @@ __all__ = [
     "CodeSplit",
     "DenseTarget",
     "Footprint",
+    "FusionCriterion",
     "FusionMode",
     "FusionSolver",
     "FusionWeights",
@@ -359,6 +362,7 @@ __all__ = [
     "positive_pmi",
     "ppl_floor",
     "project_conflicting_gradient",
+    "prompt_fusion_weights",
     "random_assignment",
     "reassign_by_loss",
     "reassign_tokens",

@@ -18,15 +18,27 @@ References:
 """
 
 import itertools
-from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lit_logits.functional.checks import check_not_negative
+from lit_logits.functional.fusion_criteria import (
+    acting_shifts,
+    divergences_at,
+    entropy,
+    equal_weights,
+)
+from lit_logits.functional.fusion_problem import (
+    FusionProblem,
+    check_bounds,
+    check_fusion_shapes,
+    pose_fusion,
+    promoted,
+)
 from lit_logits.functional.fusion_search import (
     FusionPoint,
-    FusionProblem,
     better,
     distance,
     pick_expert,
@@ -34,12 +46,21 @@ from lit_logits.functional.fusion_search import (
     search_lines,
 )
 
-__all__ = ["FusionMode", "FusionSolver", "FusionWeights", "expert_divergences", "fuse_logits", "fusion_weights"]
+__all__ = [
+    "FusionCriterion",
+    "FusionMode",
+    "FusionSolver",
+    "FusionWeights",
+    "fuse_logits",
+    "fusion_weights",
+]
 
 FusionSolver = Literal["tilting", "grid"]
 FusionMode = Literal["single", "joint"]
+FusionCriterion = Literal["distance", "equal", "uncertain"]
 
 _MAX_GRID = 10_000
+_MIN_ENTROPY = 0.5
 
 
 class FusionWeights(NamedTuple):
@@ -47,7 +68,8 @@ class FusionWeights(NamedTuple):
 
     Attributes:
         alpha: (S, B) weight of each expert.
-        objective: (B,) the sum of squares that is minimised, in nats².
+        objective: (B,) what the criterion leaves, in nats², before `scale` and `min_entropy`; of `distance` the sum of
+            squares that is minimised.
         kl_forward: (B,) KL(P~ ‖ P) in nats.
         kl_reverse: (B,) KL(P ‖ P~) in nats.
         num_evals: fused distributions that were evaluated for a sequence and, with `single`, an expert: the number of
@@ -83,10 +105,10 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
         >>> fuse_logits(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[[0.0, 4.0]]]), torch.tensor([[0.5]]))
         tensor([[0., 2.]])
     """
-    _check_shapes(large_logits, base_logits, expert_logits)
+    check_fusion_shapes(large_logits, base_logits, expert_logits)
     if alpha.shape != expert_logits.shape[:2]:
         raise ValueError(f"Expected `alpha` of shape {tuple(expert_logits.shape[:2])}, but got {tuple(alpha.shape)}.")
-    large, base, experts = _promoted(large_logits, base_logits, expert_logits)
+    large, base, experts = promoted(large_logits, base_logits, expert_logits)
     fused = large
     for expert, weight in zip(experts, alpha.to(large.dtype).unsqueeze(-1), strict=True):
         moved = weight * (expert - base)
@@ -96,44 +118,19 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
     return fused
 
 
-def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute KL(Q_t ‖ Q) and KL(Q ‖ Q_t) in nats, over the tokens that both can emit.
-
-    Args:
-        base_logits: (B, V).
-        expert_logits: (S, B, V).
-
-    Returns:
-        Two tensors (S, B).
-
-    Example:
-        >>> forward, reverse = expert_divergences(torch.zeros(1, 2), torch.tensor([[[0.0, 1.0986]]]))
-        >>> forward, reverse
-        (tensor([[0.1308]]), tensor([[0.1438]]))
-    """
-    base, experts = _promoted(base_logits, expert_logits)
-    log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
-    difference = log_p - log_q
-    if not bool(difference.isfinite().all()):  # a token is ruled out; masks cost passes over V
-        support = (base > -torch.inf) & (experts > -torch.inf)
-        log_q, log_p = (logits.masked_fill(~support, -torch.inf).log_softmax(-1) for logits in (base, experts))
-        difference = (log_p - log_q).masked_fill(~support, 0.0)
-    with torch.autocast(base.device.type, enabled=False):  # which would sum in half precision
-        # Rounding may leave a divergence of equals a little below 0.
-        forward = torch.linalg.vecdot(log_p.exp(), difference).clamp(min=0)
-        return forward, -torch.linalg.vecdot(log_q.exp(), difference).clamp(max=0)
-
-
 @torch.no_grad()
 def fusion_weights(
     large_logits: Tensor,
     base_logits: Tensor,
     expert_logits: Tensor,
     *,
+    criterion: FusionCriterion = "distance",
     solver: FusionSolver = "tilting",
     mode: FusionMode = "single",
     bounds: tuple[float, float] = (0.0, 2.0),
     step: float = 0.1,
+    scale: float = 1.0,
+    min_entropy: float | None = None,
 ) -> FusionWeights:
     """Find the weights α of the experts, for each sequence on its own; nothing is carried over from another step.
 
@@ -144,19 +141,26 @@ def fusion_weights(
         large_logits: (B, V) of the large model.
         base_logits: (B, V) of the small base.
         expert_logits: (S, B, V) of the experts.
-        solver: `tilting`: A and its derivatives give f, g and their slopes in one pass over V. As f and g grow with α
-            and A is convex, a few points of the grid prove that no other can win, and a secant search next to the best
-            of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid. Where a few tokens hold
-            nearly all the mass there may be two minima, and a lower one between other points. Three to six passes for
-            most sequences. `grid`: the paper's search.
+        criterion: what α is to reach. `distance`: the paper's, as above. `equal`: the fused distribution is as far from
+            the large model as from the fully moved one, KL(P~_α ‖ P) = KL(P~_α ‖ P~_1), with α between 0 and 1; of
+            several experts the one that differs most from the base acts, or with `joint` all of them alike. The
+            objective is then the square of the difference. `uncertain`: the same experts act with α = 1 where the large
+            model is uncertain, see `min_entropy`; the objective is 0.
+        solver: of `distance`. `tilting`: A and its derivatives give f, g and their slopes in one pass over V. As f and
+            g grow with α and A is convex, a few points of the grid prove that no other can win, and a secant search
+            next to the best of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid. Where a
+            few tokens hold nearly all the mass there may be two minima, and a lower one between other points. Three to
+            six passes for most sequences. `grid`: the paper's search.
         mode: `single`: one expert acts at a step, the best of S searches along a line; the lowest number among equals.
             `joint`: all may act, never worse than `single`.
         bounds: smallest and largest α, 0 ≤ smallest ≤ largest.
         step: distance of the points of the grid, which starts at the smallest α; `tilting` looks at these points too.
+        scale: factor on the α that is found, before it is cut to the bounds.
+        min_entropy: nats; α is 0 where the entropy of the large model is lower. Default 0.5 with `uncertain`, else 0.
 
     Raises:
         ValueError: If shapes do not fit, logits are NaN or +inf, no token is possible for a sequence, bounds cross or
-            are infinite, or a joint grid is too fine.
+            are infinite, `scale` or `min_entropy` is negative, or a joint grid is too fine.
 
     Example:
         >>> base, expert = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[[1.0, 0.0, 4.0]]])
@@ -165,79 +169,40 @@ def fusion_weights(
         >>> fusion_weights(base, base, base.unsqueeze(0)).alpha  # expert = base: the large model itself
         tensor([[0.]])
     """
-    low, high = _check_bounds(bounds, step)
+    low, high = check_bounds(bounds, step)
     if solver not in ("tilting", "grid"):
         raise ValueError(f"Expected `solver` to be 'tilting' or 'grid', but got {solver!r}.")
     if mode not in ("single", "joint"):
         raise ValueError(f"Expected `mode` to be 'single' or 'joint', but got {mode!r}.")
+    if criterion not in get_args(FusionCriterion):
+        raise ValueError(f"Expected `criterion` to be one of {get_args(FusionCriterion)}, but got {criterion!r}.")
+    check_not_negative(scale=scale, min_entropy=min_entropy or 0.0)
+    jointly = mode == "joint"
     with torch.autocast(large_logits.device.type, enabled=False):  # which would sum in half precision
-        problem = _pose(large_logits, base_logits, expert_logits)
-        points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
-        best, num_evals = (
-            _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
-        )
+        problem = pose_fusion(large_logits, base_logits, expert_logits)
+        if criterion == "distance":
+            points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
+            found = _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
+            (alpha, objective, *divergences), num_evals = found
+            objective = len(problem.forward) * objective + _spread(problem)
+        elif criterion == "equal":
+            alpha, objective, num_evals = equal_weights(problem, jointly=jointly)
+        else:
+            alpha, num_evals = acting_shifts(problem, jointly=jointly)[1], 0
+            objective = torch.zeros_like(alpha[0])
+        floor = _MIN_ENTROPY if min_entropy is None and criterion == "uncertain" else min_entropy
+        if criterion != "distance" or scale != 1 or floor:
+            alpha = torch.where(alpha > 0, (scale * alpha).clamp(low, high), 0.0)
+            if floor:
+                alpha = alpha * (entropy(problem) >= floor)
+            divergences, num_evals = [*divergences_at(problem, alpha)], num_evals + 1
+    return FusionWeights(alpha, objective, *divergences, num_evals)
+
+
+def _spread(problem: FusionProblem) -> Tensor:
+    """Return the part of the objective that α does not move: Σ_t (f − a_t)² = S (f − ā)² + Σ_t (a_t − ā)²."""
     forward, reverse = problem.forward, problem.reverse
-    # The part of the objective that α does not move: Σ_t (f − a_t)² = S (f − ā)² + Σ_t (a_t − ā)².
-    spread = (forward - forward.mean(0)).square().sum(0) + (reverse - reverse.mean(0)).square().sum(0)
-    objective = len(forward) * best.objective + spread
-    return FusionWeights(best.alpha, objective, best.kl_forward, best.kl_reverse, num_evals)
-
-
-# ---------------------------------------------------------------------- posing the problem
-
-
-def _promoted(*all_logits: Tensor) -> list[Tensor]:
-    """Return the logits in one dtype, at least float32."""
-    dtype = reduce(torch.promote_types, (logits.dtype for logits in all_logits), torch.float32)
-    return [logits.to(dtype) for logits in all_logits]
-
-
-def _check_shapes(large: Tensor, base: Tensor, experts: Tensor) -> None:
-    fits = large.ndim == 2 and base.shape == large.shape and experts.ndim == 3 and experts.shape[1:] == large.shape
-    if not fits or len(experts) == 0:
-        raise ValueError(
-            "Expected `large_logits` and `base_logits` of one shape (B, V) and `expert_logits` of shape (S, B, V) with"
-            f" S at least 1, but got {tuple(large.shape)}, {tuple(base.shape)} and {tuple(experts.shape)}."
-        )
-
-
-def _check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, float]:
-    low, high = bounds
-    if not 0 <= low <= high < torch.inf:
-        raise ValueError(
-            f"Expected `bounds` to be (smallest, largest) with 0 ≤ smallest ≤ largest < ∞, but got {bounds}."
-        )
-    if not step > 0:
-        raise ValueError(f"Expected `step` to be positive, but got {step}.")
-    return float(low), float(high)
-
-
-def _pose(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:
-    """Check the logits, cut them to the tokens that all models can emit, and centre Δ."""
-    _check_shapes(large_logits, base_logits, expert_logits)
-    large, base, experts = _promoted(large_logits, base_logits, expert_logits)
-    all_finite = True
-    for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
-        lowest, highest = logits.aminmax()
-        if not bool(highest < torch.inf):  # NaN is not below either
-            raise ValueError(f"Expected `{name}` to be finite or −inf, but got NaN or +inf.")
-        all_finite &= bool(lowest > -torch.inf)
-    if all_finite:
-        shifts = experts - base
-    else:
-        support = (large > -torch.inf) & (base > -torch.inf) & (experts > -torch.inf).all(0)
-        if not bool(support.any(-1).all()):
-            row = int((~support.any(-1)).nonzero()[0])
-            raise ValueError(f"Expected a token that all models can emit, but sequence {row} of the batch has none.")
-        shifts = (experts - base).masked_fill(~support, 0.0)
-        large, base, experts = (logits.masked_fill(~support, -torch.inf) for logits in (large, base, experts))
-    log_probs = large.log_softmax(-1)
-    # A constant in Δ cancels in the softmax, so it is chosen such that E_P[Δ] = 0: then g is A itself, and f and g are
-    # not small differences of large numbers, for which float32 would leave few digits.
-    shifts.sub_(torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1))
-    if not all_finite:
-        shifts = shifts.masked_fill(~support, 0.0)
-    return FusionProblem(log_probs, shifts, *expert_divergences(base, experts))
+    return (forward - forward.mean(0)).square().sum(0) + (reverse - reverse.mean(0)).square().sum(0)
 
 
 def _tilt(problem: FusionProblem, points: list[float], high: float, mode: FusionMode) -> tuple[FusionPoint, int]:

@@ -3,6 +3,7 @@
 Letters: B sequences, V vocabulary, S experts, R lines (S·B, less those that are done).
 """
 
+import itertools
 from collections.abc import Generator, Sequence
 from math import nan, sqrt
 from typing import NamedTuple
@@ -11,27 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FusionPoint", "FusionProblem", "better", "distance", "pick_expert", "search_jointly", "search_lines"]
+from lit_logits.functional.fusion_problem import FusionProblem
+
+__all__ = [
+    "FusionPoint",
+    "better",
+    "distance",
+    "evaluate_jointly",
+    "line_moments",
+    "pick_expert",
+    "search_jointly",
+    "search_lines",
+]
 
 _TOLERANCE = 1e-4  # of α
 _MAX_STEPS = 12
+_MAX_POINTS, _NUM_STARTS = 81, 4  # of a search over all weights
 _TINY = 1e-12  # keeps quotients finite at α = 0, where f, g and their slopes are 0
-
-
-class FusionProblem(NamedTuple):
-    """Input of both solvers.
-
-    Attributes:
-        log_probs: (B, V) log P of the large model; −inf off the common support.
-        shifts: (S, B, V) Δ, centred so that E_P[Δ] = 0; 0 off the common support.
-        forward: (S, B) a, KL(Q_t ‖ Q) in nats.
-        reverse: (S, B) b, KL(Q ‖ Q_t) in nats.
-    """
-
-    log_probs: Tensor
-    shifts: Tensor
-    forward: Tensor
-    reverse: Tensor
 
 
 class FusionPoint(NamedTuple):
@@ -229,6 +226,13 @@ def _tilt(
     return moments.flatten(0, -2).tolist()
 
 
+def line_moments(log_probs: Tensor, shifts: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, A′ and A″ (B,) at weights α (B,) along Δ (B, V), all at least 0."""
+    found = _tilt(log_probs, shifts, alpha.tolist(), torch.empty_like(shifts), may_overflow=True)
+    log_norm, first, second = shifts.new_tensor(found).unbind(-1)
+    return log_norm, first, second
+
+
 def pick_expert(lines: FusionPoint) -> FusionPoint:
     """Return the best of S searches along a line; the other experts get weight 0."""
     chosen = lines.objective.argmin(0)
@@ -237,21 +241,61 @@ def pick_expert(lines: FusionPoint) -> FusionPoint:
 
 
 def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float]) -> tuple[FusionPoint, int]:
-    """Minimise over the whole α by damped Gauss–Newton steps, from the better of one expert and all alike.
+    """Minimise over the whole α by damped Gauss–Newton steps from several starts, as there are local minima.
 
-    A step that is no better is taken back half way, with more damping (Levenberg–Marquardt), so that the result is
-    never worse than either start. Sequences share the passes over V, and each keeps a damping of its own.
+    They are the better of one expert and all alike, and the best points of a coarse grid. The result is never worse
+    than any of them. Sequences share the passes over V, and each keeps a damping of its own.
     """
     shifts = problem.shifts
     alike, num_evals = search_lines(problem, shifts.sum(0, keepdim=True), grid)
     alike = FusionPoint(alike.alpha.expand(len(shifts), -1), *(value.squeeze(0) for value in alike[1:]))
+    coarse = _coarse_grid(len(shifts), grid)
+    points = [evaluate_jointly(problem, _everywhere(weights, single.alpha))[0] for weights in coarse]
     best = better(alike, single)
+    for start in (best, *_lowest(points)):
+        found, more = _descend(problem, start, grid)
+        best, num_evals = better(found, best), num_evals + more
+    return best, num_evals + len(points)
+
+
+def _lowest(points: Sequence[FusionPoint]) -> list[FusionPoint]:
+    """Return the points of lowest objective, sequence by sequence: the lowest, the second lowest and so on."""
+    objectives = torch.stack([point.objective for point in points])
+    order = objectives.argsort(0)[:_NUM_STARTS]
+    rows = torch.arange(objectives.shape[1], device=order.device)
+    stacked = [torch.stack(values) for values in zip(*points, strict=True)]
+    return [
+        FusionPoint(stacked[0][chosen, :, rows].T, *(values[chosen, rows] for values in stacked[1:]))
+        for chosen in order
+    ]
+
+
+def _coarse_grid(num_experts: int, grid: list[float]) -> list[tuple[float, ...]]:
+    """Return weights of all experts, evenly spaced within the bounds, bounds among them, at most 81."""
+    sides = next((n for n in range(9, 1, -1) if n**num_experts <= _MAX_POINTS), 0)
+    if not sides:  # too many experts: the middle alone
+        return [((grid[0] + grid[-1]) / 2,) * num_experts]
+    steps = [grid[0] + (grid[-1] - grid[0]) * number / (sides - 1) for number in range(sides)]
+    return list(itertools.product(steps, repeat=num_experts))
+
+
+def _everywhere(weights: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return weights (S, B), the same for all sequences."""
+    return like.new_tensor(weights).unsqueeze(1).expand_as(like)
+
+
+def _descend(problem: FusionProblem, start: FusionPoint, grid: list[float]) -> tuple[FusionPoint, int]:
+    """Take damped Gauss–Newton steps from a point (S, B).
+
+    A step that is no better is taken back half way, with more damping (Levenberg–Marquardt).
+    """
+    best, num_evals = start, 0
     target = torch.stack([problem.forward.mean(0), problem.reverse.mean(0)], -1)
     damping = torch.full_like(best.objective, 1e-3)
     alpha, done = best.alpha, torch.zeros_like(best.objective, dtype=torch.bool)
     for count in range(_MAX_STEPS):
         num_evals += 1
-        point, jacobian = _evaluate_jointly(problem, alpha)
+        point, jacobian = evaluate_jointly(problem, alpha)
         wins = (point.objective <= best.objective) | (count == 0)  # the start itself, which may round otherwise here
         best = better(point, best)
         damping = torch.where(wins, damping / 4, damping * 8).clamp(1e-7, 1e7)
@@ -269,7 +313,7 @@ def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float
     return best, num_evals
 
 
-def _evaluate_jointly(problem: FusionProblem, alpha: Tensor) -> tuple[FusionPoint, Tensor]:
+def evaluate_jointly(problem: FusionProblem, alpha: Tensor) -> tuple[FusionPoint, Tensor]:
     """Evaluate f and g at α (S, B), with their gradients over α as rows of a Jacobian (B, 2, S)."""
     log_probs, shifts = problem.log_probs, problem.shifts
     tilted = log_probs + torch.einsum("sb,sbv->bv", alpha, shifts)

@@ -1,0 +1,119 @@
+"""What all searches for fusion weights start from; see `lit_logits.functional.dynamic_fusion` for the formulas.
+
+Letters: B sequences, V vocabulary, S experts.
+"""
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FusionProblem",
+    "check_bounds",
+    "check_fusion_shapes",
+    "expert_divergences",
+    "pose_fusion",
+    "promoted",
+]
+
+
+class FusionProblem(NamedTuple):
+    """Large model, and what experts say, over the tokens that all models can emit.
+
+    Attributes:
+        log_probs: (B, V) log P of the large model; −inf off the common support.
+        shifts: (S, B, V) Δ, centred so that E_P[Δ] = 0; 0 off the common support.
+        forward: (S, B) a, KL(Q_t ‖ Q) in nats.
+        reverse: (S, B) b, KL(Q ‖ Q_t) in nats.
+    """
+
+    log_probs: Tensor
+    shifts: Tensor
+    forward: Tensor
+    reverse: Tensor
+
+
+def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute KL(Q_t ‖ Q) and KL(Q ‖ Q_t) in nats, over the tokens that both can emit.
+
+    Args:
+        base_logits: (B, V).
+        expert_logits: (S, B, V).
+
+    Returns:
+        Two tensors (S, B).
+
+    Example:
+        >>> forward, reverse = expert_divergences(torch.zeros(1, 2), torch.tensor([[[0.0, 1.0986]]]))
+        >>> forward, reverse
+        (tensor([[0.1308]]), tensor([[0.1438]]))
+    """
+    base, experts = promoted(base_logits, expert_logits)
+    log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
+    difference = log_p - log_q
+    if not bool(difference.isfinite().all()):  # a token is ruled out; masks cost passes over V
+        support = (base > -torch.inf) & (experts > -torch.inf)
+        log_q, log_p = (logits.masked_fill(~support, -torch.inf).log_softmax(-1) for logits in (base, experts))
+        difference = (log_p - log_q).masked_fill(~support, 0.0)
+    with torch.autocast(base.device.type, enabled=False):  # which would sum in half precision
+        # Rounding may leave a divergence of equals a little below 0.
+        forward = torch.linalg.vecdot(log_p.exp(), difference).clamp(min=0)
+        return forward, -torch.linalg.vecdot(log_q.exp(), difference).clamp(max=0)
+
+
+def promoted(*all_logits: Tensor) -> list[Tensor]:
+    """Return the logits in one dtype, at least float32."""
+    dtype = reduce(torch.promote_types, (logits.dtype for logits in all_logits), torch.float32)
+    return [logits.to(dtype) for logits in all_logits]
+
+
+def check_fusion_shapes(large: Tensor, base: Tensor, experts: Tensor) -> None:
+    """Raise ValueError unless logits are (B, V), (B, V) and (S, B, V)."""
+    fits = large.ndim == 2 and base.shape == large.shape and experts.ndim == 3 and experts.shape[1:] == large.shape
+    if not fits or len(experts) == 0:
+        raise ValueError(
+            "Expected `large_logits` and `base_logits` of one shape (B, V) and `expert_logits` of shape (S, B, V) with"
+            f" S at least 1, but got {tuple(large.shape)}, {tuple(base.shape)} and {tuple(experts.shape)}."
+        )
+
+
+def check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, float]:
+    """Return smallest and largest α; raise ValueError where they cross or a step is not positive."""
+    low, high = bounds
+    if not 0 <= low <= high < torch.inf:
+        raise ValueError(
+            f"Expected `bounds` to be (smallest, largest) with 0 ≤ smallest ≤ largest < ∞, but got {bounds}."
+        )
+    if not step > 0:
+        raise ValueError(f"Expected `step` to be positive, but got {step}.")
+    return float(low), float(high)
+
+
+def pose_fusion(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:
+    """Check the logits, cut them to the tokens that all models can emit, and centre Δ."""
+    check_fusion_shapes(large_logits, base_logits, expert_logits)
+    large, base, experts = promoted(large_logits, base_logits, expert_logits)
+    all_finite = True
+    for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
+        lowest, highest = logits.aminmax()
+        if not bool(highest < torch.inf):  # NaN is not below either
+            raise ValueError(f"Expected `{name}` to be finite or −inf, but got NaN or +inf.")
+        all_finite &= bool(lowest > -torch.inf)
+    if all_finite:
+        shifts = experts - base
+    else:
+        support = (large > -torch.inf) & (base > -torch.inf) & (experts > -torch.inf).all(0)
+        if not bool(support.any(-1).all()):
+            row = int((~support.any(-1)).nonzero()[0])
+            raise ValueError(f"Expected a token that all models can emit, but sequence {row} of the batch has none.")
+        shifts = (experts - base).masked_fill(~support, 0.0)
+        large, base, experts = (logits.masked_fill(~support, -torch.inf) for logits in (large, base, experts))
+    log_probs = large.log_softmax(-1)
+    # A constant in Δ cancels in the softmax, so it is chosen such that E_P[Δ] = 0: then g is A itself, and f and g are
+    # not small differences of large numbers, for which float32 would leave few digits.
+    shifts.sub_(torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1))
+    if not all_finite:
+        shifts = shifts.masked_fill(~support, 0.0)
+    return FusionProblem(log_probs, shifts, *expert_divergences(base, experts))
