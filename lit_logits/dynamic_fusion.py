@@ -6,7 +6,7 @@ Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_logits.contracts import HasTokenizer, offers
-from lit_logits.functional.dynamic_fusion import FusionMode, FusionSolver
+from lit_logits.functional.dynamic_fusion import FusionCriterion, FusionMode, FusionSolver
 from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, extract_answer
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
@@ -29,8 +29,8 @@ __all__ = ["DynamicFusionDecoder"]
 class DynamicFusionDecoder(LightningModule):
     """A large model whose logits are moved by what small experts learned, at decoding time [0]; nothing is trained.
 
-    The fused logits are M^L + Σ_t α_t (M_t − M^S), with α chosen at every step so that the move is as far from the
-    large model as the experts are from the base; see `functional.fusion_weights`.
+    The fused logits are M^L + Σ_t α_t (M_t − M^S), with α chosen at every step so that, by default, the move is as far
+    from the large model as the experts are from the base; see `functional.fusion_weights`.
 
     `predict` continues the prompts of the batches and gives a dict for each: `row`, `prompt`, `reference`, `text`,
     `tokens`, `alpha` (by expert, one weight a token), `kl_forward`, `kl_reverse`. If `num_return_sequences` is above 1,
@@ -47,10 +47,15 @@ class DynamicFusionDecoder(LightningModule):
         experts: fine-tuned descendants of `base`. A list within the list is merged into one by task arithmetic. Without
             experts the large model decodes alone.
         tokenizer: of all models; default: the one beside them, or the data's.
-        solver: `tilting`, or `grid`, the paper's search.
+        criterion: what weights are to reach: `distance`, the paper's; `equal` divergences; `uncertain`, where the large
+            model is, see `functional.fusion_weights`; or `prompt`, one weight a text, under which its prompt is
+            likeliest.
+        solver: `tilting`, or `grid`, the paper's search; of `distance`.
         mode: `single`, one expert acts at a step as in the paper, or `joint`.
         bounds: smallest and largest α.
         step: of the grid.
+        scale: factor on the weights that are found.
+        min_entropy: nats; experts act only where the large model has as much entropy. Default 0.5 with `uncertain`.
         static_alpha: fixed weights instead: one number for all experts, or a list; 1 is proxy tuning.
         merge_weight: λ of experts that are merged.
         eos_token_id: ids that end a text, if those of the models differ.
@@ -87,10 +92,13 @@ class DynamicFusionDecoder(LightningModule):
         experts: Sequence[nn.Module | str | list[nn.Module | str]] = (),
         *,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
+        criterion: FusionCriterion | Literal["prompt"] = "distance",
         solver: FusionSolver = "tilting",
         mode: FusionMode = "single",
         bounds: tuple[float, float] = (0.0, 2.0),
         step: float = 0.1,
+        scale: float = 1.0,
+        min_entropy: float | None = None,
         static_alpha: float | list[float] | None = None,
         merge_weight: float = 0.5,
         eos_token_id: int | list[int] | None = None,
@@ -121,10 +129,13 @@ class DynamicFusionDecoder(LightningModule):
             parts.experts,
             expert_names=parts.expert_names,
             vocab_size=parts.vocab_size,
+            criterion=criterion,
             solver=solver,
             mode=mode,
             bounds=bounds,
             step=step,
+            scale=scale,
+            min_entropy=min_entropy,
             static_alpha=static_alpha,
         )
         self.tokenizer = parts.tokenizer
@@ -220,7 +231,7 @@ class DynamicFusionDecoder(LightningModule):
         search: dict[str, Any] = {"static_alpha": self.fused.static_alpha}
         return {
             **{role: digest_model(model) for role, model in zip(roles, self.fused.models, strict=False)},
-            **(self.fused.search if self.fused.static_alpha is None else search),
+            **({"criterion": self.fused.criterion, **self.fused.search} if self.fused.static_alpha is None else search),
             "eos_token_id": self.eos_token_id,
             "generation": self.generation,
         }

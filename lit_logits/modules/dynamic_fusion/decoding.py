@@ -3,9 +3,9 @@
 Letters: B batch, P prompt, N generated tokens, R rows (positions that count), V vocabulary, S experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class FusedStep(NamedTuple):
 
 
 class SmallModels:
-    """Base and experts during one `generate`: a forward hook feeds them the input of the large model.
+    """Base and experts during one `generate`: they read the input of the large model after each of its forwards.
 
     Args:
         models: base and experts, each with its own device, dtype and cache; may be empty.
@@ -76,31 +76,28 @@ class SmallModels:
         self.caches: list[Any] = [None] * len(models)
         self.length = 0
         self.steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weights and divergences by the tokens read
-        self.is_busy = False
 
-    @contextmanager
-    def attached_to(self, large: PreTrainedModel) -> Iterator[None]:
-        """Hook the large model within the context."""
-        handle = large.register_forward_hook(self._after_forward, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def leading(self, large: PreTrainedModel) -> PreTrainedModel:
+        """Return the large model with a hook that fuses its logits: an object of its own with the same parts.
+
+        The given one stays as it is for whoever else calls it meanwhile: another thread, a logits processor, or the
+        small models, of which it may be one. A hook on it would be seen by all of them.
+        """
+        own = copy(large)
+        own._forward_hooks = OrderedDict(large._forward_hooks)
+        own._forward_hooks_with_kwargs = OrderedDict(large._forward_hooks_with_kwargs)
+        own._compiled_call_impl = None  # it would call the given one
+        own.register_forward_hook(self._after_forward, with_kwargs=True)
+        return own
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the logits of the last position by fused ones."""
-        if self.is_busy:  # the large model is a base or expert too, and is being called as such
-            return output
         # With a cache each call reads the tokens since the last one, without it the whole text again.
         uses_cache = bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHE_NAMES)
         read = kwargs["input_ids"].shape[1]
         self.length = self.length + read if uses_cache else read
         large = output.logits[:, -1]
-        self.is_busy = True
-        try:
-            rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
-        finally:
-            self.is_busy = False
+        rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
         if self.length < self.prompt_length:  # a chunk of a long prompt, after which no token is drawn
             return output
         size = self.vocab_size

@@ -4,8 +4,8 @@ Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions th
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.dynamic_fusion import (
+    FusionCriterion,
     FusionMode,
     FusionSolver,
-    expert_divergences,
     fuse_logits,
     fusion_weights,
 )
-from lit_logits.functional.labels import next_token_labels
+from lit_logits.functional.fusion_problem import expert_divergences
+from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
+from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.dynamic_fusion.decoding import (
     FusedStep,
@@ -55,10 +57,14 @@ class FusedCausalLM(FrozenModels):
         experts: S fine-tuned descendants of `base`; without experts the logits are the large model's.
         expert_names: one for each expert, for logs.
         vocab_size: V, the ids that all models have; the logits of others are −inf. Default the smallest output layer.
+        criterion: of `fusion_weights`; or `prompt`, one weight for each text, under which its prompt is likeliest, see
+            `prompt_fusion_weights`: the models read the prompt once more.
         solver: of `fusion_weights`.
         mode: of `fusion_weights`.
         bounds: of `fusion_weights`.
         step: of `fusion_weights`.
+        scale: of `fusion_weights`.
+        min_entropy: of `fusion_weights`; not with `prompt`.
         static_alpha: fixed weights instead of a search: one for all experts, or one each. 1 is proxy tuning, 0 the
             large model.
         chunk_size: positions of `score` whose logits are fused at a time; None goes by the memory that they take.
@@ -75,10 +81,13 @@ class FusedCausalLM(FrozenModels):
         *,
         expert_names: Sequence[str] | None = None,
         vocab_size: int | None = None,
+        criterion: FusionCriterion | Literal["prompt"] = "distance",
         solver: FusionSolver = "tilting",
         mode: FusionMode = "single",
         bounds: tuple[float, float] = (0.0, 2.0),
         step: float = 0.1,
+        scale: float = 1.0,
+        min_entropy: float | None = None,
         static_alpha: float | Sequence[float] | None = None,
         chunk_size: int | None = None,
     ) -> None:
@@ -89,14 +98,26 @@ class FusedCausalLM(FrozenModels):
         self.num_experts = len(experts)
         self.expert_names = list(expert_names or [f"expert_{number}" for number in range(len(experts))])
         self.vocab_size = vocab_size or min(num_logits(model) for model in self.models)
-        self.search: dict[str, Any] = {"solver": solver, "mode": mode, "bounds": bounds, "step": step}
+        self.criterion = criterion
+        self.search: dict[str, Any] = {"mode": mode, "bounds": bounds, "scale": scale}
+        if criterion == "prompt" and min_entropy is not None:
+            raise ValueError(
+                f"Expected no `min_entropy` with criterion='prompt', whose weight holds for a whole text, but got"
+                f" {min_entropy}."
+            )
+        if criterion != "prompt":
+            own = {"criterion": criterion, "solver": solver, "step": step, "min_entropy": min_entropy}
+            self.search |= own
         # Beside the models' logits there are the fused ones and what the search keeps for each position.
         self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
         self.static_alpha = _check_static_alpha(static_alpha, len(experts))
         self._trace_hooks: OrderedDict[int, Callable[[FusionTrace], Any]] = OrderedDict()
         if experts:  # wrong arguments of the search are refused now, not at the first token
-            zeros = torch.zeros(1, 2)
-            fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
+            zeros, none = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
+            if criterion == "prompt":
+                prompt_fusion_weights(zeros, zeros, zeros.unsqueeze(0), none, **self.search)
+            else:
+                fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
 
     @property
     def large(self) -> PreTrainedModel:
@@ -139,12 +160,13 @@ class FusedCausalLM(FrozenModels):
 
     # ------------------------------------------------------------------ fusing
 
-    def fuse(self, large_logits: Tensor, small_logits: Sequence[Tensor]) -> FusedStep:
+    def fuse(self, large_logits: Tensor, small_logits: Sequence[Tensor], alpha: Tensor | None = None) -> FusedStep:
         """Return the fused logits, weights and divergences of some positions.
 
         Args:
             large_logits: (R, V).
             small_logits: (R, V) of the base and of each expert; if empty, the logits stay the large model's.
+            alpha: (S, R) weights to take; default those that the arguments of the class ask for.
 
         Raises:
             ValueError: If a model emits NaN or +inf; the error names it.
@@ -155,7 +177,7 @@ class FusedCausalLM(FrozenModels):
             zero = large.new_zeros(len(large))
             return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
         base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
-        if self.static_alpha is None:
+        if alpha is None and self.static_alpha is None:
             try:
                 found = fusion_weights(large, base, experts, **self.search)
             except ValueError:  # it checks the numbers too, but does not know whose they are
@@ -163,7 +185,8 @@ class FusedCausalLM(FrozenModels):
                 raise
             return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
         self._blame(large, base, *experts)
-        alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
+        if alpha is None:
+            alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
         fused = fuse_logits(large, base, experts, alpha)
         forward, reverse = expert_divergences(large, fused.unsqueeze(0))
         return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
@@ -180,9 +203,14 @@ class FusedCausalLM(FrozenModels):
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return fused logits (B, T, V) in nats of token ids (B, T), by one pass of each model over whole sequences."""
+        """Return fused logits (B, T, V) in nats of token ids (B, T), by one pass of each model over whole sequences.
+
+        With `criterion="prompt"` the whole text is the prompt.
+        """
         keep = torch.ones_like(input_ids, dtype=torch.bool)
-        steps = list(self._fuse_positions(input_ids, attention_mask, keep))
+        rows = self._rows(input_ids, attention_mask, keep)
+        alpha = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
+        steps = self._fuse_rows(rows, None if alpha is None else alpha.repeat_interleave(input_ids.shape[1], 1))
         return torch.cat([step.logits for step in steps]).view(*input_ids.shape, -1)
 
     @torch.no_grad()
@@ -191,7 +219,8 @@ class FusedCausalLM(FrozenModels):
 
         Args:
             input_ids: (B, T).
-            labels: (B, T) the same ids, unshifted; −100 is ignored, and so is the first token of a text.
+            labels: (B, T) the same ids, unshifted; −100 is ignored, and so is the first token of a text. What stands
+                before the first label is the prompt.
             attention_mask: (B, T), 0 at padding, on either side; default all 1.
 
         Raises:
@@ -207,35 +236,70 @@ class FusedCausalLM(FrozenModels):
         device = self.large.device
         # The first token after padding on the left has nothing to be predicted from.
         targets, keep = next_token_labels(labels.to(device), keep=attention_mask)
-        mask = keep[:, :-1]
+        alpha = None
+        if self._asks_prompts:
+            before = (labels != IGNORE_INDEX).cumsum(1) == 0
+            weights = self.prompt_weights(input_ids, attention_mask, before)
+            alpha = weights.repeat_interleave(keep.sum(1), 1)
         parts, start, chosen = [], 0, targets[keep]
-        for step in self._fuse_positions(input_ids, attention_mask, keep):
+        for step in self._fuse_rows(self._rows(input_ids, attention_mask, keep), alpha):
             wanted = chosen[start : start + len(step.logits)].unsqueeze(1)
             log_probs = step.logits.log_softmax(-1).gather(1, wanted).squeeze(1)
             parts.append((log_probs, *step[1:]))
             start += len(step.logits)
-        rows = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
-        log_probs, alpha, forward, reverse = rows
-        trace = FusionTrace(
-            targets[:, :-1].clamp(min=0), mask, _scatter(alpha, mask), _scatter(forward, mask), _scatter(reverse, mask)
-        )
+        log_probs, *traced = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
+        mask = keep[:, :-1]
+        trace = FusionTrace(targets[:, :-1].clamp(min=0), mask, *(_scatter(values, mask) for values in traced))
         return FusedScores(_scatter(log_probs, mask), self._hand_out(trace))
 
-    def _fuse_positions(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> Iterator[FusedStep]:
-        """Yield the fused steps of the positions (B, T) where `keep` is true, in chunks of rows."""
+    @torch.no_grad()
+    def prompt_weights(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, is_prompt: Tensor | None = None
+    ) -> Tensor:
+        """Return the weights (S, B) under which prompts are likeliest, by one pass of each model.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 at padding; default all 1.
+            is_prompt: (B, T) the tokens that count; default all. A prompt of fewer than two has nothing to choose by,
+                and gets weights of 1.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        counted = mask.bool() if is_prompt is None else mask.bool() & is_prompt.to(mask.device)
+        device = self.large.device
+        targets, keep = next_token_labels(
+            input_ids.to(device).masked_fill(~counted.to(device), IGNORE_INDEX), keep=counted
+        )
+        alpha = torch.ones(self.num_experts, len(input_ids), device=device)
+        if bool(keep.any()):
+            large, base, *experts = self._rows(input_ids, mask, keep)
+            self._blame(large, base, *experts)
+            owner = keep.nonzero()[:, 0]
+            found = prompt_fusion_weights(large, base, torch.stack(experts), targets[keep], owner, **self.search)
+            alpha[:, : found.shape[1]] = found
+        return alpha
+
+    @property
+    def _asks_prompts(self) -> bool:
+        return self.criterion == "prompt" and self.is_active and self.static_alpha is None
+
+    def _rows(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> list[Tensor]:
+        """Return the logits (R, V) of each model where `keep` (B, T) is true, on the large model's device."""
         mask = self._check_ids(input_ids, attention_mask)
         self._check_context(mask, 0)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
-        keep = keep.to(self.large.device)
-        models = self.models if self.is_active else self.models[:1]
-        rows = [self._rows(model, inputs, keep) for model in models]
-        for chunk in zip(*(logits.split(self.chunk_size) for logits in rows), strict=True):
-            yield self.fuse(chunk[0], chunk[1:])
+        keep, rows = keep.to(self.large.device), []
+        for model in self.models if self.is_active else self.models[:1]:
+            logits = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits
+            rows.append(logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device))
+        return rows
 
-    def _rows(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Tensor) -> Tensor:
-        """Return the logits (R, V) of one model, on the large model's device."""
-        logits = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits
-        return logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device)
+    def _fuse_rows(self, rows: Sequence[Tensor], alpha: Tensor | None = None) -> Iterator[FusedStep]:
+        """Yield the fused steps of logits (R, V) of all models, in chunks, with weights `alpha` (S, R) if given."""
+        for start in range(0, max(1, len(rows[0])), self.chunk_size):
+            chunk = slice(start, start + self.chunk_size)
+            own = None if alpha is None else alpha[:, chunk]
+            yield self.fuse(rows[0][chunk], [logits[chunk] for logits in rows[1:]], own)
 
     # ------------------------------------------------------------------ decoding
 
@@ -265,12 +329,17 @@ class FusedCausalLM(FrozenModels):
         self._check_context(mask, max(0, new_tokens))
         prompt_length = input_ids.shape[1]
         followers = self.models[1:] if self.is_active else ()
-        small = SmallModels(followers, self.fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
+        weights = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
+
+        def fuse(large: Tensor, small: Sequence[Tensor]) -> FusedStep:
+            copies = len(large) // len(input_ids)  # with `num_return_sequences`, side by side
+            return self.fuse(large, small, None if weights is None else weights.repeat_interleave(copies, 1))
+
+        small = SmallModels(followers, fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
         inputs = {"input_ids": input_ids.to(self.large.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.large.device)
-        with small.attached_to(self.large):
-            output = self.large.generate(**inputs, **kwargs)  # type: ignore[operator]
+        output = small.leading(self.large).generate(**inputs, **kwargs)  # type: ignore[operator]
         sequences = output if isinstance(output, Tensor) else output.sequences
         ends = eos_token_ids(self.large) if config.eos_token_id is None else config.eos_token_id
         trace = self._hand_out(small.trace(sequences[:, prompt_length:], ends, config.pad_token_id))
