@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import lightning as L
@@ -256,10 +257,52 @@ def test_prompts_are_split_off_and_padded_on_the_left():
         ("$.50 each", "0.5"),
         ("#### \nfoo 5", "5"),
         ("nothing", None),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### \N{MINUS SIGN}5", "-5"),
+        ("#### 3, 4 and 5", "3"),
+        ("#### 3,4", "3"),
+        ("#### 18 dollars for 2 hours", "18"),
+        ("#### 1.2e3", "1200"),
+        ("#### 5e-1", "0.5"),
+        ("#### -0", "0"),
+        ("#### 72.", "72"),
+        ("10 - 3 = 7", "7"),
+        ("10-3", "3"),
+        ("#### 1e999999", "1E+999999"),
+        ("#### 18\n#### 20", "18"),
+        ("That is 12.\nQuestion: How many are 99?", "12"),
+        ("#### 12<|im_end|>\n#### 13", "12"),
+        ("Question: none, but 3", "3"),
     ],
 )
 def test_final_answers(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### 72",
+        "so\n#### 1,234",
+        "#### -3",
+        "#### 5.50",
+        "#### 18 dollars",
+        "#### 18\n\nQuestion: next\n#### 20",
+        "#### 12.",
+        "It is 5.",
+        "first 3, then 4",
+        "She has $18 left.",
+        "2 + 2 = 4.\n\nQuestion: 3 + 3?\nAnswer: 6",
+    ],
+)
+def test_answers_are_those_of_the_harness(text):
+    """The patterns and rules of its GSM8K task, strict where `####` is there and flexible elsewhere."""
+    text = text.split("Question:")[0]
+    strict = re.findall(r"#### (\-?[0-9\.\,]+)", text)
+    flexible = [a or b for a, b in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)]
+    found = re.sub(r"\.$", "", re.sub(r",|\$", "", strict[0] if strict else flexible[-1]))
+    assert float(extract_answer(text)) == float(found)
 
 
 def test_stop_strings_use_the_tokenizer_of_the_models(files, tmp_path):

@@ -1,42 +1,62 @@
 """Final answers in texts, as exact match compares them."""
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-__all__ = ["GSM8K_PATTERN", "extract_answer"]
+__all__ = ["GSM8K_PATTERN", "STOPS", "extract_answer"]
 
 GSM8K_PATTERN = r"####[^\S\n]*(\S[^\n]*)"
 """The rest of the line after `####`, which marks the answers of GSM8K."""
 
-_NUMBER = re.compile(r"(?<![\d.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+STOPS = ("Question:", "</s>", "<|im_end|>")
+"""Where a model begins the next problem, or has ended without noticing; as lm-evaluation-harness has it for GSM8K."""
+
+_MINUS = "-\N{MINUS SIGN}"
+_NUMBER = re.compile(
+    # A minus is a sign where no number or bracket ends before it. It stands on either side of the currency.
+    rf"(?P<sign>(?<![\w.)\]])[{_MINUS}]?[$€£¥]?[{_MINUS}]?)"
+    r"(?P<digits>(?<![\d.])(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)?(?:(?<!\d)\.\d+|(?<=\d)(?:\.\d+)?))"
+    rf"(?P<exponent>[eE][+{_MINUS}]?\d+)?"
+)
 
 
-def extract_answer(text: str, pattern: str = GSM8K_PATTERN) -> str | None:
+def extract_answer(text: str, pattern: str = GSM8K_PATTERN, stops: Sequence[str] = STOPS) -> str | None:
     r"""Return the final answer: the group of the first match of `pattern`, else the last number, else None.
 
-    Numbers lose currency signs and commas, so that `$1,200.00` and `1200` are equal; other answers lose case and
-    surrounding space.
+    Of the group the first number counts, of a text without numbers all of it, in lower case. Numbers lose currency
+    signs and the commas of thousands, so that `$1,200.00`, `1200` and `1.2e3` are equal.
 
     Args:
         text: response of a model or of the data.
         pattern: regular expression with one group.
+        stops: the text ends before the first of these, unless nothing is left then.
 
     Example:
-        >>> extract_answer("So 48 + 24 = 72.\n#### 72"), extract_answer("That makes $1,200.50."), extract_answer("no")
-        ('72', '1200.5', None)
+        >>> extract_answer("So 48 + 24 = 72.\n#### 72"), extract_answer("That makes -$1,200.50."), extract_answer("no")
+        ('72', '-1200.5', None)
     """
+    ends = [end for stop in stops if (end := text.find(stop)) > 0 and text[:end].strip()]
+    text = text[: min(ends)] if ends else text
     found = re.search(pattern, text)
     if found is None or found.group(1) is None:
-        numbers = _NUMBER.findall(text)
-        return _number(numbers[-1]) if numbers else None
+        numbers = _numbers(text)
+        return numbers[-1] if numbers else None
     answer = found.group(1).strip()
-    numbers = _NUMBER.findall(answer)
-    return _number(numbers[0]) if len(numbers) == 1 else answer.casefold()
+    numbers = _numbers(answer)
+    return numbers[0] if numbers else answer.casefold()
 
 
-def _number(text: str) -> str:
-    try:
-        value = Decimal(text.replace(",", "").rstrip("."))
-    except InvalidOperation:
-        return text
-    return f"{value.normalize():f}"
+def _numbers(text: str) -> list[str]:
+    """Return the numbers in a text, written alike."""
+    found = []
+    for match in _NUMBER.finditer(text):
+        sign = "-" if any(minus in match["sign"] for minus in _MINUS) else ""
+        digits = match["digits"].replace(",", "") + (match["exponent"] or "").replace(_MINUS[1], "-")
+        try:
+            value = Decimal(sign + digits).normalize() or Decimal(0)  # not −0
+        except InvalidOperation:
+            continue
+        # An exponent of a thousand digits is no number that anybody means.
+        found.append(f"{value:f}" if abs(value.adjusted()) < 100 else str(value))
+    return found
