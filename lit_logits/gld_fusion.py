@@ -19,6 +19,7 @@ from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.checks import check_labels, check_not_negative, check_positive
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.gld_fusion import GraphNodes
+from lit_logits.functional.matched_tokens import UnmatchedTokens
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.top_k_kl import KLKind, check_kl_kind
 from lit_logits.functional.top_k_logits import LogitValues
@@ -97,7 +98,10 @@ class GLDFusionModule(PushesToHub, LightningModule):
         chunk_temperature: τ of `chunk`.
         uld_values: what the token-wise loss compares; see `top_k_values`.
         graph_values: what the graphs are made of.
-        nodes: nodes of the graphs: `rank`, or `vocabulary` ids.
+        nodes: nodes of the graphs: `rank`; ids of each `vocabulary`, compared by strength; or `matched` ids, compared
+            token by token, of those that pivot and source share.
+        unmatched: what `matched` does with a source's token that the pivot lacks: its probability joins the `tail`, or
+            goes to the `first` of the pivot's pieces of it, or to its `pieces`; see `match_vocabularies`.
         lora: settings of peft's `LoraConfig` (extra `peft`): trains adapters of the pivot alone.
         gradient_checkpointing: recompute the pivot's activations in backward.
         optimizer: callable that takes the parameters.
@@ -141,6 +145,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         uld_values: LogitValues = "softmax",
         graph_values: LogitValues = "standardize",
         nodes: GraphNodes = "rank",
+        unmatched: UnmatchedTokens = "tail",
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -175,7 +180,9 @@ class GLDFusionModule(PushesToHub, LightningModule):
         self.vocab_size = 0 if self.pivot is None else num_tokens(self.pivot, vocab_size, top_k)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         self._pivot_name = pivot if isinstance(pivot, str) else None
-        self._sources = SourceSet(sources, source_kwargs, top_k=top_k, temperature=temperature, pivot=self.pivot)
+        matching: dict[str, Any] = {"unmatched": unmatched, "matched_graphs": nodes == "matched"}
+        shared = {"top_k": top_k, "temperature": temperature, "pivot": self.pivot, **matching}
+        self._sources = SourceSet(sources, source_kwargs, **shared)
         self.chunk_size = rows_a_chunk(self.vocab_size or 1)
         self.means = StageMeans("nll")
 

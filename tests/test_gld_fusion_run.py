@@ -136,9 +136,9 @@ def test_training_from_caches_is_training_with_the_sources(models):
 
 def test_every_term_from_caches_is_that_of_the_sources(models):
     """The tokenizers of pivot and sources are found: the pivot's in the data module, the sources' beside the models."""
-    terms = {"matched": 1.0, "chunk": {"wide": 2.0}, "uld": 0.5}
+    terms = {"matched": 1.0, "chunk": {"wide": 2.0}, "uld": 0.5, "gld": 0.1}
     more = [f"--model.init_args.terms={json.dumps(terms)}", "--model.init_args.source_routing=nll"]
-    more.append("--model.init_args.kl_kind=jsd")
+    more += ["--model.init_args.kl_kind=jsd", "--model.init_args.unmatched=pieces", "--model.init_args.nodes=matched"]
     write_caches(models, batch_size=1)
     run = fit(models, *more, batch_size=1)
     online, logged = weights(run), run.trainer.logged_metrics

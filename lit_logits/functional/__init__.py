@@ -103,6 +103,7 @@ from lit_logits.functional.gld_fusion import (
     VocabularyGraph,
     co_activation_graph,
     graph_strengths,
+    matched_graph_bound,
     node_strengths,
     sorted_gw_bound,
     top_k_uld,
@@ -164,6 +165,7 @@ from lit_logits.functional.lookup.lookup import (
 )
 from lit_logits.functional.matched_tokens import (
     MatchedTopK,
+    UnmatchedTokens,
     match_top_k,
     match_vocabularies,
     matched_kl,
@@ -273,6 +275,7 @@ __all__ = [
     "TokenStatistics",
     "TopKLogits",
     "TopTokens",
+    "UnmatchedTokens",
     "VocabularyGraph",
     "add_task_vectors",
     "align_gradients",
@@ -343,6 +346,7 @@ __all__ = [
     "lookup_logits",
     "match_top_k",
     "match_vocabularies",
+    "matched_graph_bound",
     "matched_kl",
     "merge_pairs",
     "metric_matrix",

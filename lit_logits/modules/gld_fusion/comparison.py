@@ -47,6 +47,7 @@ class SourceComparison(NamedTuple):
         alignment: of the pivot's positions with its own.
         targets: of the terms `kl` and `matched`, as far as they are among the terms.
         same_tokens: whether it reads the pivot's own tokens.
+        graph_table: (W,) the pivot's tokens of its own, by which graphs are compared; None for one vocabulary.
     """
 
     name: str
@@ -55,6 +56,7 @@ class SourceComparison(NamedTuple):
     alignment: SourceAlignment
     targets: dict[str, TokenTargets]
     same_tokens: bool
+    graph_table: Tensor | None = None
 
 
 class PivotRows(NamedTuple):
@@ -96,15 +98,12 @@ def collect_losses(
         is_aligned = one.alignment.partner >= 0
         terms = losses.terms[one.name] = {}
         if student is not None:
-            terms |= criterion.compare(student, one.logits, one.alignment, terms=one.terms, name=one.name)
+            options: dict[str, Any] = {"terms": one.terms, "name": one.name, "source_to_student": one.graph_table}
+            terms |= criterion.compare(student, one.logits, one.alignment, **options)
         for term in one.targets:
             terms[term] = sample_means(place(next(divergences), mask), is_aligned)
         if "chunk" in one.terms:
-            options: dict[str, Any] = {
-                "temperature": chunk_temperature,
-                "same_tokens": one.same_tokens,
-                "name": one.name,
-            }
+            options = {"temperature": chunk_temperature, "same_tokens": one.same_tokens, "name": one.name}
             terms["chunk"] = chunk_terms(place(-rows.ce, mask), one.logits, one.alignment, **options)
         if "matched" in one.targets:
             losses.matched[one.name] = sample_mean(place(1 - one.targets["matched"].tail, mask), is_aligned)

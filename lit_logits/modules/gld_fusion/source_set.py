@@ -8,12 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_logits.functional.matched_tokens import UnmatchedTokens, check_unmatched
 from lit_logits.functional.top_k_logits import SourceLogits
 from lit_logits.modules.gld_fusion.alignment import align_source
 from lit_logits.modules.gld_fusion.checks import check_source
 from lit_logits.modules.gld_fusion.comparison import SourceComparison
 from lit_logits.modules.gld_fusion.sources import LogitSource, Model, ends_to_align, load_source, view_of
-from lit_logits.modules.gld_fusion.token_terms import check_same_vocabulary, match_source, token_targets
+from lit_logits.modules.gld_fusion.token_terms import (
+    check_same_vocabulary,
+    has_same_vocabulary,
+    match_source,
+    token_targets,
+)
 from lit_logits.modules.gld_fusion.weights import StepValue, value_at
 from lit_logits.storage.logit_cache import LogitCache
 
@@ -34,9 +40,11 @@ class SourceSet:
         top_k: k.
         temperature: τ.
         pivot: a model that is no source.
+        unmatched: what the term `matched` does with tokens without a partner, see `match_vocabularies`.
+        matched_graphs: whether graphs are compared token by token.
 
     Raises:
-        ValueError: If a model that was given is not fit; the others raise when they are loaded.
+        ValueError: If `unmatched` is unknown, or a model that was given is not fit; others raise when they are loaded.
     """
 
     def __init__(
@@ -47,11 +55,15 @@ class SourceSet:
         top_k: int,
         temperature: StepValue = 1.0,
         pivot: nn.Module | None = None,
+        unmatched: UnmatchedTokens = "tail",
+        matched_graphs: bool = False,
     ) -> None:
+        check_unmatched(unmatched)
         self.given, self.source_kwargs = dict(sources), dict(source_kwargs or {})
         self.top_k, self.temperature, self.pivot = top_k, temperature, pivot
+        self.unmatched, self.matched_graphs = unmatched, matched_graphs
         self._loaded: dict[str, LogitSource | LogitCache] = {}
-        self._tables: dict[str, Tensor] = {}
+        self._tables: dict[tuple[str, UnmatchedTokens], Tensor] = {}
         for name, source in self.given.items():
             if not isinstance(source, str):
                 self.load(name)
@@ -120,7 +132,7 @@ class SourceSet:
             batch: see `logits`.
             mask: (B, T) positions of the pivot that predict a label.
             vocab_size: V of the pivot.
-            pivot_tokens: returns what each token of the pivot stands for, which the term `matched` needs.
+            pivot_tokens: returns what each token of the pivot stands for, which `matched` terms and graphs need.
             step: at which a temperature that changes is taken.
 
         Raises:
@@ -128,12 +140,19 @@ class SourceSet:
         """
         source = self.load(name)
         ends, logits = ends_to_align(name, source, batch), self.logits(name, batch, step)
-        alignment, targets = align_source(logits, mask, ends), {}
+        alignment, targets, graph_table = align_source(logits, mask, ends), {}, None
         if "kl" in terms:
             check_same_vocabulary(name, source, batch)
             targets["kl"] = token_targets(logits, alignment, mask, vocab_size)
         if "matched" in terms:
-            if name not in self._tables:
-                self._tables[name] = match_source(name, source, pivot_tokens())
-            targets["matched"] = token_targets(logits, alignment, mask, vocab_size, self._tables[name])
-        return SourceComparison(name, terms, logits, alignment, targets, ends is None)
+            table = self._table(name, self.unmatched, pivot_tokens)
+            targets["matched"] = token_targets(logits, alignment, mask, vocab_size, table)
+        if "gld" in terms and self.matched_graphs and not has_same_vocabulary(name, source, batch):
+            graph_table = self._table(name, "tail", pivot_tokens)
+        return SourceComparison(name, terms, logits, alignment, targets, ends is None, graph_table)
+
+    def _table(self, name: str, unmatched: UnmatchedTokens, pivot_tokens: Callable[[], Tokens]) -> Tensor:
+        """Return the pivot's tokens of a source's; made once."""
+        if (name, unmatched) not in self._tables:
+            self._tables[name, unmatched] = match_source(name, self.load(name), pivot_tokens(), unmatched)
+        return self._tables[name, unmatched]
