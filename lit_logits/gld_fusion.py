@@ -78,6 +78,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
             loaded when training or predicting begins, those that weigh nothing not at all.
         vocab_size: V of the pivot's tokenizer; the CLI links it from the data. A pretrained pivot keeps its own
             (padded) vocabulary, which must not be smaller.
+        pivot_kwargs: for `from_pretrained` of the pivot, such as `dtype`, `attn_implementation`, or with `lora`
+            `quantization_config: {load_in_4bit: true}` (QLoRA; needs bitsandbytes).
         source_weights: ω_s by name; default 1/S each, or 1 each with `source_routing`.
         source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`. The latter pins it
             to its device; one that is not pinned follows the batches. A cache ignores it.
@@ -130,6 +132,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         sources: Models | None = None,
         vocab_size: int | None = None,
         *,
+        pivot_kwargs: dict[str, Any] | None = None,
         source_weights: dict[str, float] | None = None,
         source_kwargs: dict[str, dict[str, Any]] | None = None,
         kd_weight: StepValue = 0.3,
@@ -176,7 +179,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
 
         self.pivot, self.output_rule = None, OutputRule()
         if pivot is not None:
-            self.pivot, self.output_rule = load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
+            self.pivot, self.output_rule = load_pivot(pivot, vocab_size, lora, gradient_checkpointing, pivot_kwargs)
         self.vocab_size = 0 if self.pivot is None else num_tokens(self.pivot, vocab_size, top_k)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         self._pivot_name = pivot if isinstance(pivot, str) else None
