@@ -269,7 +269,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Check the labels of the first batch, on an accelerator too."""
+        """Note how the first texts end, and check the labels of the first batch, on an accelerator too."""
+        self.end_tokens.watch(batch)
         if batch_idx == 0:
             size = cast(nn.Embedding, self._pivot.get_input_embeddings()).weight.shape[0]
             check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
@@ -380,7 +381,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
         """Write the pivot in its own architecture, for `from_pretrained`, adapters merged; see `save_model_folder`."""
         options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "trainer": self._trainer}
-        save_model_folder(folder, self._pivot, self.card_text, **options)
+        save_model_folder(folder, self._pivot, self.card_text, end_tokens=self.end_tokens, **options)
 
 
 def _has_code(value: Any) -> bool:
