@@ -466,8 +466,8 @@ def test_the_pivot_as_its_own_source():
 def test_only_the_right_choices_are_scored():
     model, batch = make(), make_batch()
     batch["correct"] = torch.tensor([1, 0, 0, 1])
-    model._evaluate(batch, "test")
-    model._evaluate(make_batch([0, 3]), "val")
+    model.test_step(batch, 0)
+    model.validation_step(make_batch([0, 3]), 0)
     torch.testing.assert_close(model.means.compute("test"), model.means.compute("val"))
 
 

@@ -143,6 +143,7 @@ def test_every_term_from_caches_is_that_of_the_sources(models):
     run = fit(models, *more, batch_size=1)
     online, logged = weights(run), run.trainer.logged_metrics
     names = {f"train/{part}/{name}" for part in ("loss_matched", "matched", "share") for name in CACHED}
+    names |= {f"val/loss_matched/{name}" for name in CACHED}
     assert names | {"train/loss_chunk/wide"} <= set(logged)
     assert "train/loss_chunk/narrow" not in logged
     assert sum(float(logged[f"train/matched/{name}"]) for name in CACHED) > 0.001

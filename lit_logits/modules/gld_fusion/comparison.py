@@ -28,6 +28,7 @@ class GLDLosses(NamedTuple):
         terms: of each source by their names: (B,), one value a sample.
         shares: (B,) of each source in teaching each sample; empty without `source_routing`.
         matched: of each source, the probability that found a token of the pivot, where `matched` is among the terms.
+        nll: (N,) cross-entropy of each label, in nats.
     """
 
     ce: Tensor
@@ -35,6 +36,17 @@ class GLDLosses(NamedTuple):
     terms: dict[str, dict[str, Tensor]]
     shares: dict[str, Tensor]
     matched: dict[str, Tensor]
+    nll: Tensor
+
+    def logged(self, name: str) -> dict[str, Tensor]:
+        """Return what is logged of a source, before weighting, by names."""
+        values = {f"loss_{term}": value.mean() for term, value in self.terms[name].items()}
+        values["aligned"] = self.sources[name].aligned
+        if name in self.matched:
+            values["matched"] = self.matched[name]
+        if name in self.shares:
+            values["share"] = self.shares[name].mean()
+        return values
 
 
 class SourceComparison(NamedTuple):
@@ -93,7 +105,8 @@ def collect_losses(
         chunk_temperature: τ of the chunks.
     """
     student = None if rows.top is None else place_rows(rows.top, mask)
-    divergences, losses = iter(rows.divergences), GLDLosses(sample_mean(place(rows.ce, mask), mask), {}, {}, shares, {})
+    divergences, ce = iter(rows.divergences), sample_mean(place(rows.ce, mask), mask)
+    losses = GLDLosses(ce, {}, {}, shares, {}, rows.ce)
     for one in compared:
         is_aligned = one.alignment.partner >= 0
         terms = losses.terms[one.name] = {}

@@ -63,6 +63,7 @@ class SourceSet:
         self.top_k, self.temperature, self.pivot = top_k, temperature, pivot
         self.unmatched, self.matched_graphs = unmatched, matched_graphs
         self._loaded: dict[str, LogitSource | LogitCache] = {}
+        self._told: set[str] = set()
         self._tables: dict[tuple[str, UnmatchedTokens], Tensor] = {}
         for name, source in self.given.items():
             if not isinstance(source, str):
@@ -70,6 +71,25 @@ class SourceSet:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.given)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return the settings that the top-k logits of each source depend on.
+
+        Raises:
+            ValueError: If the logits of a source are in a cache already, or τ changes.
+        """
+        loaded = {name: self.load(name) for name in self.given}
+        models = {name: source for name, source in loaded.items() if isinstance(source, LogitSource)}
+        if not models or len(models) < len(loaded):
+            raise ValueError(
+                "Expected `sources` to be models, whose logits are to be cached, but got caches:"
+                f" {sorted(set(loaded) - set(models))}."
+            )
+        if callable(self.temperature):
+            raise ValueError(
+                "Expected `temperature` to be a number to write logits at, but got a function of the step."
+            )
+        return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
     def load(self, name: str) -> LogitSource | LogitCache:
         """Return a source; the first call loads it.
@@ -150,6 +170,28 @@ class SourceSet:
         if "gld" in terms and self.matched_graphs and not has_same_vocabulary(name, source, batch):
             graph_table = self._table(name, "tail", pivot_tokens)
         return SourceComparison(name, terms, logits, alignment, targets, ends is None, graph_table)
+
+    def try_compare(
+        self, name: str, terms: list[str], *, tell: Callable[[str], None], **shown: Any
+    ) -> SourceComparison | None:
+        """Compare as `compare` does, or say once why that cannot be, and return None.
+
+        Args:
+            name: of the source; one that is not loaded is not loaded for this.
+            terms: that it is compared by.
+            tell: takes the sentence.
+            **shown: see `compare`.
+        """
+        reason = f"The source {name!r} is loaded to train and to predict alone."
+        try:
+            if name in self._loaded:
+                return self.compare(name, terms, **shown)
+        except ValueError as error:
+            reason = str(error)
+        if name not in self._told:
+            self._told.add(name)
+            tell(f"val/loss_* of source {name!r} leave out what it cannot be compared in. {reason}")
+        return None
 
     def _table(self, name: str, unmatched: UnmatchedTokens, pivot_tokens: Callable[[], Tokens]) -> Tensor:
         """Return the pivot's tokens of a source's; made once."""
