@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lit_logits.callbacks.logit_cache_writer import LogitCacheWriter
     from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
     from lit_logits.callbacks.prediction_writer import PredictionWriter
+    from lit_logits.callbacks.sample_text_logger import SampleTextLogger
     from lit_logits.callbacks.save_pretrained import SavePretrained
 else:
     __getattr__, __dir__ = lazy_names(
@@ -34,6 +35,7 @@ else:
             "lit_logits.callbacks.logit_cache_writer": "LogitCacheWriter",
             "lit_logits.callbacks.neural_collapse_monitor": "NeuralCollapseMonitor",
             "lit_logits.callbacks.prediction_writer": "PredictionWriter",
+            "lit_logits.callbacks.sample_text_logger": "SampleTextLogger",
             "lit_logits.callbacks.save_pretrained": "SavePretrained",
         },
     )
@@ -51,5 +53,6 @@ __all__ = [
     "LogitCacheWriter",
     "NeuralCollapseMonitor",
     "PredictionWriter",
+    "SampleTextLogger",
     "SavePretrained",
 ]

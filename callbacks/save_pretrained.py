@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lit_logits.callbacks.parts import data_tokenizer
 from lit_logits.contracts import ExportsPretrained
 from lit_logits.modules.language_models.end_tokens import EndTokens
+from lit_logits.modules.language_models.inspect import trained_model_name
 from lit_logits.modules.language_models.saving import describe_training, measured, write_model
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
@@ -189,18 +190,13 @@ class SavePretrained(Callback):
 
 
 def _model_name(pl_module: LightningModule) -> str:
-    found = {
-        name: module
-        for name, module in pl_module.named_modules()
-        if isinstance(module, PreTrainedModel) and (module.can_generate() or module.base_model is not module)
-    }
-    if not found:
+    name = trained_model_name(pl_module)
+    if name is None:
         raise ValueError(
             f"Expected {type(pl_module).__name__} to hold a model of transformers with its output layer, such as"
             " AutoModelForCausalLM makes, but found none."
         )
-    trained = [name for name, model in found.items() if any(p.requires_grad for p in model.parameters())]
-    return next(iter([*trained, *found]))
+    return name
 
 
 def _check_whole(strategy: Strategy) -> None:

@@ -105,6 +105,7 @@ def test_fused_across_tokenizers_saved_and_used_by_plain_transformers(models):
     names = {f"train/{part}/{name}" for part in ("loss_uld", "loss_gld", "aligned") for name in ("wide", "narrow")}
     assert names | {"train/loss_ce", "val/ppl", "gw/ratio/wide", "gw/exact/narrow"} <= set(events.Tags()["scalars"])
     assert {"gw/scatter", "gw/graph/wide"} <= set(events.Tags()["images"])
+    assert {f"samples/{number}/text_summary" for number in range(4)} <= set(events.Tags()["tensors"])
     aligned = [event.value for event in events.Scalars("train/aligned/wide")]
     assert all(0.2 < share < 1 for share in aligned)
     program = (
