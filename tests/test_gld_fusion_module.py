@@ -507,7 +507,7 @@ def test_settings_of_the_pivot_reach_it_and_are_spelt_right(tmp_path):
     model = GLDFusionModule(str(tmp_path), sources, top_k=4, pivot_kwargs=settings)
     assert model.pivot.dtype == torch.bfloat16
     assert model.pivot.config._attn_implementation == "eager"
-    assert model.hparams.pivot_kwargs == settings
+    assert model.hparams["pivot_kwargs"] == settings
     with pytest.raises(ValueError, match=r"but got 'atn_implementation'. Did you mean 'attn_implementation'\?"):
         GLDFusionModule(str(tmp_path), sources, top_k=4, pivot_kwargs={"atn_implementation": "eager"})
 

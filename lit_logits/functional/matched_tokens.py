@@ -78,10 +78,11 @@ def match_vocabularies(
         if text:
             ids.setdefault(text, number)
     count, longest = {"tail": 0, "first": 1, "pieces": _MAX_PIECES}[unmatched], max(map(len, ids), default=0)
-    table = torch.full((len(source_tokens), max(1, count)), -1)
-    for number, text in enumerate(source_tokens):
+    width, rows = max(1, count), []
+    for text in source_tokens:
         found = [ids[text]] if text in ids else _pieces(text or b"", ids, longest, count)
-        table[number, : len(found)] = torch.tensor(found, dtype=torch.int64)
+        rows.append(found + [-1] * (width - len(found)))
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, width)
     return table if unmatched == "pieces" else table[:, 0]
 
 
@@ -131,7 +132,7 @@ def match_top_k(
     probs = at_least_float32(top_k_log_probs).exp()
     ids = source_to_pivot.to(top_k_ids.device)[top_k_ids]
     if source_to_pivot.ndim == 2:
-        weights = _PIECE_DECAY ** torch.arange(ids.shape[-1], device=ids.device) * (ids >= 0)
+        weights = probs.new_tensor(_PIECE_DECAY) ** torch.arange(ids.shape[-1], device=ids.device) * (ids >= 0)
         weights[..., 0].masked_fill_(ids[..., 0] < 0, 1.0)  # what has no piece goes to the tail with all it has
         probs = (probs.unsqueeze(-1) * weights / weights.sum(-1, keepdim=True)).flatten(-2)
         ids = ids.flatten(-2)

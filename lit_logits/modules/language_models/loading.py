@@ -111,9 +111,9 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         )
     try:
         if not path.endswith(".gguf"):
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-            keep_order(model)
-            return model
+            loaded = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            keep_order(loaded)
+            return loaded
         model = _load_gguf(path, **kwargs)
     except TypeError as error:  # what `from_pretrained` does not know, it passes on to the class of the model
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
