@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_logits.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
     from lit_logits.callbacks.prediction_writer import PredictionWriter
     from lit_logits.callbacks.resume_check import ResumeCheck
+    from lit_logits.callbacks.sample_text_logger import SampleTextLogger
     from lit_logits.callbacks.save_pretrained import SavePretrained
 else:
     __getattr__, __dir__ = lazy_names(
@@ -36,6 +37,7 @@ else:
             "lit_logits.callbacks.neural_collapse_monitor": "NeuralCollapseMonitor",
             "lit_logits.callbacks.prediction_writer": "PredictionWriter",
             "lit_logits.callbacks.resume_check": "ResumeCheck",
+            "lit_logits.callbacks.sample_text_logger": "SampleTextLogger",
             "lit_logits.callbacks.save_pretrained": "SavePretrained",
         },
     )
@@ -54,5 +56,6 @@ __all__ = [
     "NeuralCollapseMonitor",
     "PredictionWriter",
     "ResumeCheck",
+    "SampleTextLogger",
     "SavePretrained",
 ]

@@ -34,7 +34,8 @@ class GWApproximationLogger(Callback):
 
     At the first and every n-th optimizer step it takes what the part compares in the first micro-batch, so that no
     model runs twice. It builds both graphs of the first samples of rank zero, on at most `max_nodes` nodes each: the
-    first ranks, or the ids of largest strength. Scalars are means over the samples, in units of the graphs:
+    first ranks, or the ids of largest strength of each (for `matched` nodes, too). Scalars are means over the samples,
+    in units of the graphs:
 
     - `gw/sorted`: GW~/n of these graphs, comparable to a distance. (The loss is GW~, without 1/n and over all nodes.)
     - `gw/exact`: the value of the best matching that a local search finds. It is an upper bound of the distance, and
@@ -170,7 +171,7 @@ class GWApproximationLogger(Callback):
                 of_one = TopKLogits(*(tensor[index][mask[index]] for tensor in top))
                 values = top_k_values(of_one, part.values)[:, :size].double()
                 if values.isfinite().all():
-                    ids = of_one.token_ids[:, :size] if part.nodes == "vocabulary" else None
+                    ids = of_one.token_ids[:, :size] if part.nodes != "rank" else None
                     nodes.append(node_values(values, ids, max_nodes=self.max_nodes))
             if len(nodes) == 2:
                 num_nodes = min(len(of_one.node_ids) for of_one in nodes)
@@ -202,7 +203,7 @@ class GWApproximationLogger(Callback):
         part: GraphAlignment,
         firsts: dict[str, tuple[list[NodeValues], GWComparison]],
     ) -> None:
-        unit, by_id = _UNITS[part.values], part.nodes == "vocabulary"
+        unit, by_id = _UNITS[part.values], part.nodes != "rank"
         pairs = {name: list(of_source) for name, of_source in self._pairs.items() if of_source}
         writer.add_figure("gw/scatter", scatter_figure(pairs, unit=unit, title=f"step {self._step}"), self._step)
         tokenizer = data_tokenizer(trainer)

@@ -1,7 +1,5 @@
 """`SavePretrained`: the trained model of transformers, as a folder for `from_pretrained`."""
 
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -9,21 +7,20 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_logits.callbacks.parts import data_tokenizer
 from lit_logits.contracts import ExportsPretrained
-from lit_logits.modules.language_models.end_tokens import end_candidates, last_candidates
+from lit_logits.modules.language_models.end_tokens import EndTokens
+from lit_logits.modules.language_models.inspect import trained_model_name
 from lit_logits.modules.language_models.saving import describe_training, measured, write_model
 from lit_logits.storage.folders import check_model_folder, replace_folder, restore_replaced
 
 __all__ = ["SavePretrained"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
-
-_WATCHED_SAMPLES = 64  # whose labels are read, as on an accelerator the host waits for them
 
 
 class SavePretrained(Callback):
@@ -78,7 +75,7 @@ class SavePretrained(Callback):
         self.saved_in: str | None = None
         self._path = Path()
         self._name = ""
-        self._ends: Counter[int | None] = Counter()  # how the samples of the first batches end
+        self._ends = EndTokens()
 
     @property
     def state_key(self) -> str:
@@ -118,13 +115,7 @@ class SavePretrained(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note by which tokens the first batches of a language model end their texts."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        tokenizer = data_tokenizer(trainer)
-        if self._ends.total() >= _WATCHED_SAMPLES or tokenizer is None or not isinstance(labels, Tensor):
-            return
-        candidates = end_candidates(tokenizer)
-        if candidates and labels.ndim == 2 and not labels.is_floating_point():  # not the classes of images
-            self._ends += last_candidates(labels, candidates)
+        self._ends.watch(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the metric is the best so far; rank zero decides, as all must gather the weights or none."""
@@ -175,7 +166,7 @@ class SavePretrained(Callback):
             state_dict=weights,
             tokenizer=data_tokenizer(trainer),
             dtype=self.dtype,
-            end_token=_end_token(self._ends, data_tokenizer(trainer)),
+            end_token=self._ends.choose(data_tokenizer(trainer)),
             figures=measured(trainer),
             replaced=self._path,
         )
@@ -198,31 +189,14 @@ class SavePretrained(Callback):
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _end_token(ends: Counter[int | None], tokenizer: Any) -> int | None:
-    """Return the token that most texts end by, the tokenizer's eos if it is one of them; None if that is not known."""
-    found = {token: count for token, count in ends.items() if token is not None}
-    if ends and not found:
-        rank_zero_warn(
-            "Expected labels to hold a token that ends a text, but those of the first batches hold none: the saved"
-            " model may not end its texts. Let the template or the data module put one behind every response."
-        )
-    eos = getattr(tokenizer, "eos_token_id", None)
-    return eos if eos in found else max(found, key=lambda token: found[token], default=None)
-
-
 def _model_name(pl_module: LightningModule) -> str:
-    found = {
-        name: module
-        for name, module in pl_module.named_modules()
-        if isinstance(module, PreTrainedModel) and (module.can_generate() or module.base_model is not module)
-    }
-    if not found:
+    name = trained_model_name(pl_module)
+    if name is None:
         raise ValueError(
             f"Expected {type(pl_module).__name__} to hold a model of transformers with its output layer, such as"
             " AutoModelForCausalLM makes, but found none."
         )
-    trained = [name for name, model in found.items() if any(p.requires_grad for p in model.parameters())]
-    return next(iter([*trained, *found]))
+    return name
 
 
 def _check_whole(strategy: Strategy) -> None:

@@ -90,7 +90,8 @@ class CausalLM(PushesToHub, LightningModule):
     # ------------------------------------------------------------------ training
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Check the labels of the first batch, on an accelerator too."""
+        """Note how the first texts end, and check the labels of the first batch, on an accelerator too."""
+        self.end_tokens.watch(batch)
         if batch_idx == 0:
             size = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
             check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
@@ -142,4 +143,4 @@ class CausalLM(PushesToHub, LightningModule):
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
         """Write the model for `from_pretrained`; see `save_model_folder`."""
         options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "trainer": self._trainer}
-        save_model_folder(folder, self.model, self.card_text, **options)
+        save_model_folder(folder, self.model, self.card_text, end_tokens=self.end_tokens, **options)

@@ -22,6 +22,7 @@ __all__ = [
     "Calibrate",
     "Calibration",
     "CappedHead",
+    "ContinuesPrompts",
     "DecodingHead",
     "DescribesItself",
     "ExportableHead",
@@ -421,6 +422,22 @@ class GivesHiddenStates(Protocol):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Return hidden states (B, T, d) of token ids (B, T)."""
+        ...
+
+
+@runtime_checkable
+class ContinuesPrompts(Protocol):
+    """A LightningModule that generates by itself."""
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 64,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return prompts (B, T), each with at most `max_new_tokens` likeliest tokens behind it."""
         ...
 
 

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.checks import check_labels, check_not_negative, check_positive
-from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
+from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.gld_fusion import GraphNodes
-from lit_logits.functional.reductions import at_least_float32
+from lit_logits.functional.matched_tokens import UnmatchedTokens
 from lit_logits.functional.top_k_kl import KLKind, check_kl_kind
 from lit_logits.functional.top_k_logits import LogitValues
 from lit_logits.modules.gld_fusion.checks import check_options
 from lit_logits.modules.gld_fusion.comparison import (
     GLDLosses,
+    SourceComparison,
     collect_losses,
     column_shares,
     nll_shares,
@@ -33,8 +34,9 @@ from lit_logits.modules.gld_fusion.criterion import GLDCriterion
 from lit_logits.modules.gld_fusion.pivot import load_pivot, num_tokens, pivot_rows
 from lit_logits.modules.gld_fusion.source_set import SourceSet
 from lit_logits.modules.gld_fusion.sources import LogitSource
+from lit_logits.modules.gld_fusion.validation import TermMeans
 from lit_logits.modules.gld_fusion.weights import SourceRouting, StepValue, TermWeights, value_at
-from lit_logits.modules.language_models.calls import counted_states
+from lit_logits.modules.language_models.calls import CountedStates, counted_states
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models
 from lit_logits.modules.language_models.probes import OutputRule
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
@@ -66,8 +68,9 @@ class GLDFusionModule(PushesToHub, LightningModule):
     Logs `train/loss` and `train/loss_ce`; for each source `train/loss_<term>`, `train/aligned`, with `matched` also
     `train/matched` (probability that found a token of the pivot), and with a routing `train/share`, its mean share of
     the samples, with `/<name>` appended if there are several sources, all before weighting; `val/loss` (cross-entropy
-    over tokens) and `val/ppl`; the same under `test/`. `predict` gives the top-k logits of the sources, which the
-    callback `LogitCacheWriter` writes to a folder that can take the place of the model.
+    over tokens), `val/ppl` and, where the sources are at hand, `val/loss_<term>`; the first two under `test/` as well.
+    `predict` gives the top-k logits of the sources, which the callback `LogitCacheWriter` writes to a folder that can
+    take the place of the model.
 
     Args:
         pivot: the model that learns: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with
@@ -77,6 +80,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
             loaded when training or predicting begins, those that weigh nothing not at all.
         vocab_size: V of the pivot's tokenizer; the CLI links it from the data. A pretrained pivot keeps its own
             (padded) vocabulary, which must not be smaller.
+        pivot_kwargs: for `from_pretrained` of the pivot, such as `dtype`, `attn_implementation`, or with `lora`
+            `quantization_config: {load_in_4bit: true}` (QLoRA; needs bitsandbytes).
         source_weights: ω_s by name; default 1/S each, or 1 each with `source_routing`.
         source_kwargs: by name, for `from_pretrained` of a source, such as `dtype` and `device_map`. The latter pins it
             to its device; one that is not pinned follows the batches. A cache ignores it.
@@ -97,9 +102,13 @@ class GLDFusionModule(PushesToHub, LightningModule):
         chunk_temperature: τ of `chunk`.
         uld_values: what the token-wise loss compares; see `top_k_values`.
         graph_values: what the graphs are made of.
-        nodes: nodes of the graphs: `rank`, or `vocabulary` ids.
+        nodes: nodes of the graphs: `rank`; ids of each `vocabulary`, compared by strength; or `matched` ids, compared
+            token by token, of those that pivot and source share.
+        unmatched: what `matched` does with a source's token that the pivot lacks: its probability joins the `tail`, or
+            goes to the `first` of the pivot's pieces of it, or to its `pieces`; see `match_vocabularies`.
         lora: settings of peft's `LoraConfig` (extra `peft`): trains adapters of the pivot alone.
         gradient_checkpointing: recompute the pivot's activations in backward.
+        validate_terms: log `val/loss_<term>` too, of sources that training has loaded, which runs them in validations.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
             monitored value for `ReduceLROnPlateau`.
@@ -126,6 +135,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         sources: Models | None = None,
         vocab_size: int | None = None,
         *,
+        pivot_kwargs: dict[str, Any] | None = None,
         source_weights: dict[str, float] | None = None,
         source_kwargs: dict[str, dict[str, Any]] | None = None,
         kd_weight: StepValue = 0.3,
@@ -141,8 +151,10 @@ class GLDFusionModule(PushesToHub, LightningModule):
         uld_values: LogitValues = "softmax",
         graph_values: LogitValues = "standardize",
         nodes: GraphNodes = "rank",
+        unmatched: UnmatchedTokens = "tail",
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        validate_terms: bool = True,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -171,12 +183,15 @@ class GLDFusionModule(PushesToHub, LightningModule):
 
         self.pivot, self.output_rule = None, OutputRule()
         if pivot is not None:
-            self.pivot, self.output_rule = load_pivot(pivot, vocab_size, lora, gradient_checkpointing)
+            self.pivot, self.output_rule = load_pivot(pivot, vocab_size, lora, gradient_checkpointing, pivot_kwargs)
         self.vocab_size = 0 if self.pivot is None else num_tokens(self.pivot, vocab_size, top_k)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         self._pivot_name = pivot if isinstance(pivot, str) else None
-        self._sources = SourceSet(sources, source_kwargs, top_k=top_k, temperature=temperature, pivot=self.pivot)
+        matching: dict[str, Any] = {"unmatched": unmatched, "matched_graphs": nodes == "matched"}
+        shared = {"top_k": top_k, "temperature": temperature, "pivot": self.pivot, **matching}
+        self._sources = SourceSet(sources, source_kwargs, **shared)
         self.chunk_size = rows_a_chunk(self.vocab_size or 1)
+        self.validate_terms, self.term_means = validate_terms, TermMeans(self.term_weights)
         self.means = StageMeans("nll")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -229,12 +244,21 @@ class GLDFusionModule(PushesToHub, LightningModule):
         if weights and self.source_routing == "column":
             shares = column_shares(batch, weights)
             weights = {name: weights[name] for name in shares}
-        mask, hidden, labels = counted_states(self._pivot, batch)
-        shown: dict[str, Any] = {"batch": batch, "mask": mask, "step": self.global_step, "vocab_size": self.vocab_size}
-        shown["pivot_tokens"] = lambda: self.pivot_tokens
+        states = counted_states(self._pivot, batch)
+        shown = self._shown(batch, states)
         compared = [self._sources.compare(name, list(terms), **shown) for name, terms in weights.items()]
         if self.source_routing == "nll":
             shares = nll_shares(compared, self.routing_temperature)
+        return self._collect(states, compared, shares)
+
+    def _shown(self, batch: Mapping[str, Any], states: CountedStates) -> dict[str, Any]:
+        """Return what a source is compared with, beside the pivot's logits."""
+        own: dict[str, Any] = {"mask": states.mask, "vocab_size": self.vocab_size, "step": self.global_step}
+        return {**own, "batch": batch, "pivot_tokens": lambda: self.pivot_tokens}
+
+    def _collect(self, states: CountedStates, compared: list[SourceComparison], shares: dict[str, Tensor]) -> GLDLosses:
+        """Make the pivot's logits, and return all terms of the sources that it is compared with."""
+        mask, hidden, labels = states
         rows = pivot_rows(
             self._head,
             hidden,
@@ -253,13 +277,11 @@ class GLDFusionModule(PushesToHub, LightningModule):
     def _head(self, rows: Tensor) -> Tensor:
         return self.output_rule.logits(cast(nn.Linear, self._pivot.get_output_embeddings()), rows)
 
-    def _cross_entropy(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        return (F.cross_entropy(at_least_float32(self._head(rows)), labels, reduction="none"),)
-
     # ------------------------------------------------------------------ training
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Check the labels of the first batch, on an accelerator too."""
+        """Note how the first texts end, and check the labels of the first batch, on an accelerator too."""
+        self.end_tokens.watch(batch)
         if batch_idx == 0:
             size = cast(nn.Embedding, self._pivot.get_input_embeddings()).weight.shape[0]
             check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
@@ -274,19 +296,10 @@ class GLDFusionModule(PushesToHub, LightningModule):
             share = losses.shares.get(name, 1.0)
             for term, values in terms.items():
                 loss = loss + kd_weight * self.weights[name] * weights[name][term] * (share * values).mean()
-            self._log_source(name, losses)
+            suffix = self.term_weights.suffix(name)
+            self.log_dict({f"train/{key}{suffix}": value for key, value in losses.logged(name).items()})
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def _log_source(self, name: str, losses: GLDLosses) -> None:
-        values = {f"loss_{term}": value.mean() for term, value in losses.terms[name].items()}
-        values["aligned"] = losses.sources[name].aligned
-        if name in losses.matched:
-            values["matched"] = losses.matched[name]
-        if name in losses.shares:
-            values["share"] = losses.shares[name].mean()
-        suffix = f"/{name}" if len(self.term_weights.used_sources) > 1 else ""
-        self.log_dict({f"train/{key}{suffix}": value for key, value in values.items()})
 
     def configure_optimizers(self) -> Any:
         """Return the injected optimizer and scheduler."""
@@ -296,25 +309,28 @@ class GLDFusionModule(PushesToHub, LightningModule):
     # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sum the cross-entropy over tokens."""
-        self._evaluate(batch, "val")
+        """Sum the cross-entropy over tokens, and the terms of the sources that are at hand over samples."""
+        weights = self.term_weights.at(self.global_step) if self.validate_terms else {}
+        states = counted_states(self._pivot, batch)
+        shown = {**self._shown(batch, states), "tell": rank_zero_info}
+        tried = [self._sources.try_compare(name, list(terms), **shown) for name, terms in weights.items()]
+        losses = self._collect(states, [one for one in tried if one is not None], {})
+        self.means.update("val", nll=losses.nll)
+        if weights:
+            self.term_means.update(losses.terms)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
-        self._evaluate(batch, "test")
+        self.means.update("test", nll=self._collect(counted_states(self._pivot, batch), [], {}).nll)
 
     def on_validation_epoch_end(self) -> None:
-        """Log mean loss and perplexity over all tokens of all ranks."""
+        """Log mean loss and perplexity over all tokens of all ranks, and the terms."""
         self._log_means("val")
+        self.log_dict(self.term_means.compute())
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
         self._log_means("test")
-
-    def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
-        _, hidden, labels = counted_states(self._pivot, batch)
-        (nll,) = chunked_rows(self._cross_entropy, hidden, labels, chunk_size=self.chunk_size)
-        self.means.update(stage, nll=nll)
 
     def _log_means(self, stage: str) -> None:
         self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
@@ -337,19 +353,9 @@ class GLDFusionModule(PushesToHub, LightningModule):
         """Settings that the top-k logits of each source depend on.
 
         Raises:
-            ValueError: If the logits of a source are in a cache already.
+            ValueError: If the logits of a source are in a cache already, or τ changes.
         """
-        models = {name: source for name, source in self.sources.items() if isinstance(source, LogitSource)}
-        if not models or len(models) < len(self.sources):
-            raise ValueError(
-                "Expected `sources` to be models, whose logits are to be cached, but got caches:"
-                f" {sorted(set(self.sources) - set(models))}."
-            )
-        if callable(self.temperature):
-            raise ValueError(
-                "Expected `temperature` to be a number to write logits at, but got a function of the step."
-            )
-        return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
+        return self._sources.settings()
 
     @property
     def cache_tokens(self) -> dict[str, list[bytes | None] | None]:
@@ -370,7 +376,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
         """Write the pivot in its own architecture, for `from_pretrained`, adapters merged; see `save_model_folder`."""
         options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "trainer": self._trainer}
-        save_model_folder(folder, self._pivot, self.card_text, **options)
+        save_model_folder(folder, self._pivot, self.card_text, end_tokens=self.end_tokens, **options)
 
 
 def _has_code(value: Any) -> bool:

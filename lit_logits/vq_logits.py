@@ -246,7 +246,8 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
             rank_zero_warn(warning)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Check the labels of the first batch, on an accelerator too."""
+        """Note how the first texts end, and check the labels of the first batch, on an accelerator too."""
+        self.end_tokens.watch(batch)
         if batch_idx == 0:
             check_labels(batch["labels"], self.vocab_size, wait=True)  # once, because the host waits for the device
 

@@ -361,6 +361,8 @@ def test_a_digest_does_not_depend_on_threads():
             {"dtype": "bflaot16"},
             "Expected `dtype` to be the name of one of torch, such as bfloat16, but got 'bflaot16'",
         ),
+        ({"attn_implementation": "flush"}, "Expected settings with which `from_pretrained` can load .*'flush'}: "),
+        ({"quantization_config": {"load_in_4bits": True}}, "Expected settings with which `from_pretrained` can load"),
     ],
 )
 def test_settings_of_from_pretrained_that_are_misspelt(tmp_path, kwargs, match):

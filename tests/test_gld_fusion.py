@@ -19,6 +19,7 @@ from lit_logits.functional import (
     graph_strengths,
     gw_objective,
     gw_over_permutations,
+    matched_graph_bound,
     node_strengths,
     sorted_gw_bound,
     top_k_logits,
@@ -220,6 +221,84 @@ def test_vocabulary_graph_and_strengths_by_loops(seed):
             expected = oracle.mean(-1).sort(descending=True).values
             torch.testing.assert_close(strengths[sample, : len(nodes)], expected)
         assert (strengths[sample, len(nodes) :] == 0).all()
+
+
+def random_ids(seed, *shape, size):
+    """Different ids along the last dimension."""
+    return torch.rand(*shape[:-1], size, generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., : shape[-1]]
+
+
+def matched_bound_by_loops(student, source, table):
+    """Dictionaries of edges between the student's tokens, of those that both have."""
+    edges = {}
+    for side, (values, ids, mask) in enumerate((student, source)):
+        kept = [t for t in range(len(values)) if mask[t]]
+        for t in kept:
+            row = {}
+            for token, value in zip(ids[t].tolist(), values[t], strict=True):
+                own = table[token] if side else token
+                if own in table and own >= 0:
+                    row[own] = row.get(own, 0.0) + value / math.sqrt(len(kept))
+            for a, one in row.items():
+                for b, other in row.items():
+                    pair = edges.setdefault((a, b), [0.0, 0.0])
+                    pair[side] = pair[side] + one * other
+    nodes = {a for a, _ in edges}
+    difference = lambda a, b: edges.get((a, b), [0.0, 0.0])[0] - edges.get((a, b), [0.0, 0.0])[1]  # noqa: E731
+    rows = [sum(difference(a, b) for b in nodes) / len(nodes) for a in nodes]
+    distortion = math.sqrt(
+        sum(float(torch.as_tensor(difference(a, b)).detach()) ** 2 for a in nodes for b in nodes)
+    ) / max(1, len(nodes))
+    return sum(map(abs, rows)), distortion, len(nodes)
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_matched_graphs_by_loops(seed):
+    """Of another number of positions and another k; two tokens of the source stand for one of the student's."""
+    student = draw(seed, 2, 5, 4).requires_grad_(), random_ids(seed, 2, 5, 4, size=9), random_mask(seed + 1, 2, 5)
+    source = draw(seed + 2, 2, 6, 3), random_ids(seed + 3, 2, 6, 3, size=8), random_mask(seed + 4, 2, 6)
+    table = [4, -1, 0, 8, -1, 2, 4, 7]
+    found = matched_graph_bound(*student[:2], *source[:2], student[2], source[2], source_to_student=torch.tensor(table))
+    one_vocabulary = matched_graph_bound(*student[:2], *source[:2], student[2], source[2])
+    for sample in range(2):
+        pair = [[part[sample] for part in side] for side in (student, source)]
+        oracle, distortion, num_nodes = matched_bound_by_loops(*pair, table)
+        torch.testing.assert_close(found[sample], torch.as_tensor(oracle, dtype=torch.double))
+        assert float(found[sample]) <= max(1, num_nodes) * distortion + 1e-12
+        oracle, *_ = matched_bound_by_loops(*pair, list(range(9)))
+        torch.testing.assert_close(one_vocabulary[sample], torch.as_tensor(oracle, dtype=torch.double))
+
+
+def test_matched_graphs_see_which_tokens_are_strong():
+    """What sorted strengths do not: the same graph over other tokens. Padding changes nothing."""
+    values, ids = draw(3, 6, 4).requires_grad_(), random_ids(4, 6, 4, size=12)
+    order = torch.arange(12).roll(1)
+    same = matched_graph_bound(values, ids, values, ids)
+    assert same.item() == 0
+    assert torch.equal(torch.autograd.grad(same, values)[0], torch.zeros_like(values))
+    moved = matched_graph_bound(values, ids, values, order[ids])
+    strengths, num_nodes = vocabulary_strengths(values, ids)
+    other, _ = vocabulary_strengths(values, order[ids])
+    assert float(moved) > 0.1 > float(sorted_gw_bound(strengths, other, num_nodes)) == pytest.approx(0, abs=1e-12)
+    assert float(matched_graph_bound(values, ids, values, order[ids], source_to_student=order.argsort())) < 1e-12
+    mask = torch.arange(8) < 6
+    padded = [torch.nn.functional.pad(part, (0, 0, 0, 2), value=7) for part in (values, ids)]
+    torch.testing.assert_close(matched_graph_bound(*padded, values, order[ids], mask), moved)
+    nothing = matched_graph_bound(values, ids, values, ids, source_to_student=torch.full((12,), -1))
+    nothing.backward()
+    assert float(nothing) == 0
+    assert torch.equal(values.grad, torch.zeros_like(values))
+
+
+def test_gradient_of_matched_graphs_reaches_the_student_alone():
+    student, source = (draw(seed, 3, 2).requires_grad_() for seed in (5, 6))
+    ids = random_ids(7, 3, 2, size=5), random_ids(8, 3, 2, size=5)
+    table = torch.tensor([1, 0, -1, 3, 4])
+    bound = lambda values: matched_graph_bound(values, ids[0], source, ids[1], source_to_student=table)  # noqa: E731
+    assert torch.autograd.gradcheck(bound, (student,))
+    bound(student).backward()
+    assert source.grad is None
 
 
 def test_strengths_over_no_position_are_zero_and_have_a_graph():

@@ -466,8 +466,8 @@ def test_the_pivot_as_its_own_source():
 def test_only_the_right_choices_are_scored():
     model, batch = make(), make_batch()
     batch["correct"] = torch.tensor([1, 0, 0, 1])
-    model._evaluate(batch, "test")
-    model._evaluate(make_batch([0, 3]), "val")
+    model.test_step(batch, 0)
+    model.validation_step(make_batch([0, 3]), 0)
     torch.testing.assert_close(model.means.compute("test"), model.means.compute("val"))
 
 
@@ -487,6 +487,10 @@ def test_only_the_right_choices_are_scored():
         ({"source_weights": {"near": 1.0}}, r"got none for \['far'\]"),
         ({"source_weights": {"near": 1.0, "far": -1.0}}, "at least 0 and finite"),
         ({"source_kwargs": {"fra": {}}}, r"but got \['fra'\]"),
+        (
+            {"pivot_kwargs": {"dtype": "bfloat16"}},
+            "named by its hub id or path, but got {'dtype': 'bfloat16'} for Llama",
+        ),
         ({"sources": {"bad": torch.nn.Linear(2, 2)}, "source_weights": None}, "source 'bad' to be a causal language"),
         ({"sources": {"bad": "/nowhere"}, "source_weights": None}, "'/nowhere'"),
     ],
@@ -494,6 +498,48 @@ def test_only_the_right_choices_are_scored():
 def test_arguments_out_of_range(kwargs, match):
     with pytest.raises(ValueError, match=match):
         make(**kwargs).setup("fit")  # where sources that are named by a path are loaded
+
+
+def test_settings_of_the_pivot_reach_it_and_are_spelt_right(tmp_path):
+    make_model(0, PIVOT_SIZE).save_pretrained(tmp_path)
+    sources = {"near": make_model(1, PIVOT_SIZE)}
+    settings = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    model = GLDFusionModule(str(tmp_path), sources, top_k=4, pivot_kwargs=settings)
+    assert model.pivot.dtype == torch.bfloat16
+    assert model.pivot.config._attn_implementation == "eager"
+    assert model.hparams["pivot_kwargs"] == settings
+    with pytest.raises(ValueError, match=r"but got 'atn_implementation'. Did you mean 'attn_implementation'\?"):
+        GLDFusionModule(str(tmp_path), sources, top_k=4, pivot_kwargs={"atn_implementation": "eager"})
+
+
+@pytest.mark.slow
+def test_a_pivot_of_4_bits_trains_adapters_goes_on_and_is_saved_dense(tmp_path):
+    """bitsandbytes once changed its weights when it was evaluated, and its checkpoints could not be loaded."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    new_causal_lm(config(PIVOT_SIZE, hidden_size=128, intermediate_size=256)).save_pretrained(tmp_path / "pivot")
+    sources, batches = {"near": make_model(1, PIVOT_SIZE)}, DataLoader(range(4), batch_size=2, collate_fn=make_batch)
+    quantized = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    options = {"pivot_kwargs": quantized, "top_k": 4, "optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
+    with pytest.raises(ValueError, match="Expected `lora` for a pivot with quantised weights"):
+        GLDFusionModule(str(tmp_path / "pivot"), sources, **options)
+    model = GLDFusionModule(str(tmp_path / "pivot"), sources, lora={"target_modules": ["q_proj", "v_proj"]}, **options)
+    rows = torch.arange(8).unsqueeze(0)
+    before = model(rows)
+    quick = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_steps=4, val_check_interval=1, default_root_dir=tmp_path, **quick)
+    trainer.fit(model, batches, batches)
+    trained = model.eval()(rows)
+    assert not torch.allclose(before, trained, atol=1e-3)
+    trainer.save_checkpoint(tmp_path / "fused.ckpt")
+    keys = torch.load(tmp_path / "fused.ckpt", weights_only=False)["state_dict"].keys()
+    assert not [key for key in keys if "base_layer" in key or "o_proj" in key]
+    loaded = GLDFusionModule.load_from_checkpoint(tmp_path / "fused.ckpt", sources=sources)
+    torch.testing.assert_close(loaded.eval()(rows), trained)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not hasattr(saved.config, "quantization_config")
+    torch.testing.assert_close(saved(rows).logits, trained, atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_pivot_there_is_only_predicting():

@@ -105,6 +105,7 @@ def test_fused_across_tokenizers_saved_and_used_by_plain_transformers(models):
     names = {f"train/{part}/{name}" for part in ("loss_uld", "loss_gld", "aligned") for name in ("wide", "narrow")}
     assert names | {"train/loss_ce", "val/ppl", "gw/ratio/wide", "gw/exact/narrow"} <= set(events.Tags()["scalars"])
     assert {"gw/scatter", "gw/graph/wide"} <= set(events.Tags()["images"])
+    assert {f"samples/{number}/text_summary" for number in range(4)} <= set(events.Tags()["tensors"])
     aligned = [event.value for event in events.Scalars("train/aligned/wide")]
     assert all(0.2 < share < 1 for share in aligned)
     program = (
@@ -136,13 +137,14 @@ def test_training_from_caches_is_training_with_the_sources(models):
 
 def test_every_term_from_caches_is_that_of_the_sources(models):
     """The tokenizers of pivot and sources are found: the pivot's in the data module, the sources' beside the models."""
-    terms = {"matched": 1.0, "chunk": {"wide": 2.0}, "uld": 0.5}
+    terms = {"matched": 1.0, "chunk": {"wide": 2.0}, "uld": 0.5, "gld": 0.1}
     more = [f"--model.init_args.terms={json.dumps(terms)}", "--model.init_args.source_routing=nll"]
-    more.append("--model.init_args.kl_kind=jsd")
+    more += ["--model.init_args.kl_kind=jsd", "--model.init_args.unmatched=pieces", "--model.init_args.nodes=matched"]
     write_caches(models, batch_size=1)
     run = fit(models, *more, batch_size=1)
     online, logged = weights(run), run.trainer.logged_metrics
     names = {f"train/{part}/{name}" for part in ("loss_matched", "matched", "share") for name in CACHED}
+    names |= {f"val/loss_matched/{name}" for name in CACHED}
     assert names | {"train/loss_chunk/wide"} <= set(logged)
     assert "train/loss_chunk/narrow" not in logged
     assert sum(float(logged[f"train/matched/{name}"]) for name in CACHED) > 0.001

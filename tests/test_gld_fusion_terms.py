@@ -11,7 +11,7 @@ from test_gld_fusion_module import OTHER_SIZE, PIVOT_SIZE, fit, make, make_batch
 from torch.utils.data import DataLoader
 
 from lit_logits import GLDFusionModule
-from lit_logits.functional import response_nll, route_by_nll
+from lit_logits.functional import match_vocabularies, matched_kl, response_nll, route_by_nll
 from lit_logits.functional.top_k_logits import SourceLogits, top_k_logits
 from lit_logits.modules import LinearRamp
 
@@ -166,6 +166,67 @@ def test_nothing_to_learn_is_a_zero_with_a_graph_for_every_term():
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in module.parameters())
 
 
+@pytest.mark.parametrize("unmatched", ["tail", "first", "pieces"])
+def test_tokens_without_a_partner_teach_their_pieces(unmatched):
+    """By the function of one sample; what finds a place is logged."""
+    module, batch = quiet(make_with_terms({"matched": {"far": 1.0}}, unmatched=unmatched)), make_batch()
+    texts = module.sources["far"].tokens = [bytes([66 + i // 40, 66 + i % 40]) for i in range(OTHER_SIZE)]
+    losses, table = module.losses(batch), match_vocabularies(PIVOT_TOKENS, texts, unmatched=unmatched)
+    assert (float(losses.matched["far"]) > 0.1) == (unmatched != "tail")
+    own = module(batch["input_ids"], batch["attention_mask"])
+    source, view = module.sources["far"].model, batch["sources"]["far"]
+    theirs = source(input_ids=view["input_ids"], attention_mask=view["attention_mask"]).logits.log_softmax(-1)
+    for row in range(4):
+        at = {int(view["response_ends"][row, u]): u for u in label_positions(view, row)}
+        ends = {t: int(batch["response_ends"][row, t]) for t in label_positions(batch, row)}
+        pairs = [(t, at[end]) for t, end in ends.items() if end in at]
+        top = theirs[row, [u for _, u in pairs]].topk(module.top_k)
+        expected = matched_kl(own[row, [t for t, _ in pairs]], top.indices, top.values, table)
+        torch.testing.assert_close(losses.terms["far"]["matched"][row], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_graphs_are_compared_token_by_token_where_both_have_the_token():
+    """`near` has the pivot's vocabulary, `far` a part of it; the graphs are those of `vocabulary_graph`."""
+    module, batch = quiet(make_with_terms({"gld": 1.0}, nodes="matched", graph_values="softmax")), make_batch()
+    losses, table = module.losses(batch), match_vocabularies(PIVOT_TOKENS, OTHER_TOKENS).tolist()
+    own = module(batch["input_ids"], batch["attention_mask"])
+    for name, source in module.sources.items():
+        view = batch["sources"].get(name, batch)
+        theirs = source.model(input_ids=view["input_ids"], attention_mask=view["attention_mask"]).logits
+        partner = table if name == "far" else range(PIVOT_SIZE)
+        for row in range(4):
+            rows, sides = [], ((own[row], batch, range(PIVOT_SIZE)), (theirs[row], view, partner))
+            for logits, of_view, map_to in sides:
+                places = [
+                    t for t in label_positions(of_view, row) if name == "near" or of_view["response_ends"][row, t] >= 0
+                ]
+                values = torch.zeros(len(places), PIVOT_SIZE)
+                kept = torch.zeros(PIVOT_SIZE, dtype=torch.bool)
+                for number, t in enumerate(places):
+                    top = logits[t].softmax(-1).topk(module.top_k)
+                    for token, value in zip(top.indices.tolist(), top.values, strict=True):
+                        if map_to[token] in partner and map_to[token] >= 0:
+                            values[number, map_to[token]] += value.detach()
+                            kept[map_to[token]] = True
+                rows.append((values.T @ values / len(places), kept))
+            nodes = rows[0][1] | rows[1][1]
+            strengths = [(graph[nodes][:, nodes]).mean(1) for graph, _ in rows]
+            expected = (strengths[0] - strengths[1]).abs().sum()
+            torch.testing.assert_close(losses.terms[name]["gld"][row], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_matched_graphs_of_the_pivot_itself_teach_nothing_and_ask_for_the_tokenizer_of_others():
+    pivot, twin = (make_model(0, PIVOT_SIZE) for _ in range(2))
+    options = {"top_k": 4, "kd_weight": 1.0, "terms": {"gld": 1.0}, "nodes": "matched"}
+    module = quiet(GLDFusionModule(pivot, {"twin": twin}, **options))
+    loss = module.training_step(make_batch(), 0)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    module = make_with_terms({"gld": 1.0}, nodes="matched")
+    module.sources["far"].tokens = None
+    with pytest.raises(ValueError, match="Expected to know the tokenizer of source 'far'"):
+        module.losses(make_batch())
+
+
 # ---------------------------------------------------------------------- what a term needs
 
 
@@ -209,6 +270,7 @@ def test_chunks_from_a_cache_of_version_1_are_refused():
         ({"terms": {"kl": -1.0}}, "weight of the term 'kl' to be at least 0 and finite, but got -1.0"),
         ({"terms": {"kl": {"near": math.inf}}}, "at least 0 and finite, but got inf"),
         ({"kl_kind": "backward"}, "`kind` to be one of"),
+        ({"unmatched": "last"}, "`unmatched` to be one of"),
         ({"kl_beta": 0.0}, r"`beta` to be in \(0, 1\)"),
         ({"chunk_temperature": 0.0}, "`chunk_temperature` to be positive"),
         ({"source_routing": "best"}, "`source_routing` to be None or one of"),

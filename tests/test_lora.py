@@ -244,9 +244,23 @@ def test_tied_weights_are_refused(target):
         add_lora(tiny(tie_word_embeddings=True), {"r": 2, "target_modules": [target]})
 
 
-def test_no_such_layer():
-    with pytest.raises(ValueError, match="q_pro"):
-        add_lora(tiny(), {"target_modules": ["q_pro"]})
+@pytest.mark.parametrize("targets", [["q_pro"], ["v_proj", "q_pro"], "q_pro", r".*q_pro"])
+def test_a_target_that_is_no_layer_is_named_with_those_that_are(targets):
+    """peft itself is silent as long as another target is found."""
+    with pytest.raises(
+        ValueError, match=r"of the layers \[.*'q_proj'.*'lm_head'\] of LlamaForCausalLM, or 'all-linear'"
+    ):
+        add_lora(tiny(), {"target_modules": targets})
+
+
+def test_patterns_and_whole_names_are_targets():
+    for targets in (r".*\.[qv]_proj", ["layers.0.self_attn.q_proj"], "all-linear"):
+        assert has_lora(add_lora(tiny(), {"target_modules": targets}))
+
+
+def test_without_a_target_that_is_left_the_layers_are_named():
+    with pytest.raises(ValueError, match=r"Expected `lora` to name layers of LlamaForCausalLM, which has \[.*'q_proj'"):
+        add_lora(tiny(), {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]})
 
 
 def test_a_second_adapter_is_refused():

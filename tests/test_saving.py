@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, Trainer
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lit_logits import CausalLM, DualHeadKD, GLDFusionModule, VQLogitsLM
 from lit_logits.modules import DenseLogitsHead, new_causal_lm
@@ -88,3 +90,37 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
     student.export(tmp_path / "new" / "weights.pt")  # with the folder it needs
     assert torch.load(tmp_path / "new" / "weights.pt", weights_only=True).keys() == {"weight", "bias"}
+
+
+# ---------------------------------------------------------------------- the token that ends a text
+
+
+class Turns(LightningDataModule):
+    """Texts that end by the template's <turn>, and a tokenizer whose own end is never seen."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def train_dataloader(self):
+        ids = torch.tensor([0, 1, 4, 1])
+        row = {"input_ids": ids, "attention_mask": ids >= 0, "labels": torch.tensor([-100, 1, 4, 1])}
+        return DataLoader([row] * 4, batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["VQLogitsLM", "CausalLM", "GLDFusionModule"])
+@pytest.mark.parametrize("has_data_module", [True, False])
+def test_a_module_writes_the_end_that_its_texts_had(name, has_data_module, tmp_path, tokenizer):
+    """Only `SavePretrained` once knew it. Without training it is the tokenizer's own."""
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(["</s>", "<turn>"]) == [3, 4]
+    module, data = MODULES[name](), Turns(tokenizer)
+    save(module, tmp_path / "before", tokenizer=tokenizer)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **quiet)
+    trainer.fit(module, **({"datamodule": data} if has_data_module else {"train_dataloaders": data.train_dataloader()}))
+    save(module, tmp_path / "after", **({} if has_data_module else {"tokenizer": tokenizer}))
+    for folder, end in (("before", 3), ("after", 4)):
+        for kind in (AutoConfig, GenerationConfig):
+            assert kind.from_pretrained(tmp_path / folder).eos_token_id == end, kind

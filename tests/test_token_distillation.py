@@ -176,6 +176,47 @@ def test_vocabularies_are_matched_by_text():
     assert match_vocabularies([], [b"a"]).tolist() == [-1]
 
 
+# "zebra" is cut ze|b|ra, "abxa" a|b and then no token fits, "aaaaa" after its first four pieces; "xa" begins with none.
+PIECES = [None, b"a", b"b", b"ze", b"z", b"ra", b"r"]
+LONG = [b"zebra", b"abxa", b"xa", b"a", None, b"aaaaa", b""]
+
+
+def test_tokens_without_a_partner_are_cut_into_pieces():
+    assert match_vocabularies(PIECES, LONG).tolist() == [-1, -1, -1, 1, -1, -1, -1]
+    assert match_vocabularies(PIECES, LONG, unmatched="first").tolist() == [3, 1, -1, 1, -1, 1, -1]
+    pieces = [[3, 2, 5, -1], [1, 2, -1, -1], [-1] * 4, [1, -1, -1, -1], [-1] * 4, [1] * 4, [-1] * 4]
+    assert match_vocabularies(PIECES, LONG, unmatched="pieces").tolist() == pieces
+    with pytest.raises(ValueError, match=r"`unmatched` to be one of .*, but got 'last'"):
+        match_vocabularies(PIECES, LONG, unmatched="last")
+
+
+@given(seeds, st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_pieces_share_a_probability_by_loops(seed, k):
+    """1, 0.1, 0.01 of it, divided by their sum: no probability is lost, and none comes of nothing."""
+    table = match_vocabularies(PIECES, LONG, unmatched="pieces")
+    ids, log_probs = kept(2 * draw(seed, 3, 7), k)
+    found = match_top_k(ids, log_probs, table)
+    for row in range(3):
+        expected, left = {}, 1.0
+        for token, log_prob in zip(ids[row].tolist(), log_probs[row].tolist(), strict=True):
+            pieces = [piece for piece in table[token].tolist() if piece >= 0]
+            for place, piece in enumerate(pieces):
+                share = math.exp(log_prob) * 0.1**place / sum(0.1**other for other in range(len(pieces)))
+                expected[piece] = expected.get(piece, 0.0) + share
+                left -= share
+        pairs = zip(found.token_ids[row].tolist(), found.log_probs[row].exp().tolist(), strict=True)
+        got = [(token, prob) for token, prob in pairs if token >= 0]
+        assert dict(got) == pytest.approx(expected)
+        assert len(got) == len(expected)
+        assert float(found.tail[row]) == pytest.approx(left, abs=1e-12)
+    student = draw(seed, 3, 7).requires_grad_()
+    loss = matched_kl(student, ids, log_probs, table)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
 @given(seeds, st.integers(1, 7))
 @settings(max_examples=50, deadline=None)
 def test_probabilities_are_carried_over_by_loops(seed, k):

@@ -104,6 +104,7 @@ from lit_logits.functional.gld_fusion import (
     VocabularyGraph,
     co_activation_graph,
     graph_strengths,
+    matched_graph_bound,
     node_strengths,
     sorted_gw_bound,
     top_k_uld,
@@ -165,6 +166,7 @@ from lit_logits.functional.lookup.lookup import (
 )
 from lit_logits.functional.matched_tokens import (
     MatchedTopK,
+    UnmatchedTokens,
     match_top_k,
     match_vocabularies,
     matched_kl,
@@ -276,6 +278,7 @@ __all__ = [
     "TokenStatistics",
     "TopKLogits",
     "TopTokens",
+    "UnmatchedTokens",
     "VocabularyGraph",
     "add_task_vectors",
     "align_gradients",
@@ -346,6 +349,7 @@ __all__ = [
     "lookup_logits",
     "match_top_k",
     "match_vocabularies",
+    "matched_graph_bound",
     "matched_kl",
     "merge_pairs",
     "metric_matrix",

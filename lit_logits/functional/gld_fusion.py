@@ -6,8 +6,8 @@ The k largest logits ẑ_t ∈ R^k of the T positions of a response make its co-
 
 with the node strengths f, which need no graph: f = Ẑᵀ(Ẑ1)/(nT). GW~ is the sorted Gromov–Wasserstein bound.
 
-Letters: B samples, T positions, k `top_k`, n nodes, V vocabulary. A node is a rank (the i-th largest logit; n = k), or
-an id of the vocabulary (n ≤ T·k, those that some position kept).
+Letters: B samples, T positions (U of a source), k `top_k`, n nodes, V and W vocabularies of student and source. A node
+is a rank (the i-th largest logit; n = k), or an id of the vocabulary (n ≤ T·k, those that some position kept).
 
 References:
     [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, sums_by_id
 from lit_logits.functional.top_k_logits import LogitValues, TopKLogits, top_k_logits, top_k_values
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "VocabularyGraph",
     "co_activation_graph",
     "graph_strengths",
+    "matched_graph_bound",
     "node_strengths",
     "sorted_gw_bound",
     "top_k_uld",
@@ -37,7 +38,7 @@ __all__ = [
     "vocabulary_strengths",
 ]
 
-GraphNodes = Literal["rank", "vocabulary"]
+GraphNodes = Literal["rank", "vocabulary", "matched"]
 
 
 class VocabularyGraph(NamedTuple):
@@ -146,20 +147,7 @@ def vocabulary_strengths(values: Tensor, token_ids: Tensor, mask: Tensor | None 
         >>> vocabulary_strengths(values, ids)
         NodeStrengths(strengths=tensor([2.5000, 1.0000, 0.6667, 0.0000]), num_nodes=tensor(3))
     """
-    values, count = _counted(values, mask)
-    shares = (values * values.sum(-1, keepdim=True) / count.unsqueeze(-1).unsqueeze(-1)).flatten(-2)
-    if mask is not None:
-        token_ids = token_ids.masked_fill(~mask.unsqueeze(-1), torch.iinfo(token_ids.dtype).max)  # sorted to the end
-    # Sorted ids are numbered by counting the places where they change. `unique` would make the host wait for the number
-    # of nodes, and give each sample another shape; here all samples have room for T·k nodes.
-    ids, order = token_ids.flatten(-2).sort(-1)
-    is_new = torch.ones_like(ids, dtype=torch.bool)
-    is_new[..., 1:] = ids[..., 1:] != ids[..., :-1]
-    if mask is not None:
-        is_new = is_new & (ids != torch.iinfo(ids.dtype).max)
-    num_nodes = is_new.sum(-1)
-    node = (is_new.cumsum(-1) - 1).clamp(min=0)  # what does not count is 0, and may be added anywhere
-    sums = torch.zeros_like(shares).scatter_add(-1, node, shares.gather(-1, order))
+    sums, num_nodes = sums_by_id(*_shares(values, token_ids, torch.ones_like(token_ids, dtype=torch.bool), mask))
     exists = torch.arange(sums.shape[-1], device=sums.device) < num_nodes.unsqueeze(-1)
     # Nodes that do not exist are −inf while sorting, as strengths of standardised logits may be negative.
     strengths = (sums / num_nodes.clamp(min=1).unsqueeze(-1)).masked_fill(~exists, -torch.inf)
@@ -189,7 +177,10 @@ def graph_strengths(
         strengths = node_strengths(values, mask).sort(-1, descending=True).values
         return NodeStrengths(strengths, torch.full_like(strengths[..., 0], strengths.shape[-1], dtype=torch.long))
     if nodes != "vocabulary" or token_ids is None:
-        raise ValueError(f"Expected `nodes` to be 'rank', or 'vocabulary' with `token_ids`, but got {nodes!r}.")
+        raise ValueError(
+            f"Expected `nodes` to be 'rank', or 'vocabulary' with `token_ids`, but got {nodes!r}. Compare 'matched'"
+            " nodes by `matched_graph_bound`."
+        )
     return vocabulary_strengths(values, token_ids, mask)
 
 
@@ -224,6 +215,61 @@ def sorted_gw_bound(strengths1: Tensor, strengths2: Tensor, num_nodes: Tensor | 
     if num_nodes is not None:
         difference = difference * (torch.arange(size, device=difference.device) < num_nodes.unsqueeze(-1))
     return difference.sum(-1)
+
+
+def matched_graph_bound(
+    student_values: Tensor,
+    student_ids: Tensor,
+    source_values: Tensor,
+    source_ids: Tensor,
+    student_mask: Tensor | None = None,
+    source_mask: Tensor | None = None,
+    *,
+    source_to_student: Tensor | None = None,
+) -> Tensor:
+    """Compare the node strengths of two co-activation graphs over token ids, each token with itself.
+
+        Σ_v |f_C(v) − f_D(v)|,        (1/n) Σ_v |f_C(v) − f_D(v)| ≤ √( (1/n²) Σ_uv (C_uv − D_uv)² )
+
+    with C and D over the n tokens that either side kept, of those that both vocabularies have. It bounds from below how
+    much the edges differ in the matching of each token to itself, and is at least the sorted bound of the two graphs:
+    that one does not see which tokens are strong. Nothing of the size of a vocabulary but one mask is made.
+
+    Args:
+        student_values: (..., T, k); see `top_k_values`.
+        student_ids: (..., T, k), k different ids at each position.
+        source_values: (..., U, k). No gradient reaches it.
+        source_ids: (..., U, k).
+        student_mask: (..., T) positions that count; None is all.
+        source_mask: (..., U), in the same way.
+        source_to_student: (W,) of `match_vocabularies`: tokens without a partner are left out of both graphs, and
+            values of several with one partner are added up. None is one vocabulary.
+
+    Returns:
+        (...), in units of the graphs; 0 for equal graphs, and where no token is left.
+
+    Example:
+        >>> values, ids = torch.tensor([[2.0, 1.0]]), torch.tensor([[7, 5]])
+        >>> matched_graph_bound(values, ids, values, ids), matched_graph_bound(values, ids, values, ids.flip(-1))
+        (tensor(0.), tensor(3.))
+        >>> matched_graph_bound(values, ids, values, torch.tensor([[1, 0]]), source_to_student=torch.tensor([-1, 7]))
+        tensor(0.)
+    """
+    source_values, is_shared = source_values.detach(), torch.ones_like(student_ids, dtype=torch.bool)
+    if source_to_student is not None:
+        table = source_to_student.to(source_ids.device)
+        has_partner = torch.zeros(int(max(table.max(), student_ids.max())) + 1, dtype=torch.bool, device=table.device)
+        has_partner[table[table >= 0]] = True
+        source_ids, is_shared = table[source_ids], has_partner[student_ids]
+    shares, ids, counts = zip(
+        _shares(student_values, student_ids, is_shared, student_mask),
+        _shares(source_values, source_ids, source_ids >= 0, source_mask),
+        strict=True,
+    )
+    # Each side is summed by itself, so that equal sides are at 0 to the bit, and their gradient is 0.
+    both = torch.stack([F.pad(shares[0], (0, shares[1].shape[-1])), F.pad(shares[1], (shares[0].shape[-1], 0))])
+    sums, num_nodes = sums_by_id(both, torch.cat(ids, -1), torch.cat(counts, -1))
+    return (sums[0] - sums[1]).abs().sum(-1) / num_nodes.clamp(min=1)
 
 
 def top_k_uld(student: TopKLogits, teacher: TopKLogits, *, values: LogitValues = "softmax") -> Tensor:
@@ -305,6 +351,15 @@ def _filled_up(top: TopKLogits, size: int) -> TopKLogits:
     """Fill up with tokens that the vocabulary does not have, of probability 0."""
     missing = (0, size - top.log_probs.shape[-1])
     return top._replace(log_probs=F.pad(top.log_probs, missing, value=-torch.inf))
+
+
+def _shares(values: Tensor, token_ids: Tensor, is_kept: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each kept value adds to the row sum of its node, ids, and which of them count: (..., T·k) each."""
+    values, count = _counted(values, mask)
+    values = values.masked_fill(~is_kept, 0.0)
+    shares = values * values.sum(-1, keepdim=True) / count.unsqueeze(-1).unsqueeze(-1)
+    counts = is_kept if mask is None else is_kept & mask.unsqueeze(-1)
+    return shares.flatten(-2), token_ids.flatten(-2), counts.flatten(-2)
 
 
 def _counted(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean", "sample_means", "soft_cap"]
+__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean", "sample_means", "soft_cap", "sums_by_id"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -94,3 +94,32 @@ def sample_means(values: Tensor, mask: Tensor) -> Tensor:
         tensor([2., 6.])
     """
     return reduce_tokens(values, mask, "none").sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def sums_by_id(values: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the values of each id, in the order of the ids.
+
+    Ids that are sorted are numbered by counting the places where they change. `unique` would make the host wait for how
+    many there are, and give each sample another shape; here all samples have room for M.
+
+    Args:
+        values: (..., M), or with further dimensions in front.
+        ids: (..., M).
+        counts: boolean (..., M), which of them count.
+
+    Returns:
+        Sums of the shape of the values, with zeros after those of the last id, and (...) how many ids there are.
+
+    Example:
+        >>> values, ids = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([9, 3, 9, 5])
+        >>> sums_by_id(values, ids, ids != 5)
+        (tensor([2., 5., 0., 0.]), tensor(2))
+    """
+    last = torch.iinfo(ids.dtype).max
+    ids, order = ids.masked_fill(~counts, last).sort(dim=-1, stable=True)
+    is_new = torch.ones_like(ids, dtype=torch.bool)
+    is_new[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    is_new = is_new & (ids != last)
+    place = (is_new.cumsum(-1) - 1).clamp(min=0)
+    values = values.gather(-1, order.expand_as(values)).masked_fill(ids == last, 0.0)
+    return torch.zeros_like(values).scatter_add(-1, place.expand_as(values), values), is_new.sum(-1)

@@ -28,6 +28,7 @@ class GLDLosses(NamedTuple):
         terms: of each source by their names: (B,), one value a sample.
         shares: (B,) of each source in teaching each sample; empty without `source_routing`.
         matched: of each source, the probability that found a token of the pivot, where `matched` is among the terms.
+        nll: (N,) cross-entropy of each label, in nats.
     """
 
     ce: Tensor
@@ -35,6 +36,17 @@ class GLDLosses(NamedTuple):
     terms: dict[str, dict[str, Tensor]]
     shares: dict[str, Tensor]
     matched: dict[str, Tensor]
+    nll: Tensor
+
+    def logged(self, name: str) -> dict[str, Tensor]:
+        """Return what is logged of a source, before weighting, by names."""
+        values = {f"loss_{term}": value.mean() for term, value in self.terms[name].items()}
+        values["aligned"] = self.sources[name].aligned
+        if name in self.matched:
+            values["matched"] = self.matched[name]
+        if name in self.shares:
+            values["share"] = self.shares[name].mean()
+        return values
 
 
 class SourceComparison(NamedTuple):
@@ -47,6 +59,7 @@ class SourceComparison(NamedTuple):
         alignment: of the pivot's positions with its own.
         targets: of the terms `kl` and `matched`, as far as they are among the terms.
         same_tokens: whether it reads the pivot's own tokens.
+        graph_table: (W,) the pivot's tokens of its own, by which graphs are compared; None for one vocabulary.
     """
 
     name: str
@@ -55,6 +68,7 @@ class SourceComparison(NamedTuple):
     alignment: SourceAlignment
     targets: dict[str, TokenTargets]
     same_tokens: bool
+    graph_table: Tensor | None = None
 
 
 class PivotRows(NamedTuple):
@@ -91,20 +105,18 @@ def collect_losses(
         chunk_temperature: τ of the chunks.
     """
     student = None if rows.top is None else place_rows(rows.top, mask)
-    divergences, losses = iter(rows.divergences), GLDLosses(sample_mean(place(rows.ce, mask), mask), {}, {}, shares, {})
+    divergences, ce = iter(rows.divergences), sample_mean(place(rows.ce, mask), mask)
+    losses = GLDLosses(ce, {}, {}, shares, {}, rows.ce)
     for one in compared:
         is_aligned = one.alignment.partner >= 0
         terms = losses.terms[one.name] = {}
         if student is not None:
-            terms |= criterion.compare(student, one.logits, one.alignment, terms=one.terms, name=one.name)
+            options: dict[str, Any] = {"terms": one.terms, "name": one.name, "source_to_student": one.graph_table}
+            terms |= criterion.compare(student, one.logits, one.alignment, **options)
         for term in one.targets:
             terms[term] = sample_means(place(next(divergences), mask), is_aligned)
         if "chunk" in one.terms:
-            options: dict[str, Any] = {
-                "temperature": chunk_temperature,
-                "same_tokens": one.same_tokens,
-                "name": one.name,
-            }
+            options = {"temperature": chunk_temperature, "same_tokens": one.same_tokens, "name": one.name}
             terms["chunk"] = chunk_terms(place(-rows.ce, mask), one.logits, one.alignment, **options)
         if "matched" in one.targets:
             losses.matched[one.name] = sample_mean(place(1 - one.targets["matched"].tail, mask), is_aligned)

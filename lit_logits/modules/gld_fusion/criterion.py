@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.functional.gld_fusion import GraphNodes, graph_strengths, sorted_gw_bound, top_k_uld
+from lit_logits.functional.gld_fusion import (
+    GraphNodes,
+    graph_strengths,
+    matched_graph_bound,
+    sorted_gw_bound,
+    top_k_uld,
+)
 from lit_logits.functional.reductions import sample_means
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment, align_source
@@ -38,11 +44,14 @@ class GraphPair(NamedTuple):
 
 
 class GraphAlignment(nn.Module):
-    """Sorted Gromov–Wasserstein bound between the co-activation graphs of a student and a source, per sample.
+    """Bound between the co-activation graphs of a student and a source, per sample.
+
+    Over ranks and over the ids of each vocabulary it is the sorted Gromov–Wasserstein bound; over `matched` ids node
+    strengths are compared token by token, see `matched_graph_bound`.
 
     Args:
         values: values that the graphs are made of, see `top_k_values`.
-        nodes: `rank` or `vocabulary`, see `graph_strengths`.
+        nodes: `rank`, `vocabulary` or `matched`.
 
     References:
         [0]: InfiGFusion: graph-on-logits distillation, 2025, arXiv 2505.13893.
@@ -85,8 +94,9 @@ class GraphAlignment(nn.Module):
         source_mask: Tensor,
         *,
         name: str = "source",
+        source_to_student: Tensor | None = None,
     ) -> Tensor:
-        """Return GW~ of each sample.
+        """Return the bound of each sample.
 
         Args:
             student: (B, T, k).
@@ -94,6 +104,7 @@ class GraphAlignment(nn.Module):
             student_mask: (B, T) positions that count.
             source_mask: (B, U) positions that count.
             name: of the source, by which graph hooks tell several apart.
+            source_to_student: (W,) of `match_vocabularies`, for `matched` nodes; None is one vocabulary.
 
         Returns:
             (B,), in units of the graphs; 0 where either side has no position that counts.
@@ -101,13 +112,16 @@ class GraphAlignment(nn.Module):
         for hook in self._graph_hooks.values():
             hook(GraphPair(name, _detach(student), _detach(source), student_mask, source_mask))
         size = min(student.log_probs.shape[-1], source.log_probs.shape[-1])
-        values = top_k_values(student, self.values), top_k_values(source, self.values).detach()
-        strengths = [
-            graph_strengths(value[..., :size], top.token_ids[..., :size], mask, nodes=self.nodes)
-            for value, top, mask in zip(values, (student, source), (student_mask, source_mask), strict=True)
-        ]
-        num_nodes = None if self.nodes == "rank" else torch.minimum(strengths[0].num_nodes, strengths[1].num_nodes)
-        bound = sorted_gw_bound(strengths[0].strengths, strengths[1].strengths, num_nodes)
+        own, theirs = (top_k_values(top, self.values)[..., :size] for top in (student, source))
+        own_ids, their_ids = (top.token_ids[..., :size] for top in (student, source))
+        if self.nodes == "matched":
+            masks, table = (student_mask, source_mask), source_to_student
+            bound = matched_graph_bound(own, own_ids, theirs, their_ids, *masks, source_to_student=table)
+        else:
+            mine = graph_strengths(own, own_ids, student_mask, nodes=self.nodes)
+            other = graph_strengths(theirs.detach(), their_ids, source_mask, nodes=self.nodes)
+            num_nodes = None if self.nodes == "rank" else torch.minimum(mine.num_nodes, other.num_nodes)
+            bound = sorted_gw_bound(mine.strengths, other.strengths, num_nodes)
         return bound.masked_fill(~(student_mask.any(-1) & source_mask.any(-1)), 0.0)
 
 
@@ -120,7 +134,7 @@ class SourceTerms(NamedTuple):
 
     Attributes:
         uld: token-wise loss, mean over samples of the mean over aligned positions.
-        gld: sorted Gromov–Wasserstein bound, mean over samples.
+        gld: bound between the graphs, mean over samples.
         aligned: share of the student's positions that predict a label at which the source has read the same text.
     """
 
@@ -135,7 +149,7 @@ class GLDCriterion(nn.Module):
     Args:
         uld_values: values that the token-wise loss compares, see `top_k_values`.
         graph_values: values that the graphs are made of.
-        nodes: nodes of the graphs, `rank` or `vocabulary`.
+        nodes: nodes of the graphs, see `GraphAlignment`.
 
     Raises:
         ValueError: If an option is not one of these.
@@ -191,8 +205,9 @@ class GLDCriterion(nn.Module):
         *,
         terms: Collection[str] = ("uld", "gld"),
         name: str = "source",
+        source_to_student: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Compare positions that are aligned already; arguments and errors as those of a call.
+        """Compare positions that are aligned already; arguments and errors as those of a call and of `graphs`.
 
         Returns:
             Of `uld` and `gld`, those that are among the `terms`: (B,) each, one value a sample.
@@ -205,7 +220,7 @@ class GLDCriterion(nn.Module):
         if "gld" in terms:
             self._check_moments(self.graphs.values, source, name)
             masks = alignment.student_mask, alignment.source_mask
-            found["gld"] = self.graphs(student, source.top_k, *masks, name=name)
+            found["gld"] = self.graphs(student, source.top_k, *masks, name=name, source_to_student=source_to_student)
         return found
 
     @staticmethod

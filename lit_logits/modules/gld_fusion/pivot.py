@@ -18,6 +18,7 @@ from lit_logits.modules.gld_fusion.comparison import PivotRows, SourceComparison
 from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import PlainCausalLM, load_plain_causal_lm
 from lit_logits.modules.language_models.lora import add_lora
+from lit_logits.modules.language_models.quantized import quantized_layers
 
 __all__ = ["load_pivot", "num_tokens", "pivot_rows"]
 
@@ -66,10 +67,23 @@ def pivot_rows(
 
 
 def load_pivot(
-    pivot: Any, vocab_size: int | None, lora: Mapping[str, Any] | None, gradient_checkpointing: bool
+    pivot: Any,
+    vocab_size: int | None,
+    lora: Mapping[str, Any] | None,
+    gradient_checkpointing: bool,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> PlainCausalLM:
-    """Load or make the model that learns, with adapters of its own if there are settings for them."""
-    model, rule = load_plain_causal_lm(pivot, vocab_size)
+    """Load or make the model that learns, with adapters of its own if there are settings for them.
+
+    Raises:
+        ValueError: If it cannot be loaded, or has quantised weights and no adapters to train.
+    """
+    model, rule = load_plain_causal_lm(pivot, vocab_size, kwargs)
+    if lora is None and quantized_layers(model):
+        raise ValueError(
+            "Expected `lora` for a pivot with quantised weights, which cannot be trained themselves, but got None. Add"
+            " for example `lora: {r: 16, target_modules: all-linear}`."
+        )
     if lora is not None:
         model = add_lora(model, lora)
     if gradient_checkpointing:

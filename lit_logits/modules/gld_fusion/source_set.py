@@ -8,12 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_logits.functional.matched_tokens import UnmatchedTokens, check_unmatched
 from lit_logits.functional.top_k_logits import SourceLogits
 from lit_logits.modules.gld_fusion.alignment import align_source
 from lit_logits.modules.gld_fusion.checks import check_source
 from lit_logits.modules.gld_fusion.comparison import SourceComparison
 from lit_logits.modules.gld_fusion.sources import LogitSource, Model, ends_to_align, load_source, view_of
-from lit_logits.modules.gld_fusion.token_terms import check_same_vocabulary, match_source, token_targets
+from lit_logits.modules.gld_fusion.token_terms import (
+    check_same_vocabulary,
+    has_same_vocabulary,
+    match_source,
+    token_targets,
+)
 from lit_logits.modules.gld_fusion.weights import StepValue, value_at
 from lit_logits.storage.logit_cache import LogitCache
 
@@ -34,9 +40,11 @@ class SourceSet:
         top_k: k.
         temperature: τ.
         pivot: a model that is no source.
+        unmatched: what the term `matched` does with tokens without a partner, see `match_vocabularies`.
+        matched_graphs: whether graphs are compared token by token.
 
     Raises:
-        ValueError: If a model that was given is not fit; the others raise when they are loaded.
+        ValueError: If `unmatched` is unknown, or a model that was given is not fit; others raise when they are loaded.
     """
 
     def __init__(
@@ -47,17 +55,41 @@ class SourceSet:
         top_k: int,
         temperature: StepValue = 1.0,
         pivot: nn.Module | None = None,
+        unmatched: UnmatchedTokens = "tail",
+        matched_graphs: bool = False,
     ) -> None:
+        check_unmatched(unmatched)
         self.given, self.source_kwargs = dict(sources), dict(source_kwargs or {})
         self.top_k, self.temperature, self.pivot = top_k, temperature, pivot
+        self.unmatched, self.matched_graphs = unmatched, matched_graphs
         self._loaded: dict[str, LogitSource | LogitCache] = {}
-        self._tables: dict[str, Tensor] = {}
+        self._told: set[str] = set()
+        self._tables: dict[tuple[str, UnmatchedTokens], Tensor] = {}
         for name, source in self.given.items():
             if not isinstance(source, str):
                 self.load(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.given)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return the settings that the top-k logits of each source depend on.
+
+        Raises:
+            ValueError: If the logits of a source are in a cache already, or τ changes.
+        """
+        loaded = {name: self.load(name) for name in self.given}
+        models = {name: source for name, source in loaded.items() if isinstance(source, LogitSource)}
+        if not models or len(models) < len(loaded):
+            raise ValueError(
+                "Expected `sources` to be models, whose logits are to be cached, but got caches:"
+                f" {sorted(set(loaded) - set(models))}."
+            )
+        if callable(self.temperature):
+            raise ValueError(
+                "Expected `temperature` to be a number to write logits at, but got a function of the step."
+            )
+        return {name: source.settings(self.top_k, self.temperature) for name, source in models.items()}
 
     def load(self, name: str) -> LogitSource | LogitCache:
         """Return a source; the first call loads it.
@@ -120,7 +152,7 @@ class SourceSet:
             batch: see `logits`.
             mask: (B, T) positions of the pivot that predict a label.
             vocab_size: V of the pivot.
-            pivot_tokens: returns what each token of the pivot stands for, which the term `matched` needs.
+            pivot_tokens: returns what each token of the pivot stands for, which `matched` terms and graphs need.
             step: at which a temperature that changes is taken.
 
         Raises:
@@ -128,12 +160,41 @@ class SourceSet:
         """
         source = self.load(name)
         ends, logits = ends_to_align(name, source, batch), self.logits(name, batch, step)
-        alignment, targets = align_source(logits, mask, ends), {}
+        alignment, targets, graph_table = align_source(logits, mask, ends), {}, None
         if "kl" in terms:
             check_same_vocabulary(name, source, batch)
             targets["kl"] = token_targets(logits, alignment, mask, vocab_size)
         if "matched" in terms:
-            if name not in self._tables:
-                self._tables[name] = match_source(name, source, pivot_tokens())
-            targets["matched"] = token_targets(logits, alignment, mask, vocab_size, self._tables[name])
-        return SourceComparison(name, terms, logits, alignment, targets, ends is None)
+            table = self._table(name, self.unmatched, pivot_tokens)
+            targets["matched"] = token_targets(logits, alignment, mask, vocab_size, table)
+        if "gld" in terms and self.matched_graphs and not has_same_vocabulary(name, source, batch):
+            graph_table = self._table(name, "tail", pivot_tokens)
+        return SourceComparison(name, terms, logits, alignment, targets, ends is None, graph_table)
+
+    def try_compare(
+        self, name: str, terms: list[str], *, tell: Callable[[str], None], **shown: Any
+    ) -> SourceComparison | None:
+        """Compare as `compare` does, or say once why that cannot be, and return None.
+
+        Args:
+            name: of the source; one that is not loaded is not loaded for this.
+            terms: that it is compared by.
+            tell: takes the sentence.
+            **shown: see `compare`.
+        """
+        reason = f"The source {name!r} is loaded to train and to predict alone."
+        try:
+            if name in self._loaded:
+                return self.compare(name, terms, **shown)
+        except ValueError as error:
+            reason = str(error)
+        if name not in self._told:
+            self._told.add(name)
+            tell(f"val/loss_* of source {name!r} leave out what it cannot be compared in. {reason}")
+        return None
+
+    def _table(self, name: str, unmatched: UnmatchedTokens, pivot_tokens: Callable[[], Tokens]) -> Tensor:
+        """Return the pivot's tokens of a source's; made once."""
+        if (name, unmatched) not in self._tables:
+            self._tables[name, unmatched] = match_source(name, self.load(name), pivot_tokens(), unmatched)
+        return self._tables[name, unmatched]

@@ -10,22 +10,30 @@ import torch
 from torch import Tensor
 
 from lit_logits.functional.chunk_likelihood import chunk_likelihood_loss, sum_chunks
-from lit_logits.functional.matched_tokens import match_top_k, match_vocabularies
+from lit_logits.functional.matched_tokens import UnmatchedTokens, match_top_k, match_vocabularies
 from lit_logits.functional.reductions import sample_means
 from lit_logits.functional.top_k_logits import SourceLogits, gather_positions
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment
 from lit_logits.modules.gld_fusion.sources import LogitSource, view_of
 from lit_logits.storage.logit_cache import LogitCache
 
-__all__ = ["TokenTargets", "check_same_vocabulary", "chunk_terms", "match_source", "token_targets"]
+__all__ = [
+    "TokenTargets",
+    "check_same_vocabulary",
+    "chunk_terms",
+    "has_same_vocabulary",
+    "match_source",
+    "token_targets",
+]
 
 
 class TokenTargets(NamedTuple):
     """What `top_k_kl` compares the pivot's logits with.
 
     Attributes:
-        token_ids: (N, k) ids of the pivot, −1 where there is none, as where the source is not aligned.
-        log_probs: (N, k) in nats.
+        token_ids: (N, k) ids of the pivot, −1 where there is none, as where the source is not aligned; P times as many
+            for pieces of tokens.
+        log_probs: of their shape, in nats.
         tail: (N,) probability of all other tokens.
     """
 
@@ -44,7 +52,7 @@ def token_targets(
         alignment: of the pivot's positions with it.
         mask: (B, T) the N positions of the pivot that predict a label.
         vocab_size: V of the pivot; what a padded table of the source has beyond it belongs to the tail.
-        table: (W,) of `match_vocabularies`; None where the vocabularies are one.
+        table: (W,) or (W, P) of `match_vocabularies`; None where the vocabularies are one.
     """
     partner = alignment.partner
     top = gather_positions(source.top_k, partner.clamp(min=0))
@@ -104,15 +112,21 @@ def chunk_terms(
     return sample_means(losses, counts)
 
 
+def has_same_vocabulary(name: str, source: LogitSource | LogitCache, batch: Mapping[str, Any]) -> bool:
+    """Return whether a source has the vocabulary of the batch's own tokens, as far as both tell."""
+    own, theirs = batch.get("tokenizer_id"), view_of(batch, name).get("tokenizer_id", source.tokenizer_id)
+    if own is None or theirs is None:
+        return view_of(batch, name) is batch
+    return int(own) == int(theirs)
+
+
 def check_same_vocabulary(name: str, source: LogitSource | LogitCache, batch: Mapping[str, Any]) -> None:
-    """Raise unless a source has the vocabulary of the batch's own tokens, as far as both tell.
+    """Raise unless a source has the vocabulary of the batch's own tokens.
 
     Raises:
         ValueError: If it has another one.
     """
-    own, theirs = batch.get("tokenizer_id"), view_of(batch, name).get("tokenizer_id", source.tokenizer_id)
-    is_known = own is not None and theirs is not None
-    if int(own) != int(theirs) if is_known else view_of(batch, name) is not batch:  # type: ignore[arg-type]
+    if not has_same_vocabulary(name, source, batch):
         raise ValueError(
             f"Expected source {name!r} to have the pivot's tokenizer, whose next tokens the term 'kl' compares, but it"
             " has another one. Give it a weight of its own, `terms: {kl: {NAME: ...}}` for the sources that share it,"
@@ -120,7 +134,9 @@ def check_same_vocabulary(name: str, source: LogitSource | LogitCache, batch: Ma
         )
 
 
-def match_source(name: str, source: LogitSource | LogitCache, pivot_tokens: list[bytes | None] | None) -> Tensor:
+def match_source(
+    name: str, source: LogitSource | LogitCache, pivot_tokens: list[bytes | None] | None, unmatched: UnmatchedTokens
+) -> Tensor:
     """Return the table of `match_vocabularies` for a source.
 
     Raises:
@@ -128,13 +144,13 @@ def match_source(name: str, source: LogitSource | LogitCache, pivot_tokens: list
     """
     if pivot_tokens is None:
         raise ValueError(
-            "Expected to know the pivot's tokenizer, whose tokens the term 'matched' compares with those of the"
+            "Expected to know the pivot's tokenizer, whose tokens 'matched' terms and nodes compare with those of the"
             " sources, but got none. Train with a data module that has a `tokenizer`, or name the pivot by a path that"
             " has one."
         )
     if source.tokens is None:
         raise ValueError(
-            f"Expected to know the tokenizer of source {name!r}, whose tokens the term 'matched' needs, but got none."
-            " Name the source by a path that has one, or write its cache again."
+            f"Expected to know the tokenizer of source {name!r}, whose tokens 'matched' terms and nodes compare, but"
+            " got none. Name the source by a path that has one, or write its cache again."
         )
-    return match_vocabularies(pivot_tokens, source.tokens)
+    return match_vocabularies(pivot_tokens, source.tokens, unmatched=unmatched)

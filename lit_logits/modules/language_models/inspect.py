@@ -22,6 +22,7 @@ __all__ = [
     "is_encoder",
     "model_label",
     "num_logits",
+    "trained_model_name",
 ]
 
 
@@ -141,3 +142,17 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]
 def is_encoder(config: Any) -> bool:
     """Return whether a model of this config reads in both directions: BERT and its like, unless `is_decoder` is set."""
     return config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
+
+
+def trained_model_name(module: nn.Module) -> str | None:
+    """Return the name of the model of transformers in a module that is trained, or None if there is none.
+
+    It has an output layer, and is the first in the order of `modules()` with parameters in training, or else the first.
+    """
+    found = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, PreTrainedModel) and (part.can_generate() or part.base_model is not part)
+    }
+    trained = [name for name, model in found.items() if any(p.requires_grad for p in model.parameters())]
+    return next(iter([*trained, *found]), None)

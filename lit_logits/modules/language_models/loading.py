@@ -24,6 +24,7 @@ from lit_logits.modules.language_models.probes import (
     probe_backbone,
     probe_causal_lm,
 )
+from lit_logits.modules.language_models.quantized import keep_order
 
 __all__ = [
     "CausalBackbone",
@@ -97,8 +98,10 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: If there is no such model, or a setting is misspelt; the message says what was tried.
+        ValueError: If there is no such model, or a setting is misspelt or does not fit; the message says what was
+            tried.
     """
+    given = dict(kwargs)
     # `torch_dtype` is the old name. Without either transformers takes the dtype of the file, often bfloat16.
     kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
     path = os.path.expanduser(name_or_path)
@@ -108,7 +111,9 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         )
     try:
         if not path.endswith(".gguf"):
-            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            loaded = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            keep_order(loaded)
+            return loaded
         model = _load_gguf(path, **kwargs)
     except TypeError as error:  # what `from_pretrained` does not know, it passes on to the class of the model
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -117,6 +122,12 @@ def load_causal_lm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         raise ValueError(
             f"Expected settings of `from_pretrained` for {name_or_path!r}, but got {unknown[1]!r}"
             f"{_suggest(unknown[1], _PRETRAINED_KWARGS)}"
+        ) from error
+    except (AttributeError, ImportError, ValueError) as error:  # a package or a choice that a setting lacks
+        if not given or str(error).startswith("Expected"):
+            raise
+        raise ValueError(
+            f"Expected settings with which `from_pretrained` can load {name_or_path!r}, but got {given}: {error}"
         ) from error
     except OSError as error:
         raise ValueError(
@@ -159,22 +170,32 @@ def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> Pr
     return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
 
 
-def load_plain_causal_lm(model: str | dict[str, Any] | PreTrainedModel, vocab_size: int | None = None) -> PlainCausalLM:
+def load_plain_causal_lm(
+    model: str | dict[str, Any] | PreTrainedModel,
+    vocab_size: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> PlainCausalLM:
     """Load or make a causal language model whose logits follow from its output layer of its last hidden states.
 
     Args:
         model: as for `load_backbone`.
         vocab_size: V of the tokenizer, as there.
+        kwargs: for `from_pretrained`, of a model that is named by its hub id or path.
 
     Raises:
         ValueError: If the model cannot be loaded or made, `check_plain_causal_lm` refuses it, or its training needs
-            more than the cross-entropy.
+            more than the cross-entropy; if there are settings and nothing to load by them.
     """
+    if kwargs and not isinstance(model, str):
+        raise ValueError(
+            f"Expected settings of `from_pretrained` for a model that is named by its hub id or path, but got"
+            f" {dict(kwargs)} for {'a config' if isinstance(model, dict) else type(model).__name__}. Leave them out."
+        )
     if isinstance(model, dict):
         loaded = new_causal_lm(model, vocab_size)
         vocab_size = None  # the config has taken it over
     else:
-        loaded = load_causal_lm(model) if isinstance(model, str) else model
+        loaded = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
         check_transformers_model(loaded)
         check_finite_weights(loaded)
     rule = check_plain_causal_lm(loaded, vocab_size=vocab_size)

@@ -1,9 +1,12 @@
 """Low-rank adapters (LoRA) in a causal language model of transformers, and their sum with the weights that they adapt.
 
+These may be quantised to 4 bits by bitsandbytes (QLoRA); in the sum they are dense again.
+
 Letters: W weight of a layer, A (r, in) and B (out, r) its adapter, s its scaling.
 """
 
 import copy
+import re
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.functional.reductions import at_least_float32
+from lit_logits.modules.language_models.quantized import dense_weights, keep_out_of_checkpoints, quantized_layers
 
 __all__ = ["add_lora", "has_lora", "merged_state_dict", "save_merged", "teach_peft"]
 
@@ -42,7 +46,7 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
 
     y = W x + s·B·A·dropout(x); B starts at zero, so the model computes what it did before. It stays the same object
     with the same `base_model`, `get_output_embeddings` and `generate`. Its state dict has other names, which
-    `merged_state_dict` turns back.
+    `merged_state_dict` turns back, and lacks weights that are quantised: these are loaded with the model.
 
     Args:
         model: causal language model of transformers; frozen but for the adapters.
@@ -86,8 +90,16 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
         raise ValueError(f"Expected a model without adapters, but {type(model).__name__} has some.")
     tied = _tied_names(model)
     # transformers' own `add_adapter` would make `save_pretrained` write the adapters alone.
-    inject_adapter_in_model(LoraConfig(**settings), model)
+    _check_targets(model, settings.get("target_modules"))
+    try:
+        inject_adapter_in_model(LoraConfig(**settings), model)
+    except ValueError as error:  # without `target_modules`, or none that `exclude_modules` and such leave
+        raise ValueError(
+            f"Expected `lora` to name layers of {type(model).__name__}, which has {_layer_names(model)}, but got"
+            f" {dict(settings)}: {error}"
+        ) from error
     _check_layers(model, tied)
+    keep_out_of_checkpoints(model)
     return model
 
 
@@ -124,7 +136,7 @@ def merged_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
     """Return the state dict of a model's plain architecture, with adapters added to the weights: W + s·B·A.
 
     The model stays as it is. A merged weight is summed in float32 at least, layer by layer, has W's dtype and is on the
-    CPU; all others are the model's own tensors.
+    CPU; so is one that was quantised. All others are the model's own tensors.
 
     Args:
         model: with or without adapters, also inside FSDP's wrappers.
@@ -145,6 +157,7 @@ def merged_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
             merged[f"{layer}.{rest.removeprefix('base_layer.')}"] = value
         else:
             adapters[layer][rest] = value
+    merged |= dense_weights(model)
     for name, layer in layers.items():
         merged[f"{name}.weight"] = _merge(layer, merged[f"{name}.weight"], adapters[name])
     return merged
@@ -166,6 +179,9 @@ def save_merged(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[
         state_dict = merged_state_dict(model, state_dict)
         saved = copy.copy(model)
         saved._hf_peft_config_loaded = False  # set by transformers' `add_adapter`; it would save the adapters alone
+        if quantized_layers(model):
+            saved.config, saved.hf_quantizer = copy.copy(model.config), None
+            del saved.config.quantization_config
     saved.save_pretrained(folder, state_dict=state_dict)
 
 
@@ -183,6 +199,35 @@ def _adapted_layers(model: nn.Module) -> dict[str, Any]:
         return {}
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return {_plain(name): module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of the layers that may have adapters, in their order."""
+    from peft.tuners.lora import layer as lora
+
+    kinds = (nn.Linear, nn.Embedding, lora.Conv1D)
+    return list(dict.fromkeys(name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, kinds)))
+
+
+def _check_targets(model: nn.Module, targets: Any) -> None:
+    """Raise if one of the targets is no module: peft raises only if none of them is.
+
+    Raises:
+        ValueError: If there is such a target.
+    """
+    if targets is None or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in [targets] if isinstance(targets, str) else targets:
+        ends = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not ends and not (isinstance(targets, str) and any(re.fullmatch(target, name) for name in names)):
+            known = _layer_names(model)
+            close = get_close_matches(target, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"Expected `target_modules` to be of the layers {known} of {type(model).__name__}, or 'all-linear', but"
+                f" got {target!r}.{hint}"
+            )
 
 
 def _plain(name: str) -> str:
@@ -235,7 +280,8 @@ def _check_layers(model: nn.Module, tied: set[str] | frozenset[str] = frozenset(
     for name, layer in layers.items():
         has_more = any(getattr(layer, more, None) for more in ("lora_variant", "lora_magnitude_vector"))  # DoRA's
         has_more = has_more or any(getattr(layer, "lora_bias", {}).values())
-        if type(layer) not in (lora.Linear, lora.Embedding) or has_more:  # such as quantized weights, experts
+        is_4bit = type(layer).__name__ == "Linear4bit"
+        if (type(layer) not in (lora.Linear, lora.Embedding) and not is_4bit) or has_more:  # such as experts
             raise ValueError(
                 f"Expected LoRA on linear layers and embeddings, W + s·B·A, but {name!r} is {type(layer).__name__} with"
                 " something else, which could not be merged. Choose other `target_modules`."

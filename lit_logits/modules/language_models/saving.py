@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_logits.contracts import DescribesItself, HasTokenizer, offers
 from lit_logits.modules.language_models.card import write_card
+from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
 from lit_logits.modules.language_models.version_4 import rename_tokenizer_settings, rotary_settings
 from lit_logits.storage.folders import check_model_folder, replace_file, replace_folder
@@ -37,6 +38,11 @@ class PushesToHub:
     """A LightningModule with `save_pretrained` that can send what it saves to the Hugging Face hub."""
 
     save_pretrained: Callable[..., Any]
+
+    @cached_property
+    def end_tokens(self) -> EndTokens:
+        """How the first texts of the training end, for `save_pretrained`."""
+        return EndTokens()
 
     def push_to_hub(
         self,
@@ -82,6 +88,7 @@ def save_model_folder(
     tokenizer: Any = None,
     trainer: Any = None,
     dtype: torch.dtype | None = None,
+    end_tokens: EndTokens | None = None,
 ) -> Path:
     """Write a folder for `from_pretrained`, as a whole or not at all; rank zero writes and the others wait.
 
@@ -92,6 +99,7 @@ def save_model_folder(
         tokenizer: saved with it; default the data module's, if a trainer is attached and has one.
         trainer: of Lightning, or None; the card gets what it measured.
         dtype: of the saved weights; default theirs.
+        end_tokens: how the texts that the model was trained on end; default by the tokenizer's eos.
 
     Returns:
         The folder's full path.
@@ -105,8 +113,9 @@ def save_model_folder(
         tokenizer = trainer.datamodule.tokenizer if offers(trainer.datamodule, HasTokenizer) else None
 
     def write(target: Path) -> None:
-        figures = measured(trainer)
-        write_model(target, model, summary, tokenizer=tokenizer, dtype=dtype, figures=figures, replaced=path)
+        options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "figures": measured(trainer)}
+        end_token = None if end_tokens is None else end_tokens.choose(tokenizer)
+        write_model(target, model, summary, end_token=end_token, replaced=path, **options)
 
     _on_rank_zero(trainer, path, partial(replace_folder, path, write))
     return path

@@ -362,5 +362,5 @@ class VQExport(PushesToHub, nn.Module):
         was_training = self.training
         model = self.to_pretrained(head)
         self.train(was_training)
-        trainer = getattr(self, "_trainer", None)
-        save_model_folder(folder, model, self.card_text, tokenizer=tokenizer, dtype=dtype, trainer=trainer)
+        options = {"tokenizer": tokenizer, "dtype": dtype, "trainer": getattr(self, "_trainer", None)}
+        save_model_folder(folder, model, self.card_text, end_tokens=self.end_tokens, **options)
