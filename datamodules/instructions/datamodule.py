@@ -22,9 +22,10 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
 * with a `teacher_column`, `teachers`, B names of models to learn from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import tokenizers
@@ -38,8 +39,8 @@ from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.instructions.batches import FixedBatches, collate_examples, collate_fixed_batch
 from lit_logits.datamodules.instructions.layouts import CHAT, check_template, split_template
 from lit_logits.datamodules.instructions.sources import PairSource, PairSplits
-from lit_logits.datamodules.instructions.splits import draw_shots
-from lit_logits.datamodules.instructions.storage import InstructionSize, write_instructions
+from lit_logits.datamodules.instructions.splits import Example, draw_shots, sample_id, shots_before
+from lit_logits.datamodules.instructions.storage import InstructionSize, sequence_lengths, write_instructions
 from lit_logits.datamodules.instructions.views import (
     InstructionEncoder,
     InstructionView,
@@ -105,7 +106,10 @@ class InstructionDataModule(Resumes, LightningDataModule):
         num_workers: processes that load batches.
         seed: of the split, the shots and the training order.
         cache_dir: folder of the cache; None is `$XDG_CACHE_HOME/lit_logits` or `~/.cache/lit_logits`.
+        max_train_rows: keep the first of the training split only; the other splits stay.
 
+        group_by_length: make training batches of examples of like lengths, which need less padding; see
+            `lit_logits.datamodules.loaders.LengthSampler`.
     Attributes:
         finished_rows: rows of the test split that `predict` is to leave out, because they are done. Filled before the
             loader is made; unused with `predict_split="all"`.
@@ -136,7 +140,9 @@ class InstructionDataModule(Resumes, LightningDataModule):
         num_workers: int = 0,
         seed: int = 42,
         cache_dir: str | None = None,
+        max_train_rows: int | None = None,
     ) -> None:
+        group_by_length: bool = False,
         super().__init__()
         check_at_least(257, bpe_vocab_size=bpe_vocab_size)
         check_at_least(2, max_length=max_length)
@@ -146,18 +152,20 @@ class InstructionDataModule(Resumes, LightningDataModule):
         check_fractions(fractions)
         pairs = as_part("source", source, PairSource)
         if predict_split not in get_args(PredictSplit):
+        check_at_least(1, max_train_rows=1 if max_train_rows is None else max_train_rows)
             raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")
         check_template(template)
         self.source_tokenizers = complete_sources(source_tokenizers or {}, template, system_prompt)
         templates = [template, *(given.template for given in self.source_tokenizers.values())]
         _check_companions(pairs, tokenizer, templates, system_prompt, num_shots)
-        self.pairs = PairSplits(pairs, fractions=fractions, max_test_rows=max_test_rows, seed=seed)
+        limits = {"max_train_rows": max_train_rows, "max_test_rows": max_test_rows}
+        self.pairs = PairSplits(pairs, fractions=fractions, **limits, seed=seed)
         self.tokenizer_name = tokenizer
         self.bpe_vocab_size = bpe_vocab_size
         self.template, self.system_prompt = template, system_prompt
         self.num_shots, self.max_length = num_shots, max_length
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.predict_split, self.seed = predict_split, seed
+        self.group_by_length, self.predict_split, self.seed = group_by_length, predict_split, seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.finished_rows: set[int] = set()
         self.finished_samples: set[int] = set()
@@ -195,6 +203,23 @@ class InstructionDataModule(Resumes, LightningDataModule):
         """Write the encoded pairs of all splits to the cache, if they are not there."""
         build_once(self._directory, self._write)
         self.pairs.forget()
+
+    def sample_ids(self, stage: str) -> list[int]:
+        """Return the ids of the samples of `train`, `val`, `test` or `predict`, after `setup`.
+
+        They are numbers of their content, the same in all data.
+        """
+        predicted = ("train", "val", "test") if self.predict_split == "all" else ("test",)
+        names = predicted if stage == "predict" else (stage,)
+        splits = [self._examples[name] for name in names if name in self._examples]
+        return [number for rows in splits for number in rows.with_format("numpy")["sample_id"][:].tolist()]
+
+    def sample_texts(self) -> Iterator[tuple[int, str, str]]:
+        """Yield id, prompt and response of each sample of all splits, to serve them to a model elsewhere."""
+        shots = self._draw_shots()
+        for example in chain.from_iterable(self.pairs.splits.values()):
+            number = sample_id(example, shots_before(example, shots), self.system_prompt)
+            yield number, example.prompt, example.response
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` wrote.
@@ -285,26 +310,32 @@ class InstructionDataModule(Resumes, LightningDataModule):
         train_bpe(texts, self.bpe_vocab_size, directory)
 
     def _write(self, directory: Path) -> None:
-        shots = draw_shots(self.pairs.splits.get("train", []), self.num_shots, self.seed)
-        encoder = InstructionEncoder(self._own, self._sources, shots)
+        encoder = InstructionEncoder(self._own, self._sources, self._draw_shots())
         write_instructions(directory, self.pairs.splits, encoder, self.max_length)
+
+    def _draw_shots(self) -> list[Example]:
+        return draw_shots(self.pairs.splits.get("train", []), self.num_shots, self.seed)
 
     def _loader(self, split: str) -> Any:
         all_choices = split == "test" and self.pairs.source.choices_column is not None
+        examples = self._examples.get(split, [])
+        groups = split == "train" and self.group_by_length
         return block_loader(
-            self._examples.get(split, []),
+            examples,
             self.batch_size,
             self.trainer,
             self.seed,
             train=split == "train",
             collate_fn=partial(collate_examples, **self._vocabularies, all_choices=all_choices),
+            lengths=sequence_lengths(examples) if groups else None,
             items="examples",
             advice="Lower `batch_size` or the fractions that are held out, or raise `max_length`.",
             **self._loading,
         )
 
     def _order(self) -> dict[str, Any]:
-        return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
+        order = {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
+        return {**order, "group_by_length": True} if self.group_by_length else order
 
 
 def _check_companions(

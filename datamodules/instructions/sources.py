@@ -83,15 +83,22 @@ class PairSplits:
     Args:
         source: where the pairs come from.
         fractions: share of the pairs for `"val"` and `"test"`, in [0, 1).
-        max_test_rows: keep the first of the test split only.
+        max_train_rows: keep the first of the training split only.
+        max_test_rows: the same of the test split.
         seed: of the split.
     """
 
     def __init__(
-        self, source: PairSource, *, fractions: dict[str, float], max_test_rows: int | None, seed: int
+        self,
+        source: PairSource,
+        *,
+        fractions: dict[str, float],
+        max_train_rows: int | None = None,
+        max_test_rows: int | None = None,
+        seed: int = 42,
     ) -> None:
         self.source, self.path, self.subset = source, source.path, source.subset
-        self.fractions, self.max_test_rows = fractions, max_test_rows
+        self.fractions, self.max_train_rows, self.max_test_rows = fractions, max_train_rows, max_test_rows
         self.seed = seed
         self._splits: dict[str, list[Example]] | None = None
 
@@ -102,7 +109,9 @@ class PairSplits:
         given = self.source
         columns = [given.prompt_column, given.response_column, given.choices_column, given.answer_column]
         columns += [given.teacher_column] if given.teacher_column is not None else []
-        return digest(self._fingerprint(), tuple(columns), shares, self.max_test_rows, self.seed)
+        # What came later is left out where it is not used, so that entries of the cache keep their names.
+        later = [] if self.max_train_rows is None else [self.max_train_rows]
+        return digest(self._fingerprint(), tuple(columns), shares, self.max_test_rows, self.seed, *later)
 
     @property
     def splits(self) -> dict[str, list[Example]]:
@@ -112,8 +121,9 @@ class PairSplits:
             missing = {name: share for name, share in self.fractions.items() if name not in own}
             if "train" in own:
                 own |= split_examples(own["train"], missing, self.seed)
-            if "test" in own:
-                own["test"] = own["test"][: self.max_test_rows]
+            for name, limit in (("train", self.max_train_rows), ("test", self.max_test_rows)):
+                if name in own:
+                    own[name] = own[name][:limit]
             self._splits = {name: examples for name, examples in own.items() if examples}
             if not self._splits:
                 raise ValueError(f"Expected `source` to hold prompts, but {self.path!r} has no rows.")

@@ -12,11 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Features, Value
+import pyarrow.compute as compute
+import torch
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm import tqdm
+from torch import Tensor
 
 from lit_logits.datamodules.caching import hide_progress
 from lit_logits.datamodules.instructions.encoding import Encoded
@@ -27,6 +30,7 @@ from lit_logits.datamodules.prepared import write_sizes
 __all__ = [
     "InstructionSize",
     "write_examples",
+    "sequence_lengths",
     "write_instructions",
 ]
 
@@ -108,6 +112,14 @@ def write_examples(
             raise ValueError(f"Expected {first_problem} So it is with all {len(examples)} of the split {file.stem!r}.")
         writer.finalize()
     return InstructionSize(kept, tokens, truncated, len(examples) - kept)
+
+
+def sequence_lengths(examples: Dataset) -> Tensor:
+    """Return how many tokens the prompt and the response of each example have, of a split without choices."""
+    table = examples.with_format("arrow").select_columns(["prompt", "responses"])[:]
+    prompts = compute.list_value_length(table["prompt"])
+    responses = compute.list_value_length(compute.list_flatten(table["responses"]))
+    return torch.from_numpy(compute.add(prompts, responses).to_numpy()).long()
 
 
 def _features(sources: Sequence[str], *, has_teachers: bool) -> Features:
