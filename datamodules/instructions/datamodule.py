@@ -15,7 +15,8 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
 * `response_bytes` (B, T), the same in bytes of UTF-8. Tokens that end within a character have a number, too, if the
   tokenizer's tokens are bytes (byte-level BPE, byte fallback), and are the same place in two such tokenizers;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
-* `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
+* `layout_id`, another: a digest of all that makes ids of an example, tokenizer and template. Two of one layout have the
+  same ids, as far as `max_length` lets both reach;
 * with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends`,
   `response_bytes` (B, T'), `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to
   their own longest T';
@@ -282,17 +283,12 @@ class InstructionDataModule(Resumes, LightningDataModule):
     @cached_property
     def _own(self) -> InstructionView:
         """The tokenizer with its layout."""
-        return InstructionView(
-            self.tokenizer,
-            self.template,
-            system_prompt=self.system_prompt,
-            max_length=self.max_length,
-        )
+        return InstructionView(self.tokenizer, self.template, system_prompt=self.system_prompt)
 
     @cached_property
     def _sources(self) -> dict[str, InstructionView]:
         """The other tokenizers with their layouts."""
-        return load_sources(self.source_tokenizers, self.max_length)
+        return load_sources(self.source_tokenizers)
 
     @property
     def _vocabularies(self) -> dict[str, Any]:
