@@ -25,8 +25,8 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tokenizers
@@ -75,6 +75,10 @@ class InstructionDataModule(Resumes, LightningDataModule):
     Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
     other models, too, to distil from these.
 
+    Of conversations (a source with a `messages_column`) the assistant's turns are learned, all of them: `labels` hold
+    them with what the template ends them with. The bytes that are read are those of its turns, a line break between
+    them.
+
     Multiple choice (a source with a `choices_column`): training, validation and predict see the right choice as the
     response. A test batch holds the C sequences of each of its B examples, `rows` once for each of them, and also
     `choices`, numbers of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
@@ -102,15 +106,15 @@ class InstructionDataModule(Resumes, LightningDataModule):
         val_fraction: share of the pairs held out for validation, in [0, 1). Unused where the data set has a validation
             split of its own; 0 switches validation off.
         test_fraction: the same for test and predict.
+        max_train_rows: keep the first of the training split only; the other splits stay.
         max_test_rows: keep the first of the test split only.
+        group_by_length: make training batches of examples of like lengths, which need less padding; see
+            `lit_logits.datamodules.loaders.LengthSampler`.
         predict_split: what `predict` gives: the `"test"` split, or `"all"` of them.
         num_workers: processes that load batches.
         seed: of the split, the shots and the training order.
         cache_dir: folder of the cache; None is `$XDG_CACHE_HOME/lit_logits` or `~/.cache/lit_logits`.
-        max_train_rows: keep the first of the training split only; the other splits stay.
 
-        group_by_length: make training batches of examples of like lengths, which need less padding; see
-            `lit_logits.datamodules.loaders.LengthSampler`.
     Attributes:
         finished_rows: rows of the test split that `predict` is to leave out, because they are done. Filled before the
             loader is made; unused with `predict_split="all"`.
@@ -136,24 +140,24 @@ class InstructionDataModule(Resumes, LightningDataModule):
         batch_size: int = 8,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        max_train_rows: int | None = None,
         max_test_rows: int | None = None,
+        group_by_length: bool = False,
         predict_split: PredictSplit = "test",
         num_workers: int = 0,
         seed: int = 42,
         cache_dir: str | None = None,
-        max_train_rows: int | None = None,
     ) -> None:
-        group_by_length: bool = False,
         super().__init__()
         check_at_least(257, bpe_vocab_size=bpe_vocab_size)
         check_at_least(2, max_length=max_length)
         check_at_least(1, batch_size=batch_size, max_test_rows=1 if max_test_rows is None else max_test_rows)
+        check_at_least(1, max_train_rows=1 if max_train_rows is None else max_train_rows)
         check_at_least(0, num_shots=num_shots, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
         pairs = as_part("source", source, PairSource)
         if predict_split not in get_args(PredictSplit):
-        check_at_least(1, max_train_rows=1 if max_train_rows is None else max_train_rows)
             raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")
         check_template(template)
         self.source_tokenizers = complete_sources(source_tokenizers or {}, template, system_prompt)
@@ -200,11 +204,6 @@ class InstructionDataModule(Resumes, LightningDataModule):
         views = {"": self._own, **self._sources}
         return {name: view.vocabulary.layout_id for name, view in views.items()}
 
-    def prepare_data(self) -> None:
-        """Write the encoded pairs of all splits to the cache, if they are not there."""
-        build_once(self._directory, self._write)
-        self.pairs.forget()
-
     def sample_ids(self, stage: str) -> list[int]:
         """Return the ids of the samples of `train`, `val`, `test` or `predict`, after `setup`.
 
@@ -221,6 +220,11 @@ class InstructionDataModule(Resumes, LightningDataModule):
         for example in chain.from_iterable(self.pairs.splits.values()):
             number = sample_id(example, shots_before(example, shots), self.system_prompt)
             yield number, example.prompt, example.response
+
+    def prepare_data(self) -> None:
+        """Write the encoded pairs of all splits to the cache, if they are not there."""
+        build_once(self._directory, self._write)
+        self.pairs.forget()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` wrote.
@@ -351,6 +355,11 @@ def _check_companions(
         raise ValueError(
             f"Expected `system_prompt` to be None without a `template` of 'chat', but got {system_prompt!r}. Put it "
             "into `template`."
+        )
+    if source.messages_column is not None and (num_shots or any(template != CHAT for template in templates)):
+        raise ValueError(
+            "Expected `template: chat`, of the sources too, and `num_shots` to be 0 where a `messages_column` is set, "
+            f"but got {list(templates)} and {num_shots}."
         )
     if source.prompts_only and (tokenizer is None or num_shots):
         raise ValueError(
