@@ -11,6 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lit_logits import GLDFusionModule
 from lit_logits.callbacks import LogitCacheWriter
+from lit_logits.cli import main
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import LogitCache, import_log_probs, load_causal_lm, new_causal_lm
@@ -244,6 +245,21 @@ def test_batch_files_and_texts_tell_the_sample(served, tmp_path):
     assert (folder / "cache.json").read_bytes() == before
     with pytest.raises(ValueError, match="nothing matches 'nowhere"):
         import_log_probs("nowhere/*.jsonl", folder, tokenizer, served.data())
+
+
+def test_the_command_line_imports_for_the_data_of_a_recipe(served, tmp_path, capsys):
+    """Of which it reads the data alone: neither the pivot nor the sources of this one exist."""
+    tokenizer = load_tokenizer(served.names["same"])
+    rows = [{"sample_id": number, **chat_form(tokenizer, *rest)} for number, *rest in served.answers("same")]
+    file = write(tmp_path / "served.jsonl", rows)
+    arguments = ["import", "--config", "gld_fusion.yaml", "--files", file, "--folder", str(tmp_path / "cache")]
+    arguments += [f"--tokenizer={served.names['same']}", f"--data.init_args.source={served.folder / 'pairs.jsonl'}"]
+    main(arguments)
+    cache = LogitCache(tmp_path / "cache")
+    assert len(cache) == len(PAIRS)
+    assert f"{tmp_path / 'cache'}, 25 samples, {cache.num_tokens} tokens, k = 5." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="lit-logits: Expected `files` to be files or globs"):
+        main([*arguments[:4], "nowhere.jsonl", *arguments[5:]])
 
 
 # ---------------------------------------------------------------------- by hand

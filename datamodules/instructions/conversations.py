@@ -31,8 +31,9 @@ def read_messages(value: Any, where: str) -> Messages:
         (('user', 'Hi'), ('assistant', 'Hello'))
     """
     turns = value if isinstance(value, list) else []
-    texts = [(turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None) for turn in turns]
-    if not texts or not all(isinstance(text, str) for pair in texts for text in pair):
+    given = [(turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None) for turn in turns]
+    texts = [(role, content) for role, content in given if isinstance(role, str) and isinstance(content, str)]
+    if not texts or len(texts) < len(given):
         raise ValueError(
             f"Expected a list of turns with a `role` and a `content` that are texts in {where}, but got {value!r}."
             " Convert it or drop the row."

@@ -257,7 +257,7 @@ def read_turns(
         inside = [place for place, (start, end) in enumerate(offsets) if start < turn.end and end > turn.begin]
         part = slice(inside[0], inside[-1] + 1)
         characters = read_characters(offsets[part], text, turn.span)
-        in_bytes = read_bytes(offsets[part], lambda place, first=inside[0]: piece(first + place), text, turn.span)
+        in_bytes = read_bytes(offsets[part], partial(_piece_after, piece, inside[0]), text, turn.span)
         if base and not counted[inside[0] - 1]:
             ends[inside[0] - 1], byte_ends[inside[0] - 1] = base, byte_base
         ends[part] = [base + read if read >= 0 else BEYOND for read in characters]
@@ -268,6 +268,11 @@ def read_turns(
             byte_base + len(turn.content.encode("utf-8", "surrogatepass")) + 1,
         )
     return ends, byte_ends, counted
+
+
+def _piece_after(piece: Callable[[int], bytes | None], first: int, place: int) -> bytes | None:
+    """Return the bytes of the token at a place that is counted from the first one."""
+    return piece(first + place)
 
 
 def with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -154,7 +154,13 @@ def _too_long(encoded: EncodedExample, max_length: int) -> str:
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
     """Cut responses at their end to what the prompt leaves room for."""
     room = max_length - len(encoded.prompt)
-    return Encoded(encoded.prompt, *([row[:room] for row in rows] for rows in encoded[1:]))
+    return Encoded(
+        encoded.prompt,
+        [row[:room] for row in encoded.responses],
+        [row[:room] for row in encoded.ends],
+        [row[:room] for row in encoded.byte_ends],
+        [row[:room] for row in encoded.counted],
+    )
 
 
 def write_instructions(

@@ -53,7 +53,7 @@ class ServedVocabulary:
             number = int(written[1])
         if number is not None:
             return number if 0 <= number < len(self.tokens) else None
-        if text in self.names:
+        if text is not None and text in self.names:
             return self.names[text]
         if raw is None and text is not None:
             is_escaped = re.fullmatch(r"bytes:(?:\\x[0-9a-fA-F]{2})+", text)
@@ -172,7 +172,6 @@ def write_served(
     vocabulary: ServedVocabulary,
     *,
     top_k: int | None = None,
-    data: Any = None,
     shard_tokens: int = 1 << 20,
 ) -> dict[str, Any]:
     """Write a cache of served rows as a whole, in place of an earlier one, and return what `cache.json` says.
@@ -183,7 +182,6 @@ def write_served(
         settings: of the source.
         vocabulary: of the source.
         top_k: k; None is the least number of tokens that a position has.
-        data: fingerprint of the data.
         shard_tokens: approximate number of positions in a file.
 
     Raises:
@@ -199,7 +197,7 @@ def write_served(
     if k < 1:
         raise ValueError("Expected served files with the likeliest tokens of each position, but got none for some.")
     given = {**settings, "served": True, "temperature": 1.0, "top_k": k, "vocab_size": len(vocabulary.tokens)}
-    complete = complete_settings(folder.name, given, data)
+    complete = complete_settings(folder.name, given, None)
 
     def write(partial: Path) -> None:
         begin_cache(partial, complete, vocabulary.tokens)

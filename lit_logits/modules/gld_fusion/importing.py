@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_logits.contracts import HasFingerprint, HasSampleTexts, lacks, offers
+from lit_logits.contracts import HasSampleTexts, lacks, offers
 from lit_logits.modules.language_models.tokenizers import find_tokenizer, textless_tokens, token_table, tokenizer_id
 from lit_logits.storage.importing import ServedRow, ServedVocabulary, read_row, write_served
 from lit_logits.storage.logit_cache import LogitCache
@@ -68,9 +68,8 @@ def import_log_probs(
             yield read_row(answer, number, texts[number][1], vocabulary)
 
     settings = {"model": model, "tokenizer_id": tokenizer_id(found), "dtype": dtype}
-    fingerprint = data.fingerprint if offers(data, HasFingerprint) else None
     place = Path(folder).expanduser()
-    write_served(rows, place, settings, vocabulary, top_k=top_k, data=fingerprint, shard_tokens=shard_tokens)
+    write_served(rows, place, settings, vocabulary, top_k=top_k, shard_tokens=shard_tokens)
     return LogitCache(place)
 
 
