@@ -57,6 +57,20 @@ class Encoded(NamedTuple):
     counted: list[list[bool]]
 
 
+class Read(NamedTuple):
+    """How much of a response has been read after each token; −1 where that is undefined.
+
+    Attributes:
+        characters: number of characters.
+        in_bytes: number of bytes.
+        counted: whether the token is of a turn that is to be learned; empty where there are no turns.
+    """
+
+    characters: list[int]
+    in_bytes: list[int]
+    counted: Sequence[bool] = ()
+
+
 class Encoder:
     """Makes token ids of examples.
 
@@ -123,7 +137,7 @@ def encode_rendered(
     encoded = []
     for text, continuations, spans, where, turns in rendered:
         prompt, _ = next(tokens)
-        responses, ends, byte_ends, counted = [], [], [], []
+        responses, ends, byte_ends, counted = [], [], [], list[list[bool]]()
         for continuation, span in zip(continuations, spans, strict=True):
             ids, offsets = next(tokens)
             if ids[: len(prompt)] == prompt:
@@ -131,26 +145,32 @@ def encode_rendered(
                 offsets = [(start - len(text), end - len(text)) for start, end in offsets[len(prompt) :]]
             else:
                 [(ids, offsets)] = _tokenize(inner or tokenizer, [continuation])
-            for said in [turn.span for turn in turns] or [span]:
-                if not any(start < said.end and end > said.begin for start, end in offsets):
-                    raise ValueError(
-                        f"Expected the response of {where} to give tokens, but {argument} gives none for "
-                        f"{continuation[said.begin : said.end]!r}. Correct the row or drop it."
-                    )
+            _check_said(offsets, continuation, [turn.span for turn in turns] or [span], where, argument)
             after = [] if ids[-len(layout.after) :] == layout.after else layout.after
             beyond = [BEYOND for _ in after]
             responses.append([*ids, *after])
             pieces = partial(_piece, tokenizer, ids)
-            if turns:
-                *read, is_counted = read_turns(offsets, pieces, continuation, turns)
-                counted.append(is_counted)
-            else:
-                read = [read_characters(offsets, continuation, span), read_bytes(offsets, pieces, continuation, span)]
-            ends.append([*read[0], *beyond])
-            byte_ends.append([*read[1], *beyond])
+            read = (
+                read_turns(offsets, pieces, continuation, turns)
+                if turns
+                else Read(read_characters(offsets, continuation, span), read_bytes(offsets, pieces, continuation, span))
+            )
+            ends.append([*read.characters, *beyond])
+            byte_ends.append([*read.in_bytes, *beyond])
+            counted += [list(read.counted)] if turns else []
         before = [] if prompt[: len(layout.before)] == layout.before else layout.before
         encoded.append(Encoded([*before, *prompt], responses, ends, byte_ends, counted))
     return encoded
+
+
+def _check_said(offsets: Offsets, text: str, spans: Sequence[Span], where: str, argument: str) -> None:
+    """Raise for a response, or one of its turns, without tokens."""
+    for span in spans:
+        if not any(start < span.end and end > span.begin for start, end in offsets):
+            raise ValueError(
+                f"Expected the response of {where} to give tokens, but {argument} gives none for "
+                f"{text[span.begin : span.end]!r}. Correct the row or drop it."
+            )
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[tuple[list[int], Offsets]]:
@@ -233,9 +253,7 @@ def read_bytes(offsets: Offsets, piece: Callable[[int], bytes | None], text: str
     return ends
 
 
-def read_turns(
-    offsets: Offsets, piece: Callable[[int], bytes | None], text: str, turns: Sequence[Turn]
-) -> tuple[list[int], list[int], list[bool]]:
+def read_turns(offsets: Offsets, piece: Callable[[int], bytes | None], text: str, turns: Sequence[Turn]) -> Read:
     """Count what has been read of the assistant's turns, as of one response with a line break between them.
 
     The token before a turn has read all turns before it and the line break, so that its place is not that of the last
@@ -246,9 +264,6 @@ def read_turns(
         piece: see `read_bytes`.
         text: what was tokenised.
         turns: of the assistant, in it.
-
-    Returns:
-        Characters and bytes after each token, and which tokens belong to the turns.
     """
     ends, byte_ends = [BEYOND] * len(offsets), [BEYOND] * len(offsets)
     counted = [False] * len(offsets)
@@ -263,11 +278,9 @@ def read_turns(
         ends[part] = [base + read if read >= 0 else BEYOND for read in characters]
         byte_ends[part] = [byte_base + read if read >= 0 else BEYOND for read in in_bytes]
         counted[part] = [True] * len(characters)
-        base, byte_base = (
-            base + len(turn.content) + 1,
-            byte_base + len(turn.content.encode("utf-8", "surrogatepass")) + 1,
-        )
-    return ends, byte_ends, counted
+        base += len(turn.content) + 1
+        byte_base += len(turn.content.encode("utf-8", "surrogatepass")) + 1
+    return Read(ends, byte_ends, counted)
 
 
 def _piece_after(piece: Callable[[int], bytes | None], first: int, place: int) -> bytes | None:

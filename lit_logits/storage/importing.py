@@ -159,7 +159,7 @@ def _log_probs(
 
 
 def _checked(log_prob: Any, answer: ServedAnswer) -> float:
-    value = float(log_prob)
+    value = math.nan if log_prob is None else float(log_prob)
     if math.isnan(value) or value > 1e-3:
         raise ValueError(f"Expected log-probabilities of at most 0 in {answer.where}, but got {log_prob}.")
     return min(0.0, max(LEAST, value))
