@@ -15,6 +15,8 @@ from lit_logits.contracts import (
     HasFingerprint,
     HasFinishedSamples,
     HasLayoutIds,
+    HasMaxLength,
+    HasSampleIds,
     lacks,
     offers,
 )
@@ -26,6 +28,7 @@ from lit_logits.storage.writing import (
     complete_settings,
     find_finished,
     pack_logits,
+    reopen_cache,
     write_part,
 )
 
@@ -42,10 +45,15 @@ class LogitCacheWriter(BasePredictionWriter):
     `limit_predict_batches` cuts a run short, its parts stay, and a run without the limit completes them. An id stands
     for one sample, also across data loaders. All processes need to see the same folder.
 
+    Where a data module numbers samples by their content (`sample_ids`), a cache may be extended: a run with other or
+    more data predicts the samples that are not there, and joins all. A cache to which nothing is added stays as it is;
+    one that is being extended is not complete before the end.
+
     The module's `cache_settings`, a dict or a method that returns one, are the settings of each source by its name, as
     plain JSON: at least `top_k`, `temperature`, `vocab_size`, `tokenizer_id`. The cache keeps them with `dtype` and the
-    data module's `fingerprint` and `layout_ids`, if it has them; runs with other settings are refused. With the
-    module's `cache_tokens`, the bytes of each token by the name of its source, a cache tells what its token ids mean.
+    data module's `fingerprint`, `layout_ids` and `max_length`, if it has them; runs with other settings are refused.
+    With the module's `cache_tokens`, the bytes of each token by the name of its source, a cache tells what its token
+    ids mean.
 
     Args:
         folder: folder of the caches; each source has its own folder there.
@@ -86,8 +94,9 @@ class LogitCacheWriter(BasePredictionWriter):
         data = data_module(trainer)
         self._settings = _settings_of(pl_module, self.dtype, data)
         self._tokens = pl_module.cache_tokens if offers(pl_module, HasCacheTokens) else {}
+        wanted = set(data.sample_ids("predict")) if offers(data, HasSampleIds) else None
         # Ranks must agree on the samples that are left, as they share them among themselves.
-        known, self._complete = on_rank_zero(trainer, self._begin)
+        known, self._complete = on_rank_zero(trainer, lambda: self._begin(wanted))
         self._known = {name: set(ids) for name, ids in known.items()}
         found = set.intersection(*self._known.values())
         tell_finished(
@@ -97,15 +106,23 @@ class LogitCacheWriter(BasePredictionWriter):
             f" {lacks(data, HasFinishedSamples, 'a set of the samples to leave out')}",
         )
 
-    def _begin(self) -> tuple[dict[str, list[int]], set[str]]:
-        """Return the finished samples of each source and the complete sources; change nothing if any is refused."""
+    def _begin(self, wanted: set[int] | None) -> tuple[dict[str, list[int]], set[str]]:
+        """Return the finished samples of each source and the complete sources; change nothing if any is refused.
+
+        A complete cache that lacks some of the samples that are wanted, by ids of their content, is not complete.
+        """
+        folders = {name: Path(self.folder, name) for name in self._settings}
         for name, settings in self._settings.items():
-            if problem := check_cache(Path(self.folder, name), settings):
+            if problem := check_cache(folders[name], settings, extends=wanted is not None):
                 raise ValueError(problem)
         for name, settings in self._settings.items():
-            begin_cache(Path(self.folder, name), settings, self._tokens.get(name))
-        complete = {name for name in self._settings if (describe_cache(Path(self.folder, name)) or {}).get("complete")}
-        return {name: find_finished(Path(self.folder, name)) for name in self._settings}, complete
+            begin_cache(folders[name], settings, self._tokens.get(name))
+        known = {name: find_finished(folder) for name, folder in folders.items()}
+        complete = {name for name, folder in folders.items() if (describe_cache(folder) or {}).get("complete")}
+        for name in [name for name in complete if wanted is not None and not wanted <= set(known[name])]:
+            reopen_cache(folders[name], self._settings[name])
+            complete.remove(name)
+        return known, complete
 
     # ------------------------------------------------------------------ parts
 
@@ -191,6 +208,8 @@ def _settings_of(pl_module: LightningModule, dtype: str, data: object) -> dict[s
     layouts = data.layout_ids if offers(data, HasLayoutIds) else None
     fingerprint = data.fingerprint if offers(data, HasFingerprint) else None
     extra: dict[str, Any] = {"dtype": dtype}
+    if offers(data, HasMaxLength):
+        extra["max_length"] = data.max_length
     completed = {}
     for name, values in settings.items():
         if layouts is not None:  # "" names the data module's own tokens

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["BlockLoader", "BlockSampler", "Cursor", "Position", "block_loader", "collate_blocks"]
+__all__ = ["BlockLoader", "BlockSampler", "Cursor", "LengthSampler", "Position", "block_loader", "collate_blocks"]
 
 
 class Position(NamedTuple):
@@ -106,15 +106,66 @@ class BlockSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices of the epoch, from `start` on."""
         size = len(self.dataset)  # type: ignore[arg-type]
-        if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-            order = torch.randperm(size, generator=generator)
-        else:
-            order = torch.arange(size)
+        order = self._order(size)
         if size < self.total_size:
             order = order.repeat(-(-self.total_size // size))
         mine = order[: self.total_size][self.rank :: self.num_replicas]
         return iter(mine[self.start :].tolist())
+
+    def _order(self, size: int) -> torch.Tensor:
+        """Return the order of the epoch, the same on all ranks."""
+        if not self.shuffle:
+            return torch.arange(size)
+        return torch.randperm(size, generator=self._generator())
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+
+
+class LengthSampler(BlockSampler):
+    """Deals out batches whose items have like lengths, in an order that is drawn, so that there is little padding.
+
+    The permutation of the epoch is cut into windows of 50 batches of all ranks. Those of a window are made of its items
+    in the order of their lengths, and all batches are shuffled. An incomplete batch comes last. As with a
+    `BlockSampler`, seed and epoch decide everything, and W ranks see what one process with W·B items a batch sees.
+
+    Args:
+        dataset: anything with a length.
+        lengths: of each item.
+        batch_size: B, items a rank and batch.
+        num_replicas: W, the number of ranks.
+        rank: of this process.
+        seed: of the permutations.
+
+    Example:
+        >>> sampler = LengthSampler(range(4), torch.tensor([5, 1, 5, 1]), batch_size=2)
+        >>> sorted(sorted(batch) for batch in torch.tensor(list(sampler)).view(2, 2).tolist())
+        [[0, 2], [1, 3]]
+    """
+
+    WINDOW = 50
+
+    def __init__(
+        self,
+        dataset: Sized,
+        lengths: torch.Tensor,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
+        self.lengths, self.size = lengths, batch_size * num_replicas
+
+    def _order(self, size: int) -> torch.Tensor:
+        generator = self._generator()
+        batches = list[torch.Tensor]()
+        for window in torch.randperm(size, generator=generator).split(self.WINDOW * self.size):
+            batches += window[self.lengths[window].argsort(stable=True)].split(self.size)
+        whole = sum(len(batch) == self.size for batch in batches)
+        shuffled = torch.randperm(whole, generator=generator).tolist()
+        return torch.cat([*(batches[number] for number in shuffled), *batches[whole:]])
 
 
 class BlockLoader(DataLoader):
@@ -171,6 +222,7 @@ def block_loader(
     *,
     train: bool,
     collate_fn: Callable[[Any], Any] = collate_blocks,
+    lengths: torch.Tensor | None = None,
     items: str = "blocks",
     advice: str = "Lower `batch_size` or `block_size`.",
     **kwargs: Any,
@@ -184,6 +236,7 @@ def block_loader(
         seed: of the training order.
         train: shuffled, resumable, and without a last short batch; else in order and complete.
         collate_fn: makes a batch of B items.
+        lengths: of each item; training batches are then made of items of like lengths.
         items: what an error message calls them.
         advice: last sentence of the message that there are too few.
         kwargs: further arguments of `DataLoader`.
@@ -198,14 +251,11 @@ def block_loader(
             f"Expected at least {batch_size * world_size} training {items} for batches of {batch_size} on {world_size} "
             f"rank(s), but got {size}. {advice}"
         )
-    sampler = BlockSampler(
-        dataset,  # type: ignore[arg-type]
-        world_size,
-        trainer.global_rank if trainer else 0,
-        shuffle=train,
-        seed=seed,
-        drop_last=train,
-    )
+    ranks = world_size, trainer.global_rank if trainer else 0
+    if train and lengths is not None:
+        sampler: BlockSampler = LengthSampler(dataset, lengths, batch_size, *ranks, seed=seed)  # type: ignore[arg-type]
+    else:
+        sampler = BlockSampler(dataset, *ranks, shuffle=train, seed=seed, drop_last=train)  # type: ignore[arg-type]
     cls = BlockLoader if train else DataLoader
     loader = cls(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=train, **kwargs)
     if isinstance(loader, BlockLoader):

@@ -1,7 +1,8 @@
 """The command line: `lit-logits fit|validate|test|predict --config RECIPE.yaml [--model... --data... --trainer...]`.
 
 A recipe that is not a file here is looked up among those that the package ships, so `--config vq_logits.yaml` works
-wherever the package is installed.
+wherever the package is installed. `lit-logits import --config RECIPE.yaml --files ... --folder ... --tokenizer ...`
+makes a cache of served log-probabilities for the data of a recipe, see `lit_logits.modules.import_log_probs`.
 """
 
 import errno
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
-from jsonargparse import ActionConfigFile, Namespace, class_from_function
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace, class_from_function
 from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -268,6 +269,20 @@ def _has_arguments(logger: Any) -> bool:
     return arguments is not None and bool(arguments.get("save_dir"))
 
 
+def _import(args: list[str]) -> None:
+    """Make a cache of served log-probabilities, for the data of a recipe; the rest of the recipe is not used."""
+    parser = ArgumentParser(prog="lit-logits import", description=str(modules.import_log_probs.__doc__).split("\n")[0])
+    parser.add_argument("-c", "--config", action=_RecipeFile, help="Path of a recipe, or name of a shipped one.")
+    parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
+    parser.add_function_arguments(modules.import_log_probs, skip={"data"})
+    for name in ("seed_everything", "trainer", "model"):
+        parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+    given = parser.parse_args(args)
+    chosen = {name: given[name] for name in ("files", "folder", "tokenizer", "top_k", "dtype", "shard_tokens")}
+    cache = modules.import_log_probs(data=parser.instantiate_classes(given).data, **chosen)
+    print(f"Log-probabilities: {cache.folder}, {len(cache)} samples, {cache.num_tokens} tokens, k = {cache.top_k}.")
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line: the `lit-logits` command and `train.py`.
 
@@ -280,8 +295,12 @@ def main(args: ArgsType = None) -> None:
         sys.path.insert(0, os.getcwd())
     args, debug = _without_debug(args)
     _silence_others()
+    given = sys.argv[1:] if args is None else args
     try:
-        LitLogitsCLI(args)
+        if isinstance(given, list) and given[:1] == ["import"]:
+            _import(given[1:])
+        else:
+            LitLogitsCLI(args)
     except SIGTERMException:  # else `fit && test` would go on
         raise SystemExit(128 + signal.SIGTERM) from None
     except (pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError) as error:

@@ -35,7 +35,10 @@ __all__ = [
     "HasFinishedRows",
     "HasFinishedSamples",
     "HasLayoutIds",
+    "HasMaxLength",
     "HasPredictionSettings",
+    "HasSampleIds",
+    "HasSampleTexts",
     "HasTokenizer",
     "ImitatingHead",
     "LearningHead",
@@ -360,12 +363,37 @@ class HasFinishedSamples(Protocol):
         ...
 
 
+class HasSampleIds(Protocol):
+    """A data module that numbers samples by their content: the same sample has the same id in all data."""
+
+    def sample_ids(self, stage: str) -> Sequence[int]:
+        """Return the ids of the samples of `train`, `val`, `test` or `predict`, after `setup`."""
+        ...
+
+
+class HasSampleTexts(Protocol):
+    """A data module of prompts and responses."""
+
+    def sample_texts(self) -> Iterable[tuple[int, str, str]]:
+        """Return id, prompt and response of each sample of all splits."""
+        ...
+
+
 class HasLayoutIds(Protocol):
     """A data module that gives the same text in several tokenizers."""
 
     @property
     def layout_ids(self) -> Mapping[str, int]:
         """Return the `layout_id` of the batch's own tokens under "", and that of each further source by its name."""
+        ...
+
+
+class HasMaxLength(Protocol):
+    """A data module that cuts its samples."""
+
+    @property
+    def max_length(self) -> int:
+        """Return how many tokens a sample may have."""
         ...
 
 

@@ -22,6 +22,7 @@ from lit_logits.functional.gld_fusion import GraphNodes
 from lit_logits.functional.matched_tokens import UnmatchedTokens
 from lit_logits.functional.top_k_kl import KLKind, check_kl_kind
 from lit_logits.functional.top_k_logits import LogitValues
+from lit_logits.modules.gld_fusion.cached import check_cached
 from lit_logits.modules.gld_fusion.checks import check_options
 from lit_logits.modules.gld_fusion.comparison import (
     GLDLosses,
@@ -207,9 +208,16 @@ class GLDFusionModule(PushesToHub, LightningModule):
     # ------------------------------------------------------------------ sources
 
     def setup(self, stage: str) -> None:
-        """Load the sources that this stage runs: to fit those that weigh something, to predict all."""
+        """Load the sources that this stage runs: to fit those that weigh something, to predict all.
+
+        Raises:
+            ValueError: If one cannot be loaded, or a cache lacks what a term needs or some of the training samples.
+        """
         for name in {"fit": self.term_weights.used_sources, "predict": list(self._sources)}.get(stage, []):
-            self._sources.load(name)
+            source = self._sources.load(name)
+            if stage == "fit":
+                data = getattr(self._trainer, "datamodule", None)
+                check_cached(name, source, self.term_weights.of(name), self.criterion, data)
 
     @property
     def sources(self) -> dict[str, LogitSource | LogitCache]:

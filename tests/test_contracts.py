@@ -35,7 +35,8 @@ def test_ours_offer_what_they_are_asked_for(kind, offered):
 def test_instructions_offer_what_both_writers_ask_for():
     data = InstructionDataModule("rows.jsonl")
     names = {name for name in CONTRACTS if offers(data, getattr(contracts, name))}
-    assert names == {"HasTokenizer", "HasFingerprint", "HasLayoutIds", "HasFinishedRows", "HasFinishedSamples"}
+    own = {"HasTokenizer", "HasFingerprint", "HasLayoutIds", "HasMaxLength", "HasSampleIds", "HasSampleTexts"}
+    assert names == {*own, "HasFinishedRows", "HasFinishedSamples"}
 
 
 class Costly(L.LightningDataModule):

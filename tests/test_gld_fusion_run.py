@@ -250,20 +250,17 @@ def test_foreign_and_stale_caches_are_refused(models):
     with pytest.raises(ValueError, match="was written for other data"):
         fit(models, source="others.jsonl", sources=CACHED)
     views = json.dumps({"wide": str(models / "narrow"), "narrow": str(models / "wide")})
-    no_views = "--data.init_args.source_tokenizers=null"
-    for layout in (f"--data.init_args.source_tokenizers={views}", no_views, "--data.init_args.max_length=40"):
-        with pytest.raises(ValueError, match="are of another tokenizer, template or `max_length`"):
+    for layout in (f"--data.init_args.source_tokenizers={views}", "--data.init_args.template={prompt} => {response}"):
+        with pytest.raises(ValueError, match="are of another tokenizer or template"):
             fit(models, layout, sources=CACHED)
-    with pytest.raises(ValueError, match="are of another tokenizer, template or `max_length`"):
-        fit(models, "--data.init_args.template={prompt} => {response}", sources=CACHED)
     with pytest.raises(ValueError, match="the folder of one logit cache as source 'wide'"):
         fit(models, sources={"wide": "caches"})
     with pytest.raises(ValueError, match="to hold `top_k`=9 logits a position, but it holds 8"):
         fit(models, "--model.init_args.top_k=9", sources=CACHED)
     with pytest.raises(ValueError, match=r"at temperature 2\.0, but it was written at 1\.0"):
         fit(models, "--model.init_args.temperature=2", sources=CACHED)
-    with pytest.raises(ValueError, match="`data` was"):
-        write_caches(models, source="others.jsonl")
+    with pytest.raises(ValueError, match="`max_length` was 256 there and is 40 now"):
+        write_caches(models, "--data.init_args.max_length=40")
     with pytest.raises(ValueError, match="`top_k` was 8"):
         write_caches(models, "--model.init_args.top_k=3")
     with torch.no_grad():
@@ -273,6 +270,48 @@ def test_foreign_and_stale_caches_are_refused(models):
     load_tokenizer(models / "wide").save_pretrained("changed")
     with pytest.raises(ValueError, match="`model_digest` was"):
         write_caches(models, sources={"wide": "changed", "narrow": str(models / "narrow")})
+
+
+def test_training_from_caches_needs_no_tokenizers_of_the_sources(models):
+    """Whose tokens are in the cache: the weights are the same, bit for bit, as where the data name them."""
+    write_caches(models, batch_size=1)
+    terms = ["--model.init_args.terms={matched: 1.0, chunk: 1.0, uld: 0.5, gld: 0.01}"]
+    named = fit(models, *terms, batch_size=1, sources=CACHED)
+    unnamed = fit(models, *terms, "--data.init_args.source_tokenizers=null", batch_size=1, sources=CACHED)
+    assert torch.equal(weights(named), weights(unnamed))
+    with pytest.raises(ValueError, match="source 'wide' to have the pivot's tokenizer"):
+        fit(models, "--model.init_args.terms={kl: 1}", "--data.init_args.source_tokenizers=null", sources=CACHED)
+
+
+def test_a_cache_serves_a_smaller_max_length(models):
+    """As one that was written with it, bit for bit; responses are cut in all tokenizers."""
+    write_caches(models, batch_size=1)
+    short = "--data.init_args.max_length=24"
+    write_caches(models, short, folder="short", batch_size=1)
+    sizes = [LogitCache(f"{folder}/narrow").num_tokens for folder in ("caches", "short")]
+    assert sizes[1] < sizes[0]
+    terms = ["--model.init_args.terms={matched: 1.0, chunk: 1.0, uld: 0.5, gld: 0.01}"]
+    own = fit(models, short, *terms, batch_size=1, sources={"wide": "short/wide", "narrow": "short/narrow"})
+    cut = fit(models, short, *terms, batch_size=1, sources=CACHED)
+    assert torch.equal(weights(own), weights(cut))
+    with pytest.raises(ValueError, match=r"reach as far as the batch, but of a response of .* Lower `max_length`"):
+        fit(models, sources={"wide": "short/wide", "narrow": "short/narrow"})
+
+
+def test_samples_that_a_cache_lacks_are_told_before_the_first_step(models):
+    """Of all training samples, not at the batch that holds one."""
+    rows = (models / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (models / "some.jsonl").write_text("".join(rows[:60]))
+    write_caches(models, source="some.jsonl")
+    message = r"cache of 'wide', caches/wide, to hold all 90 training samples, but .* lacks 3\d of them.* Run `predict`"
+    with pytest.raises(ValueError, match=message):
+        fit(models, sources=CACHED)
+    before = set(LogitCache("caches/wide").sample_ids.tolist())
+    write_caches(models)  # adds what is missing
+    after = LogitCache("caches/wide").sample_ids.tolist()
+    assert len(after) == len(PAIRS)
+    assert before < set(after)
+    fit(models, sources=CACHED)
 
 
 def test_a_device_map_pins_a_source(models):

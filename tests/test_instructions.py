@@ -170,7 +170,7 @@ def test_token_that_would_span_the_boundary_is_split():
     layout.pieces, layout.before, layout.after = ("", "", ""), [9], [0]
     rendered = [layout.render(Example("a", "b"), ["b", "a"], [])]
     ends = [[1, -1], [1, -1]]
-    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], ends, ends)]
+    assert encode_rendered(rendered, layout, Merging()) == [([9, 1], [[2, 0], [1, 0]], ends, ends, [])]
 
 
 def test_begin_token_is_added_where_the_tokenizer_adds_one(folder, make, tmp_path):

@@ -434,6 +434,59 @@ def test_an_interrupted_run_tells_how_to_go_on(tmp_path, caplog):
         LogitCache(tmp_path / "base")
 
 
+# ---------------------------------------------------------------------- more samples
+
+
+class ContentData(Data):
+    """Numbers samples by their content."""
+
+    def sample_ids(self, stage):
+        assert stage == "predict"
+        return self.ids
+
+
+def test_a_cache_is_extended_by_what_it_lacks(tmp_path, whole):
+    """By other data: the new samples alone are predicted, and the cache is that of all, byte for byte."""
+    first = predict(tmp_path, Model(["base", "other"]), ContentData(IDS[:4], fingerprint="first"))
+    assert first.asked == IDS[:4]
+    before, times = bytes_of(tmp_path), [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))]
+    for ids in (IDS[1:3], IDS[:4]):  # nothing is new
+        assert predict(tmp_path, Model(["base", "other"]), ContentData(ids, fingerprint="some")).asked == []
+    assert bytes_of(tmp_path) == before
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))] == times
+    more = predict(tmp_path, Model(["base", "other"]), ContentData(IDS[2:][::-1]))
+    assert sorted(more.asked) == sorted(IDS[4:])
+    check_same(tmp_path, whole[2])
+    assert predict(tmp_path, Model(["base", "other"]), ContentData(IDS[:4], fingerprint="first")).asked == []
+    check_same(tmp_path, whole[2])
+    with pytest.raises(ValueError, match="`top_k` was 4 there and is 5 now"):
+        predict(tmp_path, Model(["base", "other"], top_k=5), ContentData([*IDS, 2]))
+    check_same(tmp_path, whole[2])
+
+
+@pytest.mark.parametrize("kill", [*KILLS, "take apart"])
+def test_an_extension_that_is_killed_loses_nothing(tmp_path, whole, monkeypatch, kill):
+    """At every step, also between the parts that it makes of what was there."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    call, killed = 0, True
+    while killed:
+        call += 1
+        folder = tmp_path / str(call)
+        predict(folder, data=ContentData(IDS[:5], fingerprint="first"), shard_tokens=3)
+        patched = KILLS.get(kill, (logit_cache_writing, "_part_of"))
+        with monkeypatch.context() as patch:
+            die_at(patch, patched, call, RuntimeError)
+            try:
+                predict(folder, data=ContentData())
+                killed = False
+            except RuntimeError:
+                pass
+        left = predict(folder, data=ContentData()).asked
+        assert set(left) <= set(IDS[5:])
+        check_same(folder, whole[1])
+    assert call > {"move": 8, "write": 4, "tidy": 2, "take apart": 4}[kill]
+
+
 # ---------------------------------------------------------------------- what is refused at writing
 
 

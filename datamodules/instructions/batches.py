@@ -45,7 +45,8 @@ def collate_examples(
 
     Args:
         rows: B examples `{"row", "sample_id", "prompt", "responses", "ends", "byte_ends", "correct"}` and, with
-            `sources`, `"sources"`, for each of their names `{"prompt", "responses", "ends", "byte_ends"}`.
+            `sources`, `"sources"`, for each of their names `{"prompt", "responses", "ends", "byte_ends"}`. Of
+            conversations, `"counted"` says which ids of a response are labels.
         vocabulary: of the ids.
         sources: name → vocabulary of the other tokenizers.
         all_choices: one sequence for each choice instead of one with the right response; without `sources`.
@@ -88,6 +89,7 @@ def _pad(pairs: Sequence[tuple[dict[str, Any], int]], vocabulary: Vocabulary) ->
     """Make the tensors of one tokenizer, a sequence for each pair of an example and the number of its response."""
     columns = ("responses", "ends", "byte_ends")
     sequences = [(row["prompt"], *(row[name][choice] for name in columns)) for row, choice in pairs]
+    counted = [row["counted"][choice] if "counted" in row else True for row, choice in pairs]
     shape = len(sequences), max(len(prompt) + len(response) for prompt, response, *_ in sequences)
     batch = {
         "input_ids": torch.full(shape, vocabulary.pad_token_id),
@@ -102,7 +104,8 @@ def _pad(pairs: Sequence[tuple[dict[str, Any], int]], vocabulary: Vocabulary) ->
         start, end = len(prompt), len(prompt) + len(response)
         batch["input_ids"][i, :end] = torch.tensor([*prompt, *response])
         batch["attention_mask"][i, :end] = 1
-        batch["labels"][i, start:end] = batch["input_ids"][i, start:end]
+        is_label = torch.tensor(counted[i])
+        batch["labels"][i, start:end] = batch["input_ids"][i, start:end].masked_fill(~is_label, IGNORE_INDEX)
         for name, ends in zip(("response_ends", "response_bytes"), read, strict=True):
             batch[name][i, start:end] = torch.tensor(ends)
             if start:

@@ -15,15 +15,17 @@ What a teacher with another tokenizer, or a cache of its logits, needs to find i
 * `response_bytes` (B, T), the same in bytes of UTF-8. Tokens that end within a character have a number, too, if the
   tokenizer's tokens are bytes (byte-level BPE, byte fallback), and are the same place in two such tokenizers;
 * `tokenizer_id`, a scalar of 63 bits: a digest of the vocabulary of `input_ids`;
-* `layout_id`, another: a digest of all that makes ids of an example, tokenizer, template and `max_length`;
+* `layout_id`, another: a digest of all that makes ids of an example, tokenizer and template. Two of one layout have the
+  same ids, as far as `max_length` lets both reach;
 * with `source_tokenizers`, `sources`: name → `input_ids`, `attention_mask`, `labels`, `response_ends`,
   `response_bytes` (B, T'), `tokenizer_id` and `layout_id` of the same B examples in that tokenizer's tokens, padded to
   their own longest T';
 * with a `teacher_column`, `teachers`, B names of models to learn from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,8 +40,8 @@ from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.instructions.batches import FixedBatches, collate_examples, collate_fixed_batch
 from lit_logits.datamodules.instructions.layouts import CHAT, check_template, split_template
 from lit_logits.datamodules.instructions.sources import PairSource, PairSplits
-from lit_logits.datamodules.instructions.splits import draw_shots
-from lit_logits.datamodules.instructions.storage import InstructionSize, write_instructions
+from lit_logits.datamodules.instructions.splits import Example, draw_shots, sample_id, shots_before
+from lit_logits.datamodules.instructions.storage import InstructionSize, sequence_lengths, write_instructions
 from lit_logits.datamodules.instructions.views import (
     InstructionEncoder,
     InstructionView,
@@ -73,6 +75,10 @@ class InstructionDataModule(Resumes, LightningDataModule):
     Batches are those of the module's description; with `source_tokenizers` they hold the same pairs in the tokens of
     other models, too, to distil from these.
 
+    Of conversations (a source with a `messages_column`) the assistant's turns are learned, all of them: `labels` hold
+    them with what the template ends them with. The bytes that are read are those of its turns, a line break between
+    them.
+
     Multiple choice (a source with a `choices_column`): training, validation and predict see the right choice as the
     response. A test batch holds the C sequences of each of its B examples, `rows` once for each of them, and also
     `choices`, numbers of the choices, and `correct`, 1 for the right ones, but leaves `sources` out.
@@ -100,7 +106,10 @@ class InstructionDataModule(Resumes, LightningDataModule):
         val_fraction: share of the pairs held out for validation, in [0, 1). Unused where the data set has a validation
             split of its own; 0 switches validation off.
         test_fraction: the same for test and predict.
+        max_train_rows: keep the first of the training split only; the other splits stay.
         max_test_rows: keep the first of the test split only.
+        group_by_length: make training batches of examples of like lengths, which need less padding; see
+            `lit_logits.datamodules.loaders.LengthSampler`.
         predict_split: what `predict` gives: the `"test"` split, or `"all"` of them.
         num_workers: processes that load batches.
         seed: of the split, the shots and the training order.
@@ -131,7 +140,9 @@ class InstructionDataModule(Resumes, LightningDataModule):
         batch_size: int = 8,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        max_train_rows: int | None = None,
         max_test_rows: int | None = None,
+        group_by_length: bool = False,
         predict_split: PredictSplit = "test",
         num_workers: int = 0,
         seed: int = 42,
@@ -141,6 +152,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
         check_at_least(257, bpe_vocab_size=bpe_vocab_size)
         check_at_least(2, max_length=max_length)
         check_at_least(1, batch_size=batch_size, max_test_rows=1 if max_test_rows is None else max_test_rows)
+        check_at_least(1, max_train_rows=1 if max_train_rows is None else max_train_rows)
         check_at_least(0, num_shots=num_shots, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
         check_fractions(fractions)
@@ -151,13 +163,14 @@ class InstructionDataModule(Resumes, LightningDataModule):
         self.source_tokenizers = complete_sources(source_tokenizers or {}, template, system_prompt)
         templates = [template, *(given.template for given in self.source_tokenizers.values())]
         _check_companions(pairs, tokenizer, templates, system_prompt, num_shots)
-        self.pairs = PairSplits(pairs, fractions=fractions, max_test_rows=max_test_rows, seed=seed)
+        limits = {"max_train_rows": max_train_rows, "max_test_rows": max_test_rows}
+        self.pairs = PairSplits(pairs, fractions=fractions, **limits, seed=seed)
         self.tokenizer_name = tokenizer
         self.bpe_vocab_size = bpe_vocab_size
         self.template, self.system_prompt = template, system_prompt
         self.num_shots, self.max_length = num_shots, max_length
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.predict_split, self.seed = predict_split, seed
+        self.group_by_length, self.predict_split, self.seed = group_by_length, predict_split, seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.finished_rows: set[int] = set()
         self.finished_samples: set[int] = set()
@@ -190,6 +203,23 @@ class InstructionDataModule(Resumes, LightningDataModule):
         """The `layout_id` of batches, under "", and of each of `source_tokenizers`."""
         views = {"": self._own, **self._sources}
         return {name: view.vocabulary.layout_id for name, view in views.items()}
+
+    def sample_ids(self, stage: str) -> list[int]:
+        """Return the ids of the samples of `train`, `val`, `test` or `predict`, after `setup`.
+
+        They are numbers of their content, the same in all data.
+        """
+        predicted = ("train", "val", "test") if self.predict_split == "all" else ("test",)
+        names = predicted if stage == "predict" else (stage,)
+        splits = [self._examples[name] for name in names if name in self._examples]
+        return [number for rows in splits for number in rows.with_format("numpy")["sample_id"][:].tolist()]
+
+    def sample_texts(self) -> Iterator[tuple[int, str, str]]:
+        """Yield id, prompt and response of each sample of all splits, to serve them to a model elsewhere."""
+        shots = self._draw_shots()
+        for example in chain.from_iterable(self.pairs.splits.values()):
+            number = sample_id(example, shots_before(example, shots), self.system_prompt)
+            yield number, example.prompt, example.response
 
     def prepare_data(self) -> None:
         """Write the encoded pairs of all splits to the cache, if they are not there."""
@@ -257,17 +287,12 @@ class InstructionDataModule(Resumes, LightningDataModule):
     @cached_property
     def _own(self) -> InstructionView:
         """The tokenizer with its layout."""
-        return InstructionView(
-            self.tokenizer,
-            self.template,
-            system_prompt=self.system_prompt,
-            max_length=self.max_length,
-        )
+        return InstructionView(self.tokenizer, self.template, system_prompt=self.system_prompt)
 
     @cached_property
     def _sources(self) -> dict[str, InstructionView]:
         """The other tokenizers with their layouts."""
-        return load_sources(self.source_tokenizers, self.max_length)
+        return load_sources(self.source_tokenizers)
 
     @property
     def _vocabularies(self) -> dict[str, Any]:
@@ -285,26 +310,32 @@ class InstructionDataModule(Resumes, LightningDataModule):
         train_bpe(texts, self.bpe_vocab_size, directory)
 
     def _write(self, directory: Path) -> None:
-        shots = draw_shots(self.pairs.splits.get("train", []), self.num_shots, self.seed)
-        encoder = InstructionEncoder(self._own, self._sources, shots)
+        encoder = InstructionEncoder(self._own, self._sources, self._draw_shots())
         write_instructions(directory, self.pairs.splits, encoder, self.max_length)
+
+    def _draw_shots(self) -> list[Example]:
+        return draw_shots(self.pairs.splits.get("train", []), self.num_shots, self.seed)
 
     def _loader(self, split: str) -> Any:
         all_choices = split == "test" and self.pairs.source.choices_column is not None
+        examples = self._examples.get(split, [])
+        groups = split == "train" and self.group_by_length
         return block_loader(
-            self._examples.get(split, []),
+            examples,
             self.batch_size,
             self.trainer,
             self.seed,
             train=split == "train",
             collate_fn=partial(collate_examples, **self._vocabularies, all_choices=all_choices),
+            lengths=sequence_lengths(examples) if groups else None,
             items="examples",
             advice="Lower `batch_size` or the fractions that are held out, or raise `max_length`.",
             **self._loading,
         )
 
     def _order(self) -> dict[str, Any]:
-        return {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
+        order = {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}
+        return {**order, "group_by_length": True} if self.group_by_length else order
 
 
 def _check_companions(
@@ -324,6 +355,11 @@ def _check_companions(
         raise ValueError(
             f"Expected `system_prompt` to be None without a `template` of 'chat', but got {system_prompt!r}. Put it "
             "into `template`."
+        )
+    if source.messages_column is not None and (num_shots or any(template != CHAT for template in templates)):
+        raise ValueError(
+            "Expected `template: chat`, of the sources too, and `num_shots` to be 0 where a `messages_column` is set, "
+            f"but got {list(templates)} and {num_shots}."
         )
     if source.prompts_only and (tokenizer is None or num_shots):
         raise ValueError(

@@ -15,13 +15,16 @@ from lit_logits.datamodules.instructions.splits import Example
 
 __all__ = [
     "CHAT",
+    "MARK",
     "ChatLayout",
     "Layout",
     "Rendered",
     "Span",
     "TemplateLayout",
+    "Turn",
     "chat_template_of",
     "check_template",
+    "find_response",
     "split_template",
 ]
 
@@ -48,6 +51,22 @@ class Span(NamedTuple):
     skipped_bytes: int = 0
 
 
+class Turn(NamedTuple):
+    """Where a turn that is to be learned stands in the text that holds it.
+
+    Attributes:
+        span: of what is said.
+        begin: number of characters before what the assistant writes.
+        end: number of characters up to what comes after the turn's end.
+        content: what is said, as the data have it.
+    """
+
+    span: Span
+    begin: int
+    end: int
+    content: str
+
+
 class Rendered(NamedTuple):
     """An example as text.
 
@@ -56,12 +75,14 @@ class Rendered(NamedTuple):
         continuations: what follows it with each of the responses.
         spans: where the responses are in these.
         where: the row's place in its source, for messages.
+        turns: of a conversation, the assistant's in its one continuation; else empty.
     """
 
     prompt: str
     continuations: list[str]
     spans: list[Span]
     where: str = ""
+    turns: Sequence[Turn] = ()
 
 
 class Layout(Protocol):
@@ -178,10 +199,10 @@ class ChatLayout:
         """
         turns = [turn for shot in shots for turn in (_turn("user", shot.prompt), _turn("assistant", shot.response))]
         messages = [*self.system, *turns, _turn("user", example.prompt)]
-        prompt = self._apply(messages, example, add_generation_prompt=True)
+        prompt = self.apply(messages, example, add_generation_prompt=True)
 
         def complete(response: str) -> str:
-            return self._apply([*messages, _turn("assistant", response)], example, add_generation_prompt=False)
+            return self.apply([*messages, _turn("assistant", response)], example, add_generation_prompt=False)
 
         if responses and self._opening is None:
             self._has_prompt = complete(MARK).startswith(prompt)
@@ -210,20 +231,19 @@ class ChatLayout:
         """Return where the response is, as it is or stripped. It comes after the opening, whose words it may repeat."""
         opening = self._opening or ""
         start = len(opening) if continuation.startswith(opening) else 0
-        space = response[: len(response) - len(response.lstrip())]
-        forms = (response, (0, 0)), (response.strip(), (len(space), len(space.encode())))
-        for text, skipped in forms:
-            if continuation.startswith(text, start):
-                return Span(start, start + len(text), *skipped)
-        for text, skipped in forms:  # a template that strips some white space only
-            if (begin := continuation.find(text, start)) >= 0:
-                return Span(begin, begin + len(text), *skipped)
+        if (span := find_response(continuation, response, start)) is not None:
+            return span
         raise ValueError(
             f"Expected the chat template to keep the response of {example.where}, {response!r}, or to strip white "
             f"space only, but got {continuation!r}. {self.advice}"
         )
 
-    def _apply(self, messages: list[dict[str, str]], example: Example, *, add_generation_prompt: bool) -> str:
+    def apply(self, messages: list[dict[str, str]], example: Example, *, add_generation_prompt: bool) -> str:
+        """Return a conversation as the template writes it.
+
+        Raises:
+            ValueError: If the template refuses it, or writes a token that begins or ends texts beside one of the texts.
+        """
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -233,7 +253,32 @@ class ChatLayout:
             raise ValueError(
                 f"Expected the chat template to take turns of {roles}, but got for {example.where}: {error}"
             ) from error
+        marks = {self.tokenizer.bos_token, self.tokenizer.eos_token} - {None}
+        doubled = [mark for mark in marks if len(marks) == 2 and mark * 2 in text]  # if one is both, two may meet
+        if doubled:
+            raise ValueError(
+                f"Expected {doubled[0]!r} once at a place, but the chat template writes it and so do the texts of"
+                f" {example.where}. Take it out of the data."
+            )
         return text
+
+
+def find_response(text: str, response: str, start: int = 0) -> Span | None:
+    """Return where a response stands in a text, from a place on, as it is or stripped; None if it is not there.
+
+    Example:
+        >>> find_response("<a> yes<b>", " yes ", 3), find_response("no", "yes")
+        (Span(begin=4, end=7, skipped=1, skipped_bytes=1), None)
+    """
+    space = response[: len(response) - len(response.lstrip())]
+    forms = (response, (0, 0)), (response.strip(), (len(space), len(space.encode())))
+    for form, skipped in forms:
+        if text.startswith(form, start):
+            return Span(start, start + len(form), *skipped)
+    for form, skipped in forms:  # a template that strips some white space only
+        if (begin := text.find(form, start)) >= 0:
+            return Span(begin, begin + len(form), *skipped)
+    return None
 
 
 def chat_template_of(

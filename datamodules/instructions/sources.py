@@ -17,6 +17,7 @@ from typing import Any
 from datasets import load_dataset
 
 from lit_logits.datamodules.caching import digest, digest_file
+from lit_logits.datamodules.instructions.conversations import Messages, read_messages, texts_of
 from lit_logits.datamodules.instructions.python_questions import fingerprint_python_questions, read_python_questions
 from lit_logits.datamodules.instructions.splits import Example, split_examples
 from lit_logits.datamodules.sources import Source, dataset_builder, dataset_name, find_files, own_splits
@@ -44,9 +45,12 @@ class PairSource:
         answer_column: name of the right choices, or of their numbers from 0.
         teacher_column: name of the column that tells for each pair which of several models it is to be learned from;
             batches then have `teachers`.
+        messages_column: name of conversations, lists of `{"role": ..., "content": ...}`, for chat templates; the
+            assistant's turns are learned. The columns of prompts and responses are unused then.
 
     Raises:
-        ValueError: If only one of the columns of choices and of answers is named, or the source has none.
+        ValueError: If only one of the columns of choices and of answers is named, the source has none, or there are
+            conversations beside choices.
     """
 
     path: Source
@@ -56,6 +60,7 @@ class PairSource:
     choices_column: str | None = None
     answer_column: str | None = None
     teacher_column: str | None = None
+    messages_column: str | None = None
 
     def __post_init__(self) -> None:
         if (self.choices_column is None) != (self.answer_column is None):
@@ -63,14 +68,18 @@ class PairSource:
                 "Expected `choices_column` and `answer_column` to be set both or neither, but got "
                 f"{self.choices_column!r} and {self.answer_column!r}."
             )
-        for name in ("choices_column", "teacher_column"):
+        if self.choices_column is not None and self.messages_column is not None:
+            raise ValueError(
+                f"Expected `choices_column` to be None beside a `messages_column`, but got {self.choices_column!r}."
+            )
+        for name in ("choices_column", "teacher_column", "messages_column"):
             if (value := getattr(self, name)) is not None and self.path == EMBEDDED:
                 raise ValueError(f"Expected `{name}` to be None for the source {EMBEDDED!r}, but got {value!r}.")
 
     @property
     def prompts_only(self) -> bool:
         """Whether there is nothing that should follow a prompt."""
-        return self.response_column is None and self.choices_column is None
+        return self.response_column is None and self.choices_column is None and self.messages_column is None
 
 
 class PairSplits:
@@ -83,15 +92,22 @@ class PairSplits:
     Args:
         source: where the pairs come from.
         fractions: share of the pairs for `"val"` and `"test"`, in [0, 1).
-        max_test_rows: keep the first of the test split only.
+        max_train_rows: keep the first of the training split only.
+        max_test_rows: the same of the test split.
         seed: of the split.
     """
 
     def __init__(
-        self, source: PairSource, *, fractions: dict[str, float], max_test_rows: int | None, seed: int
+        self,
+        source: PairSource,
+        *,
+        fractions: dict[str, float],
+        max_train_rows: int | None = None,
+        max_test_rows: int | None = None,
+        seed: int = 42,
     ) -> None:
         self.source, self.path, self.subset = source, source.path, source.subset
-        self.fractions, self.max_test_rows = fractions, max_test_rows
+        self.fractions, self.max_train_rows, self.max_test_rows = fractions, max_train_rows, max_test_rows
         self.seed = seed
         self._splits: dict[str, list[Example]] | None = None
 
@@ -102,7 +118,10 @@ class PairSplits:
         given = self.source
         columns = [given.prompt_column, given.response_column, given.choices_column, given.answer_column]
         columns += [given.teacher_column] if given.teacher_column is not None else []
-        return digest(self._fingerprint(), tuple(columns), shares, self.max_test_rows, self.seed)
+        columns += [f"messages {given.messages_column}"] if given.messages_column is not None else []
+        # What came later is left out where it is not used, so that entries of the cache keep their names.
+        later = [] if self.max_train_rows is None else [self.max_train_rows]
+        return digest(self._fingerprint(), tuple(columns), shares, self.max_test_rows, self.seed, *later)
 
     @property
     def splits(self) -> dict[str, list[Example]]:
@@ -112,8 +131,9 @@ class PairSplits:
             missing = {name: share for name, share in self.fractions.items() if name not in own}
             if "train" in own:
                 own |= split_examples(own["train"], missing, self.seed)
-            if "test" in own:
-                own["test"] = own["test"][: self.max_test_rows]
+            for name, limit in (("train", self.max_train_rows), ("test", self.max_test_rows)):
+                if name in own:
+                    own[name] = own[name][:limit]
             self._splits = {name: examples for name, examples in own.items() if examples}
             if not self._splits:
                 raise ValueError(f"Expected `source` to hold prompts, but {self.path!r} has no rows.")
@@ -170,19 +190,22 @@ def parse_row(row: dict[str, Any], where: str, source: PairSource) -> Example:
         >>> parse_row({"ask": "1 + 1 =", "choices": ["1", "2"], "right": 1}, "row 0", source).response
         '2'
     """
-    prompt = _text(row, "prompt_column", source.prompt_column, where)
-    column = source.response_column
-    if source.choices_column is not None and source.answer_column is not None:
-        choices, correct = _choices(row, source.choices_column, source.answer_column, where)
-        response = choices[correct]
+    column, choices, correct = source.response_column, tuple[str, ...](), 0
+    messages: Messages = ()
+    if source.messages_column is not None:
+        messages = read_messages(_value(row, "messages_column", source.messages_column, where), where)
+        prompt, response = texts_of(messages)
     else:
-        choices, correct = (), 0
-        response = _text(row, "response_column", column, where) if column is not None else ""
+        prompt = _text(row, "prompt_column", source.prompt_column, where)
+        if source.choices_column is not None and source.answer_column is not None:
+            choices, correct = _choices(row, source.choices_column, source.answer_column, where)
+        response = _text(row, "response_column", column, where) if column is not None and not choices else ""
+        response = choices[correct] if choices else response
     keys: tuple[str, ...] = (f"prompt {prompt}",)
     if len(response.split()) > SHORT_RESPONSE:
         keys = (*keys, f"response {response}")
     teacher = "" if source.teacher_column is None else _text(row, "teacher_column", source.teacher_column, where)
-    return Example(prompt, response, keys, choices, correct, where, teacher)
+    return Example(prompt, response, keys, choices, correct, where, teacher, messages)
 
 
 def _value(row: dict[str, Any], argument: str, column: str, where: str) -> Any:

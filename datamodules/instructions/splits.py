@@ -21,6 +21,8 @@ class Example(NamedTuple):
         correct: number of the right choice; 0 without choices.
         where: the row's place in its source, for messages.
         teacher: name of the model that the pair is to be learned from, or empty.
+        messages: role and content of each turn of a conversation, of which prompt and response then are what comes
+            before the assistant's first turn, and its turns, a line break between them; else empty.
     """
 
     prompt: str
@@ -30,6 +32,7 @@ class Example(NamedTuple):
     correct: int = 0
     where: str = ""
     teacher: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def group_examples(examples: Sequence[Example]) -> list[int]:
@@ -125,7 +128,8 @@ def sample_id(example: Example, shots: Sequence[Example] = (), system_prompt: st
         False
     """
     texts = [(shot.prompt, shot.response) for shot in shots]
-    return int(digest(system_prompt, texts, example.prompt, example.response)[:16], 16) >> 1
+    conversation = [example.messages] if example.messages else []
+    return int(digest(system_prompt, texts, example.prompt, example.response, *conversation)[:16], 16) >> 1
 
 
 def _draw(examples: Iterable[Example], seed: int) -> str:

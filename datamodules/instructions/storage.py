@@ -2,7 +2,8 @@
 
 An Arrow row is an example: its number in the split and that of its content, the prompt's token ids, a list of ids for
 each response (one, or of a multiple-choice test question one a choice), for each of these ids how many characters of
-the response have been read after it, how many bytes, and the number of the right response. Where there are other
+the response have been read after it, how many bytes, and the number of the right response; of a conversation also which
+of these ids are to be learned. Where there are other
 tokenizers, all but the numbers is there once more for each of them.
 """
 
@@ -12,10 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Features, Value
+import pyarrow.compute as compute
+import torch
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from tqdm import tqdm
 
 from lit_logits.datamodules.caching import hide_progress
@@ -26,6 +30,7 @@ from lit_logits.datamodules.prepared import write_sizes
 
 __all__ = [
     "InstructionSize",
+    "sequence_lengths",
     "write_examples",
     "write_instructions",
 ]
@@ -79,7 +84,8 @@ def write_examples(
     Raises:
         ValueError: If all examples are left out; it names the first.
     """
-    features = _features(sources, has_teachers=bool(examples) and bool(examples[0].teacher))
+    first = examples[0] if examples else Example("", "")
+    features = _features(sources, has_teachers=bool(first.teacher), has_turns=bool(first.messages))
     bar = tqdm(total=len(examples), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
     kept = tokens = truncated = 0
     first_problem = ""
@@ -96,11 +102,15 @@ def write_examples(
                 correct = example.correct if len(own.responses) > 1 else 0
                 values: dict[str, Any] = {"row": row, "sample_id": encoded.sample_id, "correct": correct}
                 values |= own._asdict() | {"teacher": example.teacher}
-                values["sources"] = {name: view._asdict() for name, view in zip(encoded.sources, others, strict=True)}
+                columns_of = features["sources"] if sources else {}
+                values["sources"] = {
+                    name: {key: value for key, value in view._asdict().items() if key in columns_of[name]}
+                    for name, view in zip(encoded.sources, others, strict=True)
+                }
                 for name, column in columns.items():
                     column.append(values[name])
                 kept += 1
-                tokens += len(own.responses[correct])
+                tokens += sum(own.counted[correct]) if own.counted else len(own.responses[correct])
                 truncated += cut != [encoded.own, *encoded.sources.values()]
             writer.write_batch(columns)
             bar.update(len(batch))
@@ -110,10 +120,19 @@ def write_examples(
     return InstructionSize(kept, tokens, truncated, len(examples) - kept)
 
 
-def _features(sources: Sequence[str], *, has_teachers: bool) -> Features:
+def sequence_lengths(examples: Dataset) -> Tensor:
+    """Return how many tokens the prompt and the response of each example have, of a split without choices."""
+    table = examples.with_format("arrow").select_columns(["prompt", "responses"])[:]
+    prompts = compute.list_value_length(table["prompt"])
+    responses = compute.list_value_length(compute.list_flatten(table["responses"]))
+    return torch.from_numpy(compute.add(prompts, responses).to_numpy()).long()
+
+
+def _features(sources: Sequence[str], *, has_teachers: bool, has_turns: bool) -> Features:
     """Return the columns of a split."""
     ids = ListOf(Value("int32"))
     view = {"prompt": ids, **{name: ListOf(ids) for name in ("responses", "ends", "byte_ends")}}
+    view |= {"counted": ListOf(ListOf(Value("bool")))} if has_turns else {}
     columns = {"row": Value("int32"), "sample_id": Value("int64"), **view, "correct": Value("int32")}
     columns |= {"teacher": Value("string")} if has_teachers else {}
     return Features({**columns, "sources": {name: dict(view) for name in sources}} if sources else columns)
@@ -135,7 +154,13 @@ def _too_long(encoded: EncodedExample, max_length: int) -> str:
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
     """Cut responses at their end to what the prompt leaves room for."""
     room = max_length - len(encoded.prompt)
-    return Encoded(encoded.prompt, *([row[:room] for row in rows] for rows in encoded[1:]))
+    return Encoded(
+        encoded.prompt,
+        [row[:room] for row in encoded.responses],
+        [row[:room] for row in encoded.ends],
+        [row[:room] for row in encoded.byte_ends],
+        [row[:room] for row in encoded.counted],
+    )
 
 
 def write_instructions(

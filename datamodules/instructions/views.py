@@ -70,7 +70,6 @@ class InstructionView:
         tokenizer: makes the ids.
         template: holds `{prompt}` and, after it, `{response}`; `"chat"` is the tokenizer's chat template.
         system_prompt: text of a chat's system turn.
-        max_length: tokens that a sequence may have.
         name: key in `source_tokenizers`; None is the data module's own.
     """
 
@@ -80,12 +79,10 @@ class InstructionView:
         template: str,
         *,
         system_prompt: str | None = None,
-        max_length: int = 512,
         name: str | None = None,
     ) -> None:
         self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
         self.chat = template == CHAT
-        self.max_length = max_length
         self.argument = "`tokenizer`" if name is None else source_argument(name)
         self.advice = f"Set {'' if name is None else 'its '}`template` to a text with {{prompt}} and {{response}}."
 
@@ -122,7 +119,7 @@ class InstructionView:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The numbers of the tokenizer that batches hold."""
-        layout_id = int(digest(self.key, self.max_length)[:16], 16) >> 1
+        layout_id = int(digest(self.key)[:16], 16) >> 1
         return Vocabulary(self.pad_token_id, tokenizer_id(self.tokenizer), layout_id)
 
 
@@ -186,12 +183,11 @@ def complete_sources(
     return complete
 
 
-def load_sources(source_tokenizers: Mapping[str, SourceTokenizer], max_length: int) -> dict[str, InstructionView]:
+def load_sources(source_tokenizers: Mapping[str, SourceTokenizer]) -> dict[str, InstructionView]:
     """Load the other tokenizers, each with its layout.
 
     Args:
         source_tokenizers: name → settings, as `complete_sources` returns them.
-        max_length: tokens that a sequence may have.
 
     Raises:
         ValueError: If one cannot be loaded or is a slow one; it names the key.
@@ -201,7 +197,6 @@ def load_sources(source_tokenizers: Mapping[str, SourceTokenizer], max_length: i
             load_tokenizer(given.tokenizer, source_argument(name)),
             str(given.template),  # given by now, see `complete_sources`
             system_prompt=given.system_prompt,
-            max_length=max_length,
             name=name,
         )
         for name, given in source_tokenizers.items()

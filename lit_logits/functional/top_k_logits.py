@@ -203,7 +203,8 @@ class SourceLogits(NamedTuple):
     """Top-k logits of one source for a batch of responses.
 
     Attributes:
-        top_k: of each position; `log_probs` and `token_ids` are (B, T, k), the others (B, T).
+        top_k: of each position; `log_probs` and `token_ids` are (B, T, k), the others (B, T). Normalisers and moments
+            are NaN at positions that count where log-probabilities are all that is known.
         mask: (B, T) bool; positions that count.
         ends: (B, T) int64; bytes of the response that are read at the position, −1 where there is no such number: where
             it does not count, within a character that tokens do not cut by bytes, and after the response.

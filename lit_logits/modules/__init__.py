@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
     from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
     from lit_logits.modules.gld_fusion.criterion import GLDCriterion, GraphAlignment
+    from lit_logits.modules.gld_fusion.importing import import_log_probs
     from lit_logits.modules.gld_fusion.sources import LogitSource, load_source
     from lit_logits.modules.gld_fusion.weights import LinearRamp
     from lit_logits.modules.language_models.loading import CausalBackbone, load_backbone, load_causal_lm, new_causal_lm
@@ -46,6 +47,7 @@ else:
             "lit_logits.modules.dynamic_fusion.fused_lm": "FusedCausalLM FusedScores",
             "lit_logits.modules.dynamic_fusion.loading": "load_fusion_models",
             "lit_logits.modules.gld_fusion.criterion": "GLDCriterion GraphAlignment",
+            "lit_logits.modules.gld_fusion.importing": "import_log_probs",
             "lit_logits.modules.gld_fusion.sources": "LogitSource load_source",
             "lit_logits.modules.gld_fusion.weights": "LinearRamp",
             "lit_logits.modules.language_models.loading": "CausalBackbone load_backbone load_causal_lm new_causal_lm",
@@ -111,6 +113,7 @@ __all__ = [
     "describe_model",
     "find_tokenizer",
     "fit_output_layer",
+    "import_log_probs",
     "load_backbone",
     "load_causal_lm",
     "load_classifier",

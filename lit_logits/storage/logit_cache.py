@@ -8,7 +8,8 @@ count, one after the other:
 
     sample_ids (S,) int64      offsets (S + 1,) int64: positions offsets[s] to offsets[s + 1] are of sample s
     ends (M,) int32            token_ids (M, k) uint16, or int32 where the vocabulary has more than 65,536 tokens
-    log_probs (M, k) float32 or float16                tail, log_normalizer, mean, std (M,) float32
+    log_probs (M, k) float32 or float16                tail (M,) float32
+    log_normalizer, mean, std (M,) float32; missing where log-probabilities are all that is known of the source
     label_log_probs (M,) like log_probs, of the token that came, at τ = 1; may be missing
 
 In version 1 positions within a character and after the response are missing, `ends` counts characters instead of bytes,
@@ -44,8 +45,9 @@ __all__ = [
 CACHE_FORMAT = "lit_logits.logit_cache"
 CACHE_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-CACHE_FIELDS = ("ends", "token_ids", "log_probs", "tail", "log_normalizer", "mean", "std")  # a row a position
-OPTIONAL_FIELDS = ("label_log_probs",)
+CACHE_FIELDS = ("ends", "token_ids", "log_probs", "tail")  # a row a position
+SCALE_FIELDS = ("log_normalizer", "mean", "std")
+OPTIONAL_FIELDS = ("label_log_probs", *SCALE_FIELDS)
 TOKENS_FILE = "tokens.json"
 
 _NEUTRAL = {"ends": -1, "std": 1}  # what padding holds, where not 0
@@ -72,10 +74,11 @@ class LogitCache:
         top_k: k, as stored.
         temperature: τ of the stored log-probabilities.
         tokenizer_id: digest of the source's vocabulary.
-        layout_id: `layout_id` of the batches that the source has read, or None.
+        layout_id: `layout_id` of the batches that the source has read, or None if it is not known.
         vocab_size: size of the source's vocabulary.
         counts_bytes: whether ends count bytes, or else, in version 1, characters.
         has_label_log_probs: whether the log-probabilities of the tokens that came are there.
+        has_scale: whether normalisers and moments are there, of which logits can be made again.
         sample_ids: (S,) int64, ascending, of all shards.
         num_samples: S.
         num_tokens: positions of all samples.
@@ -92,7 +95,8 @@ class LogitCache:
             self.top_k = int(self.settings["top_k"])
             self.temperature = float(self.settings["temperature"])
             self.tokenizer_id: Any = self.settings["tokenizer_id"]
-            self.layout_id: Any = self.settings.get("layout_id")
+            # In version 1 it depended on `max_length`, too.
+            self.layout_id: Any = self.settings.get("layout_id") if description["version"] > 1 else None
             self.vocab_size = int(self.settings["vocab_size"])
             self.num_samples, self.num_tokens = int(description["num_samples"]), int(description["num_tokens"])
             sizes = [int(size) for size in description["shards"]]
@@ -106,6 +110,7 @@ class LogitCache:
         ids, offsets, optional = zip(*map(self._check, self._files, sizes), strict=True)
         self._fields = (*CACHE_FIELDS, *(name for name in OPTIONAL_FIELDS if all(name in found for found in optional)))
         self.has_label_log_probs = "label_log_probs" in self._fields
+        self.has_scale = set(SCALE_FIELDS) <= set(self._fields)
         self.sample_ids = torch.cat(ids)
         self._starts = torch.cat([offset[:-1] for offset in offsets])
         self._lengths = torch.cat([offset.diff() for offset in offsets])
@@ -146,7 +151,7 @@ class LogitCache:
         """Return the logits of a batch: the positions of each sample that count, without gaps, and padding after them.
 
         Padding has the mask False, ends of −1, a `std` of 1, and zeros elsewhere. Floats are float32; from a
-        float32 cache they are what was written, bit for bit.
+        float32 cache they are what was written, bit for bit. Without `has_scale`, normalisers and moments are NaN.
 
         Args:
             sample_ids: (B,) in any order.
@@ -175,7 +180,7 @@ class LogitCache:
             else:
                 tail = tail.add_(cut.exp().sum(-1)).clamp_(max=1)
             tail = tail.masked_fill_(~mask, 0)
-        rest = (fields[name] for name in ("log_normalizer", "mean", "std"))
+        rest = (fields[name] if self.has_scale else _unknown(name, mask) for name in SCALE_FIELDS)
         top = TopKLogits(*(tensor.to(device).contiguous() for tensor in (log_probs, token_ids, tail, *rest)))
         labelled = fields["label_log_probs"].float().to(device) if self.has_label_log_probs else None
         return SourceLogits(top, mask.to(device), ends.to(device), labelled)
@@ -255,6 +260,11 @@ def _describe_complete(folder: Path) -> dict[str, Any]:
             " again, which goes on from there."
         )
     return description
+
+
+def _unknown(name: str, mask: Tensor) -> Tensor:
+    """Return NaN at the positions (B, T) that count, and what padding holds elsewhere."""
+    return torch.where(mask, torch.nan, float(_NEUTRAL.get(name, 0)))
 
 
 def _torn(folder: Path, path: Path, found: str) -> ValueError:

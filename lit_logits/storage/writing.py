@@ -8,6 +8,7 @@ Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,10 @@ __all__ = [
     "complete_settings",
     "find_finished",
     "find_parts",
+    "offsets_of",
+    "pack_fields",
     "pack_logits",
+    "reopen_cache",
     "save_tensors",
     "write_description",
     "write_part",
@@ -67,8 +71,11 @@ def complete_settings(source: str, settings: Mapping[str, Any], data: Any) -> di
         raise ValueError(f"Expected plain JSON values as cache settings of {source!r}, but got {error}.") from error
 
 
-def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return why `folder` cannot take logits of these settings, or None if it is new or a cache of them."""
+def check_cache(folder: Path, settings: Mapping[str, Any], *, extends: bool = False) -> str | None:
+    """Return why `folder` cannot take logits of these settings, or None if it is new or a cache of them.
+
+    With `extends` it may have been written for other data, whose samples have other ids.
+    """
     advice = "Pass another `folder`, or delete it."
     description = describe_cache(folder)
     if description is None:
@@ -82,7 +89,8 @@ def check_cache(folder: Path, settings: Mapping[str, Any]) -> str | None:
             f"Expected {folder} to be a logit cache of version {CACHE_VERSION}, but got version"
             f" {description.get('version')}. {advice}"
         )
-    if differing := differing_settings(description["settings"], settings):
+    there = {**description["settings"], "data": settings["data"]} if extends else description["settings"]
+    if differing := differing_settings(there, settings):
         return f"Expected {folder} to hold logits of these settings, but {', '.join(differing)}. {advice}"
     try:
         if description["complete"]:
@@ -102,11 +110,29 @@ def begin_cache(folder: Path, settings: Mapping[str, Any], tokens: Sequence[byte
     """
     if (folder / "partial").is_dir():
         shutil.rmtree(folder / "partial")
-    if describe_cache(folder) is None:
-        write_description(folder, settings, complete=False)
+    description = describe_cache(folder)
+    if description is None or not description["complete"]:
+        if description is None or description["settings"] != settings:
+            write_description(folder, settings, complete=False)
+        _take_apart(folder)
     if tokens is not None and not (folder / TOKENS_FILE).is_file():
         texts = [None if token is None else token.decode("latin-1") for token in tokens]
         _write_text(folder, TOKENS_FILE, json.dumps(texts, separators=(",", ":")) + "\n")
+
+
+def reopen_cache(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Let a complete cache take more samples: it is not complete any more, and its shards are parts."""
+    write_description(folder, settings, complete=False)
+    _take_apart(folder)
+
+
+def _take_apart(folder: Path) -> None:
+    """Make parts of the shards of a cache that is not complete, which it had before, or which a killed join left."""
+    for shard in sorted(folder.glob("shard-*.safetensors")):
+        (folder / "parts").mkdir(exist_ok=True)
+        with safe_open(shard, framework="pt") as opened:
+            ids = opened.get_tensor("sample_ids")
+        os.replace(shard, _part_of(folder, ids))
 
 
 def find_finished(folder: Path) -> list[int]:
@@ -157,17 +183,26 @@ def pack_logits(
     tokens = fields["token_ids"]
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         raise ValueError(f"Expected tokens of source {source!r} to be in [0, {size}), but got {int(tokens.max())}.")
-    dtypes = {"ends": torch.int32, "token_ids": torch.uint16 if size <= 1 << 16 else torch.int32}
+    return {"sample_ids": ids.long(), "offsets": offsets_of(lengths), **pack_fields(fields, settings)}
+
+
+def pack_fields(fields: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return fields in the types of a cache of these settings."""
+    ids = torch.uint16 if settings["vocab_size"] <= 1 << 16 else torch.int32
+    dtypes = {"ends": torch.int32, "token_ids": ids}
     dtypes |= dict.fromkeys(("log_probs", "label_log_probs"), _DTYPES[settings["dtype"]])
-    packed = {name: tensor.to(dtypes.get(name, torch.float32)).contiguous() for name, tensor in fields.items()}
-    return {"sample_ids": ids.long(), "offsets": offsets_of(lengths), **packed}
+    return {name: tensor.to(dtypes.get(name, torch.float32)).contiguous() for name, tensor in fields.items()}
 
 
 def write_part(folder: Path, part: dict[str, Tensor]) -> None:
     """Write a part to disk, under a name that follows from its samples, so that a repetition replaces it."""
-    ids = json.dumps(sorted(part["sample_ids"].tolist()))
-    name = hashlib.sha256(ids.encode()).hexdigest()[:32]
-    save_tensors(part, folder, folder / "parts" / f"{name}.safetensors")
+    save_tensors(part, folder, _part_of(folder, part["sample_ids"]))
+
+
+def _part_of(folder: Path, sample_ids: Tensor) -> Path:
+    """Return the place of a part with these samples."""
+    ids = json.dumps(sorted(sample_ids.tolist()))
+    return folder / "parts" / f"{hashlib.sha256(ids.encode()).hexdigest()[:32]}.safetensors"
 
 
 # ---------------------------------------------------------------------- files

@@ -22,7 +22,7 @@ from lit_logits.functional.reductions import sample_means
 from lit_logits.functional.top_k_logits import LogitValues, SourceLogits, TopKLogits, gather_positions, top_k_values
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment, align_source
 
-__all__ = ["GLDCriterion", "GraphAlignment", "GraphPair", "SourceTerms"]
+__all__ = ["GLDCriterion", "GraphAlignment", "GraphPair", "SourceTerms", "check_scale", "without_scale"]
 
 
 class GraphPair(NamedTuple):
@@ -214,19 +214,35 @@ class GLDCriterion(nn.Module):
         """
         found, partner = {}, alignment.partner
         if "uld" in terms:
-            self._check_moments(self.uld_values, source, name)
+            check_scale(self.uld_values, source, name)
             aligned = gather_positions(source.top_k, partner.clamp(min=0))
             found["uld"] = sample_means(top_k_uld(student, aligned, values=self.uld_values), partner >= 0)
         if "gld" in terms:
-            self._check_moments(self.graphs.values, source, name)
+            check_scale(self.graphs.values, source, name)
             masks = alignment.student_mask, alignment.source_mask
             found["gld"] = self.graphs(student, source.top_k, *masks, name=name, source_to_student=source_to_student)
         return found
 
-    @staticmethod
-    def _check_moments(values: LogitValues, source: SourceLogits, name: str) -> None:
-        if values == "standardize" and not bool((source.top_k.std < 1e4).all()):
-            raise ValueError(
-                f"Expected the logits of source {name!r} to be of one scale, to be standardised, but some are −inf or"
-                " huge, as of tokens that are ruled out. Use `graph_values: softmax` (and `uld_values: softmax`)."
-            )
+
+def check_scale(values: LogitValues, source: SourceLogits, name: str) -> None:
+    """Raise if logits are compared of which not enough is known.
+
+    Raises:
+        ValueError: If the source has log-probabilities alone, or logits are to be standardised whose moments tokens
+            that are ruled out have made useless.
+    """
+    if values != "softmax" and bool(source.top_k.std.isnan().any()):
+        raise without_scale(name)
+    if values == "standardize" and not bool((source.top_k.std < 1e4).all()):
+        raise ValueError(
+            f"Expected the logits of source {name!r} to be of one scale, to be standardised, but some are −inf or"
+            " huge, as of tokens that are ruled out. Use `graph_values: softmax` (and `uld_values: softmax`)."
+        )
+
+
+def without_scale(name: str) -> ValueError:
+    """Return the error for a source of which log-probabilities alone are known, and for which logits are needed."""
+    return ValueError(
+        f"Expected the logits of source {name!r} to be known, to be standardised or compared as they are, but its cache"
+        " holds log-probabilities that were served, and no more. Use `graph_values: softmax` and `uld_values: softmax`."
+    )

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lit_logits.functional.matched_tokens import UnmatchedTokens, check_unmatched
 from lit_logits.functional.top_k_logits import SourceLogits
 from lit_logits.modules.gld_fusion.alignment import align_source
+from lit_logits.modules.gld_fusion.cached import read_cached
 from lit_logits.modules.gld_fusion.checks import check_source
 from lit_logits.modules.gld_fusion.comparison import SourceComparison
-from lit_logits.modules.gld_fusion.sources import LogitSource, Model, ends_to_align, load_source, view_of
+from lit_logits.modules.gld_fusion.sources import LogitSource, Model, ends_to_align, load_source
 from lit_logits.modules.gld_fusion.token_terms import (
     check_same_vocabulary,
     has_same_vocabulary,
@@ -116,22 +117,10 @@ class SourceSet:
         Raises:
             ValueError: If the batch lacks what the source needs, or its tokens are others.
         """
-        source, view = self.load(name), view_of(batch, name)
+        source = self.load(name)
         if isinstance(source, LogitSource):
             return source(batch, self.top_k, value_at(self.temperature, step))
-        if "sample_ids" not in batch or "response_ends" not in batch:
-            raise ValueError(
-                f"Expected batches with `sample_ids` and `response_ends` for the logit cache of {name!r}, as"
-                f" InstructionDataModule gives them, but got {sorted(batch)}."
-            )
-        if source.layout_id is not None and "layout_id" in view and int(view["layout_id"]) != source.layout_id:
-            raise ValueError(
-                f"Expected the tokens that the logit cache {source.folder} was written for, but those of source"
-                f" {name!r} in the batch are of another tokenizer, template or `max_length`. Give the data module the"
-                f" same `source_tokenizers` (one for {name!r}, unless it is the pivot's) and layout as then, or write"
-                " another cache."
-            )
-        return source.read(batch["sample_ids"], top_k=self.top_k, device=batch["input_ids"].device)
+        return read_cached(name, source, batch, self.top_k)
 
     def compare(
         self,

@@ -218,9 +218,9 @@ def ends_to_align(name: str, source: LogitSource | LogitCache, batch: Mapping[st
     view, is_cache = view_of(batch, name), isinstance(source, LogitCache)
     if is_cache and not source.counts_bytes:
         return batch["response_ends"]
-    same = "layout_id" in view and "layout_id" in batch and int(view["layout_id"]) == int(batch["layout_id"])
-    if is_cache:  # it may hold other tokens than the batch, unless both say that these are the same
-        same = same and source.layout_id is not None
+    # A cache may hold other tokens than the batch, whose view of it may be missing.
+    theirs = source.layout_id if is_cache else int(view["layout_id"]) if "layout_id" in view else None
+    same = theirs is not None and "layout_id" in batch and int(batch["layout_id"]) == theirs
     if same or (view is batch and not is_cache):
         return None
     ends = read_ends(batch)

@@ -14,6 +14,7 @@ from lit_logits.functional.matched_tokens import UnmatchedTokens, match_top_k, m
 from lit_logits.functional.reductions import sample_means
 from lit_logits.functional.top_k_logits import SourceLogits, gather_positions
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment
+from lit_logits.modules.gld_fusion.cached import without_label_log_probs
 from lit_logits.modules.gld_fusion.sources import LogitSource, view_of
 from lit_logits.storage.logit_cache import LogitCache
 
@@ -92,10 +93,7 @@ def chunk_terms(
         ValueError: If the source has no log-probabilities of the tokens that came.
     """
     if source.label_log_probs is None:
-        raise ValueError(
-            f"Expected the logit cache of {name!r} to hold the log-probabilities of the tokens that came, which the"
-            " term 'chunk' needs, but it is one of version 1. Write it again, or leave the term out."
-        )
+        raise without_label_log_probs(name)
     partner = alignment.partner
     is_cut = partner >= 0
     is_source_cut = torch.zeros_like(source.mask)
@@ -115,6 +113,8 @@ def chunk_terms(
 def has_same_vocabulary(name: str, source: LogitSource | LogitCache, batch: Mapping[str, Any]) -> bool:
     """Return whether a source has the vocabulary of the batch's own tokens, as far as both tell."""
     own, theirs = batch.get("tokenizer_id"), view_of(batch, name).get("tokenizer_id", source.tokenizer_id)
+    if isinstance(source, LogitCache) and source.tokenizer_id is not None:  # the batch need not know its tokens
+        theirs = source.tokenizer_id
     if own is None or theirs is None:
         return view_of(batch, name) is batch
     return int(own) == int(theirs)

@@ -87,7 +87,7 @@ class TermWeights:
             return {}
         found = {}
         for name, omega in self.source_weights.items():
-            weights = {term: _checked(term, value_at(value, step)) for term, value in self._of(name).items()}
+            weights = {term: _checked(term, value_at(value, step)) for term, value in self.of(name).items()}
             if omega > 0 and any(weights.values()):
                 found[name] = weights
         return found
@@ -97,18 +97,18 @@ class TermWeights:
         """Sources that weigh something at some step, as far as numbers tell."""
         if self.kd_weight == 0:
             return []
-        return [name for name, omega in self.source_weights.items() if omega > 0 and any(self._of(name).values())]
+        return [name for name, omega in self.source_weights.items() if omega > 0 and any(self.of(name).values())]
 
     @property
     def used_terms(self) -> dict[str, list[str]]:
         """The terms that are named for each of these sources."""
-        return {name: list(self._of(name)) for name in self.used_sources}
+        return {name: list(self.of(name)) for name in self.used_sources}
 
     def suffix(self, name: str) -> str:
         """Return what log names of a source end in: its name if there are several."""
         return f"/{name}" if len(self.used_sources) > 1 else ""
 
-    def _of(self, name: str) -> dict[str, StepValue]:
+    def of(self, name: str) -> dict[str, StepValue]:
         """Return the weights of a source by term, of those that are named for it."""
         own = {term: value.get(name) if isinstance(value, Mapping) else value for term, value in self.terms.items()}
         return {term: value for term, value in own.items() if value is not None}

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-__all__ = ["check_same_tokenizer", "find_tokenizer", "token_table", "tokenizer_id"]
+__all__ = ["check_same_tokenizer", "find_tokenizer", "textless_tokens", "token_table", "tokenizer_id"]
 
 
 _OF_TOKENIZERS = re.compile(r"token|vocab|merges|spiece|spm|bpe|\.model$")
@@ -73,7 +73,7 @@ def token_table(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     stand for no text and are None, and so is the fallback of a single byte that has a token of its own too.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    special = set(textless_tokens(tokenizer).values())
     table: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     fallbacks = set()
     read = _reader(tokenizer)
@@ -89,6 +89,12 @@ def token_table(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
             table[number] = read(token)
     own = {text for number, text in enumerate(table) if number not in fallbacks}
     return [None if number in fallbacks and text in own else text for number, text in enumerate(table)]
+
+
+def textless_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of special tokens, which stand for no text, by their names."""
+    special = {*tokenizer.all_special_ids, *(n for n, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return {token: number for token, number in tokenizer.get_vocab().items() if number in special}
 
 
 def _reader(tokenizer: Any) -> Callable[[str], bytes]:
