@@ -75,7 +75,8 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the state before the first micro-batch of a window."""
         size = trainer.accumulate_grad_batches
-        if batch_idx % size or not pl_module.automatic_optimization:
+        by_itself = trainer.strategy.handles_gradient_accumulation  # as DeepSpeed does, over the end of an epoch too
+        if batch_idx % size or by_itself or not pl_module.automatic_optimization:
             return
         self._window = _WindowStart(
             step=trainer.global_step,
@@ -110,7 +111,9 @@ class ExactResume(Callback):
         if is_distributed():
             mine, states = states[0], [{}] * trainer.world_size
             dist.all_gather_object(states, mine)
-        checkpoint["exact_resume"] = {"random": states, "buffers": {} if window is None else window.buffers}
+        buffers = {} if window is None else window.buffers
+        buffers = {name: buffer for name, buffer in buffers.items() if name in checkpoint["state_dict"]}
+        checkpoint["exact_resume"] = {"random": states, "buffers": buffers}
         if not pl_module.automatic_optimization:
             return
         loops = checkpoint["loops"]
@@ -149,9 +152,10 @@ def _resumable(loops: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
     if epoch["total"]["processed"] == epoch["total"]["ready"] > 0:
         # With `max_steps` they would count this epoch twice, or ask it for another batch.
         return _at_next_epoch(loops, trainer.global_step) if is_last and trainer.max_steps != -1 else loops
-    is_logged = loops["epoch_loop.state_dict"]["_batches_that_stepped"] == trainer.global_step
-    if batch["current"]["ready"] > batch["current"]["processed"] or (is_logged and not is_last):
-        # An exception, or SIGTERM. They would count a step twice in what is logged.
+    is_logged = trainer.global_step == loops["epoch_loop.state_dict"]["_batches_that_stepped"]
+    is_between = trainer.max_steps != -1 if batch["total"]["ready"] == 0 else is_logged and not is_last
+    if batch["current"]["ready"] > batch["current"]["processed"] or is_between:
+        # An exception, SIGTERM, or nothing yet. They would count a step twice in what is logged.
         return _between_batches(loops, trainer.global_step)
     return loops
 
