@@ -294,7 +294,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the arithmetic of many does not repeat
     args.folder.mkdir(parents=True, exist_ok=True)
     todo = list(cases(args.folder.resolve(), args.methods))
-    rows = []
+    rows: list[list[Any]] = []
     for index, case in enumerate(todo):
         share = (args.kills + index) // len(todo)  # which add up
         name = f"{case.method}-{case.accumulate}-{'inside' if case.inside else 'end'}"
