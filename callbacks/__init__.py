@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lit_logits.callbacks.codebook_monitor import CodebookMonitor
     from lit_logits.callbacks.codebook_reassign import CodebookReassign
     from lit_logits.callbacks.codebook_reinit import CodebookReinit
+    from lit_logits.callbacks.exact_resume import ExactResume
     from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
     from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
     from lit_logits.callbacks.json_lines_writer import JsonLinesWriter
@@ -28,6 +29,7 @@ else:
             "lit_logits.callbacks.codebook_monitor": "CodebookMonitor",
             "lit_logits.callbacks.codebook_reassign": "CodebookReassign",
             "lit_logits.callbacks.codebook_reinit": "CodebookReinit",
+            "lit_logits.callbacks.exact_resume": "ExactResume",
             "lit_logits.callbacks.fusion_weight_logger": "FusionWeightLogger",
             "lit_logits.callbacks.gw_approximation_logger": "GWApproximationLogger",
             "lit_logits.callbacks.json_lines_writer": "JsonLinesWriter",
@@ -47,6 +49,7 @@ __all__ = [
     "CodebookMonitor",
     "CodebookReassign",
     "CodebookReinit",
+    "ExactResume",
     "FusionWeightLogger",
     "GWApproximationLogger",
     "JsonLinesWriter",

@@ -55,8 +55,9 @@ class LastCheckpoint(ModelCheckpoint):
             rank_zero_info(f"Stopped at step {self.saved_step}; go on with `--ckpt_path {self.dirpath}/last.ckpt`.")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        self._save(trainer)
+        """Save, unless training is about to end: what others write at its end is not lost if it is killed before."""
+        if not _is_ending(trainer):
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
@@ -70,3 +71,10 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(Path(str(self.dirpath), "last.ckpt"), weights_only=False)
             self.saved_step = trainer.global_step
         return Path(str(self.dirpath), "last.ckpt").is_file()
+
+
+def _is_ending(trainer: Trainer) -> bool:
+    """Return whether no epoch follows the one that ends."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    is_last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return trainer.should_stop or is_last_epoch or 0 <= steps <= trainer.global_step

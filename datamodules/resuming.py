@@ -86,8 +86,9 @@ class Resumes:
 
     @property
     def _loading(self) -> dict[str, Any]:
-        """Arguments of every loader."""
-        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        """Arguments of every loader; torch's draws a seed for its workers, from a generator that training shares."""
+        generator = torch.Generator()
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available(), "generator": generator}
 
 
 def _fit_loader(trainer: Trainer | None) -> Any:

@@ -21,7 +21,7 @@ from lit_logits.modules.language_models.inspect import num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
-from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.optimization import TokenWindow, make_optimizers
 
 __all__ = ["CausalLM"]
 
@@ -29,7 +29,8 @@ __all__ = ["CausalLM"]
 class CausalLM(PushesToHub, LightningModule):
     """A causal language model of transformers, trained by cross-entropy from scratch or from pretrained weights.
 
-    Labels of −100 do not count, so that prompts can be masked. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
+    Labels of −100 do not count, so that prompts can be masked. A step is on the mean over all tokens that count, of its
+    micro-batches and ranks together, see `TokenWindow`. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
     `test/ppl`. The callback `SavePretrained` writes the model for `from_pretrained`.
 
     Args:
@@ -69,6 +70,7 @@ class CausalLM(PushesToHub, LightningModule):
         self.chunk_size = rows_a_chunk(num_logits(self.model), chunk_size)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.means = StageMeans("nll")
+        self.token_window = TokenWindow()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -101,7 +103,11 @@ class CausalLM(PushesToHub, LightningModule):
         total, count = self._loss_sum(batch)
         loss = total / count.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self.token_window.weigh(loss, count, batch_idx, self._trainer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let every token of the step weigh the same, whatever micro-batch and rank it was in."""
+        self.token_window.normalize_(self.parameters(), self.trainer)
 
     def configure_optimizers(self) -> Any:
         """Return the injected optimizer and scheduler."""

@@ -37,6 +37,7 @@ from transformers import get_wsd_schedule
 import lit_logits
 from lit_logits import callbacks, datamodules, modules
 from lit_logits.callbacks.atomic_checkpoints import AtomicCheckpointIO
+from lit_logits.callbacks.exact_resume import ExactResume
 from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
@@ -77,6 +78,17 @@ class SaveRun(SaveConfigCallback):
                     logger.experiment.file_writer.add_summary(summary)
             else:
                 logger.log_hyperparams(flat)
+
+
+class _LearningRates(LearningRateMonitor):
+    """A `LearningRateMonitor` that logs each step once, not at every micro-batch."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Log before the first micro-batch of a step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
 def _attributes(data: Namespace | None) -> list[str]:
@@ -163,10 +175,10 @@ class LitLogitsCLI(LightningCLI):
 
     Runs are kept in `runs/RECIPE`, or without a recipe under the model's name; `--ckpt_path last` takes the newest
     there, `--ckpt_path best` the best checkpoint of that run. A model whose `vocab_size` or `num_classes` is not given
-    gets that of the data. These callbacks are added: a `LastCheckpoint` and a `ResumeCheck`, a `LearningRateMonitor`, a
-    progress bar (a `LineProgress` if the output is not a terminal) and, to predict, a `PredictionWriter`. Each is left
-    out if `trainer.callbacks` has one for the same purpose, or if the Trainer's switch is off (`enable_checkpointing`,
-    `logger`, `enable_progress_bar`).
+    gets that of the data. These callbacks are added: a `LastCheckpoint`, a `ResumeCheck` and an `ExactResume`, a
+    `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a terminal) and, to predict, a
+    `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same purpose, or if the Trainer's switch
+    is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
 
     Args:
         args: the arguments as on the command line, or as a dict; None takes `sys.argv`.
@@ -235,10 +247,11 @@ class LitLogitsCLI(LightningCLI):
         chosen = config.callbacks if isinstance(config.callbacks, list) else [c for c in [config.callbacks] if c]
         if config.enable_checkpointing is not False and not any(getattr(c, "save_last", False) for c in chosen):
             chosen.append(LastCheckpoint())
-        if config.enable_checkpointing is not False and not any(isinstance(c, ResumeCheck) for c in chosen):
-            chosen.append(ResumeCheck())
+        for kind in (ResumeCheck, ExactResume) if config.enable_checkpointing is not False else ():
+            if not any(isinstance(c, kind) for c in chosen):
+                chosen.append(kind())
         if config.logger is not False and not any(isinstance(c, LearningRateMonitor) for c in chosen):
-            chosen.append(LearningRateMonitor(logging_interval="step"))
+            chosen.append(_LearningRates(logging_interval="step"))
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in chosen):
             chosen.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in chosen):

@@ -20,14 +20,14 @@ from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
 from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.reductions import at_least_float32, reduce_tokens
-from lit_logits.modules.dual_head_kd.checks import Method, check_options, check_pair
+from lit_logits.modules.dual_head_kd.checks import Method, check_options, check_pair, check_whole_gradients
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.language_models.card import find_origin
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_file, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
-from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.optimization import TokenWindow, make_optimizers
 
 __all__ = ["DualHeadKD"]
 
@@ -49,8 +49,9 @@ class DualHeadKD(PushesToHub, LightningModule):
     Logs `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head), `val/acc`, for language
     models `val/ppl`, the same under `test/`, and with aligned gradients `kd/grad_cosine` and `kd/conflict`.
 
-    Optimisation stays automatic: with `grad_align` the `backward` hook keeps the two gradients apart and the
-    optimizer's closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP stay the Trainer's.
+    Optimisation stays automatic: with `grad_align` the `backward` hook keeps two gradients apart and the optimizer's
+    closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP stay the Trainer's. A step of a
+    language model is on the mean over its tokens on all ranks, see `TokenWindow`.
 
     A subclass may override `training_step`. It calls `losses(batch)` and returns a loss made of the two terms, such as
     `ce + 0.5 * kd`, with weights and further terms of its own; `losses` names the distillation term to `self.aligner`,
@@ -138,6 +139,7 @@ class DualHeadKD(PushesToHub, LightningModule):
         if method != "ce" and teacher is not None:
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
             check_pair(self.net, self.teacher.model)
+        self.token_window = TokenWindow()
         has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
         self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
 
@@ -217,12 +219,8 @@ class DualHeadKD(PushesToHub, LightningModule):
         """Forget gradients of a fit that stopped between micro-batches, and refuse strategies that shard gradients."""
         self.aligner.reset()
         self._check_teacher()
-        sharded = type(self.trainer.strategy).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel"))
-        if self.aligner.is_active and sharded:
-            raise ValueError(
-                f"Expected the strategy 'ddp' or one device for grad_align={self.aligner.mode!r}, because"
-                f" {type(self.trainer.strategy).__name__} shards the gradients, but got that. Set `grad_align: none`."
-            )
+        if self.aligner.is_active:
+            check_whole_gradients(type(self.trainer.strategy).__name__, self.aligner.mode)
 
     def _check_teacher(self) -> None:
         if self.method != "ce" and self.teacher is None:
@@ -255,7 +253,13 @@ class DualHeadKD(PushesToHub, LightningModule):
             loss = loss + self.kd_factor * kd
             self.log("train/loss_kd", kd)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        if not self.net.is_causal_lm:
+            return loss
+        return self.token_window.weigh(loss, next_token_labels(batch["labels"]).mask.sum(), batch_idx, self._trainer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let every token of the step weigh the same, whatever micro-batch and rank it was in."""
+        self.token_window.normalize_(self.parameters(), self.trainer)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run one backward pass, or two to keep the distillation gradient apart from that of all other terms.
@@ -274,8 +278,7 @@ class DualHeadKD(PushesToHub, LightningModule):
         """Join the two gradients after the last micro-batch, before gradients are unscaled and clipped."""
 
         # The Trainer's closure zeroes `.grad` and runs the last micro-batch; unscaling and clipping follow it. Between
-        # them the sums over all micro-batches are complete, and what is written to `.grad` is treated like any other
-        # gradient. Aligning each micro-batch would give another result, because projection is not linear.
+        # them the sums over all micro-batches are complete, and what is written to `.grad` is treated like any other.
         def closure() -> Any:
             result = optimizer_closure() if optimizer_closure is not None else None
             aligned = self.aligner.join(self._trained(), self.net.head_parameters())

@@ -27,7 +27,7 @@ from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
-from lit_logits.modules.optimization import counted_steps, make_optimizers
+from lit_logits.modules.optimization import TokenWindow, counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import fresh_loader
 from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
 from lit_logits.modules.vq_logits.data_start import start_head
@@ -55,8 +55,9 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
 
     At the start of training the head reads data. With a new backbone it reads the text once, so that tokens of like
     contexts share a code; with a pretrained one it reads `calibration_batches` batches, and k-means turns the rows of
-    the output layer into codes. Token counts start the bias. Logs `train/loss`, `val/loss`,
-    `val/ppl`, `test/loss`, `test/ppl`.
+    the output layer into codes. Token counts start the bias. A step is on the mean over all tokens that count, of its
+    micro-batches and ranks together, see `TokenWindow`. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
+    `test/ppl`.
 
     Args:
         backbone: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with `model_type`.
@@ -141,6 +142,7 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
         self.head: Any = made
         self._prepare_head(parts, coded)
         self.means = StageMeans("nll", *(["kl", "original_nll"] if kd_weight else []))
+        self.token_window = TokenWindow()
         self.train()  # `from_pretrained` leaves the backbone in eval mode
 
     def _prepare_head(self, parts: CausalBackbone, coded: bool) -> None:
@@ -259,8 +261,8 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
             self.log_dict({"train/loss_ce": ce, "train/loss_kd": kd})
             loss = self.kd_weight * kd + (1 - self.kd_weight) * ce
             self.log("train/loss", loss, prog_bar=True)
-            return loss
-        loss, _ = self._loss(batch)
+            return self.token_window.weigh(loss, mask.sum(), batch_idx, self._trainer)
+        loss, mask = self._loss(batch)
         terms = self.head.penalties() if isinstance(self.head, LearningHead) else {}
         if terms:
             penalties = {f"train/loss_{name}": value for name, (_, value) in terms.items()}
@@ -268,7 +270,11 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
         for weight, value in terms.values():
             loss = loss + weight * value
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self.token_window.weigh(loss, mask.sum(), batch_idx, self._trainer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let every token of the step weigh the same, whatever micro-batch and rank it was in."""
+        self.token_window.normalize_(self.parameters(), self.trainer)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lit_logits
-from lit_logits.callbacks import AtomicCheckpointIO, LastCheckpoint, LineProgress, LogitCacheWriter, PredictionWriter
+from lit_logits.callbacks import (
+    AtomicCheckpointIO,
+    ExactResume,
+    LastCheckpoint,
+    LineProgress,
+    LogitCacheWriter,
+    PredictionWriter,
+)
 from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
 from lit_logits.datamodules import TextDataModule
 from lit_logits.run_folders import claim_version
@@ -526,8 +533,16 @@ class BoringText(CountingData):
 
 def test_default_callbacks_join_those_of_the_user():
     trainer = fit("--trainer.callbacks=[DeviceStatsMonitor]", "--trainer.fast_dev_run=1").trainer
-    kinds = [type(c) for c in trainer.callbacks]  # type: ignore[attr-defined]
-    assert {LastCheckpoint, LearningRateMonitor, LineProgress} <= set(kinds)
+    for kind in (LastCheckpoint, ExactResume, LearningRateMonitor, LineProgress):
+        assert sum(isinstance(c, kind) for c in trainer.callbacks) == 1  # type: ignore[attr-defined]
+
+
+def test_the_learning_rate_of_a_step_is_logged_once():
+    """Lightning's monitor logs it at every micro-batch."""
+    fit("--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=1", steps=2)
+    run = events("runs/CountingLM/version_0")
+    (name,) = [tag for tag in run.Tags()["scalars"] if tag.startswith("lr-")]
+    assert [event.step for event in run.Scalars(name)] == [0, 1]
 
 
 def test_default_callbacks_yield_to_those_of_the_user():

@@ -110,6 +110,7 @@ class StreamLoader:
         trainer: the trainer that consumes the loader.
         num_workers: processes that read; no more than the stream has shards are of use.
         pin_memory: copy batches into page-locked memory.
+        generator: from which torch's loader draws a seed for its workers.
     """
 
     def __init__(
@@ -120,11 +121,13 @@ class StreamLoader:
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.open_stream = open_stream
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.generator = generator
         self.cursor = Cursor(trainer)
         self._world_size = trainer.world_size if trainer else 1
         self._streams: dict[int, dict[str, Any] | None] = {0: None}  # state of the stream after this many batches
@@ -194,6 +197,7 @@ class StreamLoader:
             drop_last=True,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            generator=self.generator,
             worker_init_fn=_no_nested_threads,
         )
 

@@ -9,7 +9,7 @@ from lit_logits.functional.dual_head_kd import LogitLoss
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm
 from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
 
-__all__ = ["Method", "check_options", "check_pair"]
+__all__ = ["Method", "check_options", "check_pair", "check_whole_gradients"]
 
 Method = Literal["ce", "kd", "single_head", "dual_head"]
 
@@ -49,4 +49,13 @@ def check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:
         raise ValueError(
             f"Expected student and teacher to have the same classes, but {student} has {net.num_classes} and {other}"
             f" has {layer.out_features}. Pass the same `num_classes` (or vocabulary) to both."
+        )
+
+
+def check_whole_gradients(strategy: str, grad_align: str) -> None:
+    """Refuse a strategy, by the name of its class, that shards gradients which are to be aligned."""
+    if strategy.startswith(("FSDP", "DeepSpeed", "ModelParallel")):
+        raise ValueError(
+            f"Expected the strategy 'ddp' or one device for grad_align={grad_align!r}, because {strategy} shards the"
+            " gradients, but got that. Set `grad_align: none`."
         )
