@@ -1,12 +1,14 @@
 """What fusion does to a pretrained pivot: fine-tuning alone, with each term of each source, and with several.
 
     python -m benchmarks.gld_fusion_pretrained --twin models/smollm2.gguf --other models/gemma3.gguf
-        [--data python-questions | gsm8k-train.jsonl] [--folder runs/pretrained] [--seeds 0 1 2] [--steps 60]
+        [--data python-questions | gsm8k-train.jsonl] [--folder runs/pretrained] [--train-rows 64]
+        [--seeds 0 1 2] [--steps 40]
         [--lrs 1e-4 3e-4 1e-3] [--kd-weights 0.5 0.9] [--ways SFT KL ...] [--out runs.json] [--answers 100]
 
 The pivot is the twin with `--layers` of its layers, healed by KL to the whole of it (`CausalLM(keep_layers=...)`) on
-pairs that are used for nothing else. Sources are the whole twin, of the pivot's tokenizer, and another model of another
-tokenizer, both from caches. Pairs, pivot and caches are made once, in `--folder`. Embeddings stay frozen.
+pairs that are drawn for nothing else. Sources are the whole twin, of the pivot's tokenizer, fine-tuned for
+`--tune-steps` on these other pairs too, and another model of another tokenizer, as it is, both from caches. Pairs,
+pivot and caches are made once, in `--folder`. Embeddings stay frozen.
 
 The first seed chooses on validation: the rate of fine-tuning (SFT), which all ways take over, then λ of every other
 way. The choice is then run with all seeds, each with an order of batches of its own, which all ways share. A way has
@@ -229,8 +231,8 @@ def run_all(bench: Bench, cases: Sequence[Case]) -> dict[Case, Run]:
 def run_settings(args: argparse.Namespace, case: Case) -> Run:
     """All that decides what a run comes to, as JSON has it."""
     prepared = json.loads((args.folder / "settings.json").read_text())
-    settings = {**prepared, **case._asdict(), "terms": WAYS[case.way], "steps": args.steps, "answers": args.answers}
-    return json.loads(json.dumps(settings))
+    shared = {name: getattr(args, name) for name in ("train_rows", "steps", "answers", "precision")}
+    return json.loads(json.dumps({**prepared, **shared, **case._asdict(), "terms": WAYS[case.way]}))
 
 
 def choose(bench: Bench) -> tuple[dict[str, Case], dict[Case, Run]]:
@@ -271,19 +273,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="python-questions", help="or a file of pairs")
     parser.add_argument("--columns", nargs=2, default=["question", "answer"], help="of a file of pairs")
     parser.add_argument("--folder", type=Path, default=Path("runs/pretrained"), help="of pairs, pivot and caches")
-    parser.add_argument("--train-rows", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=160, help="to test with; half as many to validate")
+    parser.add_argument("--drawn-rows", type=int, default=320, help="pairs to train on; the others heal the pivot")
+    parser.add_argument("--train-rows", type=int, help="use so many of them; default all")
+    parser.add_argument("--rows", type=int, default=128, help="to test with; half as many to validate")
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 6, 11, 16, 21, 28, 29])
-    parser.add_argument("--heal-steps", type=int, default=100)
-    parser.add_argument("--heal-batch", type=int, default=6)
+    parser.add_argument("--heal-steps", type=int, default=80)
+    parser.add_argument("--heal-batch", type=int, default=4)
     parser.add_argument("--heal-block", type=int, default=128)
     parser.add_argument("--heal-lr", type=float, default=1e-3)
     parser.add_argument("--state-weight", type=float, default=0.1)
+    parser.add_argument("--tune-steps", type=int, default=100, help="of the twin, before it is a source; 0 is as it is")
+    parser.add_argument("--tune-lr", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--kd-weights", type=float, nargs="+", default=[0.5, 0.9])
     parser.add_argument("--ways", nargs="+", help="SFT and those whose label holds one of these; default all")
@@ -291,6 +296,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", help="of Lightning; bf16-mixed where the CPU has it")
     parser.add_argument("--out", type=Path, help="JSON file of finished runs")
     args = parser.parse_args(arguments)
+    args.train_rows = args.train_rows or args.drawn_rows
     args.ways = [way for way in WAYS if way == "SFT" or not args.ways or any(part in way for part in args.ways)]
     return args
 

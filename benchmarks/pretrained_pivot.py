@@ -6,6 +6,7 @@ All of it is made once, in a folder of the benchmark, and used again by the next
 import argparse
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,17 +40,21 @@ def prepare(args: argparse.Namespace, sources: Sequence[str]) -> InstructionData
         replace_file(note, lambda path: path.write_text(json.dumps(settings, indent=1)))
     _once(args.folder / "pairs", lambda folder: draw_pairs(args, folder))
     _once(args.folder / "pivot", lambda folder: heal(args, folder))
+    if TWIN in sources and args.tune_steps:
+        _once(args.folder / "tuned", lambda folder: tune(args, folder))
     for name in sources:  # one at a time, as both would take the memory of both
         _once(args.folder / name, lambda folder: write_cache(args, folder))
-    data = make_data(args)
+    few = args.folder / f"pairs-{args.train_rows}"
+    _once(few, lambda folder: draw_few(args, folder))
+    data = make_data(args, few)
     data.prepare_data()
     data.setup()
     return data
 
 
 PREPARED = (
-    *("twin", "other", "data", "columns", "train_rows", "rows", "max_length", "batch_size", "layers", "top_k"),
-    *("heal_steps", "heal_batch", "heal_block", "heal_lr", "state_weight", "precision"),
+    *("twin", "other", "data", "columns", "drawn_rows", "rows", "max_length", "batch_size", "layers", "top_k"),
+    *("heal_steps", "heal_batch", "heal_block", "heal_lr", "state_weight", "tune_steps", "tune_lr", "precision"),
 )
 """Arguments that decide what the folder holds."""
 
@@ -75,22 +80,32 @@ def draw_pairs(args: argparse.Namespace, folder: Path) -> None:
     source: Any = {"path": args.data, **dict(zip(("prompt_column", "response_column"), args.columns, strict=True))}
     splits = InstructionDataModule(source if args.data != "python-questions" else args.data).pairs.splits
     mixed = random.Random(0).sample(splits["train"], len(splits["train"]))
-    drawn = {"train": mixed[: args.train_rows], "validation": splits["val"][: args.rows // 2]}
+    drawn = {"train": mixed[: args.drawn_rows], "validation": splits["val"][: args.rows // 2]}
     drawn["test"] = splits["test"][: args.rows]
     for name, pairs in drawn.items():
         _write_lines(folder / f"{name}.jsonl", [{"prompt": one.prompt, "response": one.response} for one in pairs])
-    texts = [{"text": f"Question: {one.prompt}\nAnswer: {one.response}"} for one in mixed[args.train_rows :]]
-    _write_lines(args.folder / "rest.jsonl", texts)
+    rest = [{"prompt": one.prompt, "response": one.response} for one in mixed[args.drawn_rows :]]
+    _write_lines(
+        args.folder / "rest.jsonl",
+        [{**one, "text": f"Question: {one['prompt']}\nAnswer: {one['response']}"} for one in rest],
+    )
 
 
 def _write_lines(file: Path, rows: Sequence[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_data(args: argparse.Namespace, **kwargs: Any) -> InstructionDataModule:
+def draw_few(args: argparse.Namespace, folder: Path) -> None:
+    """Copy the drawn pairs with the first ones to train on alone: pivot and caches serve any number of them."""
+    shutil.copytree(args.folder / "pairs", folder, dirs_exist_ok=True)
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[: args.train_rows]))
+
+
+def make_data(args: argparse.Namespace, pairs: Path, **kwargs: Any) -> InstructionDataModule:
     """The drawn pairs in the tokens of the pivot and of the other source."""
     return InstructionDataModule(
-        str(args.folder / "pairs"),
+        str(pairs),
         tokenizer=args.twin,
         source_tokenizers={OTHER: args.other},
         max_length=args.max_length,
@@ -151,6 +166,22 @@ def heal(args: argparse.Namespace, folder: Path) -> None:
     module.save_pretrained(folder, tokenizer=data.tokenizer)
 
 
+def tune(args: argparse.Namespace, folder: Path) -> None:
+    """Fine-tune the whole twin on pairs that were not drawn: a source that knows the task."""
+    L.seed_everything(0, verbose=False)
+    data = InstructionDataModule(
+        str(args.folder / "rest.jsonl"),
+        tokenizer=args.twin,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        cache_dir=str(args.folder / "encoded"),
+    )
+    module = CausalLM(args.twin, freeze_embeddings=True, **cosine_with_warmup(args.tune_lr, args.tune_steps))
+    options: dict[str, Any] = {"max_steps": args.tune_steps, "max_epochs": -1, "limit_val_batches": 0}
+    make_trainer(**options, precision=args.precision, gradient_clip_val=1.0).fit(module, data)
+    module.save_pretrained(folder, tokenizer=data.tokenizer)
+
+
 class HealingProgress(L.Callback):
     """Prints how far the pivot is from the whole model, and the minutes left."""
 
@@ -171,8 +202,9 @@ class HealingProgress(L.Callback):
 
 def write_cache(args: argparse.Namespace, folder: Path) -> None:
     """Write the logits of a source for all pairs."""
-    name, path = folder.name, args.twin if folder.name == TWIN else args.other
+    name = folder.name
+    path = args.other if name == OTHER else str(args.folder / "tuned") if args.tune_steps else args.twin
     kwargs = {name: {"dtype": "bfloat16"}} if args.precision.startswith("bf16") else None
     module = GLDFusionModule(None, {name: path}, source_kwargs=kwargs, top_k=args.top_k)
     trainer = make_trainer(callbacks=[LogitCacheWriter(str(folder.parent))])
-    trainer.predict(module, make_data(args, predict_split="all"), return_predictions=False)
+    trainer.predict(module, make_data(args, args.folder / "pairs", predict_split="all"), return_predictions=False)

@@ -36,8 +36,8 @@ def command(tmp_path):
         new_causal_lm({**LLAMA, "vocab_size": size}).save_pretrained(tmp_path / name)
     paths = {name: str(tmp_path / path) for name, path in {"twin": "twin", "other": "other", "folder": "run"}.items()}
     paths |= {"data": str(tmp_path / "sums.jsonl"), "out": str(tmp_path / "runs.json")}
-    numbers = {"train-rows": 16, "rows": 8, "max-length": 24, "batch-size": 4, "top-k": 5, "steps": 2, "answers": 2}
-    numbers |= {"heal-steps": 2, "heal-batch": 2, "heal-block": 16}
+    numbers = {"drawn-rows": 16, "rows": 8, "max-length": 24, "batch-size": 4, "top-k": 5, "steps": 2, "answers": 2}
+    numbers |= {"tune-steps": 2, "heal-steps": 2, "heal-batch": 2, "heal-block": 16}
     options = [part for name, value in {**paths, **numbers}.items() for part in (f"--{name}", str(value))]
     return [*options, "--layers", "0", "3", "--seeds", "0", "1"]
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 __all__ = ["cut_layers", "keep_layers", "spread_layers"]
 
@@ -153,7 +153,7 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     try:
         config = type(model.config).from_dict(model.config.to_dict())
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return type(model)(config)
     except Exception as error:  # each architecture checks its config in its own way
         raise ValueError(
             f"Expected a model whose config can tell of fewer layers, but that of {type(model).__name__} refuses:"
