@@ -20,6 +20,7 @@ import random
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ class TokenTexts:
         return [self.texts[token] if token < len(self.texts) else "" for token in token_ids.tolist()]
 
 
+def begin_alike(texts: Sequence[str], others: Sequence[str]) -> list[bool]:
+    """Of each pair whose tokens write something, whether one is the beginning of the other."""
+    pairs = zip(texts, others, strict=True)
+    return [one.startswith(two) or two.startswith(one) for one, two in pairs if one and two]
+
+
 @torch.no_grad()
 def evaluate(pivot: Any, data: Any, caches: dict[str, str], texts: dict[str, TokenTexts]) -> dict[str, float]:
     """Perplexity, and for each source the aligned share, the agreement and both distances."""
@@ -147,8 +154,7 @@ def evaluate(pivot: Any, data: Any, caches: dict[str, str], texts: dict[str, Tok
             partner = align_positions(ends.masked_fill(~own, -1), source.ends.masked_fill(~other, -1))
             rows, places = (partner >= 0).nonzero(as_tuple=True)
             theirs = source.top_k.token_ids[rows, partner[rows, places], 0]
-            pairs = zip(texts["pivot"](best[rows, places]), texts[name](theirs), strict=True)
-            alike = [one.startswith(two) or two.startswith(one) for one, two in pairs if one and two]
+            alike = begin_alike(texts["pivot"](best[rows, places]), texts[name](theirs))
             add(f"agree {name}", sum(alike) / max(1, len(alike)), len(alike))
             add(f"aligned {name}", float(losses.sources[name].aligned), float(own.sum()))
             add(f"uld {name}", float(losses.sources[name].uld), len(labels))

@@ -3,22 +3,22 @@
 Letters: B batch, T sequence, N tokens that count, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lit_logits.functional.checks import check_labels
-from lit_logits.functional.chunks import chunked_sum, rows_a_chunk
-from lit_logits.functional.reductions import at_least_float32
-from lit_logits.modules.language_models.calls import accepted_inputs, counted_states
-from lit_logits.modules.language_models.inspect import num_logits
+from lit_logits.functional.checks import check_labels, check_not_negative
+from lit_logits.functional.chunks import rows_a_chunk
+from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.healing import HealingLosses, healing_losses, keep_original_lm
+from lit_logits.modules.language_models.inspect import freeze_tables, num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
+from lit_logits.modules.language_models.pruning import cut_layers
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
@@ -29,22 +29,36 @@ __all__ = ["CausalLM"]
 class CausalLM(PushesToHub, LightningModule):
     """A causal language model of transformers, trained by cross-entropy from scratch or from pretrained weights.
 
-    Labels of −100 do not count, so that prompts can be masked. A step is on the mean over all tokens that count, of its
-    micro-batches and ranks together, see `TokenWindow`. Logs `train/loss`, `val/loss`, `val/ppl`, `test/loss`,
-    `test/ppl`. The callback `SavePretrained` writes the model for `from_pretrained`.
+    Labels of −100 do not count, so that prompts can be masked. With `keep_layers` or `num_layers` a pretrained decoder
+    keeps some of its layers only; with `kd_weight` it learns from the model that it came from, which heals such a cut:
+
+        L = (1 − kd_weight) CE + kd_weight KL(original ‖ ours) + state_weight |h − h_original|² / d
+
+    over the whole vocabulary and h the input of the output layer, means over all tokens that count of a step, in its
+    micro-batches and ranks together, see `TokenWindow`. Logs `train/loss`, `val/loss` (cross-entropy), `val/ppl`,
+    `test/loss`, `test/ppl`; beside an original also `train/loss_ce`, and `loss_kd` and `loss_state` before weighting
+    under `train/`, `val/` and `test/`. The callback `SavePretrained` writes the model for `from_pretrained`.
 
     Args:
         model: hub id, local folder, `.gguf` path, or the config of a new model as a mapping with `model_type`. From
             Python also a loaded model.
         vocab_size: V of the tokenizer; the CLI links it from the data. A pretrained model keeps its own (padded)
             vocabulary, which must not be smaller.
+        keep_layers: numbers of the layers to keep, from 0 in rising order, see `modules.keep_layers`; None keeps all.
+        num_layers: how many to keep instead, evenly spread, the first and the last among them.
+        kd_weight: share of KL(original ‖ ours) in the loss, in [0, 1]; the rest is cross-entropy. The original is the
+            model as it was loaded, all of its layers. It is frozen, and in neither checkpoint nor optimizer.
+        state_weight: weight of the squared error of the hidden states that the output layer reads, at least 0.
+        freeze_embeddings: leave the input table and the output layer as they are: the other layers then heal with less
+            memory and time.
         chunk_size: tokens whose logits are in memory at a time; None goes by the memory that they take.
         optimizer: callable that takes the parameters.
         lr_scheduler: callable that takes the optimizer; stepped after every optimizer step, or once an epoch on its
             monitored value for `ReduceLROnPlateau`.
 
     Raises:
-        ValueError: If the model cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`.
+        ValueError: If the model cannot be loaded or does not fit the vocabulary; see `check_plain_causal_lm`. If it has
+            no such layers, a weight is out of range, or there are no pretrained weights to imitate.
 
     Example:
         >>> lm = CausalLM({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -58,6 +72,11 @@ class CausalLM(PushesToHub, LightningModule):
         model: ModelOrConfig,
         vocab_size: int | None = None,
         *,
+        keep_layers: Sequence[int] | None = None,
+        num_layers: int | None = None,
+        kd_weight: float = 0.0,
+        state_weight: float = 0.0,
+        freeze_embeddings: bool = False,
         chunk_size: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -65,11 +84,20 @@ class CausalLM(PushesToHub, LightningModule):
         super().__init__()
         plain = isinstance(model, (str, dict))
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *([] if plain else ["model"])])
-        self.model, self.output_rule = load_plain_causal_lm(model, vocab_size)
-        self.model.train()  # `from_pretrained` leaves it in eval mode
+        if not 0 <= kd_weight <= 1:
+            raise ValueError(f"Expected `kd_weight` to be in [0, 1], but got {kd_weight}.")
+        check_not_negative(state_weight=state_weight)
+        whole, self.output_rule = load_plain_causal_lm(model, vocab_size)
+        self.model = cut_layers(whole, keep_layers, num_layers).train()  # `from_pretrained` leaves it in eval mode
+        self.is_cut = self.model is not whole
+        self.kd_weight, self.state_weight, self.original = kd_weight, state_weight, None
+        if kd_weight or state_weight:
+            self.original = keep_original_lm(model, whole, self.output_rule, is_cut=self.is_cut)
+        if freeze_embeddings:
+            freeze_tables(self.model)
         self.chunk_size = rows_a_chunk(num_logits(self.model), chunk_size)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.means = StageMeans("nll")
+        self.means = StageMeans("nll", *(["loss_kd", "loss_state"] if self.original is not None else []))
         self.token_window = TokenWindow()
 
     def forward(
@@ -79,15 +107,9 @@ class CausalLM(PushesToHub, LightningModule):
         positions = accepted_inputs(self.model, {"position_ids": position_ids})
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **positions).logits
 
-    def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy of the next tokens that count, in nats, and their number."""
-        mask, hidden, labels = counted_states(self.model, batch)
-        head = cast(nn.Linear, self.model.get_output_embeddings())
-
-        def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(self.output_rule.logits(head, rows)), targets, reduction="sum")
-
-        return chunked_sum(cross_entropy, hidden, labels, chunk_size=self.chunk_size), mask.sum()
+    def _losses(self, batch: Mapping[str, Tensor]) -> HealingLosses:
+        """Return the losses (N,) of the next tokens that count."""
+        return healing_losses(self.model, self.output_rule, batch, self.original, chunk_size=self.chunk_size)
 
     # ------------------------------------------------------------------ training
 
@@ -99,9 +121,14 @@ class CausalLM(PushesToHub, LightningModule):
             check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy over the tokens that count; a zero with a graph if none does."""
-        total, count = self._loss_sum(batch)
-        loss = total / count.clamp(min=1)
+        """Return the weighted sum of means over the tokens that count; a zero with a graph if none does."""
+        losses = self._losses(batch)
+        ce, *healing = (values.sum() / max(1, len(values)) for values in losses if values is not None)
+        loss, count = ce, torch.tensor(len(losses[0]), device=ce.device)
+        if healing:
+            kd, state = healing
+            self.log_dict({"train/loss_ce": ce, "train/loss_kd": kd, "train/loss_state": state})
+            loss = (1 - self.kd_weight) * ce + self.kd_weight * kd + self.state_weight * state
         self.log("train/loss", loss, prog_bar=True)
         return self.token_window.weigh(loss, count, batch_idx, self._trainer)
 
@@ -133,18 +160,25 @@ class CausalLM(PushesToHub, LightningModule):
         self._log_means("test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
-        total, count = self._loss_sum(batch)
-        self.means.update(stage, nll=(total / count.clamp(min=1), count))
+        losses = self._losses(batch)
+        found = {"nll": losses.ce, "loss_kd": losses.kd, "loss_state": losses.state}
+        self.means.update(stage, **{name: values for name, values in found.items() if values is not None})
 
     def _log_means(self, stage: str) -> None:
-        self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
+        means = self.means.compute(stage)
+        values = loss_and_perplexity(stage, means.pop("nll"))
+        self.log_dict({**values, **{f"{stage}/{name}": value for name, value in means.items()}}, prog_bar=True)
 
     # ------------------------------------------------------------------ export
 
     @property
     def card_text(self) -> str:
         """What was done, for the card of the saved model."""
-        return "Trained by the cross-entropy of the next token (`CausalLM`)."
+        text = "Trained by the cross-entropy of the next token (`CausalLM`)."
+        if self.is_cut:
+            kept = self.model.config.get_text_config().num_hidden_layers
+            text += f" It has {kept} of the layers of the model that it came from."
+        return text
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None) -> None:
         """Write the model for `from_pretrained`; see `save_model_folder`."""

@@ -105,8 +105,8 @@ def test_bad_arguments():
         model.on_train_batch_start(batch, 0)
 
 
-def test_the_recipes_train_a_base_and_an_expert(tmp_path, monkeypatch):
-    """lm.yaml, then lm_instruct.yaml on what it saved, both cut to seconds."""
+def test_the_recipes_train_a_base_and_an_expert_and_prune(tmp_path, monkeypatch):
+    """lm.yaml, then lm_instruct.yaml and lm_prune.yaml on what it saved, all cut to seconds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("".join(f"{a} plus {b} is {a + b}.\n" for a in range(30) for b in range(30)))
     pairs = [{"prompt": f"{a} + {b}?", "response": f"It is {a + b}."} for a in range(12) for b in range(12)]
@@ -118,6 +118,13 @@ def test_the_recipes_train_a_base_and_an_expert(tmp_path, monkeypatch):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(overlay))
     LitLogitsCLI(["fit", "--config", "lm.yaml", "--config", "base.yaml"])
     base = AutoModelForCausalLM.from_pretrained("models/base")
+    model = ["--model.init_args.model", "models/base", "--model.init_args.keep_layers", "[0, 3]"]
+    tokenizer = ["--data.init_args.tokenizer", "models/base"]
+    LitLogitsCLI(["fit", "--config", "lm_prune.yaml", "--config", "base.yaml", *model, *tokenizer])
+    pruned = AutoModelForCausalLM.from_pretrained("models/pruned")
+    assert pruned.config.num_hidden_layers == 2
+    assert torch.equal(pruned.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(pruned.model.layers[1].mlp.up_proj.weight, base.model.layers[3].mlp.up_proj.weight)
     overlay["data"]["init_args"] = {**shared, "source": str(tmp_path / "pairs.jsonl")}
     (tmp_path / "expert.yaml").write_text(yaml.safe_dump(overlay))
     LitLogitsCLI(

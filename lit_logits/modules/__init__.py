@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lit_logits.modules.gld_fusion.weights import LinearRamp
     from lit_logits.modules.language_models.loading import CausalBackbone, load_backbone, load_causal_lm, new_causal_lm
     from lit_logits.modules.language_models.lora import add_lora, save_merged
+    from lit_logits.modules.language_models.pruning import keep_layers, spread_layers
     from lit_logits.modules.language_models.tokenizers import find_tokenizer
     from lit_logits.modules.metrics import TokenMean
     from lit_logits.modules.optimization import make_optimizers
@@ -52,6 +53,7 @@ else:
             "lit_logits.modules.gld_fusion.weights": "LinearRamp",
             "lit_logits.modules.language_models.loading": "CausalBackbone load_backbone load_causal_lm new_causal_lm",
             "lit_logits.modules.language_models.lora": "add_lora save_merged",
+            "lit_logits.modules.language_models.pruning": "keep_layers spread_layers",
             "lit_logits.modules.language_models.tokenizers": "find_tokenizer",
             "lit_logits.modules.metrics": "TokenMean",
             "lit_logits.modules.optimization": "make_optimizers",
@@ -114,6 +116,7 @@ __all__ = [
     "find_tokenizer",
     "fit_output_layer",
     "import_log_probs",
+    "keep_layers",
     "load_backbone",
     "load_causal_lm",
     "load_classifier",
@@ -125,4 +128,5 @@ __all__ = [
     "new_causal_lm",
     "save_merged",
     "split_prompts",
+    "spread_layers",
 ]

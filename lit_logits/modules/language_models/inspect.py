@@ -19,6 +19,7 @@ __all__ = [
     "eos_token_ids",
     "find_layers",
     "freeze_first_layers",
+    "freeze_tables",
     "is_encoder",
     "model_label",
     "num_logits",
@@ -137,6 +138,12 @@ def freeze_first_layers(model: nn.Module, num_trainable: int) -> list[nn.Module]
         else:
             frozen.append(child)
     return frozen
+
+
+def freeze_tables(model: PreTrainedModel) -> None:
+    """Freeze the input table and the output layer, which may be one."""
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.requires_grad_(False)
 
 
 def is_encoder(config: Any) -> bool:
