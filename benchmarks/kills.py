@@ -20,6 +20,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import machine, markdown_table
+from lit_logits import DualHeadKD
 from lit_logits.cli import main as lit_logits
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import new_causal_lm
@@ -99,6 +101,7 @@ def cases(folder: Path, methods: list[str]) -> Iterator[Case]:
         train_bpe(lines, 300, source)
         torch.manual_seed(0)
         new_causal_lm({**LLAMA, "vocab_size": len(load_tokenizer(source))}).save_pretrained(source)
+        DualHeadKD("resnet8", num_classes=10, method="ce").export(folder / "teacher.pt")
     for method, parts in recipes(folder).items():
         for accumulate in (1, 3):
             for inside in (True, False):
@@ -120,7 +123,8 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
     collapse = {"class_path": "NeuralCollapseMonitor", "init_args": {"measure_gradients_every_n_steps": 4}}
     head = {"class_path": "VQLogitsHead", "init_args": {"codebook_size": 24}}
     trained: dict[str, Any] = {"optimizer": ADAMW, "lr_scheduler": SCHEDULE}
-    student = {"student": "resnet8", "teacher": "resnet8", "aux_head": "nonlinear", "grad_align": "backbone"}
+    teacher = {"teacher": "resnet8", "teacher_checkpoint": str(folder / "teacher.pt")}
+    student = {"student": "resnet8", "aux_head": "nonlinear", "grad_align": "backbone", **teacher}
     return {
         "CausalLM": recipe("CausalLM", text, [save], model=LLAMA, **trained),
         "VQLogitsLM": recipe("VQLogitsLM", text, [save, reinit, monitor], backbone=LLAMA, head=head, **trained),
@@ -172,8 +176,11 @@ def start(folder: Path, arguments: list[str]) -> int:
         sys.argv = ["lit-logits", *arguments]
         lit_logits()
         status = 0
+    except BaseException:  # also SystemExit: none may go on in the parent's code
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
-        os._exit(status)  # as an exception must not go on in the parent's code
+        os._exit(status)
 
 
 def run(folder: Path, *, kill_after: float | None = None) -> bool:
