@@ -1,6 +1,7 @@
 """Where prompt and response meet, and where sequences begin and end: no space and no token too many."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lit_logits.datamodules import InstructionDataModule
 
 VOCABULARY = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab", "▁b", "bb"]
 MERGES = [("▁", "a"), ("▁a", "b"), ("a", "b"), ("▁", "b"), ("b", "b")]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "always": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always")},
     "first": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first")},
     "in a sequence": {

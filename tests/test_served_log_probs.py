@@ -1,6 +1,7 @@
 """Log-probabilities that a server gave, imported: as good as our own cache of the same model, and checked."""
 
 import json
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,7 +58,10 @@ class Served:
         Trainer(callbacks=[writer], **QUIET).predict(module, datamodule=self.data(), return_predictions=False)
 
     def data(self, **kwargs):
-        options = {"tokenizer": str(self.names["same"]), "source_tokenizers": {"other": str(self.names["other"])}}
+        options: dict[str, Any] = {
+            "tokenizer": str(self.names["same"]),
+            "source_tokenizers": {"other": str(self.names["other"])},
+        }
         options |= {"batch_size": 5, "val_fraction": 0.1, "test_fraction": 0.1, "predict_split": "all"}
         return InstructionDataModule(
             str(self.folder / "pairs.jsonl"), cache_dir=str(self.folder / "data"), **{**options, **kwargs}
