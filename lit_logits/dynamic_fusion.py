@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionCriterion, FusionMode, FusionSolver
-from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, extract_answer
+from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, choice_likelihoods, extract_answer
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
@@ -38,8 +38,9 @@ class DynamicFusionDecoder(LightningModule):
 
     `test` scores the responses under the fused distribution and logs `test/loss` (nats a token), `test/ppl`,
     `fusion/alpha` (summed over experts), `fusion/kl_forward` and `fusion/kl_reverse`, all means over tokens; with
-    `exact_match` also `test/exact_match`; for batches with `choices` also `test/acc`, where the answer is the choice
-    with the largest log-likelihood a token.
+    `exact_match` also `test/exact_match`; for batches with `choices` also `test/acc` and
+    `test/acc_norm`, where the answer is the choice whose text is likeliest, by its log-likelihood and by that a
+    character, without what a template puts behind it, as lm-evaluation-harness has them.
 
     Args:
         model: the large model: hub id, local folder, `.gguf` path, or from Python a loaded model of transformers.
@@ -145,7 +146,7 @@ class DynamicFusionDecoder(LightningModule):
         _check_generation(check_decoding(parts.large, self.generation), self.generation)
         _check_pattern(answer_pattern)
         self.means = StageMeans("nll", "alpha", "kl_forward", "kl_reverse")
-        self.matches, self.choice_acc = TokenMean(), TokenMean()
+        self.matches, self.choice_acc, self.choice_acc_norm = TokenMean(), TokenMean(), TokenMean()
 
     # ------------------------------------------------------------------ from Python
 
@@ -205,11 +206,13 @@ class DynamicFusionDecoder(LightningModule):
                     self.matches.update(float(answer is not None and answer == right))
 
     def _judge_choices(self, batch: Mapping[str, Tensor], scores: FusedScores) -> None:
-        """Count for each example whether the choice of largest log-likelihood a token is the right one."""
-        means = scores.log_probs.sum(1) / scores.trace.mask.sum(1).clamp(min=1)
+        """Count for each example whether the likeliest choice is the right one."""
+        sums, lengths = choice_likelihoods(scores, batch["response_ends"])
+        correct = batch["correct"].to(sums.device)
         for row in batch["rows"].unique():
-            own = (batch["rows"] == row).to(means.device)
-            self.choice_acc.update(float(batch["correct"].to(means.device)[own][means[own].argmax()]))
+            own = (batch["rows"] == row).to(sums.device)
+            self.choice_acc.update(float(correct[own][sums[own].argmax()]))
+            self.choice_acc_norm.update(float(correct[own][(sums / lengths)[own].argmax()]))
 
     def on_test_epoch_end(self) -> None:
         """Log means over all tokens and examples of all ranks."""
@@ -217,9 +220,10 @@ class DynamicFusionDecoder(LightningModule):
         self.log_dict(loss_and_perplexity("test", means.pop("nll")))
         if self.fused.num_experts:
             self.log_dict({f"fusion/{name}": value for name, value in means.items()})
-        for name, metric in (("test/exact_match", self.matches), ("test/acc", self.choice_acc)):
+        judged = {"exact_match": self.matches, "acc": self.choice_acc, "acc_norm": self.choice_acc_norm}
+        for name, metric in judged.items():
             if metric.update_called:  # on all ranks or on none, so `compute` does not wait: each rank gets a batch
-                self.log(name, metric.compute())
+                self.log(f"test/{name}", metric.compute())
             metric.reset()
 
     # ------------------------------------------------------------------ predict

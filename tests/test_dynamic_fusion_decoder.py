@@ -203,7 +203,7 @@ def test_exact_match_compares_final_answers(files, tmp_path, monkeypatch):
     assert logged["test/exact_match"] == pytest.approx(-(-len(rows) // 2) / len(rows))
 
 
-def test_choices_are_judged_by_log_likelihood_a_token(files, tmp_path):
+def test_choices_are_judged_by_the_likelihood_of_their_text(files, tmp_path):
     questions = [
         {"q": f"Is {a} more than {b}?", "options": ["yes", f"no, it is not, as {a} is less", "maybe"], "right": a % 3}
         for a in range(6)
@@ -220,18 +220,25 @@ def test_choices_are_judged_by_log_likelihood_a_token(files, tmp_path):
     )
     decoder = make(files)
     logged = trainer(tmp_path).test(decoder, module, verbose=False)[0]
-    right, total, count = [], 0.0, 0
+    options = {(row["q"], text) for row in questions for text in row["options"]}
+    right, right_norm, total, count = [], [], 0.0, 0
     for batch in module.test_dataloader():
-        means = []
+        sums, norms = [], []
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             scores = decoder.score(ids[None, mask.bool()], labels[None, mask.bool()])
-            means.append(float(scores.log_probs.sum() / scores.trace.mask.sum()))
-            if batch["correct"][len(means) - 1]:
+            text = decoder.tokenizer.decode(labels[labels >= 0][:-1])  # without the end token
+            assert any(text.strip() == option for _, option in options)
+            sums.append(float(scores.log_probs[scores.trace.mask][:-1].sum()))
+            norms.append(sums[-1] / len(text.strip()))
+            if batch["correct"][len(sums) - 1]:
                 total, count = total - float(scores.log_probs.sum()), count + int(scores.trace.mask.sum())
         for row in batch["rows"].unique():
-            own = [i for i in range(len(means)) if batch["rows"][i] == row]
+            own = [i for i in range(len(sums)) if batch["rows"][i] == row]
             assert len(own) == 3
-            right.append(int(batch["correct"][max(own, key=means.__getitem__)]))
+            right.append(int(batch["correct"][max(own, key=sums.__getitem__)]))
+            right_norm.append(int(batch["correct"][max(own, key=norms.__getitem__)]))
+    assert right != right_norm
+    assert logged["test/acc_norm"] == pytest.approx(sum(right_norm) / len(right_norm))
     assert logged["test/acc"] == pytest.approx(sum(right) / len(right))
     assert logged["test/loss"] == pytest.approx(total / count, rel=1e-3)
 
@@ -303,6 +310,18 @@ def test_answers_are_those_of_the_harness(text):
     flexible = [a or b for a, b in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)]
     found = re.sub(r"\.$", "", re.sub(r",|\$", "", strict[0] if strict else flexible[-1]))
     assert float(extract_answer(text)) == float(found)
+
+
+def test_choices_that_would_be_cut_are_refused(files, tmp_path):
+    options = ["no", "because it is so and not otherwise, as all of us know"]
+    rows = [{"q": f"Why {number}?", "options": options, "right": 0} for number in range(8)]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = PairSource(
+        str(tmp_path / "choices.jsonl"), prompt_column="q", choices_column="options", answer_column="right"
+    )
+    settings = {"tokenizer": str(files / "tokenizer"), "test_fraction": 0.5, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"Expected all choices of row \d+ .* to fit into 24 tokens, .* but got \d+\."):
+        InstructionDataModule(source, max_length=24, **settings).prepare_data()
 
 
 def test_stop_strings_use_the_tokenizer_of_the_models(files, tmp_path):

@@ -82,7 +82,7 @@ def write_examples(
         sources: names of the other tokenizers.
 
     Raises:
-        ValueError: If all examples are left out; it names the first.
+        ValueError: If all examples are left out; it names the first. If a choice would be cut.
     """
     first = examples[0] if examples else Example("", "")
     features = _features(sources, has_teachers=bool(first.teacher), has_turns=bool(first.messages))
@@ -99,6 +99,13 @@ def write_examples(
                     first_problem = first_problem or f"the prompt of row {row} ({example.where}) to have {problem}"
                     continue
                 own, *others = cut = [_cut(view, max_length) for view in (encoded.own, *encoded.sources.values())]
+                if len(own.responses) > 1 and own != encoded.own:
+                    longest = len(encoded.own.prompt) + max(map(len, encoded.own.responses))
+                    raise ValueError(
+                        f"Expected all choices of row {row} ({example.where}) to fit into {max_length} tokens, because"
+                        f" choices that are cut cannot be compared, but got {longest}. Raise `max_length` or drop the"
+                        " row."
+                    )
                 correct = example.correct if len(own.responses) > 1 else 0
                 values: dict[str, Any] = {"row": row, "sample_id": encoded.sample_id, "correct": correct}
                 values |= own._asdict() | {"teacher": example.teacher}

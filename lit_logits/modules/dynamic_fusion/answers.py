@@ -1,10 +1,14 @@
-"""Final answers in texts, as exact match compares them."""
+"""What is judged of answers: final answers in texts, as exact match compares them, and the likelihood of choices."""
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-__all__ = ["GSM8K_PATTERN", "STOPS", "extract_answer"]
+from torch import Tensor
+
+from lit_logits.modules.dynamic_fusion.fused_lm import FusedScores
+
+__all__ = ["GSM8K_PATTERN", "STOPS", "choice_likelihoods", "extract_answer"]
 
 GSM8K_PATTERN = r"####[^\S\n]*(\S[^\n]*)"
 """The rest of the line after `####`, which marks the answers of GSM8K."""
@@ -60,3 +64,18 @@ def _numbers(text: str) -> list[str]:
         # An exponent of a thousand digits is no number that anybody means.
         found.append(f"{value:f}" if abs(value.adjusted()) < 100 else str(value))
     return found
+
+
+def choice_likelihoods(scores: FusedScores, response_ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood (N,) of each choice in nats, and how many characters (N,) it has.
+
+    What a template puts behind a choice, such as the end token, is not part of it.
+
+    Args:
+        scores: of N sequences of T tokens.
+        response_ends: (N, T) characters of the response that have been read, −1 before and after it.
+    """
+    ends = response_ends[:, 1:].to(scores.log_probs.device)
+    # Up to the last token that ends within the text: one within a character has −1 as well.
+    in_text = (ends > 0).flip(1).cumsum(1).flip(1) > 0
+    return (scores.log_probs * (in_text & scores.trace.mask)).sum(1), ends.amax(1).clamp(min=1)
