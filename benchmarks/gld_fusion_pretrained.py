@@ -305,8 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    terms = [weights for way in args.ways for weights in WAYS[way].values()]
-    caches = {name: str(args.folder / name) for name in (TWIN, OTHER) if any(name in weights for weights in terms)}
+    caches = {name: str(args.folder / name) for name in (TWIN, OTHER)}
     data = prepare(args, list(caches))
     texts = {TWIN: TokenTexts(data.tokenizer), OTHER: TokenTexts(find_tokenizer(args.other, required=True))}
     bench = Bench(args, data, caches, texts)

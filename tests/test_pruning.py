@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import lightning as L
 import pytest
@@ -14,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from lit_logits import CausalLM
 from lit_logits.modules import keep_layers, new_causal_lm, spread_layers
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "vocab_size": 40}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 WINDOWS = {"head_dim": 8, "sliding_window": 3}
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 6, "vocab_size": 40},
     "gpt_neo": {
