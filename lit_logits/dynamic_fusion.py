@@ -207,6 +207,11 @@ class DynamicFusionDecoder(LightningModule):
 
     def _judge_choices(self, batch: Mapping[str, Tensor], scores: FusedScores) -> None:
         """Count for each example whether the likeliest choice is the right one."""
+        if "response_ends" not in batch:
+            raise ValueError(
+                "Expected `response_ends`, the characters read after each token, in a batch with `choices`, as"
+                f" `InstructionDataModule` gives them, but got {sorted(batch)}."
+            )
         sums, lengths = choice_likelihoods(scores, batch["response_ends"])
         correct = batch["correct"].to(sums.device)
         for row in batch["rows"].unique():

@@ -341,6 +341,7 @@ def test_with_exact_match_the_generated_answers_are_shown(tokenizer, tmp_path, m
     (batch,) = batches(1, size=4)
     batch |= {"rows": torch.tensor([8, 8, 9, 9]), "correct": torch.tensor([False, True, True, False])}
     batch["choices"] = torch.tensor([0, 1, 0, 1])
+    batch["response_ends"] = (batch["labels"] >= 0).long().cumsum(1)
     model, watch = decoder(tokenizer, exact_match=True, eos_token_id=0), Watch()
     run("test", model, [FusionWeightLogger(), watch], loader([batch]), tmp_path)
     assert drawn == ["batch 0, text 0 (row 8), 9 tokens", "batch 0, text 1 (row 9), 9 tokens"]

@@ -102,6 +102,7 @@ class TokenWindow:
     a loss that was not weighed. A strategy that accumulates by itself (DeepSpeed) keeps the mean of means.
 
     Example:
+        >>> import torch
         >>> loss = torch.tensor(2.0, requires_grad=True)
         >>> TokenWindow().weigh(loss, torch.tensor(5), 0, trainer=None) is loss
         True
