@@ -181,10 +181,19 @@ def dataset_name(source: Source) -> str:
     return str(Path(str(source)).expanduser()) if str(source).startswith("~") else str(source)
 
 
-def own_splits(source: Source, names: list[str]) -> dict[str, str]:
-    """Map `train`, `val` and `test` to the names that the data set gives to them."""
+def own_splits(source: Source, names: list[str], *, may_be_test: bool = False) -> dict[str, str]:
+    """Map `train`, `val` and `test` to the names that the data set gives to them.
+
+    Args:
+        source: for the error.
+        names: those of the data set.
+        may_be_test: also take one that is there to test with, and has no training split.
+
+    Raises:
+        ValueError: If there is none to train on.
+    """
     own = {split: name for split, known in SPLIT_NAMES.items() for name in reversed(known) if name in names}
-    if "train" not in own:
+    if "train" not in own and not (may_be_test and "test" in own):
         raise ValueError(f"Expected {source!r} to have a split named 'train', but it has {names}.")
     return own
 

@@ -13,12 +13,18 @@ FEW_DOCUMENTS = 40
 """A corpus with fewer distinct documents than this is cut into pieces before it is split."""
 
 
-def check_fractions(fractions: dict[str, float]) -> None:
+def check_fractions(fractions: dict[str, float], *, may_be_all: bool = False) -> None:
     """Raise unless each share is in [0, 1) and something is left for training.
+
+    Args:
+        fractions: shares of the splits other than `"train"`.
+        may_be_all: also let one of them be 1 and the others 0, which leaves nothing to train on.
 
     Raises:
         ValueError: If a share is out of range, or all together leave nothing.
     """
+    if may_be_all and sorted(fractions.values(), reverse=True)[0] == sum(fractions.values()) == 1:
+        return
     for name, fraction in fractions.items():
         if not 0 <= fraction < 1:
             raise ValueError(f"Expected `{name}_fraction` to be in [0, 1), but got {fraction}.")

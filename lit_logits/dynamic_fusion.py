@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionCriterion, FusionMode, FusionSolver
 from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, choice_likelihoods, extract_answer
+from lit_logits.modules.dynamic_fusion.as_model import FusedModel
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
@@ -166,6 +167,10 @@ class DynamicFusionDecoder(LightningModule):
     def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
         """Return log-probabilities of texts; see `FusedCausalLM.score`."""
         return self.fused.score(input_ids, labels, attention_mask)
+
+    def to_pretrained(self) -> FusedModel:
+        """Return the decoder in the form in which programs such as lm-evaluation-harness call a model."""
+        return FusedModel(self.fused, self.eos_token_id)
 
     # ------------------------------------------------------------------ test
 

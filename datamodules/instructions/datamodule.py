@@ -105,7 +105,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
         batch_size: B, examples a batch on each rank.
         val_fraction: share of the pairs held out for validation, in [0, 1). Unused where the data set has a validation
             split of its own; 0 switches validation off.
-        test_fraction: the same for test and predict.
+        test_fraction: the same for test and predict; 1 takes a whole held-out file, with `val_fraction=0`.
         max_train_rows: keep the first of the training split only; the other splits stay.
         max_test_rows: keep the first of the test split only.
         group_by_length: make training batches of examples of like lengths, which need less padding; see
@@ -155,7 +155,7 @@ class InstructionDataModule(Resumes, LightningDataModule):
         check_at_least(1, max_train_rows=1 if max_train_rows is None else max_train_rows)
         check_at_least(0, num_shots=num_shots, num_workers=num_workers)
         fractions = {"val": val_fraction, "test": test_fraction}
-        check_fractions(fractions)
+        check_fractions(fractions, may_be_all=True)
         pairs = as_part("source", source, PairSource)
         if predict_split not in get_args(PredictSplit):
             raise ValueError(f"Expected `predict_split` to be 'test' or 'all', but got {predict_split!r}.")

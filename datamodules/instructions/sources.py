@@ -167,7 +167,8 @@ class PairSplits:
         if prompts_only:
             names = ["test"] if "test" in loaded else list(loaded)
             return {"test": [example for name in names for example in self._parse(loaded[name], name)]}
-        return {split: self._parse(loaded[own], own) for split, own in own_splits(self.path, list(loaded)).items()}
+        names_of = own_splits(self.path, list(loaded), may_be_test=True)
+        return {split: self._parse(loaded[own], own) for split, own in names_of.items()}
 
     def _parse(self, rows: Iterable[dict[str, Any]], split: str) -> Iterator[Example]:
         for number, row in enumerate(rows):

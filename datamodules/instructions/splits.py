@@ -85,7 +85,7 @@ def split_examples(examples: Sequence[Example], fractions: dict[str, float], see
     splits: dict[str, list[Example]] = {name: [] for name in ("train", *fractions)}
     for i, example in enumerate(examples):
         splits[split_of[i]].append(example)
-    if not splits["train"]:
+    if not splits["train"] and max(fractions.values(), default=0) < 1:
         raise ValueError(
             f"Expected the source to hold enough distinct pairs for {1 + sum(map(bool, fractions.values()))} splits, "
             f"but got {len(groups)} of {len(examples)} rows. Set `val_fraction` and `test_fraction` to 0."
