@@ -4,14 +4,16 @@ Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Literal, cast
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionCriterion, FusionMode, FusionSolver
@@ -19,6 +21,7 @@ from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, choice_like
 from lit_logits.modules.dynamic_fusion.as_model import FusedModel
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
+from lit_logits.modules.dynamic_fusion.inputs import given_prompts
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
 from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
@@ -144,7 +147,9 @@ class DynamicFusionDecoder(LightningModule):
         self.eos_token_id = eos_token_id
         self.generation = dict(generation or {})
         self.exact_match, self.answer_pattern = exact_match, answer_pattern
-        _check_generation(check_decoding(parts.large, self.generation), self.generation)
+        # What the model's own config says of decoding is no matter here: `score` works whatever it says.
+        config = check_decoding(parts.large, {"generation_config": GenerationConfig(), **self.generation})
+        _check_generation(config, self.generation)
         _check_pattern(answer_pattern)
         self.means = StageMeans("nll", "alpha", "kl_forward", "kl_reverse")
         self.matches, self.choice_acc, self.choice_acc_norm = TokenMean(), TokenMean(), TokenMean()
@@ -155,8 +160,9 @@ class DynamicFusionDecoder(LightningModule):
         """Return fused logits (B, T, V) in nats."""
         return self.fused(input_ids, attention_mask)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Continue prompts; see `FusedCausalLM.generate`. Of the module's arguments only `eos_token_id` holds here."""
+        input_ids, attention_mask = given_prompts(input_ids, attention_mask, kwargs)
         config = kwargs.get("generation_config")
         if self.eos_token_id is not None and getattr(config, "eos_token_id", None) is None:
             kwargs.setdefault("eos_token_id", self.eos_token_id)
@@ -259,7 +265,9 @@ class DynamicFusionDecoder(LightningModule):
             raise ValueError("Expected a `tokenizer` to write text with, but got none. Pass `tokenizer`.")
         prompts, mask = split_prompts(batch, pad=self._pad_token_id())
         kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": True}
-        trace: FusionTrace = self.generate(prompts, mask, **kwargs).trace
+        rows = batch["rows"].tolist() if "rows" in batch else [0]
+        with _seeded_by(rows[0], prompts.device):  # so that a run that goes on after a kill draws what it would have
+            trace: FusionTrace = self.generate(prompts, mask, **kwargs).trace
         copies = len(trace.token_ids) // len(prompts)
         records = []
         for index, prompt in enumerate(prompts):
@@ -304,6 +312,15 @@ class DynamicFusionDecoder(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Do nothing: Lightning asks for this hook before `configure_optimizers` refuses to train."""
+
+
+@contextmanager
+def _seeded_by(row: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers by the seed of the run and a row, and leave the generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((torch.initial_seed() + row) % 2**63)
+        yield
 
 
 def _check_generation(config: Any, generation: Mapping[str, Any]) -> None:

@@ -498,10 +498,10 @@ def test_bad_prompts_and_bad_ways_to_decode(parts, decoder):
     with pytest.raises(ValueError, match="but text 1 of the batch is empty"):
         decoder.generate(ids, mask * torch.tensor([[1], [0]]))
     with pytest.raises(
-        ValueError, match=r"at most 64 tokens, the context of the large model, but the longest text has 70"
+        ValueError, match=r"at most 64 tokens, the context of the large model, but text 0 of the batch has 70"
     ):
         decoder.generate(torch.ones(1, 70, dtype=torch.long), max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"the longest text has 5 and 60 are to be added"):
+    with pytest.raises(ValueError, match=r"but text 0 of the batch has 5 and 60 are to be added"):
         decoder.generate(ids, mask, max_new_tokens=60)
     short = llama(1, hidden=16, context=8)
     with pytest.raises(ValueError, match="at most 8 tokens, the context of the base, but the longest text has 9"):

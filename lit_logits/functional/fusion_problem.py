@@ -18,6 +18,8 @@ __all__ = [
     "promoted",
 ]
 
+_FAR = 100.0  # nats
+
 
 class FusionProblem(NamedTuple):
     """Large model, and what experts say, over the tokens that all models can emit.
@@ -95,12 +97,16 @@ def pose_fusion(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
     """Check the logits, cut them to the tokens that all models can emit, and centre Δ."""
     check_fusion_shapes(large_logits, base_logits, expert_logits)
     large, base, experts = promoted(large_logits, base_logits, expert_logits)
-    all_finite = True
+    all_finite, far = True, False
     for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
         lowest, highest = logits.aminmax()
         if not bool(highest < torch.inf):  # NaN is not below either
             raise ValueError(f"Expected `{name}` to be finite or −inf, but got NaN or +inf.")
         all_finite &= bool(lowest > -torch.inf)
+        far |= bool(highest.abs() > _FAR)
+    if far:
+        # Subtracted first, as the difference of two large numbers would keep few digits of Δ.
+        base, experts = base - base.amax(-1, keepdim=True), experts - experts.amax(-1, keepdim=True)
     if all_finite:
         shifts = experts - base
     else:

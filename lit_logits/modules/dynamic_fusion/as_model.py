@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
+from lit_logits.modules.dynamic_fusion.inputs import context_of
 
 __all__ = ["FusedModel"]
 
@@ -40,15 +41,14 @@ class FusedModel(nn.Module):
     @property
     def context(self) -> int | None:
         """Tokens that all models can read, or None if none of them tells."""
-        configs = [model.config.get_text_config() for model in self.fused.models]
-        found = [getattr(config, "max_position_embeddings", None) for config in configs]
-        return min((size for size in found if isinstance(size, int) and size > 0), default=None)
+        found = [context_of(model.config) for model in self.fused.models]
+        return min((size for size in found if size is not None), default=None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
         """Return fused logits (B, T, V) in nats, as `logits` of an output of transformers."""
         return CausalLMOutput(logits=self.fused(input_ids, attention_mask))
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Continue prompts; see `FusedCausalLM.generate`."""
         if self.eos_token_id is not None:
             kwargs.setdefault("eos_token_id", self.eos_token_id)

@@ -4,7 +4,7 @@ Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions th
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from lit_logits.modules.dynamic_fusion.decoding import (
     check_decoding,
     position_ids_of,
 )
+from lit_logits.modules.dynamic_fusion.inputs import check_context, check_ids, check_static_alpha, given_prompts
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import eos_token_ids, num_logits
@@ -110,7 +111,7 @@ class FusedCausalLM(FrozenModels):
             self.search |= own
         # Beside the models' logits there are the fused ones and what the search keeps for each position.
         self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
-        self.static_alpha = _check_static_alpha(static_alpha, len(experts))
+        self.static_alpha = check_static_alpha(static_alpha, len(experts))
         self._trace_hooks: OrderedDict[int, Callable[[FusionTrace], Any]] = OrderedDict()
         if experts:  # wrong arguments of the search are refused now, not at the first token
             zeros, none = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
@@ -142,6 +143,10 @@ class FusedCausalLM(FrozenModels):
     @property
     def _labels(self) -> list[str]:
         return ["large model", "base", *(f"expert {name!r}" for name in self.expert_names)]
+
+    @property
+    def _named_models(self) -> dict[str, PreTrainedModel]:
+        return dict(zip(self._labels, self.models, strict=False))
 
     def register_trace_hook(self, hook: Callable[[FusionTrace], Any]) -> RemovableHandle:
         """Call `hook` with the trace of every `generate` and `score` from now on.
@@ -285,8 +290,8 @@ class FusedCausalLM(FrozenModels):
 
     def _rows(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> list[Tensor]:
         """Return the logits (R, V) of each model where `keep` (B, T) is true, on the large model's device."""
-        mask = self._check_ids(input_ids, attention_mask)
-        self._check_context(mask, 0)
+        mask = check_ids(input_ids, attention_mask, self.vocab_size)
+        check_context(self._named_models, mask)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
         keep, rows = keep.to(self.large.device), []
         for model in self.models if self.is_active else self.models[:1]:
@@ -304,14 +309,17 @@ class FusedCausalLM(FrozenModels):
     # ------------------------------------------------------------------ decoding
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, input_ids: Tensor | Mapping[str, Tensor] | None = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
         """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
 
         Base and experts read what the large model reads, each with its own key–value cache; temperature, top-k, top-p,
         penalties and stopping then act on the fused logits.
 
         Args:
-            input_ids: (B, P) prompts, left-padded where they differ in length.
+            input_ids: (B, P) prompts, left-padded where they differ in length; or what a tokenizer returns. As in
+                transformers they may be called `inputs`, and a `GenerationConfig` may come second.
             attention_mask: (B, P), 0 at padding; default as in transformers.
             **kwargs: of `transformers.GenerationMixin.generate`, for greedy search and sampling.
 
@@ -323,10 +331,11 @@ class FusedCausalLM(FrozenModels):
             ValueError: If a prompt is empty or longer than a model's context, decoding is neither greedy nor by
                 sampling, or a model emits NaN.
         """
+        input_ids, attention_mask = given_prompts(input_ids, attention_mask, kwargs)
         config = check_decoding(self.large, kwargs)
-        mask = self._check_ids(input_ids, attention_mask)
+        mask = check_ids(input_ids, attention_mask, self.vocab_size)
         new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
-        self._check_context(mask, max(0, new_tokens))
+        check_context(self._named_models, mask, max(0, new_tokens))
         prompt_length = input_ids.shape[1]
         followers = self.models[1:] if self.is_active else ()
         weights = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
@@ -349,50 +358,9 @@ class FusedCausalLM(FrozenModels):
                 output[name] = getattr(trace, name)
         return output
 
-    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the mask, default all 1; refuse ids and shapes that do not fit."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"Expected `input_ids` of shape (B, T), but got {tuple(input_ids.shape)}.")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"Expected `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
-                f" {tuple(mask.shape)}."
-            )
-        empty = mask.sum(1) == 0
-        if input_ids.numel() == 0 or bool(empty.any()):
-            row = int(empty.nonzero()[0]) if input_ids.numel() else 0
-            raise ValueError(f"Expected texts of at least one token, but text {row} of the batch is empty.")
-        highest = int(input_ids.max())
-        if highest >= self.vocab_size:
-            raise ValueError(f"Expected `input_ids` below {self.vocab_size}, the common vocabulary, but got {highest}.")
-        return mask
-
-    def _check_context(self, mask: Tensor, new_tokens: int) -> None:
-        needed = int(mask.sum(1).max()) + new_tokens
-        for label, model in zip(self._labels, self.models, strict=False):
-            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            if isinstance(context, int) and 0 < context < needed:
-                raise ValueError(
-                    f"Expected at most {context} tokens, the context of the {label}, but the longest text has"
-                    f" {needed - new_tokens}" + (f" and {new_tokens} are to be added." if new_tokens else ".")
-                )
-
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Put values (..., R) where `mask` (B, N) is true, and 0 elsewhere."""
     spread = values.new_zeros(*values.shape[:-1], *mask.shape)
     spread[..., mask] = values
     return spread
-
-
-def _check_static_alpha(alpha: float | Sequence[float] | None, num_experts: int) -> list[float] | None:
-    if alpha is None:
-        return None
-    values = [float(alpha)] * num_experts if isinstance(alpha, int | float) else [float(value) for value in alpha]
-    if len(values) != num_experts or not all(abs(value) < float("inf") for value in values):
-        raise ValueError(
-            f"Expected `static_alpha` to be a finite number, or one for each of {num_experts} expert(s), but got"
-            f" {alpha}."
-        )
-    return values

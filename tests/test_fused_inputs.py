@@ -1,0 +1,129 @@
+"""The forms in which fused models take prompts, too long ones, and samples that a resumed run repeats."""
+
+import copy
+
+import pytest
+import torch
+from transformers import BatchEncoding, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from lit_logits import DynamicFusionDecoder
+from lit_logits.functional import fusion_weights
+
+VOCAB, PAD = 48, 0
+
+
+def llama(seed, hidden=16, **kwargs):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+        **{"max_position_embeddings": 32} | kwargs,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def decoder(large=None, **kwargs):
+    base = llama(1)
+    expert = copy.deepcopy(base)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return DynamicFusionDecoder(large or llama(0, hidden=32), base, [expert], **kwargs)
+
+
+IDS = torch.tensor([[3, 4, 5, 6], [0, 7, 8, 9]])
+MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+
+
+def test_prompts_come_in_the_forms_of_transformers():
+    model = decoder()
+    expected = model.generate(IDS, MASK, max_new_tokens=4)
+    encoded = BatchEncoding({"input_ids": IDS, "attention_mask": MASK})
+    assert torch.equal(model.generate(encoded, max_new_tokens=4), expected)
+    assert torch.equal(model.generate(**encoded, max_new_tokens=4), expected)
+    assert torch.equal(model.generate(inputs=IDS, attention_mask=MASK, max_new_tokens=4), expected)
+    config = GenerationConfig(max_new_tokens=4, pad_token_id=PAD)
+    assert torch.equal(model.generate(encoded, generation_config=config), expected)
+    assert torch.equal(model.generate(IDS[:1], config), model.generate(IDS[:1], max_new_tokens=4))
+    for none in ({}, {"input_ids": IDS, "inputs": IDS}):
+        with pytest.raises(ValueError, match="Expected prompts as `input_ids` or as `inputs`, but got"):
+            model.generate(**none, max_new_tokens=4)
+
+
+def test_a_text_that_is_too_long_is_named():
+    model = decoder()
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :20] = 0
+    ids = torch.full((2, 40), 3)
+    with pytest.raises(
+        ValueError, match=r"at most 32 tokens, the context of the large model, but text 1 of the batch has 40\."
+    ):
+        model.score(ids, ids, mask)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_stretched_positions_reach_further(kind):
+    scaled = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+    large = llama(0, hidden=32, rope_parameters=scaled)
+    base = llama(1, max_position_embeddings=64)
+    ids = torch.full((1, 40), 3)
+    model = DynamicFusionDecoder(large, base, [copy.deepcopy(base)])
+    assert model.score(ids, ids).log_probs.shape == (1, 39)
+    with pytest.raises(ValueError, match="at most 64 tokens"):
+        model.score(torch.full((1, 70), 3), torch.full((1, 70), 3))
+
+
+@pytest.mark.parametrize("own", [{"num_beams": 4}, {"cache_implementation": "static"}])
+def test_what_a_config_says_of_decoding_is_no_matter_to_scores(own):
+    large = llama(0, hidden=32)
+    expected = decoder(copy.deepcopy(large)).score(IDS, IDS, MASK).log_probs
+    large.generation_config.update(**own)
+    model = decoder(large)
+    torch.testing.assert_close(model.score(IDS, IDS, MASK).log_probs, expected)
+    with pytest.raises(ValueError, match="Expected"):
+        model.generate(IDS, MASK, max_new_tokens=2)
+    with pytest.raises(ValueError, match="Expected"):
+        decoder(generation=own)
+
+
+def test_samples_of_a_batch_do_not_depend_on_those_before_it():
+    model = decoder(generation={"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": True})
+    model.tokenizer = Words()
+    batches = [{"input_ids": IDS, "attention_mask": MASK, "rows": torch.tensor([n, n + 1])} for n in (0, 2, 4)]
+    torch.manual_seed(0)
+    whole = [model.predict_step(batch, 0) for batch in batches]
+    torch.manual_seed(0)
+    assert model.predict_step(batches[2], 0) == whole[2]
+    assert [record["text"] for record in whole[0]] != [record["text"] for record in whole[1]]
+    torch.manual_seed(1)
+    assert model.predict_step(batches[2], 0) != whole[2]
+
+
+class Words:
+    pad_token_id = PAD
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, torch.as_tensor(ids).tolist()))
+
+    def convert_ids_to_tokens(self, ids):
+        return [str(number) for number in ids]
+
+
+def test_a_constant_on_all_logits_is_no_matter():
+    """In float32 the difference of two logits near 1e4 has three digits."""
+    g = torch.Generator().manual_seed(0)
+    large, base = torch.randn(2, 4, 60, generator=g)
+    expert = base + torch.randn(1, 4, 60, generator=g)
+    expected = fusion_weights(large, base, expert)
+    for shift in (1e3, 1e4):
+        found = fusion_weights(large, base + shift, expert - shift)
+        exact = fusion_weights(large, (base + shift).double() - shift, (expert - shift).double() + shift)
+        torch.testing.assert_close(found.alpha, exact.alpha.float(), rtol=0, atol=2e-3)
+        torch.testing.assert_close(found.alpha, expected.alpha, rtol=0, atol=0.05)
