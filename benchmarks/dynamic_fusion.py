@@ -1,11 +1,13 @@
 """What fusion does to perplexity and answers: the worked example of docs/dynamic_fusion.md.
 
     python -m benchmarks.dynamic_fusion --model my.gguf --gsm8k gsm8k-train.jsonl [--base models/base]
-        [--python models/python] [--arithmetic models/arithmetic] [--rows 64] [--answers 0]
+        [--python models/python] [--arithmetic models/arithmetic] [--rows 64] [--answers 0] [--max-length 512]
+        [--tasks python arithmetic] [--ways dynamic static ...]
 
 The base comes from lm.yaml, the experts from lm_instruct.yaml, all with the tokenizer of the large model; the docs give
 the commands. Each way scores the responses of the test splits, which neither base nor experts were trained on:
-perplexity, mean weight (summed over experts) and mean KL(P~ ‖ P). With `--answers N`, the first N problems of
+perplexity, mean weight (summed over experts) and mean KL(P~ ‖ P). `--tasks` and parts of the names of `--ways` choose
+some of them; with one task no other expert is needed. With `--answers N`, the first N problems of
 arithmetic are also answered by greedy decoding, and exact match counts the right final numbers.
 """
 
@@ -27,7 +29,12 @@ from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 
 
 def make_data(args: argparse.Namespace, rows: int) -> dict[str, InstructionDataModule]:
-    shared: dict[str, Any] = {"tokenizer": args.model, "max_test_rows": rows, "max_length": 512, "batch_size": 8}
+    shared: dict[str, Any] = {
+        "tokenizer": args.model,
+        "max_test_rows": rows,
+        "max_length": args.max_length,
+        "batch_size": 8,
+    }
     arithmetic = PairSource(args.gsm8k, prompt_column="question", response_column="answer")
     return {
         "python": InstructionDataModule("python-questions", **shared),
@@ -41,8 +48,15 @@ def make_ways(large: Any, base: Any, experts: dict[str, Any], task: str) -> list
     ways: list[tuple[str, list[Any], dict[str, Any]]] = [("base alone", [base], {})]
     ways += [(f"{name} expert alone", [expert], {}) for name, expert in experts.items()]
     ways += [("large alone", [large], {})]
-    ways += [(f"{task} expert, static α = {a}", [large, base, own], {"static_alpha": a}) for a in (0.5, 1.0, 1.5)]
+    alphas = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    ways += [(f"{task} expert, static α = {a}", [large, base, own], {"static_alpha": a}) for a in alphas]
     ways += [(f"{task} expert, dynamic, {s}", [large, base, own], {"solver": s}) for s in ("grid", "tilting")]
+    criteria: list[Any] = ["equal", "uncertain", "prompt"]
+    ways += [
+        (f"{task} expert, dynamic, {criterion}", [large, base, own], {"criterion": criterion}) for criterion in criteria
+    ]
+    if len(both) == 1:
+        return ways
     ways += [("both, static α = 0.5 each", [large, base, both], {"static_alpha": 0.5})]
     ways += [(f"both, dynamic, single, {s}", [large, base, both], {"solver": s}) for s in ("grid", "tilting")]
     ways += [("both, dynamic, joint, tilting", [large, base, both], {"mode": "joint"})]
@@ -66,20 +80,26 @@ def main() -> None:
     parser.add_argument("--arithmetic", default="models/arithmetic")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--answers", type=int, default=0)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--tasks", nargs="+", default=["python", "arithmetic"], choices=["python", "arithmetic"])
+    parser.add_argument("--ways", nargs="+", default=[""])
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     large, base = load_causal_lm(args.model), load_causal_lm(args.base)
-    experts = {name: load_causal_lm(getattr(args, name)) for name in ("python", "arithmetic")}
+    experts = {name: load_causal_lm(getattr(args, name)) for name in args.tasks}
     tokenizer: Any = find_tokenizer(args.model, required=True)
-    for name in (args.base, args.python, args.arithmetic):
+    for name in (args.base, *(getattr(args, task) for task in args.tasks)):
         other: Any = find_tokenizer(name, required=True)
         check_same_tokenizer(tokenizer, other, args.model, name)
     generation = {"max_new_tokens": 160, "do_sample": False}
-    for task, data in make_data(args, args.rows).items():
+    for task in args.tasks:
+        data = make_data(args, args.rows)[task]
         rows: list[list[object]] = []
         answers = make_data(args, args.answers)[task] if args.answers and task == "arithmetic" else None
         for label, models, kwargs in make_ways(large, base, experts, task):
+            if not any(part in label for part in args.ways):
+                continue
             found = evaluate(models, data, tokenizer=tokenizer, **kwargs)
             row: list[object] = [label, f"{found['test/ppl']:.2f}"]
             row += [f"{found[name]:.2f}" if name in found else "" for name in ("fusion/alpha", "fusion/kl_forward")]
