@@ -6,18 +6,28 @@ Letters: B batch, T sequence, C classes, d features.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from lit_logits.modules.dual_head_kd.batches import taken_inputs
 from lit_logits.modules.language_models.inspect import is_encoder
 from lit_logits.modules.language_models.loading import load_causal_lm, make_config
 from lit_logits.modules.zoo import mobilenet, resnet, shufflenet, vgg, wrn
 
-__all__ = ["MODEL_ZOO", "classifier_logits", "find_classifier", "is_causal_lm", "load_classifier", "tap_features"]
+__all__ = [
+    "MODEL_ZOO",
+    "HeadCall",
+    "classifier_logits",
+    "find_classifier",
+    "is_causal_lm",
+    "load_classifier",
+    "tap_features",
+]
 
 MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
     name: getattr(module, name)
@@ -85,15 +95,14 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits of any classifier.
-
-    Inputs go by keyword to transformers models, a single one by position to others.
+    """Return the logits of any classifier, of the inputs that its forward takes, see `taken_inputs`.
 
     Raises:
-        TypeError: If the output is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
+        TypeError: If the output is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor; or the
+            forward takes none of the inputs.
     """
-    by_keyword = isinstance(model, PreTrainedModel) or len(inputs) > 1
-    output = model(**inputs) if by_keyword else model(*inputs.values())
+    by_position, by_keyword = taken_inputs(model, inputs)
+    output = model(*by_position, **by_keyword)
     logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
     logits = getattr(logits, "logits", logits)
     logits = logits[0] if isinstance(logits, tuple | list) else logits
@@ -149,26 +158,54 @@ def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: i
     )
 
 
+class HeadCall(NamedTuple):
+    """A call of a head.
+
+    Attributes:
+        features: its input.
+        outputs: what it gave.
+        version: how often that had been changed in place by then, or None in inference mode, which does not count.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    version: int | None
+
+    def gave(self, logits: Tensor) -> bool:
+        """Return whether `logits` are the outputs, as they were; values are compared if they are another tensor."""
+        if _version(self.outputs) != self.version:
+            return False
+        if logits is self.outputs:
+            return True
+        outputs = self.outputs.to(logits.dtype)  # autocast's, in a model that returns float32
+        return outputs.shape == logits.shape and torch.allclose(outputs, logits, rtol=0, atol=0, equal_nan=True)
+
+
 @contextmanager
-def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect (input, output) of every call of `linear` within the context.
+def tap_features(linear: nn.Linear) -> Iterator[list[HeadCall]]:
+    """Collect every call of `linear` within the context.
 
     Example:
-        >>> import torch
         >>> layer = nn.Linear(2, 3)
         >>> with tap_features(layer) as calls:
         ...     _ = layer(torch.zeros(1, 2))
-        >>> calls[0][0].shape
+        >>> calls[0].features.shape
         torch.Size([1, 2])
     """
-    calls: list[tuple[Tensor, Tensor]] = []
-    handle = linear.register_forward_hook(
-        lambda _, args, kwargs, output: calls.append((args[0] if args else kwargs["input"], output)), with_kwargs=True
-    )
+    calls: list[HeadCall] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        calls.append(HeadCall(args[0] if args else kwargs["input"], output, _version(output)))
+
+    handle = linear.register_forward_hook(note, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module:
