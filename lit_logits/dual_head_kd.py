@@ -4,14 +4,12 @@ Letters: B batch, T sequence, N tokens that count, C classes (for a language mod
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
 from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
@@ -29,16 +27,15 @@ from lit_logits.modules.dual_head_kd.checks import (
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
 from lit_logits.modules.dual_head_kd.criterion import DualHeadCriterion, Losses, default_temperature, judge_rows
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
-from lit_logits.modules.dual_head_kd.saving import export_student, student_card
+from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
-from lit_logits.modules.language_models.saving import PushesToHub
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
 
 __all__ = ["DualHeadKD"]
 
 
-class DualHeadKD(PushesToHub, LightningModule):
+class DualHeadKD(ExportsStudent, LightningModule):
     """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
     L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
@@ -162,11 +159,6 @@ class DualHeadKD(PushesToHub, LightningModule):
         has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
         self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
 
-    @property
-    def student(self) -> nn.Module:
-        """The student itself, of its own class, which `export` writes."""
-        return self.net.student
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's own output."""
         return self.student(*args, **kwargs)
@@ -189,9 +181,12 @@ class DualHeadKD(PushesToHub, LightningModule):
             self.aligner.keep_apart(terms.kd)
         return terms
 
+    def _named(self, batch: Batch) -> Mapping[str, Tensor]:
+        return as_batch(batch, getattr(self.student, "main_input_name", "pixel_values"))
+
     def _checked(self, batch: Batch, *, wait: bool = False) -> Mapping[str, Tensor]:
-        """Return a batch as a mapping, see `as_batch`, with labels that have been checked."""
-        batch = as_batch(batch, getattr(self.student, "main_input_name", "pixel_values"))
+        """Return a batch as a mapping, see `as_batch`, whose labels have been checked."""
+        batch = self._named(batch)
         if "labels" in batch:
             check_targets(batch["labels"], self.net.num_classes, is_causal_lm=self.net.is_causal_lm, wait=wait)
         return batch
@@ -246,10 +241,6 @@ class DualHeadKD(PushesToHub, LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, and say which one fits."""
         check_checkpoint(checkpoint["state_dict"], self.method, has_aux_head=self.net.aux_head is not None)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Mapping[str, Tensor]:
-        """Give callbacks a mapping, too, see `as_batch`."""
-        return as_batch(batch, getattr(self.student, "main_input_name", "pixel_values"))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Check the first batch on an accelerator too, and what the student returns before and after a step."""
@@ -360,40 +351,5 @@ class DualHeadKD(PushesToHub, LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes."""
-        logits = classifier_logits(self.student, self._inputs(self.on_after_batch_transfer(batch, 0)))
+        logits = classifier_logits(self.student, self._inputs(self._named(batch)))
         return {"logits": logits, "predictions": logits.argmax(-1)}
-
-    # ------------------------------------------------------------------ export
-
-    @property
-    def card_text(self) -> str:
-        """What was done, for the card of the saved student."""
-        return student_card(self.method, None if self.teacher is None else self.teacher.model)
-
-    def export(self, path: str | Path, *, tokenizer: Any = None) -> Path:
-        """Write the student without the auxiliary head, in its own format, as a whole or not at all; rank zero writes.
-
-        A transformers student becomes a folder for `from_pretrained`, see `save_model_folder`; any other a file for
-        `load_state_dict` of its own class.
-
-        Args:
-            path: the folder, or the file.
-            tokenizer: saved with a language model; default the data module's, if a trainer is attached.
-
-        Raises:
-            ValueError: If the folder holds anything but a saved model.
-        """
-        return export_student(path, self.student, self.card_text, tokenizer=tokenizer, trainer=self._trainer)
-
-    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
-        """Write a transformers student as `export` does, for `from_pretrained`.
-
-        Raises:
-            ValueError: If the student is of another kind, or the folder holds anything but a saved model.
-        """
-        if not isinstance(self.student, PreTrainedModel):
-            raise ValueError(
-                f"Expected a student of transformers for a folder, but got {type(self.student).__name__}. Use"
-                " `export(path)`, which writes a file for `load_state_dict`."
-            )
-        self.export(folder, tokenizer=tokenizer)

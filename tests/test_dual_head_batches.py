@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from test_dual_head_training import CLASSES, Net, batch_of, fit, make, rows
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lit_logits.callbacks import NeuralCollapseMonitor
 from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.functional import dkd_loss, kd_kl_divergence, label_loss, logit_loss, standardize_logits
 from lit_logits.modules.dual_head_kd.teacher import load_weights
@@ -37,6 +39,22 @@ def test_pairs_of_a_loader_train_as_mappings_do():
     assert judged == expected
     (first, *_) = trainer.predict(by_pair, DataLoader(pairs(), batch_size=5))
     torch.testing.assert_close(first["logits"], by_pair(batch_of(rows())["pixel_values"][:5]))
+
+
+def test_the_monitor_of_collapse_reads_pairs(tmp_path):
+    model = make()
+    validated = {"num_sanity_val_steps": 0, "max_epochs": 1, "max_steps": -1, "default_root_dir": tmp_path}
+    trainer = L.Trainer(
+        callbacks=[NeuralCollapseMonitor()],
+        accelerator="cpu",
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **validated,
+    )
+    trainer.fit(model, DataLoader(pairs(), batch_size=6), DataLoader(pairs(), batch_size=6))
+    assert trainer.callback_metrics["nc/nc1"] > 0
 
 
 def test_inputs_beside_those_of_the_forward_are_left_out():

@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 from lit_logits.functional.checks import check_labels
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 
-__all__ = ["Batch", "TokenTargets", "as_batch", "check_targets", "inputs_of", "taken_inputs", "token_targets"]
+__all__ = [
+    "Batch",
+    "TokenTargets",
+    "as_batch",
+    "check_targets",
+    "inputs_of",
+    "labels_of",
+    "taken_inputs",
+    "token_targets",
+]
 
 Batch = Mapping[str, Tensor] | Sequence[Any] | Tensor
 
@@ -69,6 +78,13 @@ def as_batch(batch: Batch, name: str = "pixel_values") -> Mapping[str, Tensor]:
         )
     inputs = dict(parts[0]) if isinstance(parts[0], Mapping) else {name: parts[0]}
     return inputs if len(parts) == 1 else {**inputs, "labels": parts[1]}
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """Return the labels of a batch of the forms of `as_batch`, or None where it has none."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
 
 
 def inputs_of(batch: Mapping[str, Tensor], *, is_causal_lm: bool = False) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 Letters: B batch, T sequence, C classes, d features.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +23,18 @@ from lit_logits.modules.zoo import mobilenet, resnet, shufflenet, vgg, wrn
 
 __all__ = [
     "MODEL_ZOO",
+    "STUDENT_FILE",
     "HeadCall",
     "classifier_logits",
     "find_classifier",
     "is_causal_lm",
     "load_classifier",
     "tap_features",
+    "zoo_name",
 ]
+
+STUDENT_FILE = "student.pt"
+"""Weights in the folder of a student that is not of transformers."""
 
 MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
     name: getattr(module, name)
@@ -44,9 +51,9 @@ def load_classifier(
     """Load or make a classifier or causal language model, in float32.
 
     Args:
-        model: a module, which is returned as it is; a name of `MODEL_ZOO`; a hub id or local folder of transformers;
-            a `.gguf` file of a language model; or the config of a new transformers model as a mapping with
-            `model_type`.
+        model: a module, which is returned as it is; a name of `MODEL_ZOO`, or a folder that `SavePretrained` wrote of
+            one; a hub id or local folder of transformers; a `.gguf` file of a language model; or the config of a new
+            transformers model as a mapping with `model_type`.
         num_classes: C of a new model, the vocabulary of a language model; a pretrained one keeps its own.
         new_head: give a pretrained classifier that lacks a last layer of `num_classes` outputs a new one, to be
             trained; otherwise that is an error.
@@ -70,6 +77,8 @@ def load_classifier(
     if model.endswith(".gguf"):
         return load_causal_lm(model)
     path = os.path.expanduser(model)
+    if Path(path, STUDENT_FILE).is_file():
+        return _from_folder(Path(path), num_classes)
     try:
         config = AutoConfig.from_pretrained(path)
         model_class = _class_for(config)
@@ -216,6 +225,32 @@ def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module
             raise ValueError(f"Expected `{key}` to be `num_classes` = {num_classes}, but got {settings[key]}.")
         settings = {**settings, key: num_classes}
     return model_class.from_config(make_config(settings))
+
+
+def zoo_name(model: Any) -> str | None:
+    """Return the name of the model of `MODEL_ZOO` that a name, or a folder of `SavePretrained`, stands for, or None."""
+    folder = Path(os.path.expanduser(model)) if isinstance(model, str) else None
+    if folder is not None and (folder / STUDENT_FILE).is_file():
+        model = _settings(folder)["model"]
+    return model if isinstance(model, str) and model in MODEL_ZOO else None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _from_folder(folder: Path, num_classes: int | None) -> nn.Module:
+    settings, name = _settings(folder), zoo_name(str(folder))
+    if name is None or num_classes not in (None, settings["num_classes"]):
+        asked = "" if num_classes is None else f" with {num_classes} classes"
+        raise ValueError(
+            f"Expected the folder of one of {sorted(MODEL_ZOO)}{asked}, but {folder} holds {settings['model']!r} with"
+            f" {settings['num_classes']}. Make a model of another class yourself, and read {STUDENT_FILE} with its"
+            " `load_state_dict`."
+        )
+    model = MODEL_ZOO[name](settings["num_classes"])
+    model.load_state_dict(torch.load(folder / STUDENT_FILE, map_location="cpu", weights_only=True))
+    return model
 
 
 def _class_for(config: Any) -> Any:
