@@ -3,7 +3,6 @@
 Letters: B batch, d features, C classes.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import data_module, find_part, find_parts, tensorboard_writers
+from lit_logits.callbacks.parts import data_class_names, find_part, find_parts, tensorboard_writers
 from lit_logits.callbacks.pictures.collapse import cosine_figure
-from lit_logits.contracts import HasClassNames, offers
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.neural_collapse import (
     ClassMoments,
@@ -24,6 +22,7 @@ from lit_logits.functional.neural_collapse import (
     relative_spread,
     simplex_gap,
 )
+from lit_logits.modules.dual_head_kd.batches import labels_of
 from lit_logits.modules.dual_head_kd.net import DualHeadClassifier, DualHeadOutput, GradientAligner
 
 __all__ = ["NeuralCollapseMonitor"]
@@ -141,7 +140,7 @@ class NeuralCollapseMonitor(Callback):
     def _add(self, batch: Any) -> None:
         """Add the features of the last call in this batch to the moments."""
         features, self._features = self._features, None
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        labels = labels_of(batch)
         if self._moments is None or features is None or labels is None or labels.shape != features.shape[:1]:
             return
         counts = self._moments.counts
@@ -194,8 +193,7 @@ class NeuralCollapseMonitor(Callback):
             self._draw(trainer, "nc/cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
 
     def _draw(self, trainer: Trainer, tag: str, cosines: Tensor, seen: Tensor) -> None:
-        data = data_module(trainer)
-        names = data.class_names if offers(data, HasClassNames) else None
+        names = data_class_names(trainer)
         names = list(map(str, range(len(seen)) if names is None or len(names) != len(seen) else names))
         shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
         for writer in tensorboard_writers(trainer):

@@ -1,6 +1,6 @@
 """Look-ups and checks that several callbacks share: parts of the model, what the data module offers, arguments."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from lightning import LightningModule, Trainer
@@ -8,12 +8,13 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_logits.contracts import HasTokenizer, offers
+from lit_logits.contracts import HasClassNames, HasTokenizer, offers
 
 __all__ = [
     "averaging_callback",
     "check_at_least",
     "check_min_usage",
+    "data_class_names",
     "data_module",
     "data_tokenizer",
     "find_part",
@@ -59,6 +60,12 @@ def data_tokenizer(trainer: Trainer) -> Any:
     """Return the tokenizer of the data module, or None without one."""
     data = data_module(trainer)
     return data.tokenizer if offers(data, HasTokenizer) else None
+
+
+def data_class_names(trainer: Trainer) -> Sequence[str] | None:
+    """Return the names of the classes that the data module tells, or None without them."""
+    data = data_module(trainer)
+    return data.class_names if offers(data, HasClassNames) else None
 
 
 def tell_finished(finished: set[int] | None, found: Collection[int], warning: str) -> None:

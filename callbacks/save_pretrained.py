@@ -1,4 +1,4 @@
-"""`SavePretrained`: the trained model of transformers, as a folder for `from_pretrained`."""
+"""`SavePretrained`: the trained model, as a folder for `from_pretrained` if it is of transformers."""
 
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.callbacks.parts import data_tokenizer
-from lit_logits.contracts import ExportsPretrained
+from lit_logits.callbacks.parts import data_class_names, data_tokenizer
+from lit_logits.contracts import ExportsPretrained, WritesFolder
 from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.inspect import trained_model_name
 from lit_logits.modules.language_models.saving import describe_training, measured, write_model
@@ -27,12 +27,14 @@ class SavePretrained(Callback):
     """Keep the transformers model inside the LightningModule, at its best validation, in a `from_pretrained` folder.
 
     The model is the first in the order of `modules()` that has an output layer and parameters in training, or else the
-    first with an output layer. A `VQLogitsLM` is saved with its compressed head instead. The model is saved when a
-    validation's `monitor` is better than all before. If there is no validation, or the metric is NaN, it is saved at
-    the end. The data module's `tokenizer` is saved with it, if there is one, and its bos, eos and pad ids are copied to
-    the saved configs. The eos id is that by which the labels of the first batches end: a chat template may end a text
-    by another token than the tokenizer's eos. A list of eos ids is kept if it contains that token. A warning tells if
-    no label ends a text. LoRA
+    first with an output layer. A `VQLogitsLM` is saved with its compressed head instead, and a student of `DualHeadKD`
+    that is not of transformers as its `state_dict` with a config.json (contract `WritesFolder`).
+
+    The model is saved when a validation's `monitor` is better than all before. If there is no validation, or the metric
+    is NaN, it is saved at the end. The data module's `tokenizer` is saved with it, if there is one, and its bos, eos
+    and pad ids are copied to the saved configs. The eos id is that by which the labels of the first batches end: a chat
+    template may end a text by another token than the tokenizer's eos. A list of eos ids is kept if it contains that
+    token. A warning tells if no label ends a text. A classifier's config names the classes of the data module. LoRA
     adapters are merged into the saved weights, not into those in training. A card, README.md, says what the model was
     made of and what was measured. A folder is replaced as a whole or not at all; a README.md of your own stays, and the
     card is MODEL_CARD.md then.
@@ -93,14 +95,15 @@ class SavePretrained(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model, and check that it can be saved."""
         _check_whole(trainer.strategy)
-        if not isinstance(pl_module, ExportsPretrained):
-            self._name = _model_name(pl_module)
-        elif type(trainer.strategy).lightning_module_state_dict is not Strategy.lightning_module_state_dict:
+        exports = isinstance(pl_module, ExportsPretrained)
+        self._name = "" if exports else _model_name(pl_module)
+        gathers = type(trainer.strategy).lightning_module_state_dict is not Strategy.lightning_module_state_dict
+        if not self._name and gathers:
             raise ValueError(
                 f"Expected a strategy whose weights are whole for {type(pl_module).__name__}, but got"
                 f" {type(trainer.strategy).__name__}. Use DDP."
             )
-        else:
+        if exports:
             self._exported(pl_module)  # raises now if it could not be saved later
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
         if trainer.is_global_zero:
@@ -155,8 +158,15 @@ class SavePretrained(Callback):
 
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:
         pl_module = trainer.lightning_module
+        options: dict[str, Any] = {
+            "class_names": data_class_names(trainer),
+            "dtype": self.dtype,
+            "figures": measured(trainer),
+        }
         if isinstance(pl_module, ExportsPretrained):
             model = self._exported(pl_module)
+        elif not self._name:
+            return cast(WritesFolder, pl_module).write_folder(folder, **options)
         else:
             model = cast(PreTrainedModel, pl_module.get_submodule(self._name))
         write_model(
@@ -165,10 +175,9 @@ class SavePretrained(Callback):
             describe_training(pl_module),
             state_dict=weights,
             tokenizer=data_tokenizer(trainer),
-            dtype=self.dtype,
             end_token=self._ends.choose(data_tokenizer(trainer)),
-            figures=measured(trainer),
             replaced=self._path,
+            **options,
         )
 
     def _exported(self, pl_module: LightningModule) -> PreTrainedModel:
@@ -190,7 +199,10 @@ class SavePretrained(Callback):
 
 
 def _model_name(pl_module: LightningModule) -> str:
+    """Return the name of the trained model of transformers; "" if the module itself writes one of another kind."""
     name = trained_model_name(pl_module)
+    if name is None and isinstance(pl_module, WritesFolder):
+        return ""
     if name is None:
         raise ValueError(
             f"Expected {type(pl_module).__name__} to hold a model of transformers with its output layer, such as"

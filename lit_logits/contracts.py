@@ -8,6 +8,7 @@ Letters: N tokens, d hidden size, V vocabulary.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
@@ -52,6 +53,7 @@ __all__ = [
     "StagedHead",
     "StartingHead",
     "WatchedHead",
+    "WritesFolder",
     "lacks",
     "offers",
 ]
@@ -439,6 +441,22 @@ class ExportsPretrained(Protocol):
 
     def to_pretrained(self, head: Any) -> Any:
         """Return the model, with the form of head that is asked for."""
+        ...
+
+
+@runtime_checkable
+class WritesFolder(Protocol):
+    """A LightningModule that writes a model that is not of transformers."""
+
+    def write_folder(
+        self,
+        folder: Path,
+        *,
+        class_names: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Make the folder, with a config.json."""
         ...
 
 

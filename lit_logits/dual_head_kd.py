@@ -3,46 +3,39 @@
 Letters: B batch, T sequence, N tokens that count, C classes (for a language model its vocabulary), d features.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from lit_logits.functional.checks import check_labels
 from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
-from lit_logits.functional.dual_head_kd import LogitLoss, logit_loss
-from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
-from lit_logits.functional.reductions import at_least_float32, reduce_tokens
-from lit_logits.modules.dual_head_kd.checks import Method, check_options, check_pair, check_whole_gradients
+from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
+from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.modules.dual_head_kd.batches import Batch, as_batch, check_targets, inputs_of, token_targets
+from lit_logits.modules.dual_head_kd.checks import (
+    Method,
+    check_checkpoint,
+    check_has_labels,
+    check_has_teacher,
+    check_options,
+    check_pair,
+    check_whole_gradients,
+)
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
+from lit_logits.modules.dual_head_kd.criterion import DualHeadCriterion, Losses, default_temperature, judge_rows
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
-from lit_logits.modules.language_models.card import find_origin
-from lit_logits.modules.language_models.saving import PushesToHub, save_model_file, save_model_folder
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
 
 __all__ = ["DualHeadKD"]
 
-TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-"""Inputs of a causal language model; batches may hold more, such as row numbers."""
 
-
-class Losses(NamedTuple):
-    """The two terms before weighting, means over the samples or tokens that count; `kd` is None without a teacher."""
-
-    ce: Tensor
-    kd: Tensor | None
-
-
-class DualHeadKD(PushesToHub, LightningModule):
+class DualHeadKD(ExportsStudent, LightningModule):
     """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
     L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
@@ -69,9 +62,15 @@ class DualHeadKD(PushesToHub, LightningModule):
         num_classes: C of models that are made here; it also helps to find the last layer.
         method: `ce`; `kd`: both terms on the one head; `single_head`: the same with BinaryKL or BinaryKL-Norm, the
             paper's collapse; `dual_head`.
-        kd_loss: `kl` (default of `kd`), `binary_kl_norm` (default of the other two), `binary_kl`, `mse`, `l1` or
-            `cosine`; see `logit_loss`.
-        temperature: τ; default 4 for `kl`, else 2.
+        kd_loss: `kl` (default of `kd`), `binary_kl_norm` (default of the other two), `binary_kl`, `dkd`, `mlkd`, `mse`,
+            `l1` or `cosine`; see `logit_loss`.
+        temperature: τ; default 4 for `kl`, `dkd` and `mlkd` without `standardize`, else 2.
+        standardize: compare z-scores of the logits; the paper weighs them by 9 (`kd_factor`).
+        class_reduction: `mean` over classes in place of the paper's `sum`, of `binary_kl` and `binary_kl_norm`.
+        dkd_alpha: weight of the target's term of `dkd`.
+        dkd_beta: weight of the term of the other classes.
+        label_smoothing: of the cross-entropy in training.
+        class_weights: of the cross-entropy of a classifier in training, one a class.
         ce_weight: γ.
         kd_factor: α.
         grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
@@ -107,6 +106,12 @@ class DualHeadKD(PushesToHub, LightningModule):
         method: Method = "dual_head",
         kd_loss: LogitLoss | None = None,
         temperature: float | None = None,
+        standardize: bool = False,
+        class_reduction: ClassReduction = "sum",
+        dkd_alpha: float = 1.0,
+        dkd_beta: float = 8.0,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
         ce_weight: float = 1.0,
         kd_factor: float = 1.0,
         grad_align: GradAlign = "none",
@@ -123,7 +128,17 @@ class DualHeadKD(PushesToHub, LightningModule):
         check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
-        self.temperature = (4.0 if self.kd_loss == "kl" else 2.0) if temperature is None else temperature
+        self.temperature = default_temperature(self.kd_loss, standardize) if temperature is None else temperature
+        self.criterion = DualHeadCriterion(
+            self.kd_loss,
+            self.temperature,
+            standardize=standardize,
+            class_reduction=class_reduction,
+            dkd_alpha=dkd_alpha,
+            dkd_beta=dkd_beta,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+        )
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
 
         self.net = DualHeadClassifier(
@@ -132,6 +147,7 @@ class DualHeadKD(PushesToHub, LightningModule):
             classifier=classifier,
             aux_head=aux_head if method == "dual_head" else None,
         )
+        self.criterion.check(self.net.num_classes, is_causal_lm=self.net.is_causal_lm)
         self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)
         aligner = GradientAligner(grad_align)
         self.aligner = GradientAligner() if method == "ce" else aligner  # a single term has nothing to be aligned with
@@ -143,18 +159,13 @@ class DualHeadKD(PushesToHub, LightningModule):
         has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
         self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
 
-    @property
-    def student(self) -> nn.Module:
-        """The student itself, of its own class, which `export` writes."""
-        return self.net.student
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's own output."""
         return self.student(*args, **kwargs)
 
     # ------------------------------------------------------------------ losses
 
-    def losses(self, batch: Mapping[str, Tensor]) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         """Return the cross-entropy of the main head and the distillation term, before weighting.
 
         The distillation term is kept apart for `backward`, see `GradientAligner.keep_apart`.
@@ -162,40 +173,48 @@ class DualHeadKD(PushesToHub, LightningModule):
         Raises:
             ValueError: If a label is out of range, or there is no teacher to learn from.
         """
-        self._check_teacher()
-        check_labels(batch["labels"], self.net.num_classes)
+        check_has_teacher(self.teacher is not None, self.method)
+        batch = self._checked(batch)
+        check_has_labels(batch, self.method, self.kd_loss)
         terms = self._token_losses(batch) if self.net.is_causal_lm else self._sample_losses(batch)
         if terms.kd is not None:
             self.aligner.keep_apart(terms.kd)
         return terms
 
+    def _named(self, batch: Batch) -> Mapping[str, Tensor]:
+        return as_batch(batch, getattr(self.student, "main_input_name", "pixel_values"))
+
+    def _checked(self, batch: Batch, *, wait: bool = False) -> Mapping[str, Tensor]:
+        """Return a batch as a mapping, see `as_batch`, whose labels have been checked."""
+        batch = self._named(batch)
+        if "labels" in batch:
+            check_targets(batch["labels"], self.net.num_classes, is_causal_lm=self.net.is_causal_lm, wait=wait)
+        return batch
+
     def _sample_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Return both terms over samples with one label each."""
-        inputs, labels = self._inputs(batch), batch["labels"].long()
+        """Return both terms over samples; without labels that of the labels is 0, with a graph."""
+        inputs = self._inputs(batch)
         output = self.net(inputs)
-        ce = reduce_tokens(
-            F.cross_entropy(at_least_float32(output.logits), labels, reduction="none"), labels != IGNORE_INDEX
-        )
+        labels = batch.get("labels")
+        targets = output.logits.new_full(output.logits.shape[:1], IGNORE_INDEX).long() if labels is None else labels
+        ce = self.criterion.label_term(output.logits, targets)
         if self.teacher is None:
             return Losses(ce, None)
         logits = output.logits if output.aux_logits is None else output.aux_logits
-        return Losses(ce, self._kd(logits, self.teacher(inputs)))
+        return Losses(ce, self.criterion.kd_term(logits, self.teacher(inputs), labels))
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of the models: the batch without its labels; for a language model its token inputs."""
-        if self.net.is_causal_lm:
-            return {name: batch[name] for name in TOKEN_INPUTS if name in batch}
-        return {name: value for name, value in batch.items() if name != "labels"}
+        return inputs_of(batch, is_causal_lm=self.net.is_causal_lm)
 
     def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
         """Return both terms over next tokens, in chunks, so that (N, C) logits of heads and teacher are never whole."""
         inputs = self._inputs(batch)
-        labels, mask = next_token_labels(batch["labels"])
+        labels, mask = token_targets(batch)
         hidden, targets = self.net.hidden_states(inputs)[mask], labels[mask].long()
         count = mask.sum().clamp(min=1)
 
         def ce(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(self.net.main_logits(rows)), targets, reduction="sum")
+            return self.criterion.label_sum(self.net.main_logits(rows), targets)
 
         ce_term = chunked_sum(ce, hidden, targets, chunk_size=self.chunk_size) / count
         if self.teacher is None:
@@ -203,48 +222,34 @@ class DualHeadKD(PushesToHub, LightningModule):
         aux, teacher_logits = self.net.aux_head, self.teacher.output_logits
         head = self.net.main_logits if aux is None else aux.classifier
 
-        def kd(rows: Tensor, teacher_rows: Tensor) -> Tensor:
-            return self._kd(head(rows), teacher_logits(teacher_rows), reduction="sum")
+        def kd(rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> Tensor:
+            return self.criterion.kd_term(head(rows), teacher_logits(teacher_rows), targets, reduction="sum")
 
         rows = hidden if aux is None else aux.hidden(hidden)
         teacher_rows = self.teacher.hidden_states(inputs)[mask]
-        return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, chunk_size=self.chunk_size) / count)
-
-    def _kd(self, logits: Tensor, teacher_logits: Tensor, **kwargs: Any) -> Tensor:
-        return logit_loss(logits, teacher_logits, kind=self.kd_loss, temperature=self.temperature, **kwargs)
+        return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, targets, chunk_size=self.chunk_size) / count)
 
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
         """Forget gradients of a fit that stopped between micro-batches, and refuse strategies that shard gradients."""
         self.aligner.reset()
-        self._check_teacher()
+        check_has_teacher(self.teacher is not None, self.method)
         if self.aligner.is_active:
             check_whole_gradients(type(self.trainer.strategy).__name__, self.aligner.mode)
 
-    def _check_teacher(self) -> None:
-        if self.method != "ce" and self.teacher is None:
-            raise ValueError(
-                f"Expected a `teacher` for method={self.method!r}, but got None, which serves evaluation only. Train"
-                " one with method='ce'."
-            )
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, and say which one fits."""
-        theirs = any(name.startswith("net.aux_head.") for name in checkpoint["state_dict"])
-        if theirs != (self.net.aux_head is not None):
-            given, own = ("with", "without") if theirs else ("without", "with")
-            raise ValueError(
-                f"Expected a checkpoint {own} an auxiliary head for method={self.method!r}, but this one is {given} it."
-                " Pass the `method` (and `aux_head`) that it was trained with."
-            )
+        check_checkpoint(checkpoint["state_dict"], self.method, has_aux_head=self.net.aux_head is not None)
 
-    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Check the labels of the first batch, on an accelerator too."""
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Check the first batch on an accelerator too, and what the student returns before and after a step."""
         if batch_idx == 0:
-            check_labels(batch["labels"], self.net.num_classes, wait=True)  # once: the host waits for the device
+            self._checked(batch, wait=True)  # once: the host waits for the device
+        if batch_idx < 2:
+            self.net.check_next_call()
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of both terms."""
         ce, kd = self.losses(batch)
         loss = self.ce_weight * ce
@@ -255,7 +260,7 @@ class DualHeadKD(PushesToHub, LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         if not self.net.is_causal_lm:
             return loss
-        return self.token_window.weigh(loss, next_token_labels(batch["labels"]).mask.sum(), batch_idx, self._trainer)
+        return self.token_window.weigh(loss, token_targets(self._checked(batch)).mask.sum(), batch_idx, self._trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let every token of the step weigh the same, whatever micro-batch and rank it was in."""
@@ -300,11 +305,11 @@ class DualHeadKD(PushesToHub, LightningModule):
     # ------------------------------------------------------------------ evaluation
     # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take in loss and accuracy of the main head, and the accuracy of the auxiliary one."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take in loss and accuracy of the main head, and the accuracy of the auxiliary one."""
         self._evaluate(batch, "test")
 
@@ -316,22 +321,25 @@ class DualHeadKD(PushesToHub, LightningModule):
         """Log means over all samples of all ranks."""
         self._log_means("test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
-        check_labels(batch["labels"], self.net.num_classes)
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        batch = self._checked(batch)
+        if "labels" not in batch:
+            return  # nothing to be judged by
         if self.net.is_causal_lm:
-            labels, mask = next_token_labels(batch["labels"])
+            labels, mask = token_targets(batch)
             hidden, targets = self.net.hidden_states(self._inputs(batch))[mask], labels[mask].long()
 
             def judge(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-                return _judge(self.net.main_logits(rows), targets)
+                return judge_rows(self.net.main_logits(rows), targets)
 
             nll, acc = chunked_rows(judge, hidden, targets, chunk_size=self.chunk_size)
         else:
-            output, known = self.net(self._inputs(batch)), batch["labels"] != IGNORE_INDEX
-            targets = batch["labels"][known].long()
-            nll, acc = _judge(output.logits[known], targets)
+            output, labels = self.net(self._inputs(batch)), batch["labels"]
+            known = torch.ones_like(labels[:, 0], dtype=torch.bool) if labels.dim() == 2 else labels != IGNORE_INDEX
+            targets = labels[known]
+            nll, acc = judge_rows(output.logits[known], targets)
             if output.aux_logits is not None:
-                self.means.update(stage, aux_acc=_judge(output.aux_logits[known], targets)[1])
+                self.means.update(stage, aux_acc=judge_rows(output.aux_logits[known], targets)[1])
         self.means.update(stage, nll=nll, acc=acc)
 
     def _log_means(self, stage: str) -> None:
@@ -341,60 +349,7 @@ class DualHeadKD(PushesToHub, LightningModule):
             del values[f"{stage}/ppl"]
         self.log_dict(values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes."""
-        logits = classifier_logits(self.student, self._inputs(batch))
+        logits = classifier_logits(self.student, self._inputs(self._named(batch)))
         return {"logits": logits, "predictions": logits.argmax(-1)}
-
-    # ------------------------------------------------------------------ export
-
-    @property
-    def card_text(self) -> str:
-        """What was done, for the card of the saved student."""
-        if self.teacher is None:
-            return f"Trained on labels (`DualHeadKD`, method `{self.method}`)."
-        teacher = self.teacher.model
-        name = find_origin(str(getattr(getattr(teacher, "config", None), "_name_or_path", ""))).name
-        heads = " through two heads (arXiv 2411.08937)" if self.method == "dual_head" else ""
-        return (
-            f"Distilled{heads} from the logits of {name or type(teacher).__name__}, and trained on labels"
-            f" (`DualHeadKD`, method `{self.method}`); the auxiliary head is left out."
-        )
-
-    def export(self, path: str | Path, *, tokenizer: Any = None) -> Path:
-        """Write the student without the auxiliary head, in its own format, as a whole or not at all; rank zero writes.
-
-        A transformers student becomes a folder for `from_pretrained`, see `save_model_folder`; any other a file for
-        `load_state_dict` of its own class.
-
-        Args:
-            path: the folder, or the file.
-            tokenizer: saved with a language model; default the data module's, if a trainer is attached.
-
-        Raises:
-            ValueError: If the folder holds anything but a saved model.
-        """
-        if isinstance(self.student, PreTrainedModel):
-            options: dict[str, Any] = {"tokenizer": tokenizer, "trainer": self._trainer}
-            return save_model_folder(path, self.student, self.card_text, **options)
-        tensors = {name: tensor.detach().cpu() for name, tensor in self.student.state_dict().items()}
-        return save_model_file(path, partial(torch.save, tensors), trainer=self._trainer)
-
-    def save_pretrained(self, folder: str | Path, *, tokenizer: Any = None) -> None:
-        """Write a transformers student as `export` does, for `from_pretrained`.
-
-        Raises:
-            ValueError: If the student is of another kind, or the folder holds anything but a saved model.
-        """
-        if not isinstance(self.student, PreTrainedModel):
-            raise ValueError(
-                f"Expected a student of transformers for a folder, but got {type(self.student).__name__}. Use"
-                " `export(path)`, which writes a file for `load_state_dict`."
-            )
-        self.export(folder, tokenizer=tokenizer)
-
-
-def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy (N,) of each sample, and 1 where its most likely class is right."""
-    nll = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
-    return nll, (logits.argmax(-1) == targets).float()

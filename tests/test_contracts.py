@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lit_logits import DynamicFusionDecoder, GLDFusionModule, VQLogitsLM, contracts
+from lit_logits import DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM, contracts
 from lit_logits.callbacks import JsonLinesWriter
 from lit_logits.callbacks.parts import data_tokenizer
 from lit_logits.contracts import lacks, offers
 from lit_logits.datamodules import ImageDataModule, InstructionDataModule, TextDataModule
 
-CONTRACTS = [name for name in contracts.__all__ if name.startswith(("Has", "Exports"))]
+CONTRACTS = [name for name in contracts.__all__ if name.startswith(("Has", "Exports", "Writes"))]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ CONTRACTS = [name for name in contracts.__all__ if name.startswith(("Has", "Expo
         (GLDFusionModule, {"HasCacheSettings", "HasCacheTokens"}),
         (DynamicFusionDecoder, {"HasPredictionSettings"}),  # a tokenizer is an attribute that `__init__` sets
         (VQLogitsLM, {"ExportsPretrained"}),
+        (DualHeadKD, {"WritesFolder"}),
     ],
 )
 def test_ours_offer_what_they_are_asked_for(kind, offered):

@@ -194,7 +194,7 @@ def test_bad_input_is_named():
         binary_kl(torch.zeros(1, 3), torch.zeros(1, 4), temperature=1.0)
     with pytest.raises(ValueError, match=r"`temperature` to be positive, but got 0"):
         binary_kl_norm(torch.zeros(1, 3), torch.zeros(1, 3), temperature=0.0)
-    with pytest.raises(ValueError, match=r"'binary_kl_norm', 'cosine', 'kl', 'l1', 'mse'\], but got 'kld'"):
+    with pytest.raises(ValueError, match=r"'cosine', 'dkd', 'kl', 'l1', 'mlkd', 'mse'\], but got 'kld'"):
         logit_loss(torch.zeros(1, 3), torch.zeros(1, 3), kind="kld", temperature=1.0)
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lit_logits import DualHeadKD
-from lit_logits.functional import logit_loss
+from lit_logits.functional import dkd_loss, logit_loss, standardize_logits
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm, load_classifier
 
 V, T = 37, 9
@@ -128,6 +128,39 @@ def test_masked_positions_do_not_count():
         torch.testing.assert_close(a, b)
 
 
+def test_token_losses_of_the_field_in_chunks_are_those_of_all_logits_at_once():
+    model = make(kd_loss="dkd", standardize=True, label_smoothing=0.1, chunk_size=5).double().eval()
+    batch = batch_of(tokens())
+    ce, kd = model.losses(batch)
+    mask = batch["labels"][:, 1:] != -100
+    labels = batch["labels"][:, 1:][mask]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = model.student(**inputs, output_hidden_states=True)
+    torch.testing.assert_close(ce, F.cross_entropy(output.logits[:, :-1][mask], labels, label_smoothing=0.1))
+    student = standardize_logits(model.net.aux_head(output.hidden_states[-1][:, :-1][mask]))
+    teacher = standardize_logits(model.teacher.model(**inputs).logits[:, :-1][mask])
+    torch.testing.assert_close(kd, dkd_loss(student, teacher, labels, alpha=1.0, beta=8.0, temperature=2.0))
+
+
+def test_tokens_without_labels_learn_from_the_teacher_alone():
+    """All tokens but padding count then; it was a KeyError."""
+    model = make().double().eval()
+    batch = batch_of(tokens())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ce, kd = model.losses(inputs)
+    assert ce == 0
+    every = {**inputs, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    torch.testing.assert_close(kd, model.losses(every).kd)
+    rows = [{name: row[name] for name in inputs} for row in tokens()]
+    assert fit(make(), rows).callback_metrics["train/loss_ce"] == 0
+
+
+def test_what_needs_whole_batches_is_refused_for_tokens():
+    for kwargs in ({"kd_loss": "mlkd"}, {"class_weights": [1.0] * V}):
+        with pytest.raises(ValueError, match=r"Expected a classifier for .*, but got a causal language model"):
+            make(**kwargs)
+
+
 def test_no_token_that_counts_is_a_zero_with_a_graph():
     model = make()
     batch = batch_of(tokens())
@@ -231,6 +264,16 @@ def test_teacher_from_a_folder(tmp_path):
 
 
 # --- images and sequences ---
+
+
+def test_pairs_reach_models_of_transformers_by_the_name_of_their_input():
+    vit = {**VIT, "patch_size": 4, "num_attention_heads": 2}
+    student, teacher = (load_classifier(vit, num_classes=3) for _ in range(2))
+    model = DualHeadKD(student, teacher).eval()
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    expected = model.losses({"pixel_values": x, "labels": y})
+    torch.testing.assert_close(model.losses((x, y)), expected)
+    torch.testing.assert_close(model.losses({"pixel_values": x, "labels": y, "rows": y}), expected)
 
 
 def test_image_classifiers_of_transformers():

@@ -5,13 +5,12 @@ The teacher's logits z_T pull on the student's z_S class by class (BinaryKL), or
     KL(½ ‖ σ(x)) = log cosh(x / 2),      x = (z_S − z_T) / τ,
 
 which needs no clamping. Every loss sums over classes, so that its gradient does not shrink with their number, and is
-zero where student and teacher agree.
+zero where student and teacher agree. Those on probabilities of classes are in `kd_losses`.
 
 Letters: B rows (images, sequences or tokens), C classes, τ temperature.
 
 References:
     [0]: Dual-Head Knowledge Distillation, 2024, arXiv 2411.08937.
-    [1]: Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531, Sec. 2.
 """
 
 import math
@@ -23,81 +22,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens
+from lit_logits.functional.kd_losses import (
+    dkd_loss,
+    kd_kl_divergence,
+    mlkd_loss,
+    prepare_logits,
+    reduce_rows,
+    standardize_logits,
+)
+from lit_logits.functional.reductions import Reduction
 
 __all__ = [
+    "ClassReduction",
     "LogitLoss",
     "binary_kl",
     "binary_kl_norm",
     "cosine_logit_loss",
-    "kd_kl_divergence",
     "l1_logit_loss",
     "logit_loss",
     "mse_logit_loss",
 ]
 
-LogitLoss = Literal["kl", "binary_kl", "binary_kl_norm", "mse", "l1", "cosine"]
+LogitLoss = Literal["kl", "binary_kl", "binary_kl_norm", "mse", "l1", "cosine", "dkd", "mlkd"]
+ClassReduction = Literal["sum", "mean"]
 
 
-def kd_kl_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
+def binary_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    class_reduction: ClassReduction = "sum",
+    reduction: Reduction = "mean",
 ) -> Tensor:
-    """Compute the loss of knowledge distillation [1], τ² KL(softmax(z_T/τ) ‖ softmax(z_S/τ)).
+    """Compute BinaryKL [0], τ² Σ_k KL(σ(z_T/τ) ‖ σ(z_S/τ)), in which every class is a yes-or-no question of its own.
+
+    On one head it conflicts with cross-entropy: it fixes the constant in the logits that cross-entropy leaves free. The
+    paper reports the collapse that follows.
 
     Args:
         student_logits: (..., C).
         teacher_logits: (..., C); no gradient is stopped here.
-        temperature: τ > 0; the factor τ² keeps gradients of one size over τ.
+        temperature: τ > 0.
+        class_reduction: `sum` over classes, as in the paper, which grows with their number; or their `mean`.
         reduction: over rows.
 
     Returns:
         Nats, at least float32; a scalar, or (...) for `none`.
 
     Example:
-        >>> kd_kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 4.0]]), temperature=4.0)
-        tensor(1.7751)
-    """
-    student, teacher = _prepare(student_logits, teacher_logits, temperature)
-    log_p, log_q = F.log_softmax(teacher / temperature, dim=-1), F.log_softmax(student / temperature, dim=-1)
-    return _reduce(temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1), reduction)
-
-
-def binary_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
-) -> Tensor:
-    """Compute BinaryKL [0], τ² Σ_k KL(σ(z_T/τ) ‖ σ(z_S/τ)), in which every class is a yes-or-no question of its own.
-
-    On one head it conflicts with cross-entropy: it fixes the constant in the logits that cross-entropy leaves free. The
-    paper reports the collapse that follows. Arguments and result as in `kd_kl_divergence`.
-
-    Example:
         >>> binary_kl(torch.zeros(1, 1), torch.tensor([[2.0]]), temperature=1.0)  # log 2 − entropy of σ(2)
         tensor(0.3278)
     """
-    student, teacher = _prepare(student_logits, teacher_logits, temperature)
+    student, teacher = prepare_logits(student_logits, teacher_logits, temperature)
     a, b = teacher / temperature, student / temperature
     # Differences of log σ stay finite for any logits, where logarithms of σ would be −inf.
     yes = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
     no = torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))  # 1 − σ(a) would lose its digits
-    return _reduce(temperature**2 * (yes + no).sum(-1), reduction)
+    return reduce_rows(temperature**2 * _over_classes(yes + no, class_reduction), reduction)
 
 
 def binary_kl_norm(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, reduction: Reduction = "mean"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    class_reduction: ClassReduction = "sum",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Compute BinaryKL-Norm [0], τ² Σ_k KL(½ ‖ σ((z_S − z_T)/τ)), in closed form.
 
     It is τ² Σ_k log cosh x, x = (z_S − z_T)/(2τ), whose gradient (τ/2) tanh x is bounded by τ/2 a class: quadratic
     where the logits are close and linear where they are far apart, whatever their size. Arguments and result as in
-    `kd_kl_divergence`.
+    `binary_kl`.
 
     Example:
         >>> binary_kl_norm(torch.tensor([[100.0, 0.0]]), torch.zeros(1, 2), temperature=1.0)  # 50 − log 2
         tensor(49.3069)
     """
-    student, teacher = _prepare(student_logits, teacher_logits, temperature)
+    student, teacher = prepare_logits(student_logits, teacher_logits, temperature)
     half = (student / 2 - teacher / 2) / temperature  # the difference of huge logits could overflow
-    return _reduce(_Saturate.apply(temperature**2 * _LogCosh.apply(half).sum(-1)), reduction)
+    return reduce_rows(
+        _Saturate.apply(temperature**2 * _over_classes(_LogCosh.apply(half), class_reduction)), reduction
+    )
 
 
 def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -107,8 +114,8 @@ def mse_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction:
         >>> mse_logit_loss(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
         tensor(5.)
     """
-    student, teacher = _prepare(student_logits, teacher_logits)
-    return _reduce((student - teacher).square().sum(-1), reduction)
+    student, teacher = prepare_logits(student_logits, teacher_logits)
+    return reduce_rows((student - teacher).square().sum(-1), reduction)
 
 
 def l1_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -118,8 +125,8 @@ def l1_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: 
         >>> l1_logit_loss(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2))
         tensor(3.)
     """
-    student, teacher = _prepare(student_logits, teacher_logits)
-    return _reduce((student - teacher).abs().sum(-1), reduction)
+    student, teacher = prepare_logits(student_logits, teacher_logits)
+    return reduce_rows((student - teacher).abs().sum(-1), reduction)
 
 
 def cosine_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -129,8 +136,8 @@ def cosine_logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, reducti
         >>> cosine_logit_loss(torch.tensor([[0.0, 3.0]]), torch.tensor([[2.0, 0.0]]))
         tensor(1.)
     """
-    student, teacher = _prepare(student_logits, teacher_logits)
-    return _reduce(1 - F.cosine_similarity(student, teacher, dim=-1), reduction)
+    student, teacher = prepare_logits(student_logits, teacher_logits)
+    return reduce_rows(1 - F.cosine_similarity(student, teacher, dim=-1), reduction)
 
 
 def logit_loss(
@@ -139,41 +146,65 @@ def logit_loss(
     *,
     kind: LogitLoss,
     temperature: float,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    standardize: bool = False,
+    class_reduction: ClassReduction = "sum",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Compute the loss that `kind` names; `temperature` matters to `kl`, `binary_kl` and `binary_kl_norm` only.
+    """Compute the loss that `kind` names.
+
+    Args:
+        student_logits: (..., C).
+        teacher_logits: (..., C); no gradient is stopped here.
+        kind: `kl`: `kd_kl_divergence`; `dkd`: `dkd_loss`; `mlkd`: `mlkd_loss` at ½, ¾, 1, 1¼ and 1½ of the temperature,
+            which are 2 to 6 for 4; the others are losses of their names.
+        temperature: τ > 0, which `mse`, `l1` and `cosine` do not use.
+        labels: (...) of `dkd`, which needs them.
+        alpha: α of `dkd`.
+        beta: β of `dkd`.
+        standardize: take the z-scores of both logits, see `standardize_logits`.
+        class_reduction: of `binary_kl` and `binary_kl_norm`.
+        reduction: over rows; `mlkd`, which compares the rows with each other, has the mean alone.
 
     Raises:
-        ValueError: If `kind` is unknown, `temperature` is not positive, or the shapes of the logits differ.
+        ValueError: If `kind` is unknown, `temperature` is not positive, the shapes of the logits differ, or an argument
+            does not go with `kind`.
 
     Example:
         >>> logit_loss(torch.tensor([[1.0]]), torch.zeros(1, 1), kind="mse", temperature=2.0)
         tensor(1.)
     """
+    if standardize:
+        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+    if kind == "dkd":
+        if labels is None:
+            raise ValueError("Expected `labels` for kind='dkd', which tells the target from the others, but got None.")
+        options: dict[str, float] = {"alpha": alpha, "beta": beta, "temperature": temperature}
+        return dkd_loss(student_logits, teacher_logits, labels, **options, reduction=reduction)
+    if kind == "mlkd":
+        if reduction != "mean":
+            raise ValueError(f"Expected `reduction` to be 'mean' for kind='mlkd', but got {reduction!r}.")
+        temperatures = [temperature * factor for factor in (0.5, 0.75, 1.0, 1.25, 1.5)]
+        return mlkd_loss(student_logits, teacher_logits, temperatures=temperatures)
     functions: dict[str, Callable[..., Tensor]] = {
         "kl": partial(kd_kl_divergence, temperature=temperature),
-        "binary_kl": partial(binary_kl, temperature=temperature),
-        "binary_kl_norm": partial(binary_kl_norm, temperature=temperature),
+        "binary_kl": partial(binary_kl, temperature=temperature, class_reduction=class_reduction),
+        "binary_kl_norm": partial(binary_kl_norm, temperature=temperature, class_reduction=class_reduction),
         "mse": mse_logit_loss,
         "l1": l1_logit_loss,
         "cosine": cosine_logit_loss,
     }
     if kind not in functions:
-        raise ValueError(f"Expected `kind` to be one of {sorted(functions)}, but got {kind!r}.")
+        raise ValueError(f"Expected `kind` to be one of {sorted([*functions, 'dkd', 'mlkd'])}, but got {kind!r}.")
     return functions[kind](student_logits, teacher_logits, reduction=reduction)
 
 
-def _prepare(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Check shapes and temperature, and return both logits in at least float32."""
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"Expected `student_logits` and `teacher_logits` of one shape, but got {tuple(student_logits.shape)} and"
-            f" {tuple(teacher_logits.shape)}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    student_logits = at_least_float32(student_logits)
-    return student_logits, teacher_logits.to(student_logits.dtype)
+def _over_classes(values: Tensor, class_reduction: ClassReduction) -> Tensor:
+    if class_reduction not in ("sum", "mean"):
+        raise ValueError(f"Expected `class_reduction` to be 'sum' or 'mean', but got {class_reduction!r}.")
+    return values.sum(-1) if class_reduction == "sum" else values.mean(-1)
 
 
 class _LogCosh(torch.autograd.Function):
@@ -218,7 +249,3 @@ class _Saturate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         return grad
-
-
-def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
-    return reduce_tokens(rows, torch.ones_like(rows, dtype=torch.bool), reduction)

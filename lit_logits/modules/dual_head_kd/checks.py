@@ -1,15 +1,24 @@
 """Checks of the arguments of `DualHeadKD`."""
 
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.dual_head_kd import LogitLoss
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm
 from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
 
-__all__ = ["Method", "check_options", "check_pair", "check_whole_gradients"]
+__all__ = [
+    "Method",
+    "check_checkpoint",
+    "check_has_labels",
+    "check_has_teacher",
+    "check_options",
+    "check_pair",
+    "check_whole_gradients",
+]
 
 Method = Literal["ce", "kd", "single_head", "dual_head"]
 
@@ -32,6 +41,34 @@ def check_options(
     check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
     if lr_interval not in ("epoch", "step"):
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
+
+
+def check_checkpoint(names: Iterable[str], method: str, *, has_aux_head: bool) -> None:
+    """Refuse the tensors of another method, and say which one fits."""
+    theirs = any(name.startswith("net.aux_head.") for name in names)
+    if theirs != has_aux_head:
+        given, own = ("with", "without") if theirs else ("without", "with")
+        raise ValueError(
+            f"Expected a checkpoint {own} an auxiliary head for method={method!r}, but this one is {given} it. Pass the"
+            " `method` (and `aux_head`) that it was trained with."
+        )
+
+
+def check_has_labels(batch: Mapping[str, Tensor], method: str, kd_loss: str) -> None:
+    """Refuse a batch without labels where the teacher alone is not enough."""
+    if "labels" not in batch and (method == "ce" or kd_loss == "dkd"):
+        raise ValueError(
+            f"Expected batches with `labels` for method={method!r} and kd_loss={kd_loss!r}, but got {sorted(batch)}."
+        )
+
+
+def check_has_teacher(has_teacher: bool, method: str) -> None:
+    """Refuse to train without the teacher that the method learns from."""
+    if method != "ce" and not has_teacher:
+        raise ValueError(
+            f"Expected a `teacher` for method={method!r}, but got None, which serves evaluation only. Train one with"
+            " method='ce'."
+        )
 
 
 def check_pair(net: DualHeadClassifier, teacher: nn.Module) -> None:

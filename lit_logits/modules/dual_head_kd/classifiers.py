@@ -3,21 +3,38 @@
 Letters: B batch, T sequence, C classes, d features.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from lit_logits.modules.dual_head_kd.batches import taken_inputs
 from lit_logits.modules.language_models.inspect import is_encoder
 from lit_logits.modules.language_models.loading import load_causal_lm, make_config
 from lit_logits.modules.zoo import mobilenet, resnet, shufflenet, vgg, wrn
 
-__all__ = ["MODEL_ZOO", "classifier_logits", "find_classifier", "is_causal_lm", "load_classifier", "tap_features"]
+__all__ = [
+    "MODEL_ZOO",
+    "STUDENT_FILE",
+    "HeadCall",
+    "classifier_logits",
+    "find_classifier",
+    "is_causal_lm",
+    "load_classifier",
+    "tap_features",
+    "zoo_name",
+]
+
+STUDENT_FILE = "student.pt"
+"""Weights in the folder of a student that is not of transformers."""
 
 MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
     name: getattr(module, name)
@@ -34,9 +51,9 @@ def load_classifier(
     """Load or make a classifier or causal language model, in float32.
 
     Args:
-        model: a module, which is returned as it is; a name of `MODEL_ZOO`; a hub id or local folder of transformers;
-            a `.gguf` file of a language model; or the config of a new transformers model as a mapping with
-            `model_type`.
+        model: a module, which is returned as it is; a name of `MODEL_ZOO`, or a folder that `SavePretrained` wrote of
+            one; a hub id or local folder of transformers; a `.gguf` file of a language model; or the config of a new
+            transformers model as a mapping with `model_type`.
         num_classes: C of a new model, the vocabulary of a language model; a pretrained one keeps its own.
         new_head: give a pretrained classifier that lacks a last layer of `num_classes` outputs a new one, to be
             trained; otherwise that is an error.
@@ -60,6 +77,8 @@ def load_classifier(
     if model.endswith(".gguf"):
         return load_causal_lm(model)
     path = os.path.expanduser(model)
+    if Path(path, STUDENT_FILE).is_file():
+        return _from_folder(Path(path), num_classes)
     try:
         config = AutoConfig.from_pretrained(path)
         model_class = _class_for(config)
@@ -85,15 +104,14 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def classifier_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits of any classifier.
-
-    Inputs go by keyword to transformers models, a single one by position to others.
+    """Return the logits of any classifier, of the inputs that its forward takes, see `taken_inputs`.
 
     Raises:
-        TypeError: If the output is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor.
+        TypeError: If the output is neither a tensor, nor has `logits`, nor is a tuple that starts with a tensor; or the
+            forward takes none of the inputs.
     """
-    by_keyword = isinstance(model, PreTrainedModel) or len(inputs) > 1
-    output = model(**inputs) if by_keyword else model(*inputs.values())
+    by_position, by_keyword = taken_inputs(model, inputs)
+    output = model(*by_position, **by_keyword)
     logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
     logits = getattr(logits, "logits", logits)
     logits = logits[0] if isinstance(logits, tuple | list) else logits
@@ -149,26 +167,54 @@ def find_classifier(model: nn.Module, name: str | None = None, *, num_classes: i
     )
 
 
+class HeadCall(NamedTuple):
+    """A call of a head.
+
+    Attributes:
+        features: its input.
+        outputs: what it gave.
+        version: how often that had been changed in place by then, or None in inference mode, which does not count.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    version: int | None
+
+    def gave(self, logits: Tensor) -> bool:
+        """Return whether `logits` are the outputs, as they were; values are compared if they are another tensor."""
+        if _version(self.outputs) != self.version:
+            return False
+        if logits is self.outputs:
+            return True
+        outputs = self.outputs.to(logits.dtype)  # autocast's, in a model that returns float32
+        return outputs.shape == logits.shape and torch.allclose(outputs, logits, rtol=0, atol=0, equal_nan=True)
+
+
 @contextmanager
-def tap_features(linear: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect (input, output) of every call of `linear` within the context.
+def tap_features(linear: nn.Linear) -> Iterator[list[HeadCall]]:
+    """Collect every call of `linear` within the context.
 
     Example:
-        >>> import torch
         >>> layer = nn.Linear(2, 3)
         >>> with tap_features(layer) as calls:
         ...     _ = layer(torch.zeros(1, 2))
-        >>> calls[0][0].shape
+        >>> calls[0].features.shape
         torch.Size([1, 2])
     """
-    calls: list[tuple[Tensor, Tensor]] = []
-    handle = linear.register_forward_hook(
-        lambda _, args, kwargs, output: calls.append((args[0] if args else kwargs["input"], output)), with_kwargs=True
-    )
+    calls: list[HeadCall] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        calls.append(HeadCall(args[0] if args else kwargs["input"], output, _version(output)))
+
+    handle = linear.register_forward_hook(note, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module:
@@ -179,6 +225,32 @@ def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module
             raise ValueError(f"Expected `{key}` to be `num_classes` = {num_classes}, but got {settings[key]}.")
         settings = {**settings, key: num_classes}
     return model_class.from_config(make_config(settings))
+
+
+def zoo_name(model: Any) -> str | None:
+    """Return the name of the model of `MODEL_ZOO` that a name, or a folder of `SavePretrained`, stands for, or None."""
+    folder = Path(os.path.expanduser(model)) if isinstance(model, str) else None
+    if folder is not None and (folder / STUDENT_FILE).is_file():
+        model = _settings(folder)["model"]
+    return model if isinstance(model, str) and model in MODEL_ZOO else None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _from_folder(folder: Path, num_classes: int | None) -> nn.Module:
+    settings, name = _settings(folder), zoo_name(str(folder))
+    if name is None or num_classes not in (None, settings["num_classes"]):
+        asked = "" if num_classes is None else f" with {num_classes} classes"
+        raise ValueError(
+            f"Expected the folder of one of {sorted(MODEL_ZOO)}{asked}, but {folder} holds {settings['model']!r} with"
+            f" {settings['num_classes']}. Make a model of another class yourself, and read {STUDENT_FILE} with its"
+            " `load_state_dict`."
+        )
+    model = MODEL_ZOO[name](settings["num_classes"])
+    model.load_state_dict(torch.load(folder / STUDENT_FILE, map_location="cpu", weights_only=True))
+    return model
 
 
 def _class_for(config: Any) -> Any:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.functional.gradients import AlignedGradients, align_gradients, any_over_ranks, average_over_ranks
-from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, find_classifier, is_causal_lm, tap_features
+from lit_logits.modules.dual_head_kd.classifiers import (
+    HeadCall,
+    classifier_logits,
+    find_classifier,
+    is_causal_lm,
+    tap_features,
+)
 from lit_logits.modules.language_models.loading import check_plain_causal_lm, check_trainable
 from lit_logits.modules.language_models.probes import OutputRule
 
@@ -115,6 +121,7 @@ class DualHeadClassifier(nn.Module):
             check_trainable(student.config)
         main = self.main_head
         self.num_features, self.num_classes = main.in_features, main.out_features
+        self._unchecked = {True, False}  # by `training`
         self.aux_head = None
         if aux_head is not None:
             self.aux_head = AuxiliaryHead(self.num_features, self.num_classes, aux_head)
@@ -134,8 +141,15 @@ class DualHeadClassifier(nn.Module):
                 f"Expected the layer `{self.classifier_name}` to give the logits of {type(self.student).__name__}, but"
                 " its forward does not call it. Pass another `classifier`."
             )
-        features = self._pooled(*calls[-1], logits)
+        features = self._pooled(calls[-1], logits)
         return DualHeadOutput(logits, None if self.aux_head is None else self.aux_head(features), features)
+
+    def check_next_call(self) -> None:
+        """Compare the student's output with that of its last layer in the next call, in training and in evaluation.
+
+        The first call of each kind is compared anyway. A learned scale that starts at 1 shows only after a step.
+        """
+        self._unchecked = {True, False}
 
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the input (B, T, d) of a causal language model's output layer."""
@@ -150,11 +164,12 @@ class DualHeadClassifier(nn.Module):
         aux = set() if self.aux_head is None else set(self.aux_head.parameters())
         return set(self.main_head.parameters()) | aux
 
-    def _pooled(self, features: Tensor, outputs: Tensor, logits: Tensor) -> Tensor:
+    def _pooled(self, call: HeadCall, logits: Tensor) -> Tensor:
         """Return the features (B, d) that gave the logits (B, C).
 
         A decoder-based classifier scores every position and returns one; find which.
         """
+        features, outputs, _ = call
         if outputs.dim() == 3 and logits.dim() == 2:
             # By value: no interface tells which position it took, and models choose it by padding in different ways.
             same = (outputs == logits.unsqueeze(1)) | (outputs.isnan() & logits.isnan().unsqueeze(1))
@@ -166,7 +181,18 @@ class DualHeadClassifier(nn.Module):
                 f"Expected the layer `{self.classifier_name}` to give the logits {tuple(logits.shape)} of"
                 f" {type(self.student).__name__}, but it gives {tuple(outputs.shape)}. Pass another `classifier`."
             )
+        if self.student.training in self._unchecked:
+            self._unchecked.remove(self.student.training)
+            self._check_unchanged(call, logits)
         return features
+
+    def _check_unchanged(self, call: HeadCall, logits: Tensor) -> None:
+        if not call.gave(logits):
+            raise ValueError(
+                f"Expected {type(self.student).__name__} to return what its layer `{self.classifier_name}` gives, but"
+                " it returns other values of that shape. Take off what changes the logits behind the layer (a softmax,"
+                " a scale, a mean of several heads), and let a model of several outputs return the logits first."
+            )
 
 
 class GradientAligner(nn.Module):

@@ -6,6 +6,7 @@ Letters: B batch, T sequence, C classes, d features.
 import argparse
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class FrozenTeacher(FrozenModels):
     def __init__(self, model: nn.Module, output_rule: OutputRule | None = None) -> None:
         super().__init__(model)
         self.output_rule = output_rule or OutputRule()
+        self._unchecked = True
 
     @property
     def model(self) -> nn.Module:
@@ -48,8 +50,16 @@ class FrozenTeacher(FrozenModels):
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, C), without a graph."""
-        return classifier_logits(self.model, inputs)
+        """Return logits (B, C), without a graph.
+
+        Raises:
+            ValueError: If the first batch gets probabilities.
+        """
+        logits = classifier_logits(self.model, inputs)
+        if self._unchecked:  # once: the host waits for the device
+            self._unchecked = False
+            _check_not_probabilities(logits, type(self.model).__name__)
+        return logits
 
     @torch.no_grad()
     def hidden_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -96,7 +106,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: If the file is of another architecture or class count; the error names the first differences.
     """
     weights = read_weights(path)
-    own = _without_counters(model.state_dict())
+    state = model.state_dict()
+    own = _without_counters(state)
     owner = type(model).__name__
     reasons = [
         f"it has {len(weights)} tensors such as {_shapes(weights)}, {owner} has {len(own)} such as {_shapes(own)}"
@@ -106,13 +117,36 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         tensors = _without_counters(named)
         differences = _differences(own, tensors)
         if not differences:
-            model.load_state_dict(tensors, strict=False)  # not strict, because of the counters that are left out
+            told = _metadata_under(prefix, getattr(weights, "_metadata", {})) or state._metadata  # type: ignore[attr-defined]
+            # Not strict, because of the counters that are left out.
+            model.load_state_dict(_with_metadata(tensors, told), strict=False)
             return
         reasons += differences
     raise ValueError(
         f"Expected {str(path)!r} to hold the weights of this {owner}, but they are of another architecture or number"
         f" of classes: {'; '.join(reasons)}. Pass the model that the file was saved from."
     )
+
+
+def _with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors as a state dict that tells versions: by them some modules know how to read their tensors."""
+    state = OrderedDict(tensors)
+    state._metadata = metadata  # type: ignore[attr-defined]
+    return state
+
+
+def _metadata_under(prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a module whose name, with a dot, is `prefix`."""
+    return {key[len(prefix) :]: value for key, value in metadata.items() if f"{key}.".startswith(prefix)}
+
+
+def _check_not_probabilities(logits: Tensor, owner: str) -> None:
+    sums = logits.float().sum(-1)
+    if logits.shape[-1] > 1 and bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            f"Expected logits of the teacher {owner}, but got probabilities: rows of no negative numbers that sum to 1."
+            " Take the softmax at its end off."
+        )
 
 
 def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +211,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if inner is None:
             tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
             if tensors:
-                return tensors
+                return _with_metadata(tensors, getattr(loaded, "_metadata", {}))
             break
         loaded = loaded[inner]
     raise ValueError(f"Expected {str(path)!r} to hold a state dict, but found {type(loaded).__name__} without tensors.")

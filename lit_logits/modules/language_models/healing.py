@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_logits.functional.chunks import chunked_rows
-from lit_logits.functional.dual_head_kd import kd_kl_divergence
+from lit_logits.functional.kd_losses import kd_kl_divergence
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.language_models.calls import counted_states
 from lit_logits.modules.language_models.frozen import FrozenModels

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.contracts import DescribesItself, HasTokenizer, offers
+from lit_logits.contracts import DescribesItself, HasClassNames, HasTokenizer, offers
 from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
@@ -114,6 +114,8 @@ def save_model_folder(
 
     def write(target: Path) -> None:
         options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "figures": measured(trainer)}
+        if trainer is not None and offers(trainer.datamodule, HasClassNames):
+            options["class_names"] = trainer.datamodule.class_names
         end_token = None if end_tokens is None else end_tokens.choose(tokenizer)
         write_model(target, model, summary, end_token=end_token, replaced=path, **options)
 
@@ -131,6 +133,7 @@ def write_model(
     dtype: torch.dtype | None = None,
     end_token: int | None = None,
     figures: Mapping[str, float] | None = None,
+    class_names: Sequence[str] | None = None,
     replaced: Path | None = None,
 ) -> None:
     """Write weights, configs, tokenizer and card of a model: all that a saved folder holds.
@@ -147,6 +150,7 @@ def write_model(
         dtype: of the saved weights; default theirs.
         end_token: that of the texts that the model was trained on, in place of the tokenizer's eos.
         figures: measured values by name.
+        class_names: of the data, for a classifier of as many classes.
         replaced: folder that this one will replace.
     """
     if dtype is not None:
@@ -163,6 +167,8 @@ def write_model(
             stacklevel=2,
         )
     _write_configs(folder, model, tokenizer if has_tokenizer else None, dtype, end_token)
+    if class_names is not None and not model.can_generate() and len(class_names) == model.config.num_labels:
+        _write_class_names(folder / "config.json", class_names)
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors' 0600 locks out a server of another user
     write_card(folder, model, summary, figures=figures, replaced=replaced)
@@ -253,6 +259,13 @@ def _write_configs(
         if dtype is not None and name == "config":
             written["dtype"] = str(dtype).removeprefix("torch.")
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_class_names(path: Path, class_names: Sequence[str]) -> None:
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+    written["label2id"] = {name: number for number, name in enumerate(class_names)}
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _special_ids(config: Any, tokenizer: Any, end_token: int | None) -> dict[str, int]:
