@@ -72,7 +72,7 @@ def _sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _differences(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what the checkpoint has otherwise, such as "lr 0.001 (here 0.002)", each once."""
-    found = {}
+    found: dict[str, None] = {}
     for theirs, ours in zip(saved, own, strict=True):
         for name in ("lr", "weight_decay", "betas", "momentum", "eps"):
             # A schedule changes `lr`, and a cycle the momentum.

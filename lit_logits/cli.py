@@ -262,7 +262,7 @@ class LitLogitsCLI(LightningCLI):
             kwargs = {"plugins": [*plugins, AtomicCheckpointIO()], **kwargs}
         if config.logger is False:
             self.save_config_callback = None  # without a run folder, it would write into the working directory
-        elif rank_zero_only.rank == 0 and not config.fast_dev_run:
+        elif getattr(rank_zero_only, "rank", 0) == 0 and not config.fast_dev_run:
             for logger in config.logger if isinstance(config.logger, list) else [config.logger]:
                 claim_version(logger)
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})

@@ -29,7 +29,7 @@ def register() -> type:
             "Expected lm_eval, whose command line this is, but it cannot be imported. Run `pip install lm_eval`."
         ) from error
 
-    class FusedHFLM(HFLM):  # type: ignore[misc]
+    class FusedHFLM(HFLM):
         """A fused decoder; the arguments are those of `DynamicFusionDecoder` and of `HFLM`."""
 
         def __init__(

@@ -220,7 +220,7 @@ def test_choices_are_judged_by_the_likelihood_of_their_text(files, tmp_path):
     )
     decoder = make(files)
     logged = trainer(tmp_path).test(decoder, module, verbose=False)[0]
-    options = {(row["q"], text) for row in questions for text in row["options"]}
+    options = {(row["q"], text) for row in questions for text in row["options"]}  # type: ignore[attr-defined]
     right, right_norm, total, count = [], [], 0.0, 0
     for batch in module.test_dataloader():
         sums, norms = [], []

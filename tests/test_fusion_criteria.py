@@ -203,7 +203,7 @@ def test_the_joint_search_is_not_above_the_joint_grid(seed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"criterion": "distanse"}, "Expected `criterion` to be one of"),
+        ({"criterion": "nearest"}, "Expected `criterion` to be one of"),
         ({"scale": -1.0}, "Expected `scale`"),
         ({"min_entropy": -1.0}, "Expected `min_entropy`"),
     ],

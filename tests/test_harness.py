@@ -132,7 +132,7 @@ def test_its_command_line_finds_what_test_finds(criterion, files, tmp_path):
     for row in QUESTIONS:
         ids = torch.tensor([[begin, *tokenizer(row["q"]).input_ids]])
         total -= float(decoder.score(ids, ids).log_probs.sum())
-    num_words = sum(len(row["q"].split()) for row in QUESTIONS)
+    num_words = sum(len(str(row["q"]).split()) for row in QUESTIONS)
     assert found["my_text"]["word_perplexity,none"] == pytest.approx(math.exp(total / num_words), rel=1e-4)
 
     (samples,) = tmp_path.rglob("samples_my_end_*.jsonl")

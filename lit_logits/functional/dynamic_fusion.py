@@ -183,7 +183,7 @@ def fusion_weights(
         if criterion == "distance":
             points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
             found = _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
-            (alpha, objective, *divergences), num_evals = found
+            (alpha, objective, forward, reverse), num_evals = found
             objective = len(problem.forward) * objective + _spread(problem)
         elif criterion == "equal":
             alpha, objective, num_evals = equal_weights(problem, jointly=jointly)
@@ -195,8 +195,8 @@ def fusion_weights(
             alpha = torch.where(alpha > 0, (scale * alpha).clamp(low, high), 0.0)
             if floor:
                 alpha = alpha * (entropy(problem) >= floor)
-            divergences, num_evals = [*divergences_at(problem, alpha)], num_evals + 1
-    return FusionWeights(alpha, objective, *divergences, num_evals)
+            (forward, reverse), num_evals = divergences_at(problem, alpha), num_evals + 1
+    return FusionWeights(alpha, objective, forward, reverse, num_evals)
 
 
 def _spread(problem: FusionProblem) -> Tensor:

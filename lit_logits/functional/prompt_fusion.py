@@ -76,13 +76,14 @@ def prompt_fusion_weights(
     with torch.autocast(large_logits.device.type, enabled=False):
         problem = pose_fusion(large_logits, base_logits, expert_logits)
         possible = problem.log_probs.gather(1, labels.unsqueeze(1)).squeeze(1) > -torch.inf
-        rows = [problem.log_probs[possible], problem.shifts[:, possible], labels[possible], owner[possible]]
-        log_probs, shifts = rows[:2]
+        log_probs, shifts = problem.log_probs[possible], problem.shifts[:, possible]
+        came, prompts = labels[possible], owner[possible]
         if mode == "joint":
-            alpha = _likeliest_weights(log_probs, shifts, *rows[2:], num_prompts, (low, high))[0]
+            alpha = _likeliest_weights(log_probs, shifts, came, prompts, num_prompts, (low, high))[0]
         else:
             lines = [
-                _likeliest_weights(log_probs, line.unsqueeze(0), *rows[2:], num_prompts, (low, high)) for line in shifts
+                _likeliest_weights(log_probs, line.unsqueeze(0), came, prompts, num_prompts, (low, high))
+                for line in shifts
             ]
             chosen = torch.stack([value for _, value in lines]).argmin(0)
             alpha = torch.cat([line for line, _ in lines]) * F.one_hot(chosen, len(shifts)).T
