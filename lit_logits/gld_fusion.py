@@ -325,7 +325,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         losses = self._collect(states, [one for one in tried if one is not None], {})
         self.means.update("val", nll=losses.nll)
         if weights:
-            self.term_means.update(losses.terms)
+            self.term_means.update(losses.terms, counts=states.mask.any(-1))
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""
