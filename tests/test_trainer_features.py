@@ -157,8 +157,9 @@ def test_wandb_offline(folder, tmp_path, monkeypatch, method):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_mlflow(folder, tmp_path, method):  # noqa: F811
+def test_mlflow(folder, tmp_path, monkeypatch, method):  # noqa: F811
     pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more packages
     logger = MLFlowLogger("tiny", tracking_uri=tmp_path.as_uri(), save_dir=str(tmp_path))
     fit(method, folder, tmp_path, logger=logger)
     assert "val/loss" in logger.experiment.get_run(logger.run_id).data.metrics
