@@ -91,7 +91,7 @@ class CodebookMonitor(Callback):
         log_scalars(trainer, scalars)
         if self.target_ppl is not None and floor > 0.8 * self.target_ppl:
             self._warn(floor, f"`target_ppl` is {self.target_ppl:g}")
-        self._remember(step, usage.cpu())
+        self._remember(step, usage.float().cpu())  # pictures cannot draw bfloat16
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the heat map, show tokens of codes, and compare the floor with the perplexity of this validation."""

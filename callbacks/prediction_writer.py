@@ -29,6 +29,11 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the run folder, which ranks do together: later one may have fewer batches than another, or none."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir, "predictions")
 
     def write_on_batch_end(
         self,
@@ -41,16 +46,12 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one file, which appears whole or not at all."""
-        folder = self._folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         prefix = f"{dataloader_idx}-" if dataloader_idx else ""
-        file = folder / f"{prefix}{batch_idx:06d}-{trainer.global_rank}.pt"
+        file = self._folder / f"{prefix}{batch_idx:06d}-{trainer.global_rank}.pt"
         saved = {"predictions": prediction, "rows": list(batch_indices) if batch_indices else None}
         replace_file(file, partial(torch.save, saved))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the files are."""
-        rank_zero_info(f"Predictions: {self._folder(trainer)}")
-
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir, "predictions")
+        rank_zero_info(f"Predictions: {self._folder}")

@@ -13,12 +13,15 @@ map-style loader. Three things make it exact under Lightning.
 """
 
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_logits.datamodules.filling import FilledRows, collate_filled
 
 __all__ = ["BlockLoader", "BlockSampler", "Cursor", "LengthSampler", "Position", "block_loader", "collate_blocks"]
 
@@ -82,8 +85,8 @@ class BlockSampler(DistributedSampler):
         rank: of this process.
         shuffle: False keeps the order of the data set.
         seed: of the permutations.
-        drop_last: drop up to W − 1 items so that all ranks have equally many. If False, up to W − 1 items are seen
-            twice.
+        drop_last: drop up to W − 1 items so that all ranks have equally many. If False, the first ranks may have one
+            more.
 
     Attributes:
         start: number of this rank's indices to leave out at the beginning of the next iteration.
@@ -105,12 +108,14 @@ class BlockSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices of the epoch, from `start` on."""
-        size = len(self.dataset)  # type: ignore[arg-type]
-        order = self._order(size)
-        if size < self.total_size:
-            order = order.repeat(-(-self.total_size // size))
+        order = self._order(len(self.dataset))  # type: ignore[arg-type]
         mine = order[: self.total_size][self.rank :: self.num_replicas]
         return iter(mine[self.start :].tolist())
+
+    def __len__(self) -> int:
+        """Return the number of this rank's indices in a whole epoch."""
+        size = min(len(self.dataset), self.total_size)  # type: ignore[arg-type]
+        return len(range(self.rank, size, self.num_replicas))
 
     def _order(self, size: int) -> torch.Tensor:
         """Return the order of the epoch, the same on all ranks."""
@@ -221,6 +226,7 @@ def block_loader(
     seed: int,
     *,
     train: bool,
+    fill: bool = True,
     collate_fn: Callable[[Any], Any] = collate_blocks,
     lengths: torch.Tensor | None = None,
     items: str = "blocks",
@@ -235,6 +241,8 @@ def block_loader(
         trainer: tells rank and world size; None is a single process.
         seed: of the training order.
         train: shuffled, resumable, and without a last short batch; else in order and complete.
+        fill: give all ranks as many evaluation batches, see `lit_logits.datamodules.filling`. If False, as suits
+            predicting, a rank may have a row less than another, or none.
         collate_fn: makes a batch of B items.
         lengths: of each item; training batches are then made of items of like lengths.
         items: what an error message calls them.
@@ -251,6 +259,8 @@ def block_loader(
             f"Expected at least {batch_size * world_size} training {items} for batches of {batch_size} on {world_size} "
             f"rank(s), but got {size}. {advice}"
         )
+    if not train and fill and size % world_size:
+        dataset, collate_fn = FilledRows(dataset, world_size), partial(collate_filled, collate_fn=collate_fn)
     ranks = world_size, trainer.global_rank if trainer else 0
     if train and lengths is not None:
         sampler: BlockSampler = LengthSampler(dataset, lengths, batch_size, *ranks, seed=seed)  # type: ignore[arg-type]

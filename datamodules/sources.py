@@ -225,7 +225,7 @@ def iter_jsonl(file: str, text_column: str) -> Iterator[str]:
     Raises:
         ValueError: If a line is not a JSON object with a string under `text_column`; it names the file and the line.
     """
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:  # `json` decodes, so that a line that is no text is told like any other
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue

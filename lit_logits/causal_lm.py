@@ -138,7 +138,7 @@ class CausalLM(PushesToHub, LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the injected optimizer and scheduler."""
-        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
+        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler, trainer=self._trainer)
 
     # ------------------------------------------------------------------ evaluation
     # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.

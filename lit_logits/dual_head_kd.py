@@ -300,7 +300,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the injected optimizer and scheduler."""
-        return make_optimizers(self._trained(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return make_optimizers(self._trained(), self.optimizer, self.lr_scheduler, self.lr_interval, self._trainer)
 
     # ------------------------------------------------------------------ evaluation
     # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionCriterion, FusionMode, FusionSolver
+from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, choice_likelihoods, extract_answer
 from lit_logits.modules.dynamic_fusion.as_model import FusedModel
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
@@ -210,11 +211,17 @@ class DynamicFusionDecoder(LightningModule):
         }
         self.means.update("test", **{name: value[mask] for name, value in values.items()})
         if self.exact_match:
-            for record in self._continue(_of_right_answers(batch)):
-                right = extract_answer(record["reference"], self.answer_pattern)
-                for sample in record.get("samples", [record]):
-                    answer = extract_answer(sample["text"], self.answer_pattern)
-                    self.matches.update(float(answer is not None and answer == right))
+            self._judge_answers(_of_right_answers(batch))
+
+    def _judge_answers(self, batch: Mapping[str, Tensor]) -> None:
+        """Count the generated answers that are those of the references."""
+        found = []
+        for record in self._continue(batch) if len(batch["labels"]) else ():
+            right = extract_answer(record["reference"], self.answer_pattern)
+            for sample in record.get("samples", [record]):
+                answer = extract_answer(sample["text"], self.answer_pattern)
+                found.append(float(answer is not None and answer == right))
+        self.matches.update(torch.tensor(found))
 
     def _judge_choices(self, batch: Mapping[str, Tensor], scores: FusedScores) -> None:
         """Count for each example whether the likeliest choice is the right one."""
@@ -225,10 +232,9 @@ class DynamicFusionDecoder(LightningModule):
             )
         sums, lengths = choice_likelihoods(scores, batch["response_ends"])
         correct = batch["correct"].to(sums.device)
-        for row in batch["rows"].unique():
-            own = (batch["rows"] == row).to(sums.device)
-            self.choice_acc.update(float(correct[own][sums[own].argmax()]))
-            self.choice_acc_norm.update(float(correct[own][(sums / lengths)[own].argmax()]))
+        examples = [(batch["rows"] == row).to(sums.device) for row in batch["rows"][_has_labels(batch)].unique()]
+        for metric, values in ((self.choice_acc, sums), (self.choice_acc_norm, sums / lengths)):
+            metric.update(torch.tensor([float(correct[own][values[own].argmax()]) for own in examples]))
 
     def on_test_epoch_end(self) -> None:
         """Log means over all tokens and examples of all ranks."""
@@ -345,11 +351,16 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch with one sequence for each example, the right choice if there are several."""
-    if "correct" not in batch:
-        return dict(batch)
-    right = batch["correct"].bool()
+    """Return the batch with one sequence for each example that counts, the right choice if there are several."""
+    right = _has_labels(batch)
+    if "correct" in batch:
+        right &= batch["correct"].bool()
     return {name: value[right] for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _has_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which sequences (N,) count; those that fill up the batches of several processes do not."""
+    return (batch["labels"] != IGNORE_INDEX).any(1)
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -311,7 +311,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the injected optimizer and scheduler."""
-        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler)
+        return make_optimizers(self.parameters(), self.optimizer, self.lr_scheduler, trainer=self._trainer)
 
     # ------------------------------------------------------------------ evaluation
     # Written out in each module, as Lightning names them: the house has no shared LightningModule base class.
@@ -325,7 +325,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         losses = self._collect(states, [one for one in tried if one is not None], {})
         self.means.update("val", nll=losses.nll)
         if weights:
-            self.term_means.update(losses.terms)
+            self.term_means.update(losses.terms, counts=states.mask.any(-1))
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the cross-entropy over tokens."""

@@ -3,6 +3,7 @@
 Each test lets its file try to make a file `ran`, and looks for the sentence that a user gets instead.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -16,14 +17,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from jinja2.exceptions import SecurityError
 from lightning import LightningModule
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_logits
 from lit_logits import VQLogitsLM
 from lit_logits.cli import main
-from lit_logits.datamodules import ImageDataModule, TextDataModule
+from lit_logits.datamodules import ImageDataModule, InstructionDataModule, TextDataModule
+from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import LogitCache, VQLogitsHead, load_causal_lm, load_weights
+from lit_logits.run_folders import best_checkpoint, last_checkpoint
 
 MODULES = [getattr(lit_logits, name) for name in lit_logits.__all__]
 
@@ -201,6 +207,77 @@ def test_weights_of_a_teacher_run_nothing():
     torch.save({"state_dict": {"weight": torch.ones(1)}, "more": Hostile()}, "teacher.pt")
     with pytest.raises(ValueError, match="loading it would run code of its author"):
         load_weights(torch.nn.Linear(1, 1), "teacher.pt")
+
+
+def test_the_search_for_the_last_checkpoint_runs_nothing(tmp_path):
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(checkpoint(callbacks=Hostile()), folder / "last.ckpt")
+    for find in (last_checkpoint, best_checkpoint):
+        with contextlib.suppress(pickle.UnpicklingError):
+            find(tmp_path / "runs")
+
+
+# --- folders of models ---
+
+
+def save_tiny(folder: Path) -> dict:
+    config = LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model.state_dict()
+
+
+def test_pickled_weights_of_a_model_run_nothing(tmp_path):
+    weights = save_tiny(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({**weights, "more": Hostile()}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises((ValueError, OSError, pickle.UnpicklingError)):
+        load_causal_lm(str(tmp_path / "model"))
+
+
+def test_code_beside_a_model_is_not_run(tmp_path, monkeypatch):
+    """Not even if somebody is there to be asked."""
+    save_tiny(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "code.py").write_text("import os\nos.system('touch ran')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_causal_lm(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for m in messages %}{{ m.__init__.__globals__ }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_runs_nothing(tmp_path, code):
+    rows = [{"prompt": f"What is {n}?", "response": f"a number {n}"} for n in range(40)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_bpe([row["prompt"] for row in rows], 300, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = code
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = InstructionDataModule("pairs.jsonl", tokenizer=str(tmp_path / "tokenizer"), template="chat", cache_dir=".")
+    with pytest.raises((ValueError, SecurityError)):
+        data.prepare_data()
+
+
+# --- rows ---
+
+
+def test_rows_run_nothing(tmp_path):
+    """A pickle in place of a text, in JSON Lines and in Parquet; the sentence names the file."""
+    (tmp_path / "rows.jsonl").write_bytes(pickle.dumps(Hostile()))
+    Dataset.from_dict({"text": [pickle.dumps(Hostile())] * 4}).to_parquet(tmp_path / "rows.parquet")
+    for file in ("rows.jsonl", "rows.parquet"):
+        expected = r"Expected a JSON object in line 1 of .*rows\.jsonl" if file == "rows.jsonl" else "Expected "
+        with pytest.raises(ValueError, match=expected):
+            TextDataModule(str(tmp_path / file), bpe_vocab_size=300, cache_dir=str(tmp_path)).prepare_data()
 
 
 # --- caches ---

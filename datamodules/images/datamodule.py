@@ -171,8 +171,8 @@ class ImageDataModule(Resumes, LightningDataModule):
         return self._loader("test", self.eval_batch_size) if "test" in self._items else []
 
     def predict_dataloader(self) -> Any:
-        """Return the test batches."""
-        return self.test_dataloader()
+        """Return the test batches; no rank repeats an image."""
+        return self._loader("test", self.eval_batch_size, fill=False) if "test" in self._items else []
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Augment a training batch, on the device, by what was drawn for it, and normalise any batch.
@@ -200,13 +200,14 @@ class ImageDataModule(Resumes, LightningDataModule):
             raise ValueError(f"Expected `label_noise` to be 0 for data of one class, but got {self.label_noise}.")
         return add_label_noise(labels, self.label_noise, self.num_classes, self.seed) if self.label_noise else labels
 
-    def _loader(self, split: str, batch_size: int) -> Any:
+    def _loader(self, split: str, batch_size: int, *, fill: bool = True) -> Any:
         return block_loader(
             self._items[split],
             batch_size,
             self.trainer,
             self.seed,
             train=split == "train",
+            fill=fill,
             collate_fn=collate_images,
             items="images",
             advice="Lower `batch_size`, the fractions that are held out, or raise `max_train_samples`.",

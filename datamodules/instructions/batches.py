@@ -12,12 +12,10 @@ from datasets import concatenate_datasets
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lit_logits.datamodules.filling import IGNORE_INDEX
 from lit_logits.datamodules.instructions.encoding import BEYOND
 
 __all__ = ["FixedBatches", "Vocabulary", "collate_examples", "collate_fixed_batch"]
-
-IGNORE_INDEX = -100
-"""The label of tokens that the loss leaves out: prompts and padding."""
 
 
 class Vocabulary(NamedTuple):

@@ -146,8 +146,8 @@ class TextDataModule(Resumes, LightningDataModule):
         return self._loader("test") if "test" in self._blocks else []
 
     def predict_dataloader(self) -> Any:
-        """Return the test batches."""
-        return self.test_dataloader()
+        """Return the test batches; no rank repeats a block."""
+        return self._loader("test", fill=False) if "test" in self._blocks else []
 
     @cached_property
     def _directory(self) -> Path:
@@ -187,9 +187,9 @@ class TextDataModule(Resumes, LightningDataModule):
             world_size=self._world_size,
         )
 
-    def _loader(self, split: str, *, train: bool = False) -> Any:
-        blocks = self._blocks[split]
-        return block_loader(blocks, self.batch_size, self.trainer, self.seed, train=train, **self._loading)
+    def _loader(self, split: str, *, train: bool = False, fill: bool = True) -> Any:
+        options: dict[str, Any] = {"train": train, "fill": fill, **self._loading}
+        return block_loader(self._blocks[split], self.batch_size, self.trainer, self.seed, **options)
 
     def _order(self) -> dict[str, Any]:
         order = {"data": self._directory.name, "batch_size": self.batch_size, "world_size": self._world_size}

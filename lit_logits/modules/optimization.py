@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ def make_optimizers(
     optimizer: Callable[[Any], Optimizer],
     lr_scheduler: Callable[[Optimizer], Any] | None = None,
     interval: Literal["epoch", "step"] = "step",
+    trainer: Any = None,
 ) -> Any:
     """Make the optimizer of the parameters that are trained, and its schedule if there is one.
 
@@ -27,13 +29,25 @@ def make_optimizers(
         lr_scheduler: callable that takes the optimizer; a schedule with a `monitor` (`ReduceLROnPlateau`) is stepped
             once an epoch on that value.
         interval: how often any other schedule is stepped.
+        trainer: of the run; None outside of one.
+
+    Raises:
+        ValueError: If parameters that are trained are float16, as `precision: 16-true` makes them. A strategy that
+            keeps copies in float32 (DeepSpeed) may have such.
 
     Example:
         >>> from torch.optim import SGD
         >>> type(make_optimizers([nn.Parameter()], SGD)).__name__
         'SGD'
     """
-    made = optimizer([parameter for parameter in parameters if parameter.requires_grad])
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    keeps_copies = trainer is not None and trainer.strategy.handles_gradient_accumulation
+    if not keeps_copies and any(parameter.dtype == torch.float16 for parameter in trained):
+        raise ValueError(
+            "Expected parameters that are trained to be float32, bfloat16 or float64, but got float16, in which small"
+            " gradients are zero and AdamW divides by it. Set `precision: 16-mixed` or `bf16-true`."
+        )
+    made = optimizer(trained)
     if lr_scheduler is None:
         return made
     scheduler = lr_scheduler(made)

@@ -29,12 +29,12 @@ class TermMeans(nn.Module):
         self.keys = {(name, term): f"loss_{term}{weights.suffix(name)}" for name, term in pairs}
         self.means, self.is_empty = StageMeans(*self.keys.values()), True
 
-    def update(self, terms: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take in the terms of a batch: of each source by their names, (B,)."""
+    def update(self, terms: Mapping[str, Mapping[str, Tensor]], *, counts: Tensor) -> None:
+        """Take in the terms of a batch, of each source by their names, (B,), for the samples (B,) that count."""
         for (name, term), key in self.keys.items():
             values = terms.get(name, {}).get(term)
             # Ranks may differ in what they could compare, but not in what they add up.
-            self.means.update("val", **{key: (_NOTHING, _NOTHING) if values is None else values})
+            self.means.update("val", **{key: (_NOTHING, _NOTHING) if values is None else (values, counts)})
         self.is_empty = not self.keys
 
     def compute(self) -> dict[str, Tensor]:
