@@ -175,7 +175,7 @@ class DynamicFusionDecoder(LightningModule):
         """Return log-probabilities of texts; see `FusedCausalLM.score`."""
         return self.fused.score(input_ids, labels, attention_mask)
 
-    def to_pretrained(self) -> FusedModel:
+    def as_model(self) -> FusedModel:
         """Return the decoder in the form in which programs such as lm-evaluation-harness call a model."""
         return FusedModel(self.fused, self.eos_token_id)
 

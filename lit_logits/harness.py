@@ -53,7 +53,7 @@ def register() -> type:
                     "Expected a tokenizer beside the models, or as `tokenizer`, to read the tasks with, but got none."
                 )
             decoder.to(kwargs.get("device") or "cpu")
-            model = decoder.to_pretrained()
+            model = decoder.as_model()
             super().__init__(model, tokenizer=decoder.tokenizer, max_length=max_length or model.context, **kwargs)
 
     return register_model("lit_logits")(FusedHFLM)

@@ -504,7 +504,7 @@ def test_bad_prompts_and_bad_ways_to_decode(parts, decoder):
     with pytest.raises(ValueError, match=r"but text 0 of the batch has 5 and 60 are to be added"):
         decoder.generate(ids, mask, max_new_tokens=60)
     short = llama(1, hidden=16, context=8)
-    with pytest.raises(ValueError, match="at most 8 tokens, the context of the base, but the longest text has 9"):
+    with pytest.raises(ValueError, match="at most 8 tokens, the context of the base, but text 0 of the batch has 9"):
         DynamicFusionDecoder(parts[0], short, [moved(short, 3)]).score(*2 * (torch.full((1, 9), 5),))
     with pytest.raises(ValueError, match="below 48, the common vocabulary, but got 48"):
         decoder.generate(ids + VOCAB - int(ids.max()), mask, max_new_tokens=1)

@@ -77,7 +77,7 @@ def make(files, **kwargs):
 
 def test_it_looks_like_a_model(files):
     decoder = make(files)
-    model, ids = decoder.to_pretrained(), torch.tensor([[3, 4, 5]])
+    model, ids = decoder.as_model(), torch.tensor([[3, 4, 5]])
     assert model.config is decoder.fused.large.config
     assert model.device == torch.device("cpu")
     assert model.context == 128  # the base's
@@ -88,7 +88,7 @@ def test_it_looks_like_a_model(files):
 def test_an_end_of_ones_own_holds(files):
     ids = torch.tensor([[3, 4, 5]])
     text = make(files).generate(ids, max_new_tokens=6)[0, 3:].tolist()
-    ended = make(files, eos_token_id=text[2]).to_pretrained().generate(ids, max_new_tokens=6)
+    ended = make(files, eos_token_id=text[2]).as_model().generate(ids, max_new_tokens=6)
     assert ended[0, 3:].tolist() == text[: text.index(text[2]) + 1]
 
 

@@ -246,9 +246,9 @@ def test_the_classifier_is_found_by_type():
 
 
 def test_what_it_cannot_read_is_named(tmp_path):
-    pairs = [(row["pixel_values"], row["labels"]) for row in rows()]
+    unlabelled = [{"pixel_values": row["pixel_values"]} for row in rows()]
     with pytest.warns(UserWarning, match=r"at least two classes, but met 0\. It reads batches with `labels`"):
-        values = validate(Own(Net()), pairs, logger=logger_of(tmp_path))
+        values = validate(Own(Net()), unlabelled, logger=logger_of(tmp_path))
     assert np.isnan(values["nc/nc2"])
     assert read(tmp_path / "run").Tags()["images"] == []
     with pytest.warns(UserWarning, match="but met 0"):
