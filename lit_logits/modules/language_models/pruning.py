@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 __all__ = ["cut_layers", "keep_layers", "spread_layers"]
 
+_BY_NUMBER = "scale_attn_by_inverse_layer_idx"  # of GPT-2; old versions of transformers read it in each forward
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -78,6 +79,11 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """
     name, found = _find_list(model)
     _check_numbers(layers, len(found))
+    if getattr(model.config, _BY_NUMBER, False) and list(layers) != list(range(len(layers))):
+        raise ValueError(
+            f"Expected layers of {type(model).__name__} that do the same wherever they stand, but with `{_BY_NUMBER}`"
+            " the `scaling` of a layer goes by its number. Keep the first layers, or take another model."
+        )
     # `deepcopy` takes what its memo holds as copied already: the list is copied as an empty one, its layers after it,
     # and what they share with the rest of the model stays shared.
     memo: dict[int, Any] = {id(found): nn.ModuleList()}
@@ -123,6 +129,8 @@ def _cut_config(config: Any, layers: Sequence[int], num_layers: int) -> None:
         is_list = isinstance(value, list | tuple) and len(value) == num_layers
         if is_list and "token" not in name and name != "architectures":  # several end tokens are no layers
             setattr(text, name, type(value)(value[number] for number in layers))
+    if getattr(text, "attention_types", None):  # of GPT-Neo, from which its config makes the list of kinds anew
+        text.attention_types = [[[kind], 1] for kind in text.attention_layers]
     text.num_hidden_layers = len(layers)
 
 
