@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,12 @@ def make_parts(method, folder, optimizer=torch.optim.AdamW):  # noqa: F811
 
 
 def make_trainer(tmp_path, callbacks=(), **options):
-    defaults = {"max_steps": 4, "limit_val_batches": 2, "log_every_n_steps": 1, "enable_progress_bar": False}
+    defaults: dict[str, Any] = {
+        "max_steps": 4,
+        "limit_val_batches": 2,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+    }
     defaults |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "enable_model_summary": False}
     defaults |= {"logger": TensorBoardLogger(tmp_path / "tb"), "default_root_dir": tmp_path}
     saves = [LastCheckpoint(), ResumeCheck(), ExactResume()] if options.get("enable_checkpointing", True) else []
