@@ -348,9 +348,9 @@ def _explanation(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
         return (
-            f"Expected to be able to read and write {error.filename}, but got: {error.strerror}. Make room or give"
-            " rights there, or choose another place: runs are kept in `--trainer.logger.save_dir`, caches in"
-            " `--data.cache_dir` or `$XDG_CACHE_HOME`."
+            f"Expected to be able to read and write {error.filename or 'its files'}, but got: {error.strerror}. Make"
+            " room or give rights there, or choose another place: runs are kept in `--trainer.logger.save_dir`, caches"
+            " in `--data.cache_dir` or `$XDG_CACHE_HOME`."
         )
     if isinstance(error, RuntimeError) and "loading state_dict for" in str(error):
         differences = [line.strip() for line in str(error).splitlines()[1:]]

@@ -5,7 +5,7 @@ Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any, Literal, cast
 
@@ -271,8 +271,8 @@ class DynamicFusionDecoder(LightningModule):
             raise ValueError("Expected a `tokenizer` to write text with, but got none. Pass `tokenizer`.")
         prompts, mask = split_prompts(batch, pad=self._pad_token_id())
         kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": True}
-        rows = batch["rows"].tolist() if "rows" in batch else [0]
-        with _seeded_by(rows[0], prompts.device):  # so that a run that goes on after a kill draws what it would have
+        # By its first row, so that a run that goes on after a kill draws what it would have.
+        with _seeded_by(int(batch["rows"][0]), prompts.device) if "rows" in batch else nullcontext():
             trace: FusionTrace = self.generate(prompts, mask, **kwargs).trace
         copies = len(trace.token_ids) // len(prompts)
         records = []

@@ -23,7 +23,8 @@ def claim_version(logger: Any) -> None:
     Lightning takes the first number without a folder when it first logs: two runs that start together share one, and
     overwrite each other's checkpoints. A version that is given is left alone.
     """
-    if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
+    counts = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
+    if not counts or "://" in str(logger.root_dir):  # a bucket, where folders cannot be claimed
         return
     while True:
         folder = Path(logger.root_dir, f"version_{logger.version}")

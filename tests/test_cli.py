@@ -426,6 +426,10 @@ def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     given = TensorBoardLogger(tmp_path, name="runs", version=1)
     claim_version(given)
     assert given.version == 1
+    bucket = TensorBoardLogger("memory://runs", name="runs")
+    claim_version(bucket)
+    assert bucket._version is None
+    assert not Path("memory:").exists()
     run = fit(steps=1).trainer
     assert Path(run.log_dir).name == "version_0"
     assert Path("runs/CountingLM").is_dir()

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from scripts import run_script
 from torch import nn
 
 from lit_logits.callbacks import ExactResume, LastCheckpoint
@@ -257,10 +256,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_each_of_two_processes_gets_its_own_random_numbers_back(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(tmp_path / "run.py", TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     whole, resumed = ([torch.load(tmp_path / f"{kind}{rank}") for rank in (0, 1)] for kind in ("whole", "resumed"))
     assert not torch.equal(whole[0][1], whole[1][1])
     for rank in (0, 1):

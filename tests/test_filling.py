@@ -1,14 +1,13 @@
 """Evaluation on several processes: each row counts once, whatever the data module, and no rank waits for another."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Trainer
+from scripts import run_script
 from torch import nn
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule
@@ -153,10 +152,9 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes_log_what_one_does(folder, tmp_path):
     """Sums over two gloo ranks are those of one process: of no split are rows counted twice, or a rank waited for."""
-    script, out = tmp_path / "run.py", tmp_path / "found.json"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out)))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    out = tmp_path / "found.json"
+    settings = {"tests": str(Path(__file__).parent), "folder": str(folder), "out": str(out)}
+    run_script(tmp_path / "run.py", TWO_RANKS.format(**settings))
     whole, ranks = evaluate(folder), json.loads(out.read_text())
     assert {name: sorted(values) for name, values in ranks.items()} == {k: sorted(v) for k, v in whole.items()}
     assert {"test/acc", "test/exact_match"} <= set(whole["choices test"])

@@ -103,8 +103,13 @@ def test_a_prompt_of_one_token_moves_the_large_model_as_far_as_the_experts_moved
     decoder = DynamicFusionDecoder(*parts, criterion="prompt")
     only = labels.clone()
     only[2] = ids[2]  # a text without prompt
-    assert decoder.score(ids, only, mask).trace.alpha[:, 2].unique().tolist() == [1.0]
-    assert decoder.generate(ids[:, :1], **GREEDY, return_dict_in_generate=True).trace.alpha.unique().tolist() == [1.0]
+    scored = decoder.score(ids, only, mask).trace
+    generated = decoder.generate(ids[:, :1], **GREEDY, return_dict_in_generate=True).trace
+    for found in (scored.alpha[:, 2], *generated.alpha.unbind(1)):
+        assert found[0].unique().tolist() == [1.0]
+        assert found[1].unique().tolist() == [0.0]  # one expert acts
+    jointly = DynamicFusionDecoder(*parts, criterion="prompt", mode="joint")
+    assert jointly.score(ids, only, mask).trace.alpha[:, 2].unique().tolist() == [1.0]
 
 
 def test_forward_takes_the_whole_text_for_the_prompt(parts, texts):

@@ -164,6 +164,18 @@ def test_each_prompt_has_weights_of_its_own():
         assert float(found[0, prompt]) == pytest.approx(float(alone), abs=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("single", [1.5, 0.0]), ("joint", [1.5, 1.5])])
+def test_prompts_without_rows_are_alike_wherever_they_stand(mode, expected):
+    large, base, experts = logits(batch=3, experts=2)
+    settings = {"mode": mode, "bounds": (0.0, 3.0), "scale": 1.5, "num_prompts": 4}
+    found = prompt_fusion_weights(large, base, experts, torch.arange(3), torch.tensor([1, 1, 1]), **settings)
+    none = prompt_fusion_weights(large[:0], base[:0], experts[:, :0], torch.arange(0), **settings)
+    assert found.shape == none.shape == (2, 4)
+    for column in (found[:, 0], found[:, 2], found[:, 3], *none.T):
+        assert column.tolist() == expected
+    assert found[:, 1].tolist() != expected
+
+
 def test_tokens_that_are_ruled_out_have_no_say():
     large, base, expert = logits(batch=4)
     labels = torch.tensor([1, 2, 3, 4])

@@ -1,8 +1,6 @@
 """The image data module: splits, noise, augmentation, resuming, bad input; its sources are in `test_image_sources`."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from lightning.pytorch import Callback, LightningModule, Trainer
 from scipy import stats
+from scripts import run_script
 from sklearn.datasets import load_digits
 from test_image_sources import all_of, make_folder, ready, write_folder
 
@@ -566,10 +565,10 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes(digits_cache, tmp_path):
     """Two gloo ranks of the real Trainer against one process."""
-    script = tmp_path / "run.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path), cache=digits_cache))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(
+        tmp_path / "run.py",
+        TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path), cache=digits_cache),
+    )
     ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
     whole = fit(digits(digits_cache))
     assert len(whole) == len(ranks[0]) == len(ranks[1])

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from scripts import run_script
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -703,10 +702,9 @@ if __name__ == "__main__":
 def test_two_processes_predict_each_batch_once(folder, tmp_path):
     """Two gloo ranks share nine batches; then the three that were not finished, and no batch is another one."""
     settings = {"source": folder / "pairs.jsonl", "bpe": folder / "bpe300", "other": folder / "bpe400", "out": tmp_path}
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), **{k: str(v) for k, v in settings.items()}))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(
+        tmp_path / "run.py", SCRIPT.format(tests=str(Path(__file__).parent), **{k: str(v) for k, v in settings.items()})
+    )
 
     def rows(name):
         ranks = [(tmp_path / f"{name}{rank}").read_text().splitlines() for rank in (0, 1)]

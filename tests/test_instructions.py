@@ -3,8 +3,6 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningModule, Trainer
+from scripts import run_script
 
 from lit_logits import VQLogitsLM
 from lit_logits.datamodules import InstructionDataModule
@@ -777,8 +776,7 @@ def test_fewer_rows_than_processes_are_filled_up(make):
 @pytest.mark.slow
 def test_two_processes_predict_each_row_once(folder, tmp_path):
     """Seven rows are left of ten: two ranks take four and three of them, and neither repeats one to fill up."""
-    script = tmp_path / "run.py"
-    script.write_text(f"""
+    text = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_instructions import QUIET, InstructionDataModule, Recorder, Trainer
@@ -793,9 +791,8 @@ if __name__ == "__main__":
                                  val_fraction=0.1, test_fraction=0.1, cache_dir={str(tmp_path / "cache")!r})
     data.finished_rows |= {{0, 5, 9}}
     Trainer(**QUIET, devices=2, strategy="ddp_fork").predict(Writer(), datamodule=data, return_predictions=False)
-""")
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+"""
+    run_script(tmp_path / "run.py", text)
     ranks = [[int(row) for row in (tmp_path / f"rank{rank}").read_text().split()] for rank in (0, 1)]
     assert sorted(map(len, ranks)) == [3, 4]
     assert sorted(ranks[0] + ranks[1]) == [1, 2, 3, 4, 6, 7, 8]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
+from test_instructions import Recorder
 
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.loaders import LengthSampler
@@ -81,26 +82,6 @@ def test_batches_are_padded_less_and_hold_the_same(make):
         assert torch.equal(ours["rows"], theirs["rows"])
 
 
-class Recorder(LightningModule):
-    """Writes down the rows that it completed a step on and saves a checkpoint at one of them."""
-
-    def __init__(self, path, save_at=None):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen, self.path, self.save_at = [], path, save_at
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch["rows"].tolist())
-        return self.weight**2
-
-    def on_train_batch_end(self, *_):
-        if len(self.seen) == self.save_at:
-            self.trainer.save_checkpoint(self.path)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 @pytest.mark.parametrize("save_at", [5, 12, 15])
 def test_a_resumed_run_sees_what_the_uninterrupted_run_would_have_seen(make, tmp_path, save_at):
     def fit(module, ckpt_path=None, **kwargs):
@@ -108,18 +89,18 @@ def test_a_resumed_run_sees_what_the_uninterrupted_run_would_have_seen(make, tmp
         trainer.fit(module, datamodule=make(**{"group_by_length": True, **kwargs}), ckpt_path=ckpt_path)
         return module.seen
 
-    whole = fit(Recorder(tmp_path / "x.ckpt", save_at))
+    whole = fit(Recorder(save_at, tmp_path / "x.ckpt"))
     assert len(whole) == 24
-    assert fit(Recorder(tmp_path), tmp_path / "x.ckpt") == whole[save_at:]
+    assert fit(Recorder(), tmp_path / "x.ckpt") == whole[save_at:]
     if save_at == 5:
         with pytest.warns(UserWarning, match="group_by_length"):
-            fit(Recorder(tmp_path), save_plain(make, tmp_path))
+            fit(Recorder(), save_plain(make, tmp_path))
 
 
 def save_plain(make, tmp_path):
     """A checkpoint of a run without groups."""
     trainer = Trainer(**QUIET, max_steps=3, enable_checkpointing=False, limit_val_batches=0)
-    trainer.fit(Recorder(tmp_path / "plain.ckpt", 2), datamodule=make())
+    trainer.fit(Recorder(2, tmp_path / "plain.ckpt"), datamodule=make())
     return tmp_path / "plain.ckpt"
 
 

@@ -2,13 +2,12 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from scripts import run_script
 from torch.utils.data import DataLoader
 
 from lit_logits.datamodules import TextDataModule
@@ -306,11 +305,8 @@ def test_two_processes(corpus, tmp_path, data, index):
             (folder / file.name).write_text(file.read_text())
         corpus = folder
     make_data(corpus, **data).prepare_data()
-    script = tmp_path / "run.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(TWO_RANKS.format(tests=tests, folder=str(tmp_path), corpus=str(corpus), data=data, index=index))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    folders = {"tests": str(Path(__file__).parent), "folder": str(tmp_path), "corpus": str(corpus)}
+    run_script(tmp_path / "run.py", TWO_RANKS.format(**folders, data=data, index=index))
     ranks = [json.loads((tmp_path / f"whole{rank}").read_text()) for rank in (0, 1)]
     assert len(ranks[0][0]) == len(ranks[1][0]) > 6
     assert not {tuple(batch) for batch in ranks[0][0]} & {tuple(batch) for batch in ranks[1][0]}

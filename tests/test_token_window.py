@@ -1,7 +1,5 @@
 """A step is on the mean over all its tokens, however they are split over micro-batches and ranks."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -10,6 +8,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from scripts import run_script
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -140,10 +139,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script(tmp_path / "run.py", TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     for name in MODELS:
         model = make(name).double()
         model.load_state_dict(torch.load(tmp_path / name))

@@ -64,8 +64,8 @@ def standardize_logits(logits: Tensor) -> Tensor:
     scores by its base temperature (2), the `temperature` of the loss, and weighs the loss by 9.
 
     Args:
-        logits: (..., C). The standard deviation divides by C. A row of equal logits becomes zeros; 1e-7 is added to
-            the variance for it.
+        logits: (..., C). The standard deviation divides by C; code that is in use for the paper divides by C − 1. A row
+            of equal logits becomes zeros; 1e-7 is added to the variance for it.
 
     Returns:
         The shape of `logits`, at least float32.

@@ -29,6 +29,7 @@ def prompt_fusion_weights(
     labels: Tensor,
     owner: Tensor | None = None,
     *,
+    num_prompts: int | None = None,
     mode: Literal["single", "joint"] = "single",
     bounds: tuple[float, float] = (0.0, 2.0),
     scale: float = 1.0,
@@ -44,12 +45,14 @@ def prompt_fusion_weights(
         expert_logits: (S, R, V) of the experts.
         labels: (R,) the tokens that came. One that a model rules out has no weight in the search.
         owner: (R,) the prompt of each row, from 0; default: all rows are of one prompt.
+        num_prompts: B; default: up to the last one that has a row.
         mode: `single`: one expert acts, the one that makes the prompt likeliest; `joint`: all may.
         bounds: smallest and largest α, 0 ≤ smallest ≤ largest.
         scale: factor on the α that is found, before it is cut to the bounds.
 
     Returns:
-        (S, B) weights of the prompts; those of a prompt without rows are 1, of the first expert with `single`.
+        (S, B) weights of the prompts. One without rows has nothing to choose by: its weights are 1, with `single` that
+        of the first expert.
 
     Raises:
         ValueError: As in `fusion_weights`, or if labels do not fit.
@@ -72,7 +75,13 @@ def prompt_fusion_weights(
             f"Expected `labels` and `owner` of shape {tuple(large_logits.shape[:1])}, but got {tuple(labels.shape)} and"
             f" {tuple(owner.shape)}."
         )
-    num_prompts = int(owner.max()) + 1 if len(owner) else 1
+    if num_prompts is None:
+        num_prompts = int(owner.max()) + 1 if len(owner) else 1
+    if len(labels) == 0:
+        alpha = torch.ones(len(expert_logits), num_prompts, device=labels.device)
+        if mode == "single":
+            alpha[1:] = 0.0
+        return torch.where(alpha > 0, (scale * alpha.clamp(low, high)).clamp(low, high), 0.0)
     with torch.autocast(large_logits.device.type, enabled=False):
         problem = pose_fusion(large_logits, base_logits, expert_logits)
         possible = problem.log_probs.gather(1, labels.unsqueeze(1)).squeeze(1) > -torch.inf
@@ -104,7 +113,7 @@ def _likeliest_weights(
     """Return the weights (S, B) within bounds under which the tokens of each sequence are likeliest.
 
     Newton steps on the whole α, projected onto the bounds: a weight at a bound that the gradient pushes outwards is
-    held. A step that gains nothing is halved. As the function is convex, what is found is its minimum.
+    held. A step that gains nothing is quartered. As the function is convex, what is found is its minimum.
 
     Args:
         log_probs: (R, V) of the large model; −inf off the common support.

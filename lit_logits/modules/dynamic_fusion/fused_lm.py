@@ -267,7 +267,7 @@ class FusedCausalLM(FrozenModels):
             input_ids: (B, T).
             attention_mask: (B, T), 0 at padding; default all 1.
             is_prompt: (B, T) the tokens that count; default all. A prompt of fewer than two has nothing to choose by,
-                and gets weights of 1.
+                and gets weights of 1, with `mode="single"` that of the first expert.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         counted = mask.bool() if is_prompt is None else mask.bool() & is_prompt.to(mask.device)
@@ -275,14 +275,10 @@ class FusedCausalLM(FrozenModels):
         targets, keep = next_token_labels(
             input_ids.to(device).masked_fill(~counted.to(device), IGNORE_INDEX), keep=counted
         )
-        alpha = torch.ones(self.num_experts, len(input_ids), device=device)
-        if bool(keep.any()):
-            large, base, *experts = self._rows(input_ids, mask, keep)
-            self._blame(large, base, *experts)
-            owner = keep.nonzero()[:, 0]
-            found = prompt_fusion_weights(large, base, torch.stack(experts), targets[keep], owner, **self.search)
-            alpha[:, : found.shape[1]] = found
-        return alpha
+        large, base, *experts = self._rows(input_ids, mask, keep)
+        self._blame(large, base, *experts)
+        rows = torch.stack(experts), targets[keep], keep.nonzero()[:, 0]
+        return prompt_fusion_weights(large, base, *rows, num_prompts=len(input_ids), **self.search)
 
     @property
     def _asks_prompts(self) -> bool:
