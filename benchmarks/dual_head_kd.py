@@ -3,7 +3,7 @@
     python -m benchmarks.dual_head_kd --settings clinc150 clinc150-few banking77 banking77-few --data FOLDER
     python -m benchmarks.dual_head_kd [--settings easy noisy few]                       # the embedded digits
     python -m benchmarks.dual_head_kd --settings cifar100 --losses KL "KL, standardised" DKD --weights 1 --seeds 0 \
-        --epochs 240 --precision bf16-mixed [--images FOLDER]                           # on a GPU
+        --epochs 240 --precision bf16-mixed --num-workers 4 [--images FOLDER]           # on a GPU
 
 A teacher is trained once a setting and seed, by cross-entropy on all rows and clean labels. Every student of a seed
 sees the same rows, labels and batches. The weight α of each loss, on one head and on two, is the one with the best
@@ -97,7 +97,7 @@ SETTINGS = {
     "banking77-few": _intents("banking77", max_train_rows=20),
     "cifar100": Setting(
         "CIFAR-100",
-        partial(ImageDataModule, batch_size=64, num_workers=4),
+        partial(ImageDataModule, batch_size=64),
         lambda classes: "resnet32x4",
         lambda classes: "resnet8x4",
         {},
@@ -140,7 +140,7 @@ class Bench:
         """The data of a setting."""
         where: dict[str, Any] = {"folder": self.args.data} if name.startswith(("clinc", "bank")) else {}
         if name == "cifar100":
-            where = {"source": self.args.images}
+            where = {"source": self.args.images, "image_size": 32, "num_workers": self.args.num_workers}
         data = SETTINGS[name].data(**where, **hard, seed=seed)
         data.prepare_data()
         data.setup("fit")
@@ -171,7 +171,7 @@ class Bench:
         epochs = self.args.epochs or setting.epochs
         student = (setting.teacher if is_teacher else setting.student)(data.num_classes)
         model = DualHeadKD(student, num_classes=data.num_classes, **arguments, **_optimisation(setting, data, epochs))
-        if isinstance(student, str):
+        if isinstance(student, str) and torch.cuda.is_available():  # on a CPU it is slower
             model.net.to(memory_format=torch.channels_last)
         trainer = L.Trainer(
             accelerator="auto",
@@ -307,6 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="default 40, of whole texts 15")
     parser.add_argument("--data", type=Path, default=Path(), help="folder with the files of CLINC150 and Banking77")
     parser.add_argument("--images", default="cifar100", help="for the setting cifar100: on the hub, or a folder")
+    parser.add_argument("--num-workers", type=int, default=0, help="that read its images")
     parser.add_argument("--precision", default="32-true", help="bf16-mixed on a GPU")
     parser.add_argument("--folder", type=Path, default=Path("dual_head_kd"), help="where runs and teachers are kept")
     args = parser.parse_args(arguments)
