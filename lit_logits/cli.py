@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
+from enum import Enum
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -122,8 +123,72 @@ _SOURCE_ARGUMENTS = {
 }
 
 
+class _Text(str):
+    """An argument that is a text as it stands."""
+
+    __slots__ = ()
+
+
+def _as_text(name: str, value: str) -> str:
+    """Mark the value of an option such as `--data.template` that is a text with a colon, and no YAML.
+
+    jsonargparse reads `Q: {prompt}` as a mapping before it looks at the type. Mappings on a command line have braces.
+    """
+    is_of_class = re.fullmatch(r"--\w+(\.\w+)+", name) and not re.search(r"\.dict_kwargs\b|\.init_args$", name)
+    is_text = re.search(r":(\s|$)", value) and not value.lstrip().startswith(("{", "["))
+    return _Text(value) if is_of_class and is_text else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a parsed config with strings in place of their subclasses: files and checkpoints hold no others."""
+    if isinstance(value, Namespace | dict):
+        entries = vars(value) if isinstance(value, Namespace) else value
+        entries.update({key: _plain(entry) for key, entry in entries.items()})
+    elif isinstance(value, list):
+        value[:] = map(_plain, value)
+    elif isinstance(value, str) and isinstance(value, Enum):  # such as defaults of Lightning's `Timer`
+        return value.value
+    return str(value) if isinstance(value, _Text) else value
+
+
 class _Parser(LightningArgumentParser):
-    """A parser whose errors explain arguments that have moved or changed their names since version 0.1."""
+    """A parser whose errors explain arguments that have moved or changed their names since version 0.1.
+
+    It takes texts with colons from the command line, and says what a printed config lacks.
+    """
+
+    _printed: "tuple[_Parser, str] | None" = None
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse, with texts as they stand."""
+        given = list(sys.argv[1:] if args is None else args)
+        for at, name in enumerate(given):
+            option, has_value, value = name.partition("=")
+            if has_value and isinstance(text := _as_text(option, value), _Text):
+                given[at : at + 1] = [option, text]
+            elif not has_value and at + 1 < len(given):
+                given[at + 1] = _as_text(name, given[at + 1])
+        return _plain(super().parse_args(given, *more, **kwargs))
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Return the config as a file."""
+        text: str = super().dump(_plain(namespace.clone()), *args, **kwargs)
+        getattr(self, "parent_parser", self)._printed = self, text
+        return text
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:  # type: ignore[override]
+        """Say on the way what a config lacks that `--print_config` printed."""
+        if status == 0 and self._printed is not None:
+            parser, text = self._printed
+            parser.exit_on_error = False
+            try:
+                parser.parse_string(text)
+            except Exception as error:  # of all kinds, as values of all kinds may be missing
+                found = re.search(r'the following arguments are required: [^\n]*|Key "[^\n]*', str(error))
+                lacks = found.group() if found else str(error)
+                message = f"{message or ''}lit-logits: This file cannot be run before it is filled in: {lacks}\n"
+        super().exit(status, message)
+        raise AssertionError  # which is never reached
 
     def print_usage(self, file: Any = None) -> None:
         """Leave it out: it is hundreds of lines above the one that helps."""
