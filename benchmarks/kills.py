@@ -3,9 +3,10 @@
     python -m benchmarks.kills [--kills 200] [--seed 0] [--methods CausalLM ...] [--folder kills]
 
 Every method trains for seconds by its command line, at accumulation 1 and 3, with validation inside epochs or at their
-ends, with the callbacks of its recipe and dropout. The run is killed (SIGKILL) at a random moment, gone on with by
-`--ckpt_path last`, killed again, and after five kills left to end. Then its weights, the state of its optimizer, the
-folder of the saved model and the scalars of all its event files are compared with those of the whole run, bit for bit.
+ends, with the callbacks of its recipe and dropout; `DualHeadKD` with a moving average of its weights. The run is killed
+(SIGKILL) at a random moment, gone on with by `--ckpt_path last`, killed again, and after five kills left to end. Then
+its weights, the state of its optimizer, the folder of the saved model and the scalars of all its event files are
+compared with those of the whole run, bit for bit.
 
 A process is forked from one that has imported the library, so that a kill costs no imports; what it runs from there on
 is `lit-logits fit`. Moments are drawn between the first event file and the end. A kill may come before the next
@@ -121,6 +122,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
     reinit = {"class_path": "CodebookReinit", "init_args": {"every_n_steps": 4, "min_usage": 0.3, "stop_step": 30}}
     monitor = {"class_path": "CodebookMonitor", "init_args": {"every_n_steps": 5}}
     collapse = {"class_path": "NeuralCollapseMonitor", "init_args": {"measure_gradients_every_n_steps": 4}}
+    average = {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9, "use_buffers": False}}
     head = {"class_path": "VQLogitsHead", "init_args": {"codebook_size": 24}}
     trained: dict[str, Any] = {"optimizer": ADAMW, "lr_scheduler": SCHEDULE}
     teacher = {"teacher": "resnet8", "teacher_checkpoint": str(folder / "teacher.pt")}
@@ -129,7 +131,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
         "CausalLM": recipe("CausalLM", text, [save], model=LLAMA, **trained),
         "VQLogitsLM": recipe("VQLogitsLM", text, [save, reinit, monitor], backbone=LLAMA, head=head, **trained),
         "GLDFusionModule": recipe("GLDFusionModule", pairs, [save], pivot=LLAMA, sources={"one": source}, **trained),
-        "DualHeadKD": recipe("DualHeadKD", images, [collapse], **student, lr_interval="step", **trained),
+        "DualHeadKD": recipe("DualHeadKD", images, [save, collapse, average], **student, lr_interval="step", **trained),
     }
 
 
@@ -258,7 +260,8 @@ def compare(chain: Path, whole: Path) -> tuple[int, int, list[str]]:
     doubled = len(found - expected.keys()) + sum(n > 1 for counts in runs for n in counts.values())
     ours, theirs = checkpoint(chain), checkpoint(whole)
     parts = {"weights": "state_dict", "optimizer": "optimizer_states", "schedule": "lr_schedulers"}
-    differ = [name for name, key in parts.items() if not equal(ours[key], theirs[key])]
+    parts["averages"] = "averaging_state"  # whose weights are those of the state_dict, if there are any
+    differ = [name for name, key in parts.items() if not equal(ours.get(key), theirs.get(key))]
     saved = [sorted(folder.glob("saved/*.safetensors")) for folder in (chain, whole)]
     if not equal(*([load_file(path) for path in paths] for paths in saved)):
         differ.append("saved model")

@@ -15,7 +15,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import data_module
+from lit_logits.callbacks.parts import data_module, swap_averages
 from lit_logits.functional.distributed import is_distributed
 
 __all__ = ["ExactResume"]
@@ -63,14 +63,19 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._window: _WindowStart | None = None
         self._validation: dict[str, Any] | None = None  # the generators' states before the one that runs
+        self._validates = False
         self._random: dict[str, Any] | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the generators, after all that draws while a run starts and before the first batch is read."""
+        """Restore generators and buffers, after all that draws or loads while a run starts, before the first batch."""
         self._window = self._validation = None
         if self._random is not None:
             _set_random_states(self._random, trainer.strategy.root_device)
-        self._random = None
+        buffers = dict(pl_module.named_buffers())
+        for name, value in self._buffers.items():
+            buffers[name].copy_(value)
+        self._random, self._buffers = None, {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the state before the first micro-batch of a window."""
@@ -97,9 +102,23 @@ class ExactResume(Callback):
         if not trainer.sanity_checking:
             self._validation = _random_states(trainer.strategy.root_device)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that averaged weights are in the model, where there are any."""
+        self._validates = True
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that they are not any more."""
+        self._validates = False
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget them."""
+        """Forget the generators' states."""
         self._validation = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the model its own weights back, before any is saved, if a validation of averages was stopped."""
+        if self._validates:
+            self._validates = False
+            swap_averages(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the generators' states, and put a checkpoint inside a window back to the window's start."""
@@ -133,9 +152,7 @@ class ExactResume(Callback):
             return
         if len(saved["random"]) == trainer.world_size:
             self._random = saved["random"][trainer.global_rank]
-        buffers = dict(pl_module.named_buffers())
-        for name, value in saved["buffers"].items():
-            buffers[name].copy_(value)
+        self._buffers = saved["buffers"]
 
 
 # ---------------------------------------------------------------------- counters of Lightning's loops

@@ -1,6 +1,7 @@
 """Look-ups and checks that several callbacks share: parts of the model, what the data module offers, arguments."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lightning import LightningModule, Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_logits.contracts import HasClassNames, HasTokenizer, offers
 
 __all__ = [
+    "averaged_weights",
     "averaging_callback",
     "check_at_least",
     "check_min_usage",
@@ -20,6 +22,7 @@ __all__ = [
     "find_part",
     "find_parts",
     "on_rank_zero",
+    "swap_averages",
     "tell_finished",
     "tensorboard_writers",
 ]
@@ -88,6 +91,23 @@ def averaging_callback(trainer: Trainer) -> str | None:
     kinds = (WeightAveraging, StochasticWeightAveraging)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)), None)
+
+
+def swap_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Exchange the weights of the model and their averages, if a `WeightAveraging` keeps some, as validations do."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback.on_validation_epoch_start(trainer, pl_module)
+
+
+@contextmanager
+def averaged_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Have the averages in the model that validations measure, if a `WeightAveraging` keeps some."""
+    swap_averages(trainer, pl_module)
+    try:
+        yield
+    finally:
+        swap_averages(trainer, pl_module)
 
 
 def tensorboard_writers(trainer: Trainer) -> list[Any]:

@@ -14,7 +14,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, tensorboard_writers
+from lit_logits.callbacks.parts import (
+    averaged_weights,
+    check_at_least,
+    data_tokenizer,
+    find_part,
+    tensorboard_writers,
+)
 from lit_logits.contracts import ContinuesPrompts
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.modules.language_models.end_tokens import end_candidates
@@ -88,7 +94,8 @@ class SampleTextLogger(Callback):
         if not self._samples:
             return
         tokenizer = data_tokenizer(trainer)
-        with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+        averages, precision = averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context()
+        with averages, _evaluating(pl_module), precision:
             written = [self._continue(pl_module, tokenizer, sample.prompt) for sample in self._samples]
         for number, (sample, tokens) in enumerate(zip(self._samples, written, strict=True)):
             text = "".join(

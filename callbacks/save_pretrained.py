@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.callbacks.parts import data_class_names, data_tokenizer
+from lit_logits.callbacks.parts import averaged_weights, data_class_names, data_tokenizer
 from lit_logits.contracts import ExportsPretrained, WritesFolder
 from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.inspect import trained_model_name
@@ -37,7 +37,8 @@ class SavePretrained(Callback):
     token. A warning tells if no label ends a text. A classifier's config names the classes of the data module. LoRA
     adapters are merged into the saved weights, not into those in training. A card, README.md, says what the model was
     made of and what was measured. A folder is replaced as a whole or not at all; a README.md of your own stays, and the
-    card is MODEL_CARD.md then.
+    card is MODEL_CARD.md then. Where Lightning's `WeightAveraging` keeps averages, validations measure them, and they
+    are what is saved.
 
     A resumed run knows the best metric of the run before and its folder, and replaces that only by a better model.
 
@@ -151,9 +152,10 @@ class SavePretrained(Callback):
         """Write the folder; rank zero writes, after all have gathered the weights."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        weights = self._gathered_weights(trainer)
-        if trainer.is_global_zero:
-            replace_folder(self._path, lambda folder: self._write(trainer, folder, weights))
+        with averaged_weights(trainer, trainer.lightning_module):
+            weights = self._gathered_weights(trainer)
+            if trainer.is_global_zero:
+                replace_folder(self._path, lambda folder: self._write(trainer, folder, weights))
         self.saved_in = str(self._path)
 
     def _write(self, trainer: Trainer, folder: Path, weights: dict[str, Tensor] | None) -> None:

@@ -11,7 +11,6 @@ Documents that are empty or white space are dropped.
 """
 
 import glob
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from datasets import IterableDataset, load_dataset, load_dataset_builder
 
 from lit_logits.datamodules.caching import digest, digest_file
+from lit_logits.datamodules.json_lines import iter_json_lines
 from lit_logits.datamodules.python_docs import fingerprint_python_docs, read_python_docs
 
 __all__ = [
@@ -203,7 +203,7 @@ def _read_files(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
     for file in files:
         texts: Iterable[str]
         if file.endswith(".jsonl"):
-            texts = iter_jsonl(file, text_column)
+            texts = _read_json_lines(file, text_column)
         elif file.endswith(".parquet"):
             texts = iter_column(load_dataset("parquet", data_files=file, split="train", streaming=True), text_column)
         else:
@@ -219,18 +219,14 @@ def _read_text(file: str) -> str:
         raise ValueError(f"Expected {file} to be UTF-8 text, but got: {error}") from error
 
 
-def iter_jsonl(file: str, text_column: str) -> Iterator[str]:
-    """Yield one string a line; blank lines are skipped.
+def _read_json_lines(file: str, text_column: str) -> Iterator[str]:
+    """Yield one string a line.
 
     Raises:
         ValueError: If a line is not a JSON object with a string under `text_column`; it names the file and the line.
     """
-    with open(file, "rb") as lines:  # `json` decodes, so that a line that is no text is told like any other
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-                yield from iter_column([row if isinstance(row, dict) else {}], text_column)
-            except ValueError as error:
-                raise ValueError(f"Expected a JSON object in line {number} of {file}, but got: {error}") from error
+    for row, where in iter_json_lines(file):
+        try:
+            yield from iter_column([row], text_column)
+        except ValueError as error:
+            raise ValueError(f"{error} It is in {where}.") from error

@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,9 +14,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lit_logits.datamodules.caching import build_once
 
-__all__ = ["load_or_train_tokenizer", "load_tokenizer", "token_bytes", "tokenizer_id", "train_bpe"]
+__all__ = ["load_or_train_tokenizer", "load_tokenizer", "text_batches", "token_bytes", "tokenizer_id", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
+TEXTS_A_BATCH = 256
+CHARACTERS_A_BATCH = 2**20
+"""A batch ends with the text that reaches it: tokenising takes up to three hundred times the characters."""
+
+_Text = TypeVar("_Text")
 
 
 def load_tokenizer(name: str | Path, argument: str = "`tokenizer`") -> PreTrainedTokenizerFast:
@@ -88,6 +94,29 @@ def train_bpe(documents: Iterable[str], vocab_size: int, directory: Path) -> Non
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
     fast.save_pretrained(directory)
+
+
+def text_batches(texts: Iterable[_Text], num_characters: Callable[[_Text], int]) -> Iterator[list[_Text]]:
+    """Yield texts, or what holds some, in batches that can be tokenised at once.
+
+    Args:
+        texts: in their order; no more is read than the batches that are taken.
+        num_characters: returns the size of one.
+
+    Example:
+        >>> [len(batch) for batch in text_batches(["a" * 900_000] * 3 + ["b"] * 300, len)]
+        [2, 256, 45]
+    """
+    batch: list[_Text] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += num_characters(text)
+        if len(batch) == TEXTS_A_BATCH or size >= CHARACTERS_A_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def token_bytes(token: str) -> bytes | None:

@@ -167,7 +167,8 @@ class CausalLM(PushesToHub, LightningModule):
     def _log_means(self, stage: str) -> None:
         means = self.means.compute(stage)
         values = loss_and_perplexity(stage, means.pop("nll"))
-        self.log_dict({**values, **{f"{stage}/{name}": value for name, value in means.items()}}, prog_bar=True)
+        values |= {f"{stage}/{name}": value for name, value in means.items()}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
 
     # ------------------------------------------------------------------ export
 

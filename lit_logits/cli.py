@@ -11,19 +11,17 @@ import logging
 import os
 import pickle
 import pkgutil
-import re
 import signal
 import sys
 import traceback
 import warnings
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, Namespace, class_from_function
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace, class_from_function
 from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -42,6 +40,7 @@ from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
 from lit_logits.callbacks.resume_check import ResumeCheck
+from lit_logits.recipe_parser import RecipeFile, RecipeParser
 from lit_logits.run_folders import best_checkpoint, claim_version, last_checkpoint, runs_folder
 
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
@@ -96,80 +95,6 @@ def _attributes(data: Namespace | None) -> list[str]:
     return [] if data is None else dir(pkgutil.resolve_name(data.class_path))
 
 
-class _RecipeFile(ActionConfigFile):
-    """`--config`, which also finds the shipped recipes by their file names."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        if str(values).endswith(".yaml") and not Path(values).is_file():
-            shipped = {path.name: str(path) for path in Path(str(files("lit_logits.configs"))).glob("*.yaml")}
-            if values not in shipped:
-                parser.error(f"Expected a file or one of the shipped recipes {sorted(shipped)}, but got {values!r}.")
-            values = shipped[values]
-        super().__call__(parser, cfg, values, option_string)
-
-
-_RESIDUAL = ("num_groups", "num_stages", "byte_budget", "metric", "token_weights")
-_HEAD_ARGUMENTS = (
-    *(*_RESIDUAL, "codebook_size", "bias", "init", "count_power", "mapping", "codebook_update"),
-    *("commitment_weight", "decay", "reassign_every_n_steps"),
-)
-
-
-_SOURCE_ARGUMENTS = {
-    "TextDataModule": ("subset", "text_column"),
-    "ImageDataModule": ("subset", "image_column", "label_column"),
-    "InstructionDataModule": ("subset", "prompt_column", "response_column", "choices_column", "answer_column"),
-}
-
-
-class _Parser(LightningArgumentParser):
-    """A parser whose errors explain arguments that have moved or changed their names since version 0.1."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Leave it out: it is hundreds of lines above the one that helps."""
-
-    def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
-        """Add what has become of an argument to what is wrong with it."""
-        old = next((name for name in _HEAD_ARGUMENTS if f"'{name}'" in message and "VQLogitsLM" in message), None)
-        if old is not None:
-            head = "ResidualVQLogitsHead" if old in _RESIDUAL else "VQLogitsHead"
-            message += (
-                f"\nSince version 0.2 `{old}` is an argument of the head. Write it in a recipe as `head: {{class_path:"
-                f" {head}, init_args: {{{old}: ...}}}}`, on the command line as `--model.head {head}"
-                f" --model.head.{old} ...`."
-            )
-        if 'key "head"' in message and re.search(r"string: (dense|vq)\b", message):
-            message += (
-                "\nSince version 0.2 `head` is a class: `DenseLogitsHead`, `VQLogitsHead`, `HierarchicalVQLogitsHead`,"
-                " `ResidualVQLogitsHead`."
-            )
-        if "'kd_weight'" in message and "DualHeadKD" in message:
-            message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."
-        if "'chunk_size'" in message and ("GLDFusionModule" in message or "DynamicFusionDecoder" in message):
-            message += "\nSince version 0.2 chunks go by the memory that their logits take: leave `chunk_size` out."
-        return super().error(message + _new_form_of_data(message), *args, **kwargs)
-
-
-def _new_form_of_data(message: str) -> str:
-    """Return what an error adds that refuses an argument which a data module had in version 0.1."""
-    data = next((data for data in _SOURCE_ARGUMENTS if f"{data}':" in message), "")
-    refused = re.findall(r"Option '(\w+)' is not accepted", message)
-    old = refused[0] if data and refused else ""
-    if old in _SOURCE_ARGUMENTS.get(data, ()):
-        return (
-            f"\nSince version 0.2 `{old}` is an argument of the source. Write it in a recipe as `source: {{path: ...,"
-            f" {old}: ...}}`, on the command line as `--data.source.path ... --data.source.{old} ...`."
-        )
-    if old == "chat_template":
-        return "\nSince version 0.2 it is a `template`: write `template: chat`."
-    if old == "chat_sources":
-        return (
-            "\nSince version 0.2 every one of `source_tokenizers` has a template of its own: write"
-            " `source_tokenizers: {NAME: {tokenizer: ..., template: chat}}`."
-        )
-    return ""
-
-
 class LitLogitsCLI(LightningCLI):
     """LightningCLI with the library's classes by their short names, and runs that leave a record.
 
@@ -197,8 +122,8 @@ class LitLogitsCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose `--config` finds shipped recipes."""
-        parser = _Parser(dump_header=[f"lightning=={L.__version__}"], version=lit_logits.__version__, **kwargs)
-        parser.add_argument("-c", "--config", action=_RecipeFile, help="Path of a recipe, or name of a shipped one.")
+        parser = RecipeParser(dump_header=[f"lightning=={L.__version__}"], version=lit_logits.__version__, **kwargs)
+        parser.add_argument("-c", "--config", action=RecipeFile, help="Path of a recipe, or name of a shipped one.")
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -285,7 +210,7 @@ def _has_arguments(logger: Any) -> bool:
 def _import(args: list[str]) -> None:
     """Make a cache of served log-probabilities, for the data of a recipe; the rest of the recipe is not used."""
     parser = ArgumentParser(prog="lit-logits import", description=str(modules.import_log_probs.__doc__).split("\n")[0])
-    parser.add_argument("-c", "--config", action=_RecipeFile, help="Path of a recipe, or name of a shipped one.")
+    parser.add_argument("-c", "--config", action=RecipeFile, help="Path of a recipe, or name of a shipped one.")
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
     parser.add_function_arguments(modules.import_log_probs, skip={"data"})
     for name in ("seed_everything", "trainer", "model"):

@@ -347,7 +347,8 @@ class DualHeadKD(ExportsStudent, LightningModule):
         values = loss_and_perplexity(stage, means.pop("nll"))
         if not self.net.is_causal_lm:
             del values[f"{stage}/ppl"]
-        self.log_dict(values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
+        values |= {f"{stage}/{name}": value for name, value in means.items()}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes."""

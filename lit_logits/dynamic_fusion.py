@@ -239,13 +239,13 @@ class DynamicFusionDecoder(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log means over all tokens and examples of all ranks."""
         means = self.means.compute("test")
-        self.log_dict(loss_and_perplexity("test", means.pop("nll")))
+        self.log_dict(loss_and_perplexity("test", means.pop("nll")), sync_dist=True)
         if self.fused.num_experts:
-            self.log_dict({f"fusion/{name}": value for name, value in means.items()})
+            self.log_dict({f"fusion/{name}": value for name, value in means.items()}, sync_dist=True)
         judged = {"exact_match": self.matches, "acc": self.choice_acc, "acc_norm": self.choice_acc_norm}
         for name, metric in judged.items():
             if metric.update_called:  # on all ranks or on none, so `compute` does not wait: each rank gets a batch
-                self.log(f"test/{name}", metric.compute())
+                self.log(f"test/{name}", metric.compute(), sync_dist=True)
             metric.reset()
 
     # ------------------------------------------------------------------ predict

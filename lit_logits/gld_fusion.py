@@ -334,14 +334,14 @@ class GLDFusionModule(PushesToHub, LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks, and the terms."""
         self._log_means("val")
-        self.log_dict(self.term_means.compute())
+        self.log_dict(self.term_means.compute(), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
         self._log_means("test")
 
     def _log_means(self, stage: str) -> None:
-        self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
+        self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True, sync_dist=True)
 
     # ------------------------------------------------------------------ prediction for a cache, and export
 

@@ -335,7 +335,7 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
         if "kl" in means:
             ratio = (means["nll"] - means["original_nll"]).exp()
             values |= {f"{stage}/kl": means["kl"], f"{stage}/ppl_ratio": ratio}
-        self.log_dict(values, prog_bar=True)
+        self.log_dict(values, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of each next token in nats (0 where ignored) and the most likely one, both (B, T − 1).

@@ -72,7 +72,7 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1:
         return "package"
-    name = "cli" if parts[1] in ("__main__", "harness", "run_folders") else parts[1]
+    name = "cli" if parts[1] in ("__main__", "harness", "recipe_parser", "run_folders") else parts[1]
     return name if name in RULES else "method"
 
 

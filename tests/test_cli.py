@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel  # noqa: F401  (short names)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -35,7 +35,7 @@ from lit_logits.callbacks import (
     PredictionWriter,
 )
 from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
-from lit_logits.datamodules import TextDataModule
+from lit_logits.datamodules import PairSource, TextDataModule
 from lit_logits.run_folders import claim_version
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -610,6 +610,65 @@ def test_print_config_round_trips_in_a_new_process(capsys):
     Path("again.yaml").write_text(first)
     command = [*python("test_cli.LitLogitsCLI(sys.argv[1:])"), "fit", "--config=again.yaml", "--print_config"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == first
+
+
+@pytest.mark.parametrize("classes", [[], ["--model=VQLogitsLM"], ["--data=TextDataModule", "--model=CausalLM"]])
+def test_a_printed_config_that_lacks_something_says_so(classes, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        LitLogitsCLI(["fit", *classes, "--print_config"])
+    printed = capsys.readouterr()
+    assert not stopped.value.code
+    assert "seed_everything: 42" in printed.out
+    lacks = "model" if len(classes) != 1 else "backbone"
+    assert f"cannot be run before it is filled in: the following arguments are required: {lacks}" in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_a_printed_config_that_is_whole_says_nothing(capsys):
+    with pytest.raises(SystemExit):
+        cli("fit", "--print_config")
+    assert capsys.readouterr().err == ""
+
+
+class Texts(CountingData):
+    """Data with texts, some of them of a part."""
+
+    def __init__(self, size: int = 5, template: str | None = None, source: str | PairSource = "x") -> None:
+        super().__init__(size)
+        self.template, self.source = template, source
+
+
+TEMPLATES = ["Q: {prompt}", "Q: {prompt}\nA: {response}", "{prompt}: {response}", "[INST] as: {prompt}", "note:", "a:b"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_text_with_a_colon_is_no_yaml(template, capsys):
+    """It was read as a mapping; it is a plain string, also in what is saved."""
+    part = ["--data.source=PairSource", "--data.source.path=x", "--data.source.prompt_column", template]
+    arguments = ["fit", "--model=CountingLM", "--data=Texts", "--data.size=4", f"--data.template={template}", *part]
+    data = ParseOnly(arguments).config.fit.data.init_args
+    assert (data.template, data.source.prompt_column, data.size) == (template, template, 4)
+    assert type(data.template) is type(data.source.prompt_column) is str
+    with pytest.raises(SystemExit):
+        LitLogitsCLI([*arguments, "--print_config"])
+    saved = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert saved["template"] == saved["source"]["prompt_column"] == template
+
+
+def test_a_mapping_in_braces_is_one():
+    source = "{path: 'x', prompt_column: 'a: b'}"
+    data = ParseOnly(["fit", "--model=CountingLM", "--data=Texts", f"--data.source={source}"]).config.fit.data
+    assert (data.init_args.source.path, data.init_args.source.prompt_column) == ("x", "a: b")
+
+
+def test_a_default_that_is_an_enumeration_is_saved():
+    """That of `Timer` could not be."""
+    fit("--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:10:00")
+    saved = "runs/CountingLM/version_0/config.yaml"
+    assert yaml.safe_load(Path(saved).read_text())["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    again = LitLogitsCLI(["fit", f"--config={saved}"]).trainer
+    [timer] = [callback for callback in again.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    assert timer.time_remaining() > 0
 
 
 def test_shipped_recipe_is_found_by_name_and_a_file_here_comes_first(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from scripts import run_script
@@ -152,6 +152,20 @@ def test_from_every_checkpoint_a_run_ends_as_if_it_had_not_stopped(tmp_path, tra
         fit(ckpt_path=path, **trainer).check(whole, num_lines)
 
 
+def ema():
+    return EMAWeightAveraging(decay=0.8, use_buffers=False)
+
+
+def test_averages_of_weights_go_on(tmp_path):
+    """They are loaded after what was noted of the window, with the buffers of the moment of saving."""
+    settings = {"accumulate_grad_batches": 3, "val_check_interval": 4}
+    saver = Save(tmp_path)
+    whole = fit(saver, ema(), **settings)
+    assert not torch.equal(whole.weights["layers.0.weight"], fit(**settings).weights["layers.0.weight"])
+    for path, num_lines in saver.saved[:-1:6]:  # from the last one there is nothing to train
+        fit(ema(), ckpt_path=path, **settings).check(whole, num_lines)
+
+
 class Terminate(Callback):
     """Sends SIGTERM after a batch."""
 
@@ -163,19 +177,25 @@ class Terminate(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.parametrize("averages", [[], [ema]], ids=["", "averages"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_run_goes_on_after_sigterm(tmp_path, accumulate):
-    """Batches 3, 5 and 13 end with a validation, which it stops; 2 and 5 end a window, and 13 an epoch."""
+def test_a_run_goes_on_after_sigterm(tmp_path, accumulate, averages):
+    """Batches 3, 5 and 13 end with a validation, which it stops; 2 and 5 end a window, and 13 an epoch.
+
+    A validation measures averages, which are then in the place of the weights.
+    """
     settings = {"accumulate_grad_batches": accumulate, "val_check_interval": 2, "enable_checkpointing": True}
-    whole = fit(LastCheckpoint(), default_root_dir=tmp_path, **settings)
+    whole = fit(LastCheckpoint(), *(make() for make in averages), default_root_dir=tmp_path, **settings)
     for at in (2, 3, 5, 13):
         root = tmp_path / str(at)
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SIGTERMException):
-            fit(LastCheckpoint(), Terminate(at), default_root_dir=root, **settings)
+            fit(LastCheckpoint(), Terminate(at), *(make() for make in averages), default_root_dir=root, **settings)
         signal.signal(signal.SIGTERM, handler)
         path = root / "checkpoints" / "last.ckpt"
-        resumed = fit(LastCheckpoint(), ckpt_path=path, default_root_dir=root, **settings)
+        resumed = fit(
+            LastCheckpoint(), *(make() for make in averages), ckpt_path=path, default_root_dir=root, **settings
+        )
         resumed.check(whole, len(whole.lines))
 
 

@@ -1,6 +1,7 @@
 """Evaluation on several processes: each row counts once, whatever the data module, and no rank waits for another."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ from lightning import Trainer
 from scripts import run_script
 from torch import nn
 
-from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule
+from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
 from lit_logits.callbacks import PredictionWriter
 from lit_logits.datamodules import ImageDataModule, InstructionDataModule, PairSource, TextDataModule
+from lit_logits.modules import VQLogitsHead
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -49,6 +51,7 @@ def make_data(kind, folder):
 
 
 KINDS = ["text", "images", "choices", "pairs"]
+METHODS = {**{kind: kind for kind in KINDS}, "vq": "text"}  # each with its data
 
 
 def loaders(kind, folder, split, world_size):
@@ -113,6 +116,8 @@ def make_model(kind, data):
     torch.manual_seed(0)
     if kind == "text":
         return CausalLM(LLAMA, vocab_size=data.vocab_size)
+    if kind == "vq":
+        return VQLogitsLM(LLAMA, vocab_size=data.vocab_size, head=partial(VQLogitsHead, codebook_size=8))
     if kind == "images":
         nets = [nn.Sequential(nn.Flatten(), nn.Linear(192, 10)) for _ in range(2)]
         return DualHeadKD(*nets, num_classes=10)
@@ -126,8 +131,8 @@ def make_model(kind, data):
 def evaluate(folder, **options):
     """Return what all methods log of their data, in validation and in test, and in a fit."""
     found = {}
-    for kind in KINDS:
-        data = make_data(kind, folder)
+    for kind, source in METHODS.items():
+        data = make_data(source, folder)
         model = make_model(kind, data)
         for stage in ("validate", "test") if kind != "choices" else ("test",):
             trainer = Trainer(accelerator="cpu", **QUIET, **options)

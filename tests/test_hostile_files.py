@@ -14,22 +14,27 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from jinja2.exceptions import SecurityError
 from lightning import LightningModule
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_logits
-from lit_logits import VQLogitsLM
+from lit_logits import DualHeadKD, VQLogitsLM
 from lit_logits.cli import main
-from lit_logits.datamodules import ImageDataModule, InstructionDataModule, TextDataModule
+from lit_logits.datamodules import ImageDataModule, InstructionDataModule, TextDataModule, json_lines
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import LogitCache, VQLogitsHead, load_causal_lm, load_weights
 from lit_logits.run_folders import best_checkpoint, last_checkpoint
+from lit_logits.storage import served
+from lit_logits.storage.served import read_answers
 
 MODULES = [getattr(lit_logits, name) for name in lit_logits.__all__]
 
@@ -80,6 +85,14 @@ def test_a_recipe_runs_nothing(module, name, program, capsys):
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises((SystemExit, Exception)):
         main(["validate", "--config", "recipe.yaml", "--trainer.logger", "false"])
+
+
+@pytest.mark.parametrize("place", ["model", "data", "trainer", "seed_everything"])
+def test_a_tag_of_yaml_runs_nothing(place, capsys):
+    Path("recipe.yaml").write_text(f"{place}: !!python/object/apply:os.system ['touch ran']\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "recipe.yaml"])
+    assert "python/object/apply" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -267,7 +280,34 @@ def test_a_chat_template_runs_nothing(tmp_path, code):
         data.prepare_data()
 
 
+@pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.bin"])
+def test_a_teacher_runs_nothing_whatever_its_file_is_called(name):
+    Path(name).write_bytes(pickle.dumps(Hostile()))
+    nets = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"Expected .*{name}"):
+        DualHeadKD(*nets, num_classes=2, teacher_checkpoint=name)
+
+
+def test_the_folder_of_a_student_runs_nothing():
+    DualHeadKD("resnet8", num_classes=10, method="ce").write_folder(Path("student"))
+    files = {name: Path("student", name).read_bytes() for name in ("student.pt", "config.json")}
+    sentences = {"student.pt": "loading it would run code of its author", "config.json": "to tell `model` and"}
+    for name, content in files.items():
+        torch.save({"x": Hostile()}, Path("student", name))
+        with pytest.raises(ValueError, match=f"Expected .*{sentences[name]}"):
+            DualHeadKD("student", num_classes=10, method="ce")
+        Path("student", name).write_bytes(content)
+    assert DualHeadKD("student", num_classes=10, method="ce").net.num_classes == 10
+
+
 # --- rows ---
+
+
+def arrow_type_of_a_pickle(texts: list[str]) -> pa.Table:
+    """A column whose type is named by a pickle, which pyarrow once loaded (CVE-2023-47248)."""
+    named = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Hostile())}
+    fields = [pa.field(name, pa.string(), metadata=named) for name in ("text", "prompt", "response")]
+    return pa.table([pa.array(texts)] * 3, schema=pa.schema(fields))
 
 
 def test_rows_run_nothing(tmp_path):
@@ -280,7 +320,109 @@ def test_rows_run_nothing(tmp_path):
             TextDataModule(str(tmp_path / file), bpe_vocab_size=300, cache_dir=str(tmp_path)).prepare_data()
 
 
+def test_pairs_run_nothing(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(pickle.dumps(Hostile()))
+    pq.write_table(pa.table({"prompt": [pickle.dumps(Hostile())], "response": ["a"]}), tmp_path / "rows.parquet")
+    for file, expected in (("rows.jsonl", "a JSON object in line 1 of"), ("rows.parquet", "strings, but got bytes")):
+        with pytest.raises(ValueError, match=expected):
+            InstructionDataModule(str(tmp_path / file), bpe_vocab_size=300, cache_dir=str(tmp_path)).prepare_data()
+
+
+@pytest.mark.parametrize("data", [TextDataModule, InstructionDataModule])
+def test_a_type_that_is_named_by_a_pickle_is_none(tmp_path, data):
+    pq.write_table(arrow_type_of_a_pickle([f"a text of {n} and {n + 1}" for n in range(90)]), "rows.parquet")
+    sizes = {"block_size": 8} if data is TextDataModule else {}
+    made = data("rows.parquet", bpe_vocab_size=300, cache_dir=str(tmp_path), **sizes)
+    with contextlib.suppress(ValueError, DatasetGenerationError):
+        made.prepare_data()
+        made.setup()
+        next(iter(made.val_dataloader()))
+
+
+def test_served_answers_run_nothing():
+    Path("rows.jsonl").write_bytes(pickle.dumps(Hostile()))
+    pq.write_table(arrow_type_of_a_pickle(["a"]), "rows.parquet")
+    pq.write_table(pa.table({"sample_id": [1], "choices": [pickle.dumps(Hostile())]}), "pickles.parquet")
+    for file in ("rows.jsonl", "rows.parquet", "pickles.parquet"):
+        with pytest.raises(ValueError, match=rf"Expected .*(line 1|row 0) of {file}"):
+            list(read_answers([file]))
+
+
+@pytest.mark.parametrize("read", ["text", "pairs", "answers"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"text": "' + b"a" * 5000 + b'"}'], ids=["deep", "long"])
+def test_a_line_that_would_fill_the_memory_is_refused(read, content, monkeypatch):
+    """The sentence names the file and the line; of a line of 120 MB no more is read than the limit."""
+    for module in (json_lines, served):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 4096 if content.endswith(b"}") else 2**20)
+    Path("rows.jsonl").write_bytes(b"\n" + content)
+    readers = {
+        "text": lambda: TextDataModule("rows.jsonl", bpe_vocab_size=300, cache_dir=".").prepare_data(),
+        "pairs": lambda: InstructionDataModule("rows.jsonl", bpe_vocab_size=300, cache_dir=".").prepare_data(),
+        "answers": lambda: list(read_answers(["rows.jsonl"])),
+    }
+    with pytest.raises(ValueError, match=r"Expected a JSON object (of at most 4,096 bytes )?in line 2 of rows\.jsonl"):
+        readers[read]()
+
+
+def test_a_folder_of_images_runs_nothing(tmp_path):
+    """Neither a pickle that is called an image, nor the script that data sets once had."""
+    for kind in ("a", "b"):
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "images" / kind / f"{number}.png").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "images" / "images.py").write_text("import os\nos.system('touch ran')\n")
+    data = ImageDataModule("images", cache_dir=tmp_path, val_fraction=0.5)
+    data.prepare_data()
+    data.setup()
+    with pytest.raises(ValueError, match=r"Expected .*\.png to be an image, but it cannot be read"):
+        next(iter(data.val_dataloader()))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_saved_data_set_runs_nothing(tmp_path, name):
+    Dataset.from_dict({"image": ["a"], "label": [0]}).save_to_disk("images")
+    Path("images", name).write_bytes(pickle.dumps(Hostile()))
+    for file in Path("images").glob("*.arrow"):
+        file.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises((ValueError, OSError)):
+        ImageDataModule("images", cache_dir=tmp_path).prepare_data()
+
+
 # --- caches ---
+
+
+@pytest.mark.parametrize("kind", ["blocks", "pairs"])
+@pytest.mark.parametrize("suffix", [".arrow", ".json"])
+def test_a_cache_of_prepared_rows_runs_nothing(tmp_path, kind, suffix):
+    rows = [{"text": f"What is {n}?", "prompt": f"What is {n}?", "response": f"a number {n}"} for n in range(90)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make():
+        if kind == "blocks":
+            return TextDataModule("rows.jsonl", bpe_vocab_size=300, block_size=8, cache_dir="cache")
+        return InstructionDataModule("rows.jsonl", bpe_vocab_size=300, cache_dir="cache")
+
+    make().prepare_data()
+    written = [file for file in Path("cache").rglob(f"*{suffix}") if file.is_file()]
+    assert written
+    for file in written:
+        file.write_bytes(pickle.dumps(Hostile()))
+
+    def read():
+        data = make()
+        data.prepare_data()
+        data.setup()
+
+    with pytest.raises((ValueError, OSError)):
+        read()
+
+
+@pytest.mark.parametrize("name", ["cache.json", "tokens.json"])
+def test_descriptions_of_a_cache_may_be_as_deep_as_they_like(tmp_path, name):
+    folder = write_cache(tmp_path / "cache")
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"Expected .*(cache\.json|tokens\.json)"):
+        assert LogitCache(folder).tokens
 
 
 def write_cache(folder: Path, **changes) -> Path:

@@ -1,8 +1,11 @@
 """Texts of a language model after each validation, as TensorBoard reads them back."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -112,6 +115,20 @@ def test_training_is_the_same_to_the_bit(tmp_path):
         weights.append(fit(tmp_path / str(number), model, Data(make_tokenizer()), *callbacks))
         assert all(part.training for part in model.model.modules())
     assert torch.equal(*weights)
+
+
+def test_averages_write_where_validations_measure_them(tmp_path):
+    """Averages that stay as they were after the first step write the same after the second."""
+
+    def texts(folder, *callbacks):
+        torch.manual_seed(0)
+        model = CausalLM(LLAMA, optimizer=partial(torch.optim.SGD, lr=30.0))
+        fit(folder, model, Data(make_tokenizer()), SampleTextLogger(max_new_tokens=4), *callbacks)
+        first, second = read(folder / "run")["samples/0/text_summary"]
+        return first[1], second[1]
+
+    alone, averaged = texts(tmp_path / "alone"), texts(tmp_path / "averaged", EMAWeightAveraging(decay=1.0))
+    assert alone[0] == averaged[0] == averaged[1] != alone[1]
 
 
 def test_prompts_are_cut_in_front_to_the_context(tmp_path):

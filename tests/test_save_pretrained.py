@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import Strategy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
@@ -111,6 +112,17 @@ def check(folder, expected):
 
 
 # ---------------------------------------------------------------------- when
+
+
+def test_averages_that_were_measured_are_what_is_saved(tmp_path):
+    """The weights in training were saved under the metric of their averages."""
+    folder = tmp_path / "model"
+    module, *_ = fit(folder, [3.0, 2.0, 2.5], callbacks=[EMAWeightAveraging(decay=0.5, use_buffers=False)])
+    check(folder, module.seen[1])
+    last = tmp_path / "last"
+    average = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    module, *_ = fit(last, [3.0], data=Data(with_validation=False), callbacks=[average])
+    check(last, logits(module.model))  # which the averages are at the end
 
 
 @pytest.mark.parametrize(

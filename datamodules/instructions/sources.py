@@ -7,7 +7,6 @@ The `path` of a source names one of these:
 * anything else, and a local folder: what `datasets.load_dataset` makes of it, with its own validation and test splits.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from lit_logits.datamodules.caching import digest, digest_file
 from lit_logits.datamodules.instructions.conversations import Messages, read_messages, texts_of
 from lit_logits.datamodules.instructions.python_questions import fingerprint_python_questions, read_python_questions
 from lit_logits.datamodules.instructions.splits import Example, split_examples
+from lit_logits.datamodules.json_lines import iter_json_lines
 from lit_logits.datamodules.sources import Source, dataset_builder, dataset_name, find_files, own_splits
 
 __all__ = ["PairSource", "PairSplits", "parse_row"]
@@ -254,23 +254,7 @@ def _read_files(files: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the rows of the files, each with its place."""
     for file in files:
         if file.endswith(".jsonl"):
-            yield from _read_jsonl(file)
+            yield from iter_json_lines(file)
         else:
             rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
             yield from ((row, f"row {number} of {file}") for number, row in enumerate(rows))
-
-
-def _read_jsonl(file: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield an object a line, counted from 1; blank lines are skipped."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {file}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"Expected a JSON object in {where}, but got: {error}. Correct the line.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"Expected a JSON object in {where}, but got {type(row).__name__}. Correct the line.")
-            yield row, where

@@ -9,7 +9,6 @@ tokenizers, all but the numbers is there once more for each of them.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from lit_logits.datamodules.instructions.encoding import Encoded
 from lit_logits.datamodules.instructions.splits import Example
 from lit_logits.datamodules.instructions.views import EncodedExample, InstructionEncoder, source_argument
 from lit_logits.datamodules.prepared import write_sizes
+from lit_logits.datamodules.tokenization import text_batches
 
 __all__ = [
     "InstructionSize",
@@ -34,8 +34,6 @@ __all__ = [
     "write_examples",
     "write_instructions",
 ]
-
-EXAMPLES_A_BATCH = 256
 
 Encode = Callable[[Sequence[Example]], list[EncodedExample]]
 
@@ -89,10 +87,9 @@ def write_examples(
     bar = tqdm(total=len(examples), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
     kept = tokens = truncated = 0
     first_problem = ""
-    numbered = iter(enumerate(examples))
     # Without the names that this version of datasets gives to its types, which an older one cannot read.
     with ArrowWriter(features=features, path=str(file), with_metadata=False) as writer, bar:
-        while batch := list(islice(numbered, EXAMPLES_A_BATCH)):
+        for batch in text_batches(enumerate(examples), lambda numbered: _num_characters(numbered[1])):
             columns: dict[str, list[Any]] = {name: [] for name in features}
             for (row, example), encoded in zip(batch, encode([example for _, example in batch]), strict=True):
                 if problem := _too_long(encoded, max_length):
@@ -143,6 +140,10 @@ def _features(sources: Sequence[str], *, has_teachers: bool, has_turns: bool) ->
     columns = {"row": Value("int32"), "sample_id": Value("int64"), **view, "correct": Value("int32")}
     columns |= {"teacher": Value("string")} if has_teachers else {}
     return Features({**columns, "sources": {name: dict(view) for name in sources}} if sources else columns)
+
+
+def _num_characters(example: Example) -> int:
+    return len(example.prompt) + sum(map(len, example.choices or (example.response,)))
 
 
 def _too_long(encoded: EncodedExample, max_length: int) -> str:

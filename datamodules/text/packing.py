@@ -3,8 +3,7 @@
 The tail of a split that is shorter than a block is dropped.
 """
 
-from collections.abc import Iterable, Iterator, Sized
-from itertools import islice
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_logits.datamodules.caching import hide_progress
 from lit_logits.datamodules.prepared import write_sizes
+from lit_logits.datamodules.tokenization import text_batches
 
 __all__ = ["SplitSize", "pack", "write_blocks", "write_splits"]
-
-DOCUMENTS_A_BATCH = 256
 
 
 class SplitSize(NamedTuple):
@@ -46,7 +44,7 @@ def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> list[l
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> list[list[int]]:
     """Return the blocks of `block_size` tokens of the joined documents, without the tail."""
-    tokens = [token for ids in tokenize(documents, tokenizer) for token in ids]
+    tokens = [token for batch in text_batches(documents, len) for ids in tokenize(batch, tokenizer) for token in ids]
     return [tokens[i : i + block_size] for i in range(0, len(tokens) - block_size + 1, block_size)]
 
 
@@ -74,7 +72,7 @@ def write_blocks(
     rest: list[int] = []
     # Without the names that this version of datasets gives to its types, which an older one cannot read.
     with ArrowWriter(features=features, path=str(file), with_metadata=False) as writer, bar:
-        for batch in _batches(documents):
+        for batch in text_batches(documents, len):
             for ids in tokenize(batch, tokenizer):
                 rest += ids
                 num_tokens += len(ids)
@@ -124,9 +122,3 @@ def write_splits(
             "Lower `block_size`, or raise the split's fraction or set it to 0."
         )
     write_sizes(directory, sizes)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, DOCUMENTS_A_BATCH)):
-        yield batch

@@ -75,7 +75,8 @@ class StageMeans(nn.Module):
     def compute(self, stage: str) -> dict[str, Tensor]:
         """Return the means, NaN where nothing was taken in, and reset them.
 
-        All ranks must call it, because it adds up their sums.
+        All ranks must call it, because it adds up their sums. Log the means with `sync_dist=True`: it changes nothing,
+        as they are equal on all ranks, but Lightning warns without it.
         """
         means = {name: metric.compute() for name, metric in self._of(stage).items()}
         for metric in self._of(stage).values():

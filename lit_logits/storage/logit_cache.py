@@ -132,7 +132,7 @@ class LogitCache:
         try:
             texts = json.loads(path.read_text(encoding="utf-8"))
             return [None if text is None else text.encode("latin-1") for text in texts]
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
             raise _torn(self.folder, path, str(error)) from error
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ def describe_cache(folder: Path) -> dict[str, Any] | None:
     file = folder / "cache.json"
     try:
         description = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return description if isinstance(description, dict) and description.get("format") == CACHE_FORMAT else None
 

@@ -12,10 +12,14 @@ is the sample's id there. Its log-probabilities are any of these:
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ServedAnswer", "ServedToken", "TokenName", "parse_answer", "read_answers"]
+__all__ = ["MAX_LINE_BYTES", "ServedAnswer", "ServedToken", "TokenName", "parse_answer", "read_answers"]
+
+MAX_LINE_BYTES = 2**24
+"""Longer lines are refused before they fill the memory."""
 
 
 class TokenName(NamedTuple):
@@ -175,16 +179,27 @@ def _plain(value: Any) -> Any:
 
 def _read_jsonl(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number in count(1):
+            line, where = lines.readline(MAX_LINE_BYTES + 1), f"line {number} of {file}"
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"Expected a JSON object of at most {MAX_LINE_BYTES:,} bytes in {where}, but it is longer. Write"
+                    " one answer a line."
+                )
+            if not line:
+                return
             if line.strip():
-                where = f"line {number} of {file}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"Expected a JSON object in {where}, but got: {error}.") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"Expected a JSON object in {where}, but got {type(row).__name__}.")
-                yield row, where
+                yield _parse(line, where), where
+
+
+def _parse(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected a JSON object in {where}, but got: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"Expected a JSON object in {where}, but got {type(row).__name__}.")
+    return row
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from lit_logits.modules.dual_head_kd.batches import taken_inputs
+from lit_logits.modules.dual_head_kd.weights import read_weights
 from lit_logits.modules.language_models.inspect import is_encoder
 from lit_logits.modules.language_models.loading import load_causal_lm, make_config
 from lit_logits.modules.zoo import mobilenet, resnet, shufflenet, vgg, wrn
@@ -236,7 +237,13 @@ def zoo_name(model: Any) -> str | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """Return what `write_folder` wrote of a student."""
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return {**settings, "model": str(settings["model"]), "num_classes": int(settings["num_classes"])}
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"Expected {file} to tell `model` and `num_classes`, but got: {error!r}.") from error
 
 
 def _from_folder(folder: Path, num_classes: int | None) -> nn.Module:
@@ -249,7 +256,7 @@ def _from_folder(folder: Path, num_classes: int | None) -> nn.Module:
             " `load_state_dict`."
         )
     model = MODEL_ZOO[name](settings["num_classes"])
-    model.load_state_dict(torch.load(folder / STUDENT_FILE, map_location="cpu", weights_only=True))
+    model.load_state_dict(read_weights(folder / STUDENT_FILE))
     return model
 
 

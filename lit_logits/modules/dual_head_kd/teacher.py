@@ -1,12 +1,8 @@
-"""A frozen teacher, and the loading of its weights from files of several formats.
+"""A frozen teacher, and the loading of weights under whatever names.
 
 Letters: B batch, T sequence, C classes, d features.
 """
 
-import argparse
-import os
-import pickle
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
+from lit_logits.modules.dual_head_kd.weights import read_weights, with_metadata
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.loading import check_plain_causal_lm
 from lit_logits.modules.language_models.probes import OutputRule
 
-__all__ = ["FrozenTeacher", "load_teacher", "load_weights", "read_weights"]
-
-# Keys under which training loops save a state dict, in the order in which they are tried.
-_WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "student", "weights")
+__all__ = ["FrozenTeacher", "load_teacher", "load_weights"]
 
 
 class FrozenTeacher(FrozenModels):
@@ -119,20 +113,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if not differences:
             told = _metadata_under(prefix, getattr(weights, "_metadata", {})) or state._metadata  # type: ignore[attr-defined]
             # Not strict, because of the counters that are left out.
-            model.load_state_dict(_with_metadata(tensors, told), strict=False)
+            model.load_state_dict(with_metadata(tensors, told), strict=False)
             return
         reasons += differences
     raise ValueError(
         f"Expected {str(path)!r} to hold the weights of this {owner}, but they are of another architecture or number"
         f" of classes: {'; '.join(reasons)}. Pass the model that the file was saved from."
     )
-
-
-def _with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors as a state dict that tells versions: by them some modules know how to read their tensors."""
-    state = OrderedDict(tensors)
-    state._metadata = metadata  # type: ignore[attr-defined]
-    return state
 
 
 def _metadata_under(prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,46 +162,6 @@ def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> li
     if extra:
         found.append(f"it has {len(extra)} more, such as `{min(extra)}`")
     return found
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a file by name: `.safetensors`, or a file of `torch.save`, of which only data is unpickled.
-
-    Raises:
-        ValueError: If there is no such file, it holds no tensors, or unpickling it would run code.
-    """
-    file = Path(os.path.expanduser(path))
-    if not file.is_file():
-        raise ValueError(
-            f"Expected a file of weights, but {str(path)!r} is not there. A teacher is trained with `method: ce`, as in"
-            " dual_head_kd_teacher.yaml."
-        )
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that hand-written loops save
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"Expected {str(path)!r} to hold tensors and plain data, but loading it would run code of its author. If"
-            f" you trust it, load it with `weights_only=False` and save its `state_dict` again. {error}"
-        ) from error
-    except (EOFError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"Expected {str(path)!r} to be a file of `torch.save`, but reading it failed: {error}"
-        ) from error
-    # Dicts are entered before tensors are looked for: beside the weights there may be an accuracy that is a tensor.
-    while isinstance(loaded, dict):
-        inner = next((key for key in _WEIGHT_KEYS if isinstance(loaded.get(key), dict)), None)
-        if inner is None:
-            tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-            if tensors:
-                return _with_metadata(tensors, getattr(loaded, "_metadata", {}))
-            break
-        loaded = loaded[inner]
-    raise ValueError(f"Expected {str(path)!r} to hold a state dict, but found {type(loaded).__name__} without tensors.")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:
