@@ -11,6 +11,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
 from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
 from lit_logits.functional.labels import IGNORE_INDEX
@@ -31,6 +32,7 @@ from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
+from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = ["DualHeadKD"]
 
@@ -72,7 +74,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
         label_smoothing: of the cross-entropy in training.
         class_weights: of the cross-entropy of a classifier in training, one a class.
         ce_weight: γ.
-        kd_factor: α.
+        kd_factor: α, or a function of the optimizer steps taken that returns it, such as `LinearRamp` (DKD's warm-up).
         grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
             the `backbone` or over `all`; costs one more backward pass.
         aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
@@ -113,7 +115,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         ce_weight: float = 1.0,
-        kd_factor: float = 1.0,
+        kd_factor: StepValue = 1.0,
         grad_align: GradAlign = "none",
         aux_head: AuxHeadKind = "linear",
         classifier: str | None = None,
@@ -123,8 +125,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
+        given = {"student": student, "teacher": teacher, "kd_factor": kd_factor}
+        kept_out = [name for name, value in given.items() if callable(value)]  # code does not belong into a checkpoint
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
         check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
         self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
@@ -255,12 +258,19 @@ class DualHeadKD(ExportsStudent, LightningModule):
         loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
         if kd is not None:
-            loss = loss + self.kd_factor * kd
+            loss = loss + self._kd_factor_now() * kd
             self.log("train/loss_kd", kd)
         self.log("train/loss", loss, prog_bar=True)
         if not self.net.is_causal_lm:
             return loss
         return self.token_window.weigh(loss, token_targets(self._checked(batch)).mask.sum(), batch_idx, self._trainer)
+
+    def _kd_factor_now(self) -> float:
+        factor = value_at(self.kd_factor, self.global_step)
+        if callable(self.kd_factor):
+            check_not_negative(kd_factor=factor)
+            self.log("train/kd_factor", factor)
+        return factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let every token of the step weigh the same, whatever micro-batch and rank it was in."""

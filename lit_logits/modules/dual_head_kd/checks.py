@@ -9,6 +9,7 @@ from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.dual_head_kd import LogitLoss
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm
 from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
+from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = [
     "Method",
@@ -28,7 +29,7 @@ def check_options(
     kd_loss: str | None,
     temperature: float | None,
     ce_weight: float,
-    kd_factor: float,
+    kd_factor: StepValue,
     lr_interval: str,
 ) -> None:
     """Refuse arguments out of range."""
@@ -38,7 +39,7 @@ def check_options(
         raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
+    check_not_negative(ce_weight=ce_weight, kd_factor=value_at(kd_factor, 0))
     if lr_interval not in ("epoch", "step"):
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
 
