@@ -12,24 +12,32 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_logits.functional.checks import check_not_negative
-from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
+from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
-from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.modules.dual_head_kd.batches import Batch, as_batch, check_targets, inputs_of, token_targets
 from lit_logits.modules.dual_head_kd.checks import (
     Method,
     check_checkpoint,
     check_has_labels,
     check_has_teacher,
+    check_mixing,
     check_options,
     check_pair,
     check_whole_gradients,
 )
 from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
-from lit_logits.modules.dual_head_kd.criterion import DualHeadCriterion, Losses, default_temperature, judge_rows
+from lit_logits.modules.dual_head_kd.criterion import (
+    DualHeadCriterion,
+    Losses,
+    default_kd_loss,
+    default_temperature,
+)
+from lit_logits.modules.dual_head_kd.judging import ClassifierMetrics
+from lit_logits.modules.dual_head_kd.mixing import BatchMixer
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
 from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
+from lit_logits.modules.dual_head_kd.terms import judge_tokens, sample_losses, token_losses
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
 from lit_logits.modules.schedules import StepValue, value_at
@@ -41,8 +49,10 @@ class DualHeadKD(ExportsStudent, LightningModule):
     """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
     L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
-    Logs `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head), `val/acc`, for language
-    models `val/ppl`, the same under `test/`, and with aligned gradients `kd/grad_cosine` and `kd/conflict`.
+    Logs `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head) and `val/acc`; for language
+    models `val/ppl`, for classifiers `val/acc_top5`, `val/ece` and `val/aux_acc`, or with `multi_label` in place of
+    these and of `val/acc` `val/map`, `val/f1`, `val/exact_match` and `val/aux_map`, see `ClassifierMetrics`; the same
+    under `test/`; and with aligned gradients `kd/grad_cosine` and `kd/conflict`.
 
     Optimisation stays automatic: with `grad_align` the `backward` hook keeps two gradients apart and the optimizer's
     closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP stay the Trainer's. A step of a
@@ -71,6 +81,12 @@ class DualHeadKD(ExportsStudent, LightningModule):
         class_reduction: `mean` over classes in place of the paper's `sum`, of `binary_kl` and `binary_kl_norm`.
         dkd_alpha: weight of the target's term of `dkd`.
         dkd_beta: weight of the term of the other classes.
+        multi_label: a sample may have several classes or none: labels are (B, C) of 1 and 0, −100 where not known; the
+            cross-entropy is binary, and so is the default loss of `kd`.
+        mixup_alpha: α of the Beta distribution of mixup: images of training, which the teacher sees mixed too, and
+            their labels; 0 is none.
+        cutmix_alpha: the same of CutMix; if both are above 0, each batch gets one of them, by a coin.
+        mix_seed: of what is drawn for both.
         label_smoothing: of the cross-entropy in training.
         class_weights: of the cross-entropy of a classifier in training, one a class.
         ce_weight: γ.
@@ -112,6 +128,10 @@ class DualHeadKD(ExportsStudent, LightningModule):
         class_reduction: ClassReduction = "sum",
         dkd_alpha: float = 1.0,
         dkd_beta: float = 8.0,
+        multi_label: bool = False,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        mix_seed: int = 0,
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         ce_weight: float = 1.0,
@@ -130,7 +150,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
         check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
-        self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
+        self.kd_loss: LogitLoss = kd_loss or default_kd_loss(method, multi_label=multi_label)
         self.temperature = default_temperature(self.kd_loss, standardize) if temperature is None else temperature
         self.criterion = DualHeadCriterion(
             self.kd_loss,
@@ -141,7 +161,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
             dkd_beta=dkd_beta,
             label_smoothing=label_smoothing,
             class_weights=class_weights,
+            multi_label=multi_label,
         )
+        self.mixer = BatchMixer(mixup_alpha, cutmix_alpha, mix_seed)
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
 
         self.net = DualHeadClassifier(
@@ -151,6 +173,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
             aux_head=aux_head if method == "dual_head" else None,
         )
         self.criterion.check(self.net.num_classes, is_causal_lm=self.net.is_causal_lm)
+        check_mixing(self.mixer.is_active, self.kd_loss, is_causal_lm=self.net.is_causal_lm)
         self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)
         aligner = GradientAligner(grad_align)
         self.aligner = GradientAligner() if method == "ce" else aligner  # a single term has nothing to be aligned with
@@ -159,8 +182,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
             check_pair(self.net, self.teacher.model)
         self.token_window = TokenWindow()
-        has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
-        self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
+        judged = {"multi_label": multi_label, "has_aux_head": self.net.aux_head is not None}
+        classifier_metrics = ClassifierMetrics(self.net.num_classes, **judged)
+        self.metrics = StageMeans("nll", "acc") if self.net.is_causal_lm else classifier_metrics
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's own output."""
@@ -179,7 +203,8 @@ class DualHeadKD(ExportsStudent, LightningModule):
         check_has_teacher(self.teacher is not None, self.method)
         batch = self._checked(batch)
         check_has_labels(batch, self.method, self.kd_loss)
-        terms = self._token_losses(batch) if self.net.is_causal_lm else self._sample_losses(batch)
+        parts = self.net, self.teacher, self.criterion, batch
+        terms = token_losses(*parts, self.chunk_size) if self.net.is_causal_lm else sample_losses(*parts)
         if terms.kd is not None:
             self.aligner.keep_apart(terms.kd)
         return terms
@@ -191,46 +216,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
         """Return a batch as a mapping, see `as_batch`, whose labels have been checked."""
         batch = self._named(batch)
         if "labels" in batch:
-            check_targets(batch["labels"], self.net.num_classes, is_causal_lm=self.net.is_causal_lm, wait=wait)
+            kind = {"is_causal_lm": self.net.is_causal_lm, "multi_label": self.criterion.multi_label}
+            check_targets(batch["labels"], self.net.num_classes, **kind, wait=wait)
         return batch
-
-    def _sample_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Return both terms over samples; without labels that of the labels is 0, with a graph."""
-        inputs = self._inputs(batch)
-        output = self.net(inputs)
-        labels = batch.get("labels")
-        targets = output.logits.new_full(output.logits.shape[:1], IGNORE_INDEX).long() if labels is None else labels
-        ce = self.criterion.label_term(output.logits, targets)
-        if self.teacher is None:
-            return Losses(ce, None)
-        logits = output.logits if output.aux_logits is None else output.aux_logits
-        return Losses(ce, self.criterion.kd_term(logits, self.teacher(inputs), labels))
-
-    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return inputs_of(batch, is_causal_lm=self.net.is_causal_lm)
-
-    def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Return both terms over next tokens, in chunks, so that (N, C) logits of heads and teacher are never whole."""
-        inputs = self._inputs(batch)
-        labels, mask = token_targets(batch)
-        hidden, targets = self.net.hidden_states(inputs)[mask], labels[mask].long()
-        count = mask.sum().clamp(min=1)
-
-        def ce(rows: Tensor, targets: Tensor) -> Tensor:
-            return self.criterion.label_sum(self.net.main_logits(rows), targets)
-
-        ce_term = chunked_sum(ce, hidden, targets, chunk_size=self.chunk_size) / count
-        if self.teacher is None:
-            return Losses(ce_term, None)
-        aux, teacher_logits = self.net.aux_head, self.teacher.output_logits
-        head = self.net.main_logits if aux is None else aux.classifier
-
-        def kd(rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> Tensor:
-            return self.criterion.kd_term(head(rows), teacher_logits(teacher_rows), targets, reduction="sum")
-
-        rows = hidden if aux is None else aux.hidden(hidden)
-        teacher_rows = self.teacher.hidden_states(inputs)[mask]
-        return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, targets, chunk_size=self.chunk_size) / count)
 
     # ------------------------------------------------------------------ training
 
@@ -254,7 +242,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of both terms."""
-        ce, kd = self.losses(batch)
+        ce, kd = self.losses(self.mixed(batch, batch_idx))
         loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
         if kd is not None:
@@ -264,6 +252,15 @@ class DualHeadKD(ExportsStudent, LightningModule):
         if not self.net.is_causal_lm:
             return loss
         return self.token_window.weigh(loss, token_targets(self._checked(batch)).mask.sum(), batch_idx, self._trainer)
+
+    def mixed(self, batch: Batch, batch_idx: int) -> Batch:
+        """Return a batch with its images mixed, see `BatchMixer`, as `mixup_alpha` and `cutmix_alpha` ask for."""
+        if not self.mixer.is_active:
+            return batch
+        place = (self.current_epoch, batch_idx, self.global_rank)
+        return self.mixer(
+            self._checked(batch), self.net.num_classes, place=place, multi_label=self.criterion.multi_label
+        )
 
     def _kd_factor_now(self) -> float:
         factor = value_at(self.kd_factor, self.global_step)
@@ -336,30 +333,23 @@ class DualHeadKD(ExportsStudent, LightningModule):
         if "labels" not in batch:
             return  # nothing to be judged by
         if self.net.is_causal_lm:
-            labels, mask = token_targets(batch)
-            hidden, targets = self.net.hidden_states(self._inputs(batch))[mask], labels[mask].long()
-
-            def judge(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-                return judge_rows(self.net.main_logits(rows), targets)
-
-            nll, acc = chunked_rows(judge, hidden, targets, chunk_size=self.chunk_size)
+            self.metrics.update(stage, **judge_tokens(self.net, batch, self.chunk_size))
         else:
-            output, labels = self.net(self._inputs(batch)), batch["labels"]
-            known = torch.ones_like(labels[:, 0], dtype=torch.bool) if labels.dim() == 2 else labels != IGNORE_INDEX
-            targets = labels[known]
-            nll, acc = judge_rows(output.logits[known], targets)
-            if output.aux_logits is not None:
-                self.means.update(stage, aux_acc=judge_rows(output.aux_logits[known], targets)[1])
-        self.means.update(stage, nll=nll, acc=acc)
+            output = self.net(inputs_of(batch))
+            self.metrics.update(stage, output.logits, batch["labels"], output.aux_logits)
 
     def _log_means(self, stage: str) -> None:
-        means = self.means.compute(stage)
+        means = self.metrics.compute(stage)
         values = loss_and_perplexity(stage, means.pop("nll"))
         if not self.net.is_causal_lm:
             del values[f"{stage}/ppl"]
         self.log_dict(values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes."""
-        logits = classifier_logits(self.student, self._inputs(self._named(batch)))
-        return {"logits": logits, "predictions": logits.argmax(-1)}
+        """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes.
+
+        With `multi_label` predictions are (B, C), whether each class is more likely than not.
+        """
+        inputs = inputs_of(self._named(batch), is_causal_lm=self.net.is_causal_lm)
+        logits = classifier_logits(self.student, inputs)
+        return {"logits": logits, "predictions": logits > 0 if self.criterion.multi_label else logits.argmax(-1)}

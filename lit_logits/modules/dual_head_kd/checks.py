@@ -16,6 +16,7 @@ __all__ = [
     "check_checkpoint",
     "check_has_labels",
     "check_has_teacher",
+    "check_mixing",
     "check_options",
     "check_pair",
     "check_whole_gradients",
@@ -69,6 +70,20 @@ def check_has_teacher(has_teacher: bool, method: str) -> None:
         raise ValueError(
             f"Expected a `teacher` for method={method!r}, but got None, which serves evaluation only. Train one with"
             " method='ce'."
+        )
+
+
+def check_mixing(is_active: bool, kd_loss: str, *, is_causal_lm: bool) -> None:
+    """Refuse mixed images where there are none, and where each must have one class."""
+    if is_active and is_causal_lm:
+        raise ValueError(
+            "Expected `mixup_alpha` and `cutmix_alpha` to be 0 for a causal language model, whose tokens cannot be"
+            " mixed, but got more."
+        )
+    if is_active and kd_loss == "dkd":
+        raise ValueError(
+            "Expected `mixup_alpha` and `cutmix_alpha` to be 0 for kd_loss='dkd', which needs one class a sample, but"
+            " got more. Use 'kl', or another `kd_loss`."
         )
 
 
