@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, tensorboard_writers
+from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, tensorboard_writers, trained_so_far
 from lit_logits.contracts import ContinuesPrompts
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.modules.language_models.end_tokens import end_candidates
@@ -87,7 +87,7 @@ class SampleTextLogger(Callback):
         """Continue the prompts, and write the texts."""
         if not self._samples:
             return
-        tokenizer = data_tokenizer(trainer)
+        tokenizer, step = data_tokenizer(trainer), trained_so_far(trainer).step
         with _evaluating(pl_module), trainer.precision_plugin.forward_context():
             written = [self._continue(pl_module, tokenizer, sample.prompt) for sample in self._samples]
         for number, (sample, tokens) in enumerate(zip(self._samples, written, strict=True)):
@@ -96,7 +96,7 @@ class SampleTextLogger(Callback):
                 for title, ids in (("prompt", sample.prompt), ("written", tokens), ("in the data", sample.response))
             )
             for writer in tensorboard_writers(trainer):
-                writer.add_text(f"samples/{number}", text, trainer.global_step)
+                writer.add_text(f"samples/{number}", text, step)
 
     @torch.no_grad()
     def _continue(self, pl_module: LightningModule, tokenizer: Any, prompt: Tensor) -> Tensor:
