@@ -20,7 +20,7 @@ from lit_logits.modules.language_models.inspect import freeze_tables, num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
 from lit_logits.modules.language_models.pruning import cut_layers
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
-from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
+from lit_logits.modules.metrics import StageMeans, log_reduced, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
 
 __all__ = ["CausalLM"]
@@ -167,7 +167,8 @@ class CausalLM(PushesToHub, LightningModule):
     def _log_means(self, stage: str) -> None:
         means = self.means.compute(stage)
         values = loss_and_perplexity(stage, means.pop("nll"))
-        self.log_dict({**values, **{f"{stage}/{name}": value for name, value in means.items()}}, prog_bar=True)
+        named = {f"{stage}/{name}": value for name, value in means.items()}
+        log_reduced(self, values | named, prog_bar=True)
 
     # ------------------------------------------------------------------ export
 

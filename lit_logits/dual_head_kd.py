@@ -4,6 +4,7 @@ Letters: B batch, T sequence, N tokens that count, C classes (for a language mod
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_logits.contracts import HasClassNames, offers
 from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
@@ -25,7 +27,7 @@ from lit_logits.modules.dual_head_kd.checks import (
     check_pair,
     check_whole_gradients,
 )
-from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
+from lit_logits.modules.dual_head_kd.classifiers import as_name, classifier_logits, load_classifier
 from lit_logits.modules.dual_head_kd.criterion import (
     DualHeadCriterion,
     Losses,
@@ -35,17 +37,18 @@ from lit_logits.modules.dual_head_kd.criterion import (
 from lit_logits.modules.dual_head_kd.judging import ClassifierMetrics
 from lit_logits.modules.dual_head_kd.mixing import BatchMixer
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.modules.dual_head_kd.resuming import NamesTeacher, check_class_order, check_same_teacher
 from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
 from lit_logits.modules.dual_head_kd.terms import judge_tokens, sample_losses, token_losses
-from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
+from lit_logits.modules.metrics import StageMeans, log_reduced, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
 from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = ["DualHeadKD"]
 
 
-class DualHeadKD(ExportsStudent, LightningModule):
+class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
     """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
     L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
@@ -116,10 +119,11 @@ class DualHeadKD(ExportsStudent, LightningModule):
 
     def __init__(
         self,
-        student: nn.Module | str | dict[str, Any],
-        teacher: nn.Module | str | dict[str, Any] | None = None,
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        student: nn.Module | str | dict[str, Any] | Path,
+        teacher: nn.Module | str | dict[str, Any] | Path | None = None,
         *,
-        teacher_checkpoint: str | None = None,
+        teacher_checkpoint: str | Path | None = None,
         num_classes: int | None = None,
         method: Method = "dual_head",
         kd_loss: LogitLoss | None = None,
@@ -145,6 +149,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
+        student, teacher, teacher_checkpoint = (as_name(value) for value in (student, teacher, teacher_checkpoint))
         given = {"student": student, "teacher": teacher, "kd_factor": kd_factor}
         kept_out = [name for name, value in given.items() if callable(value)]  # code does not belong into a checkpoint
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
@@ -220,18 +225,25 @@ class DualHeadKD(ExportsStudent, LightningModule):
             check_targets(batch["labels"], self.net.num_classes, **kind, wait=wait)
         return batch
 
+    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return inputs_of(batch, is_causal_lm=self.net.is_causal_lm)
+
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        """Forget gradients of a fit that stopped between micro-batches, and refuse strategies that shard gradients."""
+        """Forget gradients of a fit that stopped between micro-batches, and refuse what does not fit data or ranks."""
         self.aligner.reset()
         check_has_teacher(self.teacher is not None, self.method)
+        data = getattr(self.trainer, "datamodule", None)
+        check_class_order(self.teacher, data.class_names if offers(data, HasClassNames) else None)
         if self.aligner.is_active:
             check_whole_gradients(type(self.trainer.strategy).__name__, self.aligner.mode)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, and say which one fits."""
-        check_checkpoint(checkpoint["state_dict"], self.method, has_aux_head=self.net.aux_head is not None)
+        check_checkpoint(checkpoint["state_dict"], self.method, self.net.aux_head)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            check_same_teacher(self.teacher, checkpoint)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Check the first batch on an accelerator too, and what the student returns before and after a step."""
@@ -335,7 +347,7 @@ class DualHeadKD(ExportsStudent, LightningModule):
         if self.net.is_causal_lm:
             self.metrics.update(stage, **judge_tokens(self.net, batch, self.chunk_size))
         else:
-            output = self.net(inputs_of(batch))
+            output = self.net(self._inputs(batch))
             self.metrics.update(stage, output.logits, batch["labels"], output.aux_logits)
 
     def _log_means(self, stage: str) -> None:
@@ -343,13 +355,12 @@ class DualHeadKD(ExportsStudent, LightningModule):
         values = loss_and_perplexity(stage, means.pop("nll"))
         if not self.net.is_causal_lm:
             del values[f"{stage}/ppl"]
-        self.log_dict(values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
+        log_reduced(self, values | {f"{stage}/{name}": value for name, value in means.items()}, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes.
 
         With `multi_label` predictions are (B, C), whether each class is more likely than not.
         """
-        inputs = inputs_of(self._named(batch), is_causal_lm=self.net.is_causal_lm)
-        logits = classifier_logits(self.student, inputs)
+        logits = classifier_logits(self.student, self._inputs(self._named(batch)))
         return {"logits": logits, "predictions": logits > 0 if self.criterion.multi_label else logits.argmax(-1)}

@@ -26,7 +26,7 @@ from lit_logits.modules.dynamic_fusion.inputs import given_prompts
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
 from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
-from lit_logits.modules.metrics import StageMeans, TokenMean, loss_and_perplexity
+from lit_logits.modules.metrics import StageMeans, TokenMean, log_reduced, loss_and_perplexity
 
 __all__ = ["DynamicFusionDecoder"]
 
@@ -239,13 +239,13 @@ class DynamicFusionDecoder(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log means over all tokens and examples of all ranks."""
         means = self.means.compute("test")
-        self.log_dict(loss_and_perplexity("test", means.pop("nll")))
+        log_reduced(self, loss_and_perplexity("test", means.pop("nll")))
         if self.fused.num_experts:
-            self.log_dict({f"fusion/{name}": value for name, value in means.items()})
+            log_reduced(self, {f"fusion/{name}": value for name, value in means.items()})
         judged = {"exact_match": self.matches, "acc": self.choice_acc, "acc_norm": self.choice_acc_norm}
         for name, metric in judged.items():
             if metric.update_called:  # on all ranks or on none, so `compute` does not wait: each rank gets a batch
-                self.log(f"test/{name}", metric.compute())
+                log_reduced(self, {f"test/{name}": metric.compute()})
             metric.reset()
 
     # ------------------------------------------------------------------ predict

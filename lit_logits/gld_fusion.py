@@ -42,7 +42,7 @@ from lit_logits.modules.language_models.loading import ModelOrConfig, Models
 from lit_logits.modules.language_models.probes import OutputRule
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
 from lit_logits.modules.language_models.tokenizers import find_tokenizer, token_table
-from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
+from lit_logits.modules.metrics import StageMeans, log_reduced, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
 from lit_logits.modules.schedules import StepValue, value_at
 from lit_logits.storage.logit_cache import LogitCache
@@ -335,14 +335,14 @@ class GLDFusionModule(PushesToHub, LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks, and the terms."""
         self._log_means("val")
-        self.log_dict(self.term_means.compute())
+        log_reduced(self, self.term_means.compute())
 
     def on_test_epoch_end(self) -> None:
         """Log mean loss and perplexity over all tokens of all ranks."""
         self._log_means("test")
 
     def _log_means(self, stage: str) -> None:
-        self.log_dict(loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
+        log_reduced(self, loss_and_perplexity(stage, **self.means.compute(stage)), prog_bar=True)
 
     # ------------------------------------------------------------------ prediction for a cache, and export
 

@@ -26,7 +26,7 @@ from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
-from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
+from lit_logits.modules.metrics import StageMeans, log_reduced, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import fresh_loader
 from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
@@ -335,7 +335,7 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
         if "kl" in means:
             ratio = (means["nll"] - means["original_nll"]).exp()
             values |= {f"{stage}/kl": means["kl"], f"{stage}/ppl_ratio": ratio}
-        self.log_dict(values, prog_bar=True)
+        log_reduced(self, values, prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of each next token in nats (0 where ignored) and the most likely one, both (B, T − 1).

@@ -1,13 +1,13 @@
 """Means over all tokens of all ranks, and the values that are logged from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["StageMeans", "TokenMean", "loss_and_perplexity"]
+__all__ = ["StageMeans", "TokenMean", "log_reduced", "loss_and_perplexity"]
 
 STAGES = ("val", "test")
 
@@ -89,3 +89,16 @@ class StageMeans(nn.Module):
 def loss_and_perplexity(stage: str, nll: Tensor) -> dict[str, Tensor]:
     """Return the log entries of a mean negative log-likelihood in nats a token: itself and its exponential."""
     return {f"{stage}/loss": nll, f"{stage}/ppl": nll.exp()}
+
+
+def log_reduced(module: Any, values: Mapping[str, Tensor], **options: Any) -> None:
+    """Log values of a LightningModule that have been reduced over the ranks, and are equal on all of them.
+
+    Lightning would warn that they were not. Its mean of equal values changes nothing.
+
+    Args:
+        module: that logs.
+        values: by name, the same names on all ranks.
+        options: of `log_dict`.
+    """
+    module.log_dict(dict(values), sync_dist=True, **options)

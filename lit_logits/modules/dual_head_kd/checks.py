@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.dual_head_kd import LogitLoss
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm
-from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
+from lit_logits.modules.dual_head_kd.net import AuxiliaryHead, DualHeadClassifier
 from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = [
@@ -45,14 +45,20 @@ def check_options(
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
 
 
-def check_checkpoint(names: Iterable[str], method: str, *, has_aux_head: bool) -> None:
-    """Refuse the tensors of another method, and say which one fits."""
-    theirs = any(name.startswith("net.aux_head.") for name in names)
-    if theirs != has_aux_head:
-        given, own = ("with", "without") if theirs else ("without", "with")
+def check_checkpoint(names: Iterable[str], method: str, aux_head: AuxiliaryHead | None) -> None:
+    """Refuse the tensors of another method or kind of auxiliary head, and say which one fits."""
+    aux_names = [name for name in names if name.startswith("net.aux_head.")]
+    if bool(aux_names) != (aux_head is not None):
+        given, own = ("with", "without") if aux_names else ("without", "with")
         raise ValueError(
             f"Expected a checkpoint {own} an auxiliary head for method={method!r}, but this one is {given} it. Pass the"
             " `method` (and `aux_head`) that it was trained with."
+        )
+    theirs = "nonlinear" if any(name.startswith("net.aux_head.trunk.") for name in aux_names) else "linear"
+    if aux_head is not None and theirs != aux_head.kind:
+        raise ValueError(
+            f"Expected a checkpoint with aux_head={aux_head.kind!r}, but this one has {theirs!r}. Pass the `aux_head`"
+            " that it was trained with."
         )
 
 
