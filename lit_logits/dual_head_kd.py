@@ -27,7 +27,12 @@ from lit_logits.modules.dual_head_kd.checks import (
     check_pair,
     check_whole_gradients,
 )
-from lit_logits.modules.dual_head_kd.classifiers import as_name, classifier_logits, load_classifier
+from lit_logits.modules.dual_head_kd.classifiers import (
+    as_name,
+    classifier_logits,
+    load_classifier,
+    mark_multi_label,
+)
 from lit_logits.modules.dual_head_kd.criterion import (
     DualHeadCriterion,
     Losses,
@@ -177,6 +182,8 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
             classifier=classifier,
             aux_head=aux_head if method == "dual_head" else None,
         )
+        if multi_label:
+            mark_multi_label(self.student)
         self.criterion.check(self.net.num_classes, is_causal_lm=self.net.is_causal_lm)
         check_mixing(self.mixer.is_active, self.kd_loss, is_causal_lm=self.net.is_causal_lm)
         self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)

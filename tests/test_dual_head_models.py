@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from test_dual_head_training import CLASSES, Net, fit, make, rows
 from torch import nn
@@ -16,6 +17,7 @@ from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.modules.dual_head_kd.classifiers import load_classifier
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher, load_weights
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 32}
 PERCEIVER = {"num_latents": 4, "d_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 1, "image_size": 16}
 PERCEIVER |= {"num_self_attention_heads": 1, "num_cross_attention_heads": 1}
@@ -223,3 +225,15 @@ def test_what_is_reduced_already_is_not_warned_of(monkeypatch):
         trainer.validate(model, DataLoader(rows(), batch_size=4), verbose=False)
     assert [str(w.message) for w in caught if "sync_dist" in str(w.message)] == []
     assert set(trainer.callback_metrics) >= {"val/loss", "val/acc", "val/aux_acc"}
+
+
+# --- recipes ---
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(CONFIGS.glob("dual_head_kd*.yaml"))])
+def test_recipes_keep_the_best_checkpoint_beside_the_last(name):
+    """README says so; those of digits and CIFAR kept the last alone."""
+    recipe = yaml.safe_load((CONFIGS / name).read_text())
+    kept = [part["init_args"] for part in recipe["trainer"]["callbacks"] if part["class_path"] == "ModelCheckpoint"]
+    assert [options["filename"] for options in kept] == ["best"]
+    assert kept[0]["monitor"] in ("val/acc", "val/loss")

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import run_script
 from sklearn.metrics import average_precision_score, f1_score
 from test_dual_head_training import CLASSES, Net, batch_of, fit, make, rows
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 from lit_logits.dual_head_kd import DualHeadKD
 from lit_logits.functional import binary_kl, binary_kl_norm, multi_label_loss
@@ -130,6 +132,14 @@ def test_a_student_without_an_auxiliary_head_is_judged_by_its_own():
     assert set(evaluated(model, *many())) == {"val/loss", "val/map", "val/f1", "val/exact_match"}
 
 
+def test_what_was_reset_in_inference_mode_takes_in_values_outside_of_it():
+    metrics, x = ClassifierMetrics(3, multi_label=True), torch.tensor([[4.0, -4.0, 4.0]])
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            metrics.update("val", x.clone(), (x > 0).float())
+            assert metrics.compute("val")["exact_match"] == 1
+
+
 # --- of one class a row ---
 
 
@@ -161,3 +171,56 @@ def test_a_diverged_model_is_not_calibrated():
     metrics = ClassifierMetrics(3)
     metrics.update("val", torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
     assert metrics.compute("val")["ece"].isnan()
+
+
+def test_a_saved_student_of_transformers_says_that_its_classes_do_not_exclude_each_other(tmp_path):
+    bert = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    model = DualHeadKD(bert | {"num_hidden_layers": 1}, num_classes=3, method="ce", multi_label=True)
+    model.export(tmp_path / "student")
+    assert AutoConfig.from_pretrained(tmp_path / "student").problem_type == "multi_label_classification"
+    loss = model.losses({"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.eye(3)[:2]}).ce
+    assert loss.isfinite()
+
+
+# --- two processes ---
+
+SCRIPT = """
+import torch, lightning as L
+from torch.utils.data import DataLoader
+from lit_logits.dual_head_kd import DualHeadKD
+
+class Rows(torch.utils.data.IterableDataset):
+    def __init__(self, multi_label, skip):
+        self.multi_label, self.skip = multi_label, skip
+
+    def __iter__(self):
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        rank = torch.distributed.get_rank() if ranks > 1 else 0
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(9, 6, generator=generator)
+        y = torch.randint(2, (9, 7), generator=generator) if self.multi_label else torch.arange(9) % 7
+        for i in range(9):
+            if ranks == 1 or (rank == 0 if self.skip else i % ranks == rank):
+                yield {"pixel_values": x[i], "labels": y[i]}
+
+if __name__ == "__main__":
+    for multi_label in (False, True):
+        for skip in (False, True):
+            torch.manual_seed(0)
+            model = DualHeadKD(torch.nn.Linear(6, 7), torch.nn.Linear(6, 7), multi_label=multi_label)
+            found = {}
+            for devices in (1, 2):
+                quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+                trainer = L.Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto",
+                                    accelerator="cpu", **quiet)
+                (found[devices],) = trainer.validate(model, DataLoader(Rows(multi_label, skip), batch_size=3),
+                                                     verbose=False)
+            assert found[1].keys() == found[2].keys()
+            for name, value in found[1].items():
+                assert abs(value - found[2][name]) < 1e-6, (name, value, found[2][name])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does_also_if_one_has_no_sample(tmp_path):
+    run_script(tmp_path / "run.py", SCRIPT)

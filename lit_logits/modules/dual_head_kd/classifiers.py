@@ -33,6 +33,7 @@ __all__ = [
     "find_classifier",
     "is_causal_lm",
     "load_classifier",
+    "mark_multi_label",
     "tap_features",
     "zoo_name",
 ]
@@ -259,6 +260,12 @@ def check_not_compiled(student: nn.Module) -> None:
             f"Expected a student that is not compiled yet, but got {type(student._orig_mod).__name__} inside"
             " `torch.compile`. Pass the module itself, and call `model.net.compile()` on the DualHeadKD."
         )
+
+
+def mark_multi_label(student: nn.Module) -> None:
+    """Let the config of a transformers student say that its classes do not exclude each other, as pipelines read."""
+    if isinstance(student, PreTrainedModel):
+        student.config.problem_type = "multi_label_classification"
 
 
 def _check_has_sizes(model: nn.Module) -> None:

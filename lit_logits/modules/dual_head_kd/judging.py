@@ -115,7 +115,8 @@ class ClassifierMetrics(nn.Module):
                 self._take_in_nothing(metric)
             # None is defined without samples or for a diverged model; all ranks have the same mean.
             values[name] = values["nll"] if bool(values["nll"].isnan()) else metric.compute()
-            metric.reset()
+            with torch.inference_mode(False):  # what is made there cannot be changed in place outside of it
+                metric.reset()
         return values
 
     def _take_in_nothing(self, metric: Any) -> None:
