@@ -19,6 +19,7 @@ from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
 from lit_logits.modules.dual_head_kd.batches import Batch, as_batch, check_targets, inputs_of, token_targets
 from lit_logits.modules.dual_head_kd.checks import (
     Method,
+    check_cache,
     check_checkpoint,
     check_has_labels,
     check_has_teacher,
@@ -45,6 +46,7 @@ from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier,
 from lit_logits.modules.dual_head_kd.resuming import NamesTeacher, check_class_order, check_same_teacher
 from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
+from lit_logits.modules.dual_head_kd.teacher_cache import TeacherCache
 from lit_logits.modules.dual_head_kd.terms import judge_tokens, sample_losses, token_losses
 from lit_logits.modules.metrics import StageMeans, log_reduced, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
@@ -79,6 +81,8 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         teacher: the same; needed only to train by a method other than `ce`. It is frozen, in `eval`, and in neither
             checkpoint nor optimizer.
         teacher_checkpoint: Lightning checkpoint or `state_dict` file for the teacher; see `load_weights`.
+        teacher_cache: folder in which the teacher's logits are kept, so that it runs once for each view of an image.
+            For data whose views come again (`num_views` of `ImageDataModule`), see `TeacherCache`.
         num_classes: C of models that are made here; it also helps to find the last layer.
         method: `ce`; `kd`: both terms on the one head; `single_head`: the same with BinaryKL or BinaryKL-Norm, the
             paper's collapse; `dual_head`.
@@ -129,6 +133,7 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         teacher: nn.Module | str | dict[str, Any] | Path | None = None,
         *,
         teacher_checkpoint: str | Path | None = None,
+        teacher_cache: str | Path | None = None,
         num_classes: int | None = None,
         method: Method = "dual_head",
         kd_loss: LogitLoss | None = None,
@@ -154,7 +159,8 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        student, teacher, teacher_checkpoint = (as_name(value) for value in (student, teacher, teacher_checkpoint))
+        student, teacher = as_name(student), as_name(teacher)
+        teacher_checkpoint, teacher_cache = as_name(teacher_checkpoint), as_name(teacher_cache)
         given = {"student": student, "teacher": teacher, "kd_factor": kd_factor}
         kept_out = [name for name, value in given.items() if callable(value)]  # code does not belong into a checkpoint
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
@@ -185,7 +191,11 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         if multi_label:
             mark_multi_label(self.student)
         self.criterion.check(self.net.num_classes, is_causal_lm=self.net.is_causal_lm)
-        check_mixing(self.mixer.is_active, self.kd_loss, is_causal_lm=self.net.is_causal_lm)
+        is_cached = teacher_cache is not None
+        check_mixing(self.mixer.is_active, self.kd_loss, is_causal_lm=self.net.is_causal_lm, is_cached=is_cached)
+        check_cache(is_cached, is_causal_lm=self.net.is_causal_lm)
+        self._cache_folder = teacher_cache
+        self._cache: TeacherCache | None = None
         self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)
         aligner = GradientAligner(grad_align)
         self.aligner = GradientAligner() if method == "ce" else aligner  # a single term has nothing to be aligned with
@@ -216,7 +226,8 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         batch = self._checked(batch)
         check_has_labels(batch, self.method, self.kd_loss)
         parts = self.net, self.teacher, self.criterion, batch
-        terms = token_losses(*parts, self.chunk_size) if self.net.is_causal_lm else sample_losses(*parts)
+        is_lm = self.net.is_causal_lm
+        terms = token_losses(*parts, self.chunk_size) if is_lm else sample_losses(*parts, self._cache)
         if terms.kd is not None:
             self.aligner.keep_apart(terms.kd)
         return terms
@@ -243,6 +254,8 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         check_has_teacher(self.teacher is not None, self.method)
         data = getattr(self.trainer, "datamodule", None)
         check_class_order(self.teacher, data.class_names if offers(data, HasClassNames) else None)
+        if self._cache_folder is not None and self.teacher is not None:
+            self._cache = TeacherCache(self._cache_folder, self.teacher, data, self.net.num_classes)
         if self.aligner.is_active:
             check_whole_gradients(type(self.trainer.strategy).__name__, self.aligner.mode)
 

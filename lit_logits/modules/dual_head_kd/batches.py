@@ -88,10 +88,10 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 def inputs_of(batch: Mapping[str, Tensor], *, is_causal_lm: bool = False) -> dict[str, Tensor]:
-    """Return what a model reads: a batch without its labels; for a language model its token inputs."""
+    """Return what a model reads: a batch without labels and numbers of its rows; for a language model its tokens."""
     if is_causal_lm:
         return {name: batch[name] for name in TOKEN_INPUTS if name in batch}
-    return {name: value for name, value in batch.items() if name != "labels"}
+    return {name: value for name, value in batch.items() if name not in ("labels", "sample_ids")}
 
 
 def taken_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

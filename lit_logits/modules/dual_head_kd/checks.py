@@ -13,6 +13,7 @@ from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = [
     "Method",
+    "check_cache",
     "check_checkpoint",
     "check_has_labels",
     "check_has_teacher",
@@ -43,6 +44,15 @@ def check_options(
     check_not_negative(ce_weight=ce_weight, kd_factor=value_at(kd_factor, 0))
     if lr_interval not in ("epoch", "step"):
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
+
+
+def check_cache(is_cached: bool, *, is_causal_lm: bool) -> None:
+    """Refuse to keep the logits of a language model, one row of its vocabulary a token."""
+    if is_cached and is_causal_lm:
+        raise ValueError(
+            "Expected `teacher_cache` to be None for a causal language model, but got a folder. `GLDFusionModule`"
+            " learns from cached top-k logits (`LogitCacheWriter`)."
+        )
 
 
 def check_checkpoint(names: Iterable[str], method: str, aux_head: AuxiliaryHead | None) -> None:
@@ -79,8 +89,8 @@ def check_has_teacher(has_teacher: bool, method: str) -> None:
         )
 
 
-def check_mixing(is_active: bool, kd_loss: str, *, is_causal_lm: bool) -> None:
-    """Refuse mixed images where there are none, and where each must have one class."""
+def check_mixing(is_active: bool, kd_loss: str, *, is_causal_lm: bool, is_cached: bool) -> None:
+    """Refuse mixed images where there are none, where each must have one class, and where all must come again."""
     if is_active and is_causal_lm:
         raise ValueError(
             "Expected `mixup_alpha` and `cutmix_alpha` to be 0 for a causal language model, whose tokens cannot be"
@@ -90,6 +100,11 @@ def check_mixing(is_active: bool, kd_loss: str, *, is_causal_lm: bool) -> None:
         raise ValueError(
             "Expected `mixup_alpha` and `cutmix_alpha` to be 0 for kd_loss='dkd', which needs one class a sample, but"
             " got more. Use 'kl', or another `kd_loss`."
+        )
+    if is_active and is_cached:
+        raise ValueError(
+            "Expected `mixup_alpha` and `cutmix_alpha` to be 0 with a `teacher_cache`, as mixed images do not come"
+            " again, but got more."
         )
 
 

@@ -13,21 +13,35 @@ from lit_logits.modules.dual_head_kd.criterion import DualHeadCriterion, Losses
 from lit_logits.modules.dual_head_kd.judging import judge_rows
 from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher
+from lit_logits.modules.dual_head_kd.teacher_cache import TeacherCache
 
 __all__ = ["judge_tokens", "sample_losses", "token_losses"]
 
 
 def sample_losses(
-    net: DualHeadClassifier, teacher: FrozenTeacher | None, criterion: DualHeadCriterion, batch: Mapping[str, Tensor]
+    net: DualHeadClassifier,
+    teacher: FrozenTeacher | None,
+    criterion: DualHeadCriterion,
+    batch: Mapping[str, Tensor],
+    cache: TeacherCache | None = None,
 ) -> Losses:
-    """Return both terms over samples; without labels that of the labels is 0, with a graph."""
+    """Return both terms over samples; without labels that of the labels is 0, with a graph.
+
+    Args:
+        net: student.
+        teacher: or None, for the cross-entropy alone.
+        criterion: of both terms.
+        batch: inputs and `labels`.
+        cache: asked in the place of the teacher.
+    """
     inputs, labels = inputs_of(batch), batch.get("labels")
     output = net(inputs)
     ce = criterion.label_term(output.logits, labels)
     if teacher is None:
         return Losses(ce, None)
     logits = output.logits if output.aux_logits is None else output.aux_logits
-    return Losses(ce, criterion.kd_term(logits, teacher(inputs), labels))
+    taught = teacher(inputs) if cache is None else cache(batch)
+    return Losses(ce, criterion.kd_term(logits, taught, labels))
 
 
 def token_losses(
