@@ -206,7 +206,7 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         self.token_window = TokenWindow()
         judged = {"multi_label": multi_label, "has_aux_head": self.net.aux_head is not None}
         classifier_metrics = ClassifierMetrics(self.net.num_classes, **judged)
-        self.metrics = StageMeans("nll", "acc") if self.net.is_causal_lm else classifier_metrics
+        self.metrics: Any = StageMeans("nll", "acc") if self.net.is_causal_lm else classifier_metrics
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's own output."""

@@ -77,8 +77,8 @@ def test_paths_are_as_good_as_strings(tmp_path):
     by_path = DualHeadKD(
         tmp_path / "student", Path("resnet8"), teacher_checkpoint=tmp_path / "teacher.pt", num_classes=CLASSES
     )
-    assert by_path.hparams.student == str(tmp_path / "student")
-    assert by_path.hparams.teacher_checkpoint == str(tmp_path / "teacher.pt")
+    assert by_path.hparams["student"] == str(tmp_path / "student")
+    assert by_path.hparams["teacher_checkpoint"] == str(tmp_path / "teacher.pt")
     by_name = load_classifier(str(tmp_path / "student"))
     assert torch.equal(by_path.student.fc.weight, by_name.fc.weight)
 

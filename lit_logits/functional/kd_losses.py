@@ -205,8 +205,9 @@ def label_loss(
     logits = at_least_float32(logits)
     weights = None if class_weights is None else class_weights.to(logits)
     if labels.is_floating_point():
-        soft = {"weight": weights, "label_smoothing": label_smoothing, "reduction": "none"}
-        return reduce_tokens(F.cross_entropy(logits, labels.to(logits), **soft), labels.sum(-1) > 0, "mean")
+        soft = labels.to(logits)
+        rows = F.cross_entropy(logits, soft, weight=weights, label_smoothing=label_smoothing, reduction="none")
+        return reduce_tokens(rows, labels.sum(-1) > 0, "mean")
     labels, known = labels.long(), labels != IGNORE_INDEX
     total = F.cross_entropy(logits, labels, weight=weights, label_smoothing=label_smoothing, reduction="sum")
     count = known.to(logits) if weights is None else known * weights[labels.masked_fill(~known, 0)]

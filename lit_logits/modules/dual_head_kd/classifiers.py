@@ -76,14 +76,14 @@ def load_classifier(
         return model
     if isinstance(model, dict):
         return _from_config(model, num_classes)
-    model = as_name(model)
-    if model in MODEL_ZOO:
+    name: str = as_name(model)
+    if name in MODEL_ZOO:
         if num_classes is None:
-            raise ValueError(f"Expected `num_classes` for the new model {model!r}, but got None.")
-        return MODEL_ZOO[model](num_classes)
-    if model.endswith(".gguf"):
-        return load_causal_lm(model)
-    path = os.path.expanduser(model)
+            raise ValueError(f"Expected `num_classes` for the new model {name!r}, but got None.")
+        return MODEL_ZOO[name](num_classes)
+    if name.endswith(".gguf"):
+        return load_causal_lm(name)
+    path = os.path.expanduser(name)
     if Path(path, STUDENT_FILE).is_file():
         return _from_folder(Path(path), num_classes)
     try:
@@ -91,9 +91,7 @@ def load_classifier(
         model_class = _class_for(config)
         kwargs: dict[str, Any] = {}
         if new_head and num_classes is not None and model_class is not transformers.AutoModelForCausalLM:
-            kwargs = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-        if "num_labels" in kwargs:
-            config.num_labels = kwargs.pop("num_labels")
+            config.num_labels, kwargs = num_classes, {"ignore_mismatched_sizes": True}
         loaded, info = model_class.from_pretrained(
             path, config=config, dtype="float32", output_loading_info=True, **kwargs
         )
@@ -103,7 +101,7 @@ def load_classifier(
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected a module, one of {sorted(MODEL_ZOO)}, a hub id, a local folder or a mapping with `model_type`,"
-            f" but got {model!r}, which could not be loaded: {error}"
+            f" but got {name!r}, which could not be loaded: {error}"
         ) from error
 
 

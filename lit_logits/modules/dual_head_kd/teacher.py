@@ -123,10 +123,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: If the file is of another architecture or class count; the error names the first differences.
     """
     weights = read_weights(path)
-    model = getattr(model, "_orig_mod", model)  # the wrapper of `torch.compile`
-    state = model.state_dict()
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # inside the wrapper of `torch.compile`
+    state = inner.state_dict()
     own = _without_counters(state)
-    owner = type(model).__name__
+    owner = type(inner).__name__
     reasons = [
         f"it has {len(weights)} tensors such as {_shapes(weights)}, {owner} has {len(own)} such as {_shapes(own)}"
     ]
@@ -137,7 +137,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if not differences:
             told = _metadata_under(prefix, getattr(weights, "_metadata", {})) or state._metadata  # type: ignore[attr-defined]
             # Not strict, because of the counters that are left out.
-            model.load_state_dict(_with_metadata(tensors, told), strict=False)
+            inner.load_state_dict(_with_metadata(tensors, told), strict=False)
             return
         reasons += differences
     raise ValueError(
