@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lit_logits.callbacks.codebook_monitor import CodebookMonitor
     from lit_logits.callbacks.codebook_reassign import CodebookReassign
     from lit_logits.callbacks.codebook_reinit import CodebookReinit
+    from lit_logits.callbacks.confusion_matrix_logger import ConfusionMatrixLogger
     from lit_logits.callbacks.exact_resume import ExactResume
     from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
     from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
@@ -29,6 +30,7 @@ else:
             "lit_logits.callbacks.codebook_monitor": "CodebookMonitor",
             "lit_logits.callbacks.codebook_reassign": "CodebookReassign",
             "lit_logits.callbacks.codebook_reinit": "CodebookReinit",
+            "lit_logits.callbacks.confusion_matrix_logger": "ConfusionMatrixLogger",
             "lit_logits.callbacks.exact_resume": "ExactResume",
             "lit_logits.callbacks.fusion_weight_logger": "FusionWeightLogger",
             "lit_logits.callbacks.gw_approximation_logger": "GWApproximationLogger",
@@ -49,6 +51,7 @@ __all__ = [
     "CodebookMonitor",
     "CodebookReassign",
     "CodebookReinit",
+    "ConfusionMatrixLogger",
     "ExactResume",
     "FusionWeightLogger",
     "GWApproximationLogger",

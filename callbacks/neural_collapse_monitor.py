@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from lit_logits.callbacks.parts import data_class_names, find_part, find_parts, tensorboard_writers
+from lit_logits.callbacks.classifier_outputs import ClassifierOutputs
+from lit_logits.callbacks.parts import (
+    find_part,
+    find_parts,
+    shown_class_names,
+    tensorboard_writers,
+    trained_so_far,
+)
 from lit_logits.callbacks.pictures.collapse import cosine_figure
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.neural_collapse import (
@@ -23,7 +29,7 @@ from lit_logits.functional.neural_collapse import (
     simplex_gap,
 )
 from lit_logits.modules.dual_head_kd.batches import labels_of
-from lit_logits.modules.dual_head_kd.net import DualHeadClassifier, DualHeadOutput, GradientAligner
+from lit_logits.modules.dual_head_kd.net import DualHeadClassifier, GradientAligner
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -60,8 +66,7 @@ class NeuralCollapseMonitor(Callback):
             )
         self.measure_gradients_every_n_steps = measure_gradients_every_n_steps
         self._moments: ClassMoments | None = None
-        self._features: Tensor | None = None
-        self._hook: RemovableHandle | None = None
+        self._outputs = ClassifierOutputs()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if the model has no classifier to watch, and check that its gradients can be measured."""
@@ -132,17 +137,14 @@ class NeuralCollapseMonitor(Callback):
             device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
             features = torch.zeros(0, net.num_features, device=device)
             self._moments = class_moments(features, features.new_zeros(0, dtype=torch.long), net.num_classes)
-            self._hook = net.register_forward_hook(self._remember)
-
-    def _remember(self, module: nn.Module, args: Any, output: DualHeadOutput) -> None:
-        self._features = output.features.detach()
+            self._outputs.start(net)
 
     def _add(self, batch: Any) -> None:
         """Add the features of the last call in this batch to the moments."""
-        features, self._features = self._features, None
-        labels = labels_of(batch)
-        if self._moments is None or features is None or labels is None or labels.shape != features.shape[:1]:
+        output, labels = self._outputs.take(), labels_of(batch)
+        if self._moments is None or output is None or labels is None or labels.shape != output.features.shape[:1]:
             return
+        features = output.features
         counts = self._moments.counts
         part = class_moments(features.to(counts.device), labels.to(counts.device).long(), len(counts))
         for total, more in zip(self._moments, part, strict=True):
@@ -154,9 +156,8 @@ class NeuralCollapseMonitor(Callback):
             aligner.reset()
 
     def _stop(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._moments = self._features = None
+        self._outputs.stop()
+        self._moments = None
 
     # ------------------------------------------------------------------ figures
 
@@ -193,12 +194,11 @@ class NeuralCollapseMonitor(Callback):
             self._draw(trainer, "nc/cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
 
     def _draw(self, trainer: Trainer, tag: str, cosines: Tensor, seen: Tensor) -> None:
-        names = data_class_names(trainer)
-        names = list(map(str, range(len(seen)) if names is None or len(names) != len(seen) else names))
+        names = shown_class_names(trainer, len(seen))
         shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
+        epoch, step = trained_so_far(trainer)
         for writer in tensorboard_writers(trainer):
-            figure = cosine_figure(cosines, trainer.current_epoch, shown)
-            writer.add_figure(tag, figure, trainer.global_step)
+            writer.add_figure(tag, cosine_figure(cosines, epoch, shown), step)
 
 
 def _classifier(pl_module: LightningModule) -> DualHeadClassifier | None:

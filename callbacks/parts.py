@@ -1,17 +1,21 @@
 """Look-ups and checks that several callbacks share: parts of the model, what the data module offers, arguments."""
 
+import pickle
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_logits.contracts import HasClassNames, HasTokenizer, offers
 
 __all__ = [
+    "TrainedSoFar",
     "averaged_weights",
     "averaging_callback",
     "check_at_least",
@@ -22,9 +26,11 @@ __all__ = [
     "find_part",
     "find_parts",
     "on_rank_zero",
+    "shown_class_names",
     "swap_averages",
     "tell_finished",
     "tensorboard_writers",
+    "trained_so_far",
 ]
 
 _Part = TypeVar("_Part")  # a class of modules, or a contract of heads
@@ -69,6 +75,36 @@ def data_class_names(trainer: Trainer) -> Sequence[str] | None:
     """Return the names of the classes that the data module tells, or None without them."""
     data = data_module(trainer)
     return data.class_names if offers(data, HasClassNames) else None
+
+
+def shown_class_names(trainer: Trainer, num_classes: int) -> list[str]:
+    """Return the names of the classes for a picture: those of the data module if they fit, else their numbers."""
+    names = data_class_names(trainer)
+    return [str(name) for name in (range(num_classes) if names is None or len(names) != num_classes else names)]
+
+
+class TrainedSoFar(NamedTuple):
+    """Result of `trained_so_far`: the epoch, and the optimizer steps taken."""
+
+    epoch: int
+    step: int
+
+
+def trained_so_far(trainer: Trainer) -> TrainedSoFar:
+    """Return how far the weights at hand have been trained, for the titles and steps of pictures.
+
+    Outside of fit Lightning's own counters are not those of the checkpoint that it has loaded: they stand at 0. The
+    checkpoint's are read from its file, of which tensors are not read. A file that cannot be read so, as the folder of
+    a sharded checkpoint, gives Lightning's.
+    """
+    own = TrainedSoFar(trainer.current_epoch, trainer.global_step)
+    if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is None:
+        return own
+    try:
+        saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+        return TrainedSoFar(saved["epoch"], saved["global_step"])
+    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
+        return own
 
 
 def tell_finished(finished: set[int] | None, found: Collection[int], warning: str) -> None:

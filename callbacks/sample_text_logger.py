@@ -20,6 +20,7 @@ from lit_logits.callbacks.parts import (
     data_tokenizer,
     find_part,
     tensorboard_writers,
+    trained_so_far,
 )
 from lit_logits.contracts import ContinuesPrompts
 from lit_logits.functional.labels import IGNORE_INDEX
@@ -93,7 +94,7 @@ class SampleTextLogger(Callback):
         """Continue the prompts, and write the texts."""
         if not self._samples:
             return
-        tokenizer = data_tokenizer(trainer)
+        tokenizer, step = data_tokenizer(trainer), trained_so_far(trainer).step
         averages, precision = averaged_weights(trainer, pl_module), trainer.precision_plugin.forward_context()
         with averages, _evaluating(pl_module), precision:
             written = [self._continue(pl_module, tokenizer, sample.prompt) for sample in self._samples]
@@ -103,7 +104,7 @@ class SampleTextLogger(Callback):
                 for title, ids in (("prompt", sample.prompt), ("written", tokens), ("in the data", sample.response))
             )
             for writer in tensorboard_writers(trainer):
-                writer.add_text(f"samples/{number}", text, trainer.global_step)
+                writer.add_text(f"samples/{number}", text, step)
 
     @torch.no_grad()
     def _continue(self, pl_module: LightningModule, tokenizer: Any, prompt: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ __all__ = [
     "HasFingerprint",
     "HasFinishedRows",
     "HasFinishedSamples",
+    "HasFixedViews",
     "HasLayoutIds",
     "HasMaxLength",
     "HasPredictionSettings",
@@ -335,6 +336,18 @@ class HasFingerprint(Protocol):
     @property
     def fingerprint(self) -> str:
         """Return a digest that changes with the rows, or the order of the rows, that `predict` gives."""
+        ...
+
+
+class HasFixedViews(Protocol):
+    """A data module whose training samples come in the same views (augmentations) again.
+
+    Its training batches have `sample_ids` (B,), a number from 0 on for each view of each sample.
+    """
+
+    @property
+    def views_fingerprint(self) -> str | None:
+        """Return a digest that changes with what `sample_ids` stand for; None if views are new in each epoch."""
         ...
 
 

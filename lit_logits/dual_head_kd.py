@@ -4,6 +4,7 @@ Letters: B batch, T sequence, N tokens that count, C classes (for a language mod
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,36 +12,57 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lit_logits.functional.chunks import chunked_rows, chunked_sum, rows_a_chunk
+from lit_logits.contracts import HasClassNames, offers
+from lit_logits.functional.checks import check_not_negative
+from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss
-from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.modules.dual_head_kd.batches import Batch, as_batch, check_targets, inputs_of, token_targets
 from lit_logits.modules.dual_head_kd.checks import (
     Method,
+    check_cache,
     check_checkpoint,
     check_has_labels,
     check_has_teacher,
+    check_mixing,
     check_options,
     check_pair,
     check_whole_gradients,
 )
-from lit_logits.modules.dual_head_kd.classifiers import classifier_logits, load_classifier
-from lit_logits.modules.dual_head_kd.criterion import DualHeadCriterion, Losses, default_temperature, judge_rows
+from lit_logits.modules.dual_head_kd.classifiers import (
+    as_name,
+    classifier_logits,
+    load_classifier,
+    mark_multi_label,
+)
+from lit_logits.modules.dual_head_kd.criterion import (
+    DualHeadCriterion,
+    Losses,
+    default_kd_loss,
+    default_temperature,
+)
+from lit_logits.modules.dual_head_kd.judging import ClassifierMetrics
+from lit_logits.modules.dual_head_kd.mixing import BatchMixer
 from lit_logits.modules.dual_head_kd.net import AuxHeadKind, DualHeadClassifier, GradAlign, GradientAligner
+from lit_logits.modules.dual_head_kd.resuming import NamesTeacher, check_class_order, check_same_teacher
 from lit_logits.modules.dual_head_kd.saving import ExportsStudent
 from lit_logits.modules.dual_head_kd.teacher import FrozenTeacher, load_teacher
+from lit_logits.modules.dual_head_kd.teacher_cache import TeacherCache
+from lit_logits.modules.dual_head_kd.terms import judge_tokens, sample_losses, token_losses
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, make_optimizers
+from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = ["DualHeadKD"]
 
 
-class DualHeadKD(ExportsStudent, LightningModule):
+class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
     """A student of any class that a teacher is distilled into through an auxiliary head on its features [0].
 
     L = γ CE(z₁, y) + α KD(z₂, z_T): the main head z₁ learns from the labels and the auxiliary head z₂ from the teacher.
-    Logs `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head), `val/acc`, for language
-    models `val/ppl`, the same under `test/`, and with aligned gradients `kd/grad_cosine` and `kd/conflict`.
+    Logs `train/loss`, `train/loss_ce`, `train/loss_kd`, `val/loss` (CE of the main head) and `val/acc`; for language
+    models `val/ppl`, for classifiers `val/acc_top5`, `val/ece` and `val/aux_acc`, or with `multi_label` in place of
+    these and of `val/acc` `val/map`, `val/f1`, `val/exact_match` and `val/aux_map`, see `ClassifierMetrics`; the same
+    under `test/`; and with aligned gradients `kd/grad_cosine` and `kd/conflict`.
 
     Optimisation stays automatic: with `grad_align` the `backward` hook keeps two gradients apart and the optimizer's
     closure joins them, so accumulation, clipping, loss scaling, schedulers and DDP stay the Trainer's. A step of a
@@ -59,6 +81,8 @@ class DualHeadKD(ExportsStudent, LightningModule):
         teacher: the same; needed only to train by a method other than `ce`. It is frozen, in `eval`, and in neither
             checkpoint nor optimizer.
         teacher_checkpoint: Lightning checkpoint or `state_dict` file for the teacher; see `load_weights`.
+        teacher_cache: folder in which the teacher's logits are kept, so that it runs once for each view of an image.
+            For data whose views come again (`num_views` of `ImageDataModule`), see `TeacherCache`.
         num_classes: C of models that are made here; it also helps to find the last layer.
         method: `ce`; `kd`: both terms on the one head; `single_head`: the same with BinaryKL or BinaryKL-Norm, the
             paper's collapse; `dual_head`.
@@ -69,10 +93,16 @@ class DualHeadKD(ExportsStudent, LightningModule):
         class_reduction: `mean` over classes in place of the paper's `sum`, of `binary_kl` and `binary_kl_norm`.
         dkd_alpha: weight of the target's term of `dkd`.
         dkd_beta: weight of the term of the other classes.
+        multi_label: a sample may have several classes or none: labels are (B, C) of 1 and 0, −100 where not known; the
+            cross-entropy is binary, and so is the default loss of `kd`.
+        mixup_alpha: α of the Beta distribution of mixup: images of training, which the teacher sees mixed too, and
+            their labels; 0 is none.
+        cutmix_alpha: the same of CutMix; if both are above 0, each batch gets one of them, by a coin.
+        mix_seed: of what is drawn for both.
         label_smoothing: of the cross-entropy in training.
         class_weights: of the cross-entropy of a classifier in training, one a class.
         ce_weight: γ.
-        kd_factor: α.
+        kd_factor: α, or a function of the optimizer steps taken that returns it, such as `LinearRamp` (DKD's warm-up).
         grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
             the `backbone` or over `all`; costs one more backward pass.
         aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
@@ -98,10 +128,12 @@ class DualHeadKD(ExportsStudent, LightningModule):
 
     def __init__(
         self,
-        student: nn.Module | str | dict[str, Any],
-        teacher: nn.Module | str | dict[str, Any] | None = None,
+        # With `Path`, jsonargparse does not read a file of that name as part of a recipe. It is last for the dumps.
+        student: nn.Module | str | dict[str, Any] | Path,
+        teacher: nn.Module | str | dict[str, Any] | Path | None = None,
         *,
-        teacher_checkpoint: str | None = None,
+        teacher_checkpoint: str | Path | None = None,
+        teacher_cache: str | Path | None = None,
         num_classes: int | None = None,
         method: Method = "dual_head",
         kd_loss: LogitLoss | None = None,
@@ -110,10 +142,14 @@ class DualHeadKD(ExportsStudent, LightningModule):
         class_reduction: ClassReduction = "sum",
         dkd_alpha: float = 1.0,
         dkd_beta: float = 8.0,
+        multi_label: bool = False,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        mix_seed: int = 0,
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         ce_weight: float = 1.0,
-        kd_factor: float = 1.0,
+        kd_factor: StepValue = 1.0,
         grad_align: GradAlign = "none",
         aux_head: AuxHeadKind = "linear",
         classifier: str | None = None,
@@ -123,11 +159,14 @@ class DualHeadKD(ExportsStudent, LightningModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        modules = [k for k, v in (("student", student), ("teacher", teacher)) if isinstance(v, nn.Module)]
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *modules])
+        student, teacher = as_name(student), as_name(teacher)
+        teacher_checkpoint, teacher_cache = as_name(teacher_checkpoint), as_name(teacher_cache)
+        given = {"student": student, "teacher": teacher, "kd_factor": kd_factor}
+        kept_out = [name for name, value in given.items() if callable(value)]  # code does not belong into a checkpoint
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
         check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
         self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
-        self.kd_loss: LogitLoss = kd_loss or ("kl" if method == "kd" else "binary_kl_norm")
+        self.kd_loss: LogitLoss = kd_loss or default_kd_loss(method, multi_label=multi_label)
         self.temperature = default_temperature(self.kd_loss, standardize) if temperature is None else temperature
         self.criterion = DualHeadCriterion(
             self.kd_loss,
@@ -138,7 +177,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
             dkd_beta=dkd_beta,
             label_smoothing=label_smoothing,
             class_weights=class_weights,
+            multi_label=multi_label,
         )
+        self.mixer = BatchMixer(mixup_alpha, cutmix_alpha, mix_seed)
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
 
         self.net = DualHeadClassifier(
@@ -147,7 +188,14 @@ class DualHeadKD(ExportsStudent, LightningModule):
             classifier=classifier,
             aux_head=aux_head if method == "dual_head" else None,
         )
+        if multi_label:
+            mark_multi_label(self.student)
         self.criterion.check(self.net.num_classes, is_causal_lm=self.net.is_causal_lm)
+        is_cached = teacher_cache is not None
+        check_mixing(self.mixer.is_active, self.kd_loss, is_causal_lm=self.net.is_causal_lm, is_cached=is_cached)
+        check_cache(is_cached, is_causal_lm=self.net.is_causal_lm)
+        self._cache_folder = teacher_cache
+        self._cache: TeacherCache | None = None
         self.chunk_size = rows_a_chunk(self.net.num_classes, chunk_size)
         aligner = GradientAligner(grad_align)
         self.aligner = GradientAligner() if method == "ce" else aligner  # a single term has nothing to be aligned with
@@ -156,8 +204,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
             check_pair(self.net, self.teacher.model)
         self.token_window = TokenWindow()
-        has_aux_acc = self.net.aux_head is not None and not self.net.is_causal_lm
-        self.means = StageMeans("nll", "acc", *(["aux_acc"] if has_aux_acc else []))
+        judged = {"multi_label": multi_label, "has_aux_head": self.net.aux_head is not None}
+        classifier_metrics = ClassifierMetrics(self.net.num_classes, **judged)
+        self.metrics: Any = StageMeans("nll", "acc") if self.net.is_causal_lm else classifier_metrics
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's own output."""
@@ -176,7 +225,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
         check_has_teacher(self.teacher is not None, self.method)
         batch = self._checked(batch)
         check_has_labels(batch, self.method, self.kd_loss)
-        terms = self._token_losses(batch) if self.net.is_causal_lm else self._sample_losses(batch)
+        parts = self.net, self.teacher, self.criterion, batch
+        is_lm = self.net.is_causal_lm
+        terms = token_losses(*parts, self.chunk_size) if is_lm else sample_losses(*parts, self._cache)
         if terms.kd is not None:
             self.aligner.keep_apart(terms.kd)
         return terms
@@ -188,59 +239,31 @@ class DualHeadKD(ExportsStudent, LightningModule):
         """Return a batch as a mapping, see `as_batch`, whose labels have been checked."""
         batch = self._named(batch)
         if "labels" in batch:
-            check_targets(batch["labels"], self.net.num_classes, is_causal_lm=self.net.is_causal_lm, wait=wait)
+            kind = {"is_causal_lm": self.net.is_causal_lm, "multi_label": self.criterion.multi_label}
+            check_targets(batch["labels"], self.net.num_classes, **kind, wait=wait)
         return batch
-
-    def _sample_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Return both terms over samples; without labels that of the labels is 0, with a graph."""
-        inputs = self._inputs(batch)
-        output = self.net(inputs)
-        labels = batch.get("labels")
-        targets = output.logits.new_full(output.logits.shape[:1], IGNORE_INDEX).long() if labels is None else labels
-        ce = self.criterion.label_term(output.logits, targets)
-        if self.teacher is None:
-            return Losses(ce, None)
-        logits = output.logits if output.aux_logits is None else output.aux_logits
-        return Losses(ce, self.criterion.kd_term(logits, self.teacher(inputs), labels))
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return inputs_of(batch, is_causal_lm=self.net.is_causal_lm)
 
-    def _token_losses(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Return both terms over next tokens, in chunks, so that (N, C) logits of heads and teacher are never whole."""
-        inputs = self._inputs(batch)
-        labels, mask = token_targets(batch)
-        hidden, targets = self.net.hidden_states(inputs)[mask], labels[mask].long()
-        count = mask.sum().clamp(min=1)
-
-        def ce(rows: Tensor, targets: Tensor) -> Tensor:
-            return self.criterion.label_sum(self.net.main_logits(rows), targets)
-
-        ce_term = chunked_sum(ce, hidden, targets, chunk_size=self.chunk_size) / count
-        if self.teacher is None:
-            return Losses(ce_term, None)
-        aux, teacher_logits = self.net.aux_head, self.teacher.output_logits
-        head = self.net.main_logits if aux is None else aux.classifier
-
-        def kd(rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> Tensor:
-            return self.criterion.kd_term(head(rows), teacher_logits(teacher_rows), targets, reduction="sum")
-
-        rows = hidden if aux is None else aux.hidden(hidden)
-        teacher_rows = self.teacher.hidden_states(inputs)[mask]
-        return Losses(ce_term, chunked_sum(kd, rows, teacher_rows, targets, chunk_size=self.chunk_size) / count)
-
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
-        """Forget gradients of a fit that stopped between micro-batches, and refuse strategies that shard gradients."""
+        """Forget gradients of a fit that stopped between micro-batches, and refuse what does not fit data or ranks."""
         self.aligner.reset()
         check_has_teacher(self.teacher is not None, self.method)
+        data = getattr(self.trainer, "datamodule", None)
+        check_class_order(self.teacher, data.class_names if offers(data, HasClassNames) else None)
+        if self._cache_folder is not None and self.teacher is not None:
+            self._cache = TeacherCache(self._cache_folder, self.teacher, data, self.net.num_classes)
         if self.aligner.is_active:
             check_whole_gradients(type(self.trainer.strategy).__name__, self.aligner.mode)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, and say which one fits."""
-        check_checkpoint(checkpoint["state_dict"], self.method, has_aux_head=self.net.aux_head is not None)
+        check_checkpoint(checkpoint["state_dict"], self.method, self.net.aux_head)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            check_same_teacher(self.teacher, checkpoint)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Check the first batch on an accelerator too, and what the student returns before and after a step."""
@@ -251,16 +274,32 @@ class DualHeadKD(ExportsStudent, LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of both terms."""
-        ce, kd = self.losses(batch)
+        ce, kd = self.losses(self.mixed(batch, batch_idx))
         loss = self.ce_weight * ce
         self.log("train/loss_ce", ce)
         if kd is not None:
-            loss = loss + self.kd_factor * kd
+            loss = loss + self._kd_factor_now() * kd
             self.log("train/loss_kd", kd)
         self.log("train/loss", loss, prog_bar=True)
         if not self.net.is_causal_lm:
             return loss
         return self.token_window.weigh(loss, token_targets(self._checked(batch)).mask.sum(), batch_idx, self._trainer)
+
+    def mixed(self, batch: Batch, batch_idx: int) -> Batch:
+        """Return a batch with its images mixed, see `BatchMixer`, as `mixup_alpha` and `cutmix_alpha` ask for."""
+        if not self.mixer.is_active:
+            return batch
+        place = (self.current_epoch, batch_idx, self.global_rank)
+        return self.mixer(
+            self._checked(batch), self.net.num_classes, place=place, multi_label=self.criterion.multi_label
+        )
+
+    def _kd_factor_now(self) -> float:
+        factor = value_at(self.kd_factor, self.global_step)
+        if callable(self.kd_factor):
+            check_not_negative(kd_factor=factor)
+            self.log("train/kd_factor", factor)
+        return factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let every token of the step weigh the same, whatever micro-batch and rank it was in."""
@@ -326,24 +365,13 @@ class DualHeadKD(ExportsStudent, LightningModule):
         if "labels" not in batch:
             return  # nothing to be judged by
         if self.net.is_causal_lm:
-            labels, mask = token_targets(batch)
-            hidden, targets = self.net.hidden_states(self._inputs(batch))[mask], labels[mask].long()
-
-            def judge(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-                return judge_rows(self.net.main_logits(rows), targets)
-
-            nll, acc = chunked_rows(judge, hidden, targets, chunk_size=self.chunk_size)
+            self.metrics.update(stage, **judge_tokens(self.net, batch, self.chunk_size))
         else:
-            output, labels = self.net(self._inputs(batch)), batch["labels"]
-            known = torch.ones_like(labels[:, 0], dtype=torch.bool) if labels.dim() == 2 else labels != IGNORE_INDEX
-            targets = labels[known]
-            nll, acc = judge_rows(output.logits[known], targets)
-            if output.aux_logits is not None:
-                self.means.update(stage, aux_acc=judge_rows(output.aux_logits[known], targets)[1])
-        self.means.update(stage, nll=nll, acc=acc)
+            output = self.net(self._inputs(batch))
+            self.metrics.update(stage, output.logits, batch["labels"], output.aux_logits)
 
     def _log_means(self, stage: str) -> None:
-        means = self.means.compute(stage)
+        means = self.metrics.compute(stage)
         values = loss_and_perplexity(stage, means.pop("nll"))
         if not self.net.is_causal_lm:
             del values[f"{stage}/ppl"]
@@ -351,6 +379,9 @@ class DualHeadKD(ExportsStudent, LightningModule):
         self.log_dict(values, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes."""
+        """Return the logits of the main head, (B, C) or (B, T, C), and the most likely classes.
+
+        With `multi_label` predictions are (B, C), whether each class is more likely than not.
+        """
         logits = classifier_logits(self.student, self._inputs(self._named(batch)))
-        return {"logits": logits, "predictions": logits.argmax(-1)}
+        return {"logits": logits, "predictions": logits > 0 if self.criterion.multi_label else logits.argmax(-1)}

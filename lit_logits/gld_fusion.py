@@ -36,7 +36,7 @@ from lit_logits.modules.gld_fusion.pivot import load_pivot, num_tokens, pivot_ro
 from lit_logits.modules.gld_fusion.source_set import SourceSet
 from lit_logits.modules.gld_fusion.sources import LogitSource
 from lit_logits.modules.gld_fusion.validation import TermMeans
-from lit_logits.modules.gld_fusion.weights import SourceRouting, StepValue, TermWeights, value_at
+from lit_logits.modules.gld_fusion.weights import SourceRouting, TermWeights
 from lit_logits.modules.language_models.calls import CountedStates, counted_states
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models
 from lit_logits.modules.language_models.probes import OutputRule
@@ -44,6 +44,7 @@ from lit_logits.modules.language_models.saving import PushesToHub, save_model_fo
 from lit_logits.modules.language_models.tokenizers import find_tokenizer, token_table
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import make_optimizers
+from lit_logits.modules.schedules import StepValue, value_at
 from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["GLDFusionModule"]

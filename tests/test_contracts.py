@@ -22,7 +22,7 @@ CONTRACTS = [name for name in contracts.__all__ if name.startswith(("Has", "Expo
     ("kind", "offered"),
     [
         (TextDataModule, {"HasTokenizer"}),
-        (ImageDataModule, {"HasClassNames"}),
+        (ImageDataModule, {"HasClassNames", "HasFixedViews"}),
         (GLDFusionModule, {"HasCacheSettings", "HasCacheTokens"}),
         (DynamicFusionDecoder, {"HasPredictionSettings"}),  # a tokenizer is an attribute that `__init__` sets
         (VQLogitsLM, {"ExportsPretrained"}),

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -55,9 +56,28 @@ def test_what_stands_elsewhere_stays_there(keep_dtype):
     assert input_device(pinned.models[0]).type == "cpu"
 
 
-def test_a_copy_holds_copies():
+def test_a_copy_shares_the_models_until_it_goes_elsewhere():
     holder = FrozenModels(nn.Linear(2, 2))
-    assert copy.deepcopy(holder).models[0] is not holder.models[0]
+    first, second = copy.deepcopy(holder), copy.deepcopy([holder])[0]
+    assert first.to("cpu").models[0] is second.models[0] is holder.models[0]
+    first.half()
+    assert [held.models[0].weight.dtype for held in (first, second, holder)] == [torch.float16, *[torch.float32] * 2]
+    assert torch.equal(first.models[0].weight, holder.models[0].weight.half())
+    first.float()  # its own by now
+    assert first.models[0] is not holder.models[0]
+
+
+def test_callbacks_that_average_weights_copy_no_teacher():
+    """A large teacher was in memory twice."""
+    student = DualHeadKD(nn.Linear(4, 3), nn.Linear(4, 3), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    data = [{"pixel_values": torch.randn(4), "labels": torch.tensor(1)}] * 4
+    averaging = EMAWeightAveraging()
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, callbacks=[averaging], **quiet)
+    shared = []
+    student.on_train_batch_start = lambda *_: shared.append(averaging._average_model.module.teacher.model)
+    trainer.fit(student, DataLoader(data, batch_size=2), DataLoader(data, batch_size=2))
+    assert shared == [student.teacher.model] * 2
 
 
 def test_a_model_without_tensors_is_nowhere():

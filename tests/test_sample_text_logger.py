@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -103,6 +103,18 @@ def test_texts_in_the_event_file_are_what_the_model_writes(name, tmp_path):
         titles = ("prompt", "written", "in the data")
         expected = [f"**{title}**\n\n    {tokenizer.decode(part)}" for title, part in zip(titles, parts, strict=True)]
         assert text.strip() == "\n\n".join(expected)
+
+
+def test_texts_of_a_validation_on_a_checkpoint_stand_at_its_step(tmp_path):
+    """They stood at step 0."""
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    saving = ModelCheckpoint(tmp_path, filename="last")
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    data, model = Data(make_tokenizer()), make("CausalLM")
+    Trainer(max_steps=2, logger=False, callbacks=[saving], **quiet).fit(model, datamodule=data)
+    validating = Trainer(logger=logger, callbacks=[SampleTextLogger(num_prompts=1, max_new_tokens=2)], **quiet)
+    validating.validate(make("CausalLM"), datamodule=data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert [step for step, _ in read(tmp_path / "run")["samples/0/text_summary"]] == [2]
 
 
 def test_training_is_the_same_to_the_bit(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_logits.datamodules.caching import default_cache_dir, digest
 from lit_logits.datamodules.checks import as_part, check_at_least
-from lit_logits.datamodules.images.library import ImageLibrary, is_small
+from lit_logits.datamodules.images.library import FORMAT_VERSION, ImageLibrary, is_small
 from lit_logits.datamodules.images.presets import find_preset
 from lit_logits.datamodules.images.sampling import Ints, add_label_noise, pick_balanced, plan_splits
 from lit_logits.datamodules.images.sources import ImageSource, ImageSplits
@@ -60,6 +60,8 @@ class ImageDataModule(Resumes, LightningDataModule):
         max_train_samples: train on this many images only, equally many of each class.
         label_noise: share of the training labels that are replaced by another class, in [0, 1).
         augment: False trains on the images as they are evaluated.
+        num_views: how many augmentations an image has, one an epoch in turn; training batches then have `sample_ids`, a
+            number for each, by which `DualHeadKD` keeps the logits of a teacher. None draws anew in each epoch.
         padding_mode: what is shifted in: `"zeros"` (black), or the image mirrored at its edge.
         mean: of the three channels, of values in [0, 1]; None is the data set's, or ImageNet's.
         std: of the three channels.
@@ -84,6 +86,7 @@ class ImageDataModule(Resumes, LightningDataModule):
         max_train_samples: int | None = None,
         label_noise: float = 0.0,
         augment: bool = True,
+        num_views: int | None = None,
         padding_mode: Literal["zeros", "reflect"] = "zeros",
         mean: list[float] | None = None,
         std: list[float] | None = None,
@@ -103,11 +106,13 @@ class ImageDataModule(Resumes, LightningDataModule):
         }
         self.max_train_samples, self.label_noise = max_train_samples, label_noise
         self.augment, self.padding_mode = augment, padding_mode
+        self.num_views = num_views if augment or num_views is None else 1
         mean, std = list(mean or self.preset.mean), list(std or self.preset.std)
         self.num_workers, self.seed = num_workers, seed
         check_at_least(4, image_size=self.image_size)
         check_at_least(1, batch_size=batch_size, eval_batch_size=self.eval_batch_size)
         check_at_least(1, max_train_samples=1 if max_train_samples is None else max_train_samples)
+        check_at_least(1, num_views=1 if num_views is None else num_views)
         check_at_least(0, num_workers=num_workers)
         check_fractions(self.fractions)
         _check_options(label_noise, padding_mode, mean, std)
@@ -151,9 +156,10 @@ class ImageDataModule(Resumes, LightningDataModule):
             if name == "train":
                 picked = pick_balanced(classes, self.max_train_samples or len(rows), self.seed)
                 rows, classes = rows[picked], self._add_noise(classes[picked])
-            augmentation = self._augmentation if name == "train" else None
-            store = self.library.store(own)
-            self._items[name] = ImageItems(store, rows, classes, augmentation=augmentation, seed=self.seed)
+            drawn: dict[str, Any] = {}
+            if name == "train":
+                drawn = {"augmentation": self._augmentation, "num_views": self.num_views}
+            self._items[name] = ImageItems(self.library.store(own), rows, classes, seed=self.seed, **drawn)
         sizes = [f"{name}: {len(items):,} images" for name, items in self._items.items()]
         same = ["val and test are the same images"] if "val" in plan and plan["val"] is plan["test"] else []
         rank_zero_info("; ".join(sizes + same))
@@ -186,9 +192,19 @@ class ImageDataModule(Resumes, LightningDataModule):
         elif "flips" in batch:
             images = torch.where(batch["flips"][:, None, None, None], images.flip(-1), images)
         self._moments = self._moments.to(images.device)
-        result = {"pixel_values": normalize(images, *self._moments), "labels": batch["labels"]}
+        result = {"pixel_values": normalize(images, *self._moments)}
+        result |= {name: batch[name] for name in ("labels", "sample_ids") if name in batch}
         # The trainer converts inputs before they are transferred, when these were uint8.
         return self.trainer.precision_plugin.convert_input(result) if self.trainer else result
+
+    @property
+    def views_fingerprint(self) -> str | None:
+        """Digest of what the `sample_ids` of training batches stand for; None if each epoch draws anew."""
+        if self.num_views is None:
+            return None
+        look = self.image_size, self.padding_mode, self._augmentation, self._moments.tolist(), self.num_views
+        picked = self.max_train_samples, sorted(self.fractions.items()), self.seed
+        return digest(self.images.key, look, picked, FORMAT_VERSION)
 
     @property
     def _augmentation(self) -> Augmentation | None:

@@ -13,7 +13,7 @@ from lit_logits.datamodules.images.storage import DecodedImages, ImageStore, Map
 
 __all__ = ["ImageLibrary", "is_small"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every cache entry's name: raise it when the same arguments are to give other images."""
 
 MAX_CACHED_SIZE = 64

@@ -2,6 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+from lit_logits.datamodules.images.tiny_imagenet import is_tiny_imagenet
+
 __all__ = ["PRESETS", "Preset", "find_preset"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -68,11 +70,13 @@ PRESETS = {
 
 
 def find_preset(source: str) -> Preset:
-    """Return the preset of a short name or of a path on the hub; ImageNet's for any source that has none.
+    """Return the preset of a short name, a path on the hub or a folder of Tiny ImageNet; ImageNet's for all others.
 
     Example:
         >>> find_preset("uoft-cs/cifar100") == find_preset("cifar100"), find_preset("some/other").image_size
         (True, 224)
     """
+    if is_tiny_imagenet(source):
+        return PRESETS["tiny-imagenet"]._replace(path=source)
     known = PRESETS.get(source) or next((preset for preset in PRESETS.values() if preset.path == source), None)
     return known or Preset(source)

@@ -1,8 +1,8 @@
 """Opens what holds images: scikit-learn's digits, a local folder, or a Hugging Face data set.
 
 A path is empty for the digits, which scikit-learn carries; a local folder with images as `folder/class/*.png` or
-`folder/train|validation|test/class/*.png`, with parquet files, or as `Dataset.save_to_disk` wrote it; or a name on the
-hub.
+`folder/train|validation|test/class/*.png`, with parquet files, as `Dataset.save_to_disk` wrote it, or as Tiny ImageNet
+is packed; or a name on the hub.
 """
 
 import os
@@ -13,20 +13,25 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset, load_dataset_builder, load_from_disk
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_logits.datamodules.caching import digest
+from lit_logits.datamodules.images.tiny_imagenet import is_tiny_imagenet, read_tiny_imagenet
+from lit_logits.datamodules.sources import SPLIT_NAMES
 
 __all__ = ["fingerprint_images", "folder_kind", "read_features", "read_splits"]
 
-FolderKind = Literal["saved", "images", "parquet", "empty", "none"]
+FolderKind = Literal["saved", "tiny-imagenet", "images", "parquet", "empty", "none"]
 
 
 def folder_kind(path: str) -> FolderKind:
-    """Tell what a folder holds: a saved data set, images, parquet files, or nothing of these; or that it is missing."""
+    """Tell what a folder holds: a saved data set, Tiny ImageNet, images, parquet files, none of these; or no folder."""
     if not path or not Path(path).is_dir():
         return "none"
     if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "saved"
+    if is_tiny_imagenet(path):
+        return "tiny-imagenet"
     suffixes = PIL.Image.registered_extensions()
     kind: FolderKind = "empty"
     for file in _walk(path):
@@ -46,7 +51,7 @@ def fingerprint_images(path: str, subset: str | None) -> str:
     Raises:
         ValueError: If there is nothing at the path.
     """
-    if folder_kind(path) in ("saved", "images", "parquet"):
+    if folder_kind(path) in ("saved", "tiny-imagenet", "images", "parquet"):
         stats = [(os.path.relpath(file, path), os.stat(file)) for file in _walk(path)]
         return digest("folder", sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats), subset)
     return digest("dataset", path, subset, _builder(path, subset).hash) if path else digest("digits")
@@ -58,7 +63,7 @@ def read_features(path: str, subset: str | None) -> Features | None:
     Raises:
         ValueError: If there is nothing at the path.
     """
-    known = not path or folder_kind(path) in ("saved", "images")
+    known = not path or folder_kind(path) in ("saved", "tiny-imagenet", "images")
     return None if known else _builder(path, subset).info.features
 
 
@@ -69,14 +74,17 @@ def read_splits(path: str, subset: str | None) -> dict[str, Dataset]:
         ValueError: If there is nothing at the path, or a `subset` of what has none.
     """
     kind = folder_kind(path)
-    if subset is not None and (not path or kind in ("saved", "images")):
+    if subset is not None and (not path or kind in ("saved", "tiny-imagenet", "images")):
         raise ValueError(f"Expected `subset` to be None for {path or 'digits'!r}, but got {subset!r}.")
     if not path:
         return {"train": _read_digits()}
     if kind == "saved":
         saved: Any = load_from_disk(path)
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    if kind == "tiny-imagenet":
+        return read_tiny_imagenet(path)
     if kind == "images":
+        _tell_empty_classes(path)
         return dict(load_dataset("imagefolder", data_dir=path))
     _builder(path, subset)  # its errors are the helpful ones
     return dict(load_dataset(path, subset))
@@ -106,12 +114,30 @@ def _builder(path: str, subset: str | None) -> Any:
             raise FileNotFoundError("it holds neither images nor parquet files")
         return load_dataset_builder(path, subset)
     except (OSError, ValueError, RuntimeError) as error:
-        folder = f"it is not in {Path.cwd()}" if kind == "none" else "it is there"
+        missing = "there is none" if Path(path).is_absolute() else f"it is not in {Path.cwd()}"
+        folder = missing if kind == "none" else "it is there"
         raise ValueError(
             "Expected `source` to be 'digits', 'cifar10', 'cifar100', 'tiny-imagenet', 'imagenet', a folder of images "
             f"or a Hugging Face data set, but got {path!r}. As a folder: {folder}. As a data set (subset {subset!r}): "
             f"{error}"
         ) from error
+
+
+def _tell_empty_classes(path: str) -> None:
+    """Warn of folders among those of the classes that hold no image: they are no classes."""
+    found = [folder for folder in Path(path).iterdir() if folder.is_dir()]
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    splits = [folder for folder in found if folder.name in known]
+    folders = [folder for split in splits for folder in split.iterdir() if folder.is_dir()] if splits else found
+    classes: dict[str, bool] = {}
+    for folder in folders:
+        if not folder.name.startswith((".", "_")):
+            classes[folder.name] = classes.get(folder.name, False) or folder_kind(str(folder)) == "images"
+    if empty := sorted(name for name, has_images in classes.items() if not has_images):
+        rank_zero_warn(
+            f"Expected images in every class folder of {path!r}, but {empty[:5]} ({len(empty)}) have none. They are no"
+            " classes: a model has that many outputs fewer, and the classes behind them have other numbers."
+        )
 
 
 def _walk(path: str) -> Iterator[str]:

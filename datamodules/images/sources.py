@@ -27,7 +27,8 @@ class ImageSource:
     Args:
         path: `"digits"` (1,797 images of 8 × 8, embedded), `"cifar10"`, `"cifar100"`, `"tiny-imagenet"`,
             `"imagenet"`, any other image data set on the Hugging Face hub, or a folder with images as `class/*.png` or
-            `train|validation|test/class/*.png`, with parquet files, or as `Dataset.save_to_disk` wrote it.
+            `train|validation|test/class/*.png`, with parquet files, as `Dataset.save_to_disk` wrote it, or as Tiny
+            ImageNet is packed (`tiny-imagenet-200`).
         subset: configuration of a Hugging Face data set.
         image_column: name of the images; None finds the only column of type `datasets.Image`.
         label_column: name of the classes, a column of `ClassLabel`, integers or strings; None finds the only
@@ -150,7 +151,11 @@ def _find_column(kind: str, feature: type, features: Features, given: str | None
         return given
     if len(found) != 1:
         advice = f"Give one as `{kind}_column`." if found or kind == "label" else "See `source` for what can be read."
-        folder = " A folder has labels if its images lie in folder/class/." if kind == "label" and not found else ""
+        folder = (
+            " A folder has labels if its images lie in folder/class/, and of two classes at least."
+            if kind == "label" and not found
+            else ""
+        )
         raise ValueError(
             f"Expected one column of type {feature.__name__} among {list(features)}, but got {found}. {advice}{folder}"
         )

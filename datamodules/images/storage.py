@@ -128,17 +128,26 @@ class ImageItems(Dataset):
         labels: (N,) classes.
         augmentation: what to draw for training; None for evaluation.
         seed: of the draws.
+        num_views: the draws of an epoch are those of its number modulo this, and batches have `sample_ids`; None draws
+            anew in each epoch.
     """
 
     def __init__(
-        self, store: ImageStore, rows: Ints, labels: Ints, *, augmentation: Augmentation | None = None, seed: int = 0
+        self,
+        store: ImageStore,
+        rows: Ints,
+        labels: Ints,
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        num_views: int | None = None,
     ) -> None:
         self.store, self.rows, self.labels = store, rows, labels
-        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+        self.augmentation, self.seed, self.num_views, self.epoch = augmentation, seed, num_views, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Let the draws be those of an epoch."""
-        self.epoch = epoch
+        self.epoch = epoch if self.num_views is None else epoch % self.num_views
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -152,17 +161,21 @@ class ImageItems(Dataset):
 
         Returns:
             `pixel_values` (B, 3, H, W), uint8, and `labels` (B,), int64. With augmentation also `flips` (B,), bool, and
-            for shifts `shifts` (B, 2), int64, down and right: see `shift_and_flip`.
+            for shifts `shifts` (B, 2), int64, down and right: see `shift_and_flip`. With `num_views` also `sample_ids`
+            (B,), int64, a number for each view of each item.
         """
         items = np.asarray(indices, np.int64)
         rows, labels = self.rows[items], torch.from_numpy(self.labels[items])
+        numbers = {}
+        if self.num_views is not None:
+            numbers["sample_ids"] = torch.from_numpy(items * self.num_views + self.epoch)
         if self.augmentation is None:
-            return {"pixel_values": torch.from_numpy(self.store.read(rows)), "labels": labels}
+            return {"pixel_values": torch.from_numpy(self.store.read(rows)), "labels": labels, **numbers}
         padding, flip = self.augmentation
         count = 1 + (CROP_DRAWS if padding is None else 2)
         draws = hash_uniform(items, count, "augment", self.seed, self.epoch)
         pixels = self.store.read(rows, draws[:, 1:] if padding is None else None)
-        batch = {"pixel_values": torch.from_numpy(pixels), "labels": labels}
+        batch = {"pixel_values": torch.from_numpy(pixels), "labels": labels, **numbers}
         batch["flips"] = torch.from_numpy(flip & (draws[:, 0] < 0.5))
         if padding is not None:
             batch["shifts"] = torch.from_numpy((draws[:, 1:] * (2 * padding + 1)).astype(np.int64) - padding)

@@ -32,12 +32,34 @@ class Box(NamedTuple):
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the image with three channels of 8 bits, whatever its mode; transparency is dropped."""
-    if image.mode.startswith("I"):  # 16 bits; `convert` would clip them at 255
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    """Return the image with three channels of 8 bits, whatever its mode; transparency is dropped.
+
+    Numbers of 16 and 32 bits and floats have no range of their own. That of an image is the least that holds its
+    values: up to 1 (floats), 255 or 65,535.
+
+    Raises:
+        ValueError: If values are negative or greater.
+    """
+    if image.mode.startswith("I") or image.mode == "F":  # `convert` would clip them at 255
+        image = PIL.Image.fromarray(_to_8_bits(image))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # else PIL warns
     return image.convert("RGB")
+
+
+def _to_8_bits(image: PIL.Image.Image) -> NDArray[np.uint8]:
+    values = np.asarray(image).astype(np.float64)
+    largest, is_float = float(values.max()), image.mode == "F"
+    if not (values.min() >= 0 and largest <= 65_535):  # NaN, too
+        raise ValueError(
+            f"its values of mode {image.mode!r} are in [{values.min():g}, {largest:g}], of which nothing tells what is"
+            " white. Save it with 8 bits a channel."
+        )
+    if is_float and largest <= 1:
+        return np.rint(values * 255).astype(np.uint8)
+    # A PNG of more than 8 bits has 16, however dark it is.
+    has_16_bits = largest > 255 or image.mode.startswith("I;16") or image.format == "PNG"
+    return (values // 256 if has_16_bits else np.rint(values)).astype(np.uint8)
 
 
 def centre_box(width: int, height: int, ratio: float = 1.0) -> Box:

@@ -149,6 +149,7 @@ from lit_logits.functional.kd_losses import (
     kd_kl_divergence,
     label_loss,
     mlkd_loss,
+    multi_label_loss,
     standardize_logits,
 )
 from lit_logits.functional.kmeans import (
@@ -369,6 +370,7 @@ __all__ = [
     "metric_matrix",
     "mlkd_loss",
     "mse_logit_loss",
+    "multi_label_loss",
     "nearest_centroids",
     "neural_collapse",
     "next_token_labels",

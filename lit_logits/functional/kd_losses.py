@@ -28,6 +28,7 @@ __all__ = [
     "kd_kl_divergence",
     "label_loss",
     "mlkd_loss",
+    "multi_label_loss",
     "prepare_logits",
     "reduce_rows",
     "standardize_logits",
@@ -192,7 +193,8 @@ def label_loss(
 
     Args:
         logits: (B, C).
-        labels: (B,) integers, −100 for rows that are left out; or (B, C) probabilities of the classes.
+        labels: (B,) integers, −100 for rows that are left out; or (B, C) probabilities of the classes, all 0 in rows
+            that are left out.
         label_smoothing: share of the label that is spread over all classes.
         class_weights: (C,); a mean over integer labels is weighted by them.
 
@@ -203,11 +205,38 @@ def label_loss(
     logits = at_least_float32(logits)
     weights = None if class_weights is None else class_weights.to(logits)
     if labels.is_floating_point():
-        return F.cross_entropy(logits, labels.to(logits), weight=weights, label_smoothing=label_smoothing)
+        soft = labels.to(logits)
+        rows = F.cross_entropy(logits, soft, weight=weights, label_smoothing=label_smoothing, reduction="none")
+        return reduce_tokens(rows, labels.sum(-1) > 0, "mean")
     labels, known = labels.long(), labels != IGNORE_INDEX
     total = F.cross_entropy(logits, labels, weight=weights, label_smoothing=label_smoothing, reduction="sum")
     count = known.to(logits) if weights is None else known * weights[labels.masked_fill(~known, 0)]
     return total / count.sum().clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def multi_label_loss(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """Compute the mean binary cross-entropy of classes of which a row may have several or none.
+
+    It is `torch.nn.functional.binary_cross_entropy_with_logits`, the mean over rows and classes, without the entries
+    that are not known.
+
+    Args:
+        logits: (B, C).
+        labels: (B, C), 1 or 0 where a row has or lacks a class, or a probability; −100 where that is not known.
+        label_smoothing: share by which a label is moved to ½.
+        class_weights: (C,); the mean is weighted by them.
+
+    Example:
+        >>> multi_label_loss(torch.zeros(1, 3), torch.tensor([[1.0, 0.0, -100.0]]))
+        tensor(0.6931)
+    """
+    logits, known = at_least_float32(logits), labels != IGNORE_INDEX
+    targets = labels.to(logits).masked_fill(~known, 0) * (1 - label_smoothing) + label_smoothing / 2
+    entries = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    weights = known.to(logits) if class_weights is None else known * class_weights.to(logits)
+    return (weights * entries).sum() / weights.sum().clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 def prepare_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

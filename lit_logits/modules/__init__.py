@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from lit_logits.modules.gld_fusion.criterion import GLDCriterion, GraphAlignment
     from lit_logits.modules.gld_fusion.importing import import_log_probs
     from lit_logits.modules.gld_fusion.sources import LogitSource, load_source
-    from lit_logits.modules.gld_fusion.weights import LinearRamp
     from lit_logits.modules.language_models.loading import CausalBackbone, load_backbone, load_causal_lm, new_causal_lm
     from lit_logits.modules.language_models.lora import add_lora, save_merged
     from lit_logits.modules.language_models.pruning import keep_layers, spread_layers
     from lit_logits.modules.language_models.tokenizers import find_tokenizer
     from lit_logits.modules.metrics import TokenMean
     from lit_logits.modules.optimization import make_optimizers
+    from lit_logits.modules.schedules import LinearRamp
     from lit_logits.modules.vq_logits.calibration import Calibration, calibrate
     from lit_logits.modules.vq_logits.config import VQLogitsConfig
     from lit_logits.modules.vq_logits.dense import DenseLogitsHead
@@ -50,13 +50,13 @@ else:
             "lit_logits.modules.gld_fusion.criterion": "GLDCriterion GraphAlignment",
             "lit_logits.modules.gld_fusion.importing": "import_log_probs",
             "lit_logits.modules.gld_fusion.sources": "LogitSource load_source",
-            "lit_logits.modules.gld_fusion.weights": "LinearRamp",
             "lit_logits.modules.language_models.loading": "CausalBackbone load_backbone load_causal_lm new_causal_lm",
             "lit_logits.modules.language_models.lora": "add_lora save_merged",
             "lit_logits.modules.language_models.pruning": "keep_layers spread_layers",
             "lit_logits.modules.language_models.tokenizers": "find_tokenizer",
             "lit_logits.modules.metrics": "TokenMean",
             "lit_logits.modules.optimization": "make_optimizers",
+            "lit_logits.modules.schedules": "LinearRamp",
             "lit_logits.modules.vq_logits.calibration": "Calibration calibrate",
             "lit_logits.modules.vq_logits.config": "VQLogitsConfig",
             "lit_logits.modules.vq_logits.dense": "DenseLogitsHead",

@@ -88,10 +88,10 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 def inputs_of(batch: Mapping[str, Tensor], *, is_causal_lm: bool = False) -> dict[str, Tensor]:
-    """Return what a model reads: a batch without its labels; for a language model its token inputs."""
+    """Return what a model reads: a batch without labels and numbers of its rows; for a language model its tokens."""
     if is_causal_lm:
         return {name: batch[name] for name in TOKEN_INPUTS if name in batch}
-    return {name: value for name, value in batch.items() if name != "labels"}
+    return {name: value for name, value in batch.items() if name not in ("labels", "sample_ids")}
 
 
 def taken_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -121,12 +121,16 @@ def taken_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[list[T
     return [inputs[main]], {}
 
 
-def check_targets(labels: Tensor, num_classes: int, *, is_causal_lm: bool = False, wait: bool = False) -> None:
+def check_targets(
+    labels: Tensor, num_classes: int, *, is_causal_lm: bool = False, multi_label: bool = False, wait: bool = False
+) -> None:
     """Raise unless labels are classes, one a row (or token), or probabilities of the classes.
 
     Args:
-        labels: (B,) or (B, T) integers in [0, C) or −100; or floats (B, C), rows that sum to 1.
+        labels: (B,) or (B, T) integers in [0, C) or −100; or floats (B, C), rows that sum to 1, or to 0 without a
+            label. With `multi_label` (B, C) of any dtype, each in [0, 1] or −100.
         num_classes: C.
+        multi_label: whether a row may have several classes or none.
         is_causal_lm: whether labels are those of tokens, (B, T).
         wait: look at values on an accelerator too; the host then waits for the device.
 
@@ -140,12 +144,15 @@ def check_targets(labels: Tensor, num_classes: int, *, is_causal_lm: bool = Fals
         ...
         ValueError: Expected soft `labels` of shape (B, 4), but got (1, 3).
     """
+    if multi_label:
+        _check_multi_label(labels, num_classes, wait=wait)
+        return
     if is_causal_lm or not labels.is_floating_point():
         check_labels(labels, num_classes, wait=wait)
         if labels.dim() != 1 + is_causal_lm:
             raise ValueError(
                 f"Expected integer `labels` of shape {'(B, T)' if is_causal_lm else '(B,)'}, but got"
-                f" {tuple(labels.shape)}. Pass the number of a class; several classes a row are not supported."
+                f" {tuple(labels.shape)}. Pass the number of a class; several classes a row need `multi_label=True`."
             )
         return
     if labels.dim() != 2 or labels.shape[-1] != num_classes:
@@ -153,11 +160,27 @@ def check_targets(labels: Tensor, num_classes: int, *, is_causal_lm: bool = Fals
     if labels.device.type != "cpu" and not wait:
         return
     sums = labels.float().sum(-1)
-    wrong = ~((sums - 1).abs() < 1e-2) | (labels < 0).any(-1)
+    wrong = (~((sums - 1).abs() < 1e-2) & (sums != 0)) | (labels < 0).any(-1)
     if wrong.any():
         raise ValueError(
             f"Expected soft `labels` to be probabilities that sum to 1 over {num_classes} classes, but a row sums to"
-            f" {sums[wrong][0].item():.4g}. Labels of several classes a row (multi-label) are not supported."
+            f" {sums[wrong][0].item():.4g}. Labels of several classes a row need `multi_label=True`."
+        )
+
+
+def _check_multi_label(labels: Tensor, num_classes: int, *, wait: bool) -> None:
+    if labels.dim() != 2 or labels.shape[-1] != num_classes:
+        raise ValueError(
+            f"Expected `labels` of shape (B, {num_classes}) for multi_label=True, 1 or 0 for each class, but got"
+            f" {tuple(labels.shape)}."
+        )
+    if labels.device.type != "cpu" and not wait:
+        return
+    wrong = ~((labels >= 0) & (labels <= 1) | (labels == IGNORE_INDEX))
+    if wrong.any():
+        raise ValueError(
+            f"Expected multi-label `labels` to be in [0, 1] or {IGNORE_INDEX} (not known), but got"
+            f" {labels[wrong][0].item():.4g}."
         )
 
 

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.dual_head_kd import LogitLoss
 from lit_logits.modules.dual_head_kd.classifiers import find_classifier, is_causal_lm
-from lit_logits.modules.dual_head_kd.net import DualHeadClassifier
+from lit_logits.modules.dual_head_kd.net import AuxiliaryHead, DualHeadClassifier
+from lit_logits.modules.schedules import StepValue, value_at
 
 __all__ = [
     "Method",
+    "check_cache",
     "check_checkpoint",
     "check_has_labels",
     "check_has_teacher",
+    "check_mixing",
     "check_options",
     "check_pair",
     "check_whole_gradients",
@@ -28,7 +31,7 @@ def check_options(
     kd_loss: str | None,
     temperature: float | None,
     ce_weight: float,
-    kd_factor: float,
+    kd_factor: StepValue,
     lr_interval: str,
 ) -> None:
     """Refuse arguments out of range."""
@@ -38,19 +41,34 @@ def check_options(
         raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    check_not_negative(ce_weight=ce_weight, kd_factor=kd_factor)
+    check_not_negative(ce_weight=ce_weight, kd_factor=value_at(kd_factor, 0))
     if lr_interval not in ("epoch", "step"):
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
 
 
-def check_checkpoint(names: Iterable[str], method: str, *, has_aux_head: bool) -> None:
-    """Refuse the tensors of another method, and say which one fits."""
-    theirs = any(name.startswith("net.aux_head.") for name in names)
-    if theirs != has_aux_head:
-        given, own = ("with", "without") if theirs else ("without", "with")
+def check_cache(is_cached: bool, *, is_causal_lm: bool) -> None:
+    """Refuse to keep the logits of a language model, one row of its vocabulary a token."""
+    if is_cached and is_causal_lm:
+        raise ValueError(
+            "Expected `teacher_cache` to be None for a causal language model, but got a folder. `GLDFusionModule`"
+            " learns from cached top-k logits (`LogitCacheWriter`)."
+        )
+
+
+def check_checkpoint(names: Iterable[str], method: str, aux_head: AuxiliaryHead | None) -> None:
+    """Refuse the tensors of another method or kind of auxiliary head, and say which one fits."""
+    aux_names = [name for name in names if name.startswith("net.aux_head.")]
+    if bool(aux_names) != (aux_head is not None):
+        given, own = ("with", "without") if aux_names else ("without", "with")
         raise ValueError(
             f"Expected a checkpoint {own} an auxiliary head for method={method!r}, but this one is {given} it. Pass the"
             " `method` (and `aux_head`) that it was trained with."
+        )
+    theirs = "nonlinear" if any(name.startswith("net.aux_head.trunk.") for name in aux_names) else "linear"
+    if aux_head is not None and theirs != aux_head.kind:
+        raise ValueError(
+            f"Expected a checkpoint with aux_head={aux_head.kind!r}, but this one has {theirs!r}. Pass the `aux_head`"
+            " that it was trained with."
         )
 
 
@@ -68,6 +86,25 @@ def check_has_teacher(has_teacher: bool, method: str) -> None:
         raise ValueError(
             f"Expected a `teacher` for method={method!r}, but got None, which serves evaluation only. Train one with"
             " method='ce'."
+        )
+
+
+def check_mixing(is_active: bool, kd_loss: str, *, is_causal_lm: bool, is_cached: bool) -> None:
+    """Refuse mixed images where there are none, where each must have one class, and where all must come again."""
+    if is_active and is_causal_lm:
+        raise ValueError(
+            "Expected `mixup_alpha` and `cutmix_alpha` to be 0 for a causal language model, whose tokens cannot be"
+            " mixed, but got more."
+        )
+    if is_active and kd_loss == "dkd":
+        raise ValueError(
+            "Expected `mixup_alpha` and `cutmix_alpha` to be 0 for kd_loss='dkd', which needs one class a sample, but"
+            " got more. Use 'kl', or another `kd_loss`."
+        )
+    if is_active and is_cached:
+        raise ValueError(
+            "Expected `mixup_alpha` and `cutmix_alpha` to be 0 with a `teacher_cache`, as mixed images do not come"
+            " again, but got more."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -26,10 +27,14 @@ __all__ = [
     "MODEL_ZOO",
     "STUDENT_FILE",
     "HeadCall",
+    "as_name",
+    "check_not_compiled",
+    "class_names_of",
     "classifier_logits",
     "find_classifier",
     "is_causal_lm",
     "load_classifier",
+    "mark_multi_label",
     "tap_features",
     "zoo_name",
 ]
@@ -47,7 +52,7 @@ MODEL_ZOO: dict[str, Callable[[int], nn.Module]] = {
 
 
 def load_classifier(
-    model: nn.Module | str | dict[str, Any], num_classes: int | None = None, *, new_head: bool = False
+    model: nn.Module | str | dict[str, Any] | Path, num_classes: int | None = None, *, new_head: bool = False
 ) -> nn.Module:
     """Load or make a classifier or causal language model, in float32.
 
@@ -60,41 +65,50 @@ def load_classifier(
             trained; otherwise that is an error.
 
     Raises:
-        ValueError: If the name cannot be loaded, a mapping has no `model_type`, `num_classes` is missing, or pretrained
-            weights lack the last layer.
+        ValueError: If the name cannot be loaded, a mapping has no `model_type`, `num_classes` is missing, pretrained
+            weights lack the last layer, or a layer has no size yet.
 
     Example:
         >>> load_classifier("resnet8", num_classes=10).fc
         Linear(in_features=64, out_features=10, bias=True)
     """
     if isinstance(model, nn.Module):
+        _check_has_sizes(model)
         return model
     if isinstance(model, dict):
         return _from_config(model, num_classes)
-    if model in MODEL_ZOO:
+    name: str = as_name(model)
+    if name in MODEL_ZOO:
         if num_classes is None:
-            raise ValueError(f"Expected `num_classes` for the new model {model!r}, but got None.")
-        return MODEL_ZOO[model](num_classes)
-    if model.endswith(".gguf"):
-        return load_causal_lm(model)
-    path = os.path.expanduser(model)
+            raise ValueError(f"Expected `num_classes` for the new model {name!r}, but got None.")
+        return MODEL_ZOO[name](num_classes)
+    if name.endswith(".gguf"):
+        return load_causal_lm(name)
+    path = os.path.expanduser(name)
     if Path(path, STUDENT_FILE).is_file():
         return _from_folder(Path(path), num_classes)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = _with_architectures(AutoConfig.from_pretrained(path))
         model_class = _class_for(config)
         kwargs: dict[str, Any] = {}
         if new_head and num_classes is not None and model_class is not transformers.AutoModelForCausalLM:
-            kwargs = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-        loaded, info = model_class.from_pretrained(path, dtype="float32", output_loading_info=True, **kwargs)
+            config.num_labels, kwargs = num_classes, {"ignore_mismatched_sizes": True}
+        loaded, info = model_class.from_pretrained(
+            path, config=config, dtype="float32", output_loading_info=True, **kwargs
+        )
         if info["missing_keys"] and not new_head:
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[:3]}, which would be random")
         return loaded
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected a module, one of {sorted(MODEL_ZOO)}, a hub id, a local folder or a mapping with `model_type`,"
-            f" but got {model!r}, which could not be loaded: {error}"
+            f" but got {name!r}, which could not be loaded: {error}"
         ) from error
+
+
+def as_name(model: Any) -> Any:
+    """Return a path as a string, which a checkpoint may hold, and anything else as it is."""
+    return str(model) if isinstance(model, Path) else model
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -225,7 +239,41 @@ def _from_config(settings: dict[str, Any], num_classes: int | None) -> nn.Module
         if settings.get(key, num_classes) != num_classes:
             raise ValueError(f"Expected `{key}` to be `num_classes` = {num_classes}, but got {settings[key]}.")
         settings = {**settings, key: num_classes}
-    return model_class.from_config(make_config(settings))
+    return model_class.from_config(_with_architectures(make_config(settings)))
+
+
+def _with_architectures(config: Any) -> Any:
+    """Return a config that names some; where a type has several models for a task, transformers reads the list."""
+    config.architectures = config.architectures or []
+    return config
+
+
+def check_not_compiled(student: nn.Module) -> None:
+    """Refuse a student inside the wrapper of `torch.compile`, which hides its class, its names and its last layer.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if hasattr(student, "_orig_mod"):
+        raise ValueError(
+            f"Expected a student that is not compiled yet, but got {type(student._orig_mod).__name__} inside"
+            " `torch.compile`. Pass the module itself, and call `model.net.compile()` on the DualHeadKD."
+        )
+
+
+def mark_multi_label(student: nn.Module) -> None:
+    """Let the config of a transformers student say that its classes do not exclude each other, as pipelines read."""
+    if isinstance(student, PreTrainedModel):
+        student.config.problem_type = "multi_label_classification"
+
+
+def _check_has_sizes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(
+                f"Expected a model whose layers have their sizes, but `{name}` ({type(module).__name__}) of"
+                f" {type(model).__name__} has none yet. Call the model once on a batch, and pass it then."
+            )
 
 
 def zoo_name(model: Any) -> str | None:
@@ -234,6 +282,23 @@ def zoo_name(model: Any) -> str | None:
     if folder is not None and (folder / STUDENT_FILE).is_file():
         model = _settings(folder)["model"]
     return model if isinstance(model, str) and model in MODEL_ZOO else None
+
+
+def class_names_of(model: nn.Module, given: Any) -> list[str] | None:
+    """Return the names of a model's classes in the order of its outputs, or None where it does not tell them.
+
+    Args:
+        model: the loaded model.
+        given: what it was loaded from, such as a folder of `SavePretrained`.
+    """
+    id2label = getattr(getattr(model, "config", None), "id2label", None)
+    folder = Path(os.path.expanduser(given)) if isinstance(given, str | Path) else None
+    if id2label is None and folder is not None and (folder / STUDENT_FILE).is_file():
+        id2label = _settings(folder).get("id2label")
+    if not id2label:
+        return None
+    names = [str(name) for _, name in sorted((int(number), name) for number, name in id2label.items())]
+    return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
 def _settings(folder: Path) -> dict[str, Any]:

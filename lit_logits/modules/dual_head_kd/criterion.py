@@ -12,10 +12,18 @@ from torch import Tensor, nn
 
 from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss, logit_loss
-from lit_logits.functional.kd_losses import label_loss
+from lit_logits.functional.kd_losses import label_loss, multi_label_loss
 from lit_logits.functional.reductions import at_least_float32
 
-__all__ = ["DualHeadCriterion", "Losses", "default_temperature", "judge_rows"]
+__all__ = ["DualHeadCriterion", "Losses", "default_kd_loss", "default_temperature"]
+
+OVER_CLASSES = ("kl", "dkd", "mlkd")
+"""Losses on probabilities that sum to 1 over the classes."""
+
+
+def default_kd_loss(method: str, *, multi_label: bool) -> LogitLoss:
+    """Return Hinton's loss for `kd`, its like for classes that do not exclude each other, and else the paper's."""
+    return "binary_kl_norm" if method != "kd" else "binary_kl" if multi_label else "kl"
 
 
 def default_temperature(kd_loss: LogitLoss, standardize: bool) -> float:
@@ -25,7 +33,7 @@ def default_temperature(kd_loss: LogitLoss, standardize: bool) -> float:
         >>> default_temperature("kl", False), default_temperature("kl", True)
         (4.0, 2.0)
     """
-    return 4.0 if kd_loss in ("kl", "dkd", "mlkd") and not standardize else 2.0
+    return 4.0 if kd_loss in OVER_CLASSES and not standardize else 2.0
 
 
 class Losses(NamedTuple):
@@ -47,6 +55,7 @@ class DualHeadCriterion(nn.Module):
         dkd_beta: β of `dkd`.
         label_smoothing: share of a label that is spread over all classes.
         class_weights: of the cross-entropy, one a class.
+        multi_label: a row may have several classes or none: the cross-entropy is binary, see `multi_label_loss`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,6 +79,7 @@ class DualHeadCriterion(nn.Module):
         dkd_beta: float = 8.0,
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         if class_reduction not in get_args(ClassReduction):
@@ -81,8 +91,13 @@ class DualHeadCriterion(nn.Module):
             )
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
+        if multi_label and kd_loss in OVER_CLASSES:
+            raise ValueError(
+                "Expected `kd_loss` to be 'binary_kl', 'binary_kl_norm', 'mse', 'l1' or 'cosine' for multi_label=True,"
+                f" but got {kd_loss!r}, whose probabilities sum to 1 over the classes."
+            )
         check_not_negative(dkd_alpha=dkd_alpha, dkd_beta=dkd_beta)
-        self.kd_loss, self.temperature = kd_loss, temperature
+        self.kd_loss, self.temperature, self.multi_label = kd_loss, temperature, multi_label
         self.standardize, self.class_reduction = standardize, class_reduction
         self.dkd_alpha, self.dkd_beta, self.label_smoothing = dkd_alpha, dkd_beta, label_smoothing
         weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
@@ -100,17 +115,23 @@ class DualHeadCriterion(nn.Module):
                 f"Expected `class_weights` to be {num_classes} non-negative numbers, one a class, but got"
                 f" {weights.tolist()[:8]} ({len(weights)})."
             )
-        if is_causal_lm and (weights is not None or self.kd_loss == "mlkd"):
-            name = "class_weights" if weights is not None else "kd_loss='mlkd'"
+        kept = {"kd_loss='mlkd'": self.kd_loss == "mlkd", "multi_label=True": self.multi_label}
+        given = [name for name, is_given in {"class_weights": weights is not None, **kept}.items() if is_given]
+        if is_causal_lm and given:
             raise ValueError(
-                f"Expected a classifier for {name}, but got a causal language model, whose logits are made a chunk at a"
-                " time. Leave it out."
+                f"Expected a classifier for {given[0]}, but got a causal language model, whose logits are made a chunk"
+                " at a time. Leave it out."
             )
 
-    def label_term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over rows that have a label, see `label_loss`."""
-        options = {"label_smoothing": self.label_smoothing, "class_weights": self.class_weights}
-        return label_loss(logits, labels, **options)  # type: ignore[arg-type]
+    def label_term(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the mean cross-entropy over what has a label, see `label_loss` and `multi_label_loss`.
+
+        Without labels it is 0, with a graph.
+        """
+        if labels is None:
+            return at_least_float32(logits[:0]).sum()
+        loss = multi_label_loss if self.multi_label else label_loss
+        return loss(logits, labels, label_smoothing=self.label_smoothing, class_weights=self.class_weights)
 
     def label_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the cross-entropy over tokens that have a label."""
@@ -137,13 +158,3 @@ class DualHeadCriterion(nn.Module):
             class_reduction=self.class_reduction,
             reduction=reduction,
         )
-
-
-def judge_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy (N,) of each sample, and 1 where its most likely class is that of the label."""
-    logits = at_least_float32(logits)
-    if targets.is_floating_point():
-        classes, targets = targets.argmax(-1), targets.to(logits)
-    else:
-        classes = targets = targets.long()
-    return F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == classes).float()

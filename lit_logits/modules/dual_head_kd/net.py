@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_logits.functional.gradients import AlignedGradients, align_gradients, any_over_ranks, average_over_ranks
 from lit_logits.modules.dual_head_kd.classifiers import (
     HeadCall,
+    check_not_compiled,
     classifier_logits,
     find_classifier,
     is_causal_lm,
@@ -50,6 +51,7 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         if kind not in ("linear", "nonlinear"):
             raise ValueError(f"Expected `kind` to be 'linear' or 'nonlinear', but got {kind!r}.")
+        self.kind = kind
         self.trunk: nn.Module = nn.Identity()
         if kind == "nonlinear":
             self.trunk = nn.Sequential(nn.Linear(num_features, 200), nn.Dropout(0.1), nn.BatchNorm1d(200), nn.ReLU())
@@ -112,6 +114,7 @@ class DualHeadClassifier(nn.Module):
         aux_head: AuxHeadKind | None = None,
     ) -> None:
         super().__init__()
+        check_not_compiled(student)
         self.student = student
         self.classifier_name = find_classifier(student, classifier, num_classes=num_classes)
         self.is_causal_lm = is_causal_lm(student)

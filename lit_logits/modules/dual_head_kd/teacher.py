@@ -3,14 +3,21 @@
 Letters: B batch, T sequence, C classes, d features.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_logits.modules.dual_head_kd.classifiers import MODEL_ZOO, classifier_logits, is_causal_lm, load_classifier
+from lit_logits.modules.dual_head_kd.classifiers import (
+    MODEL_ZOO,
+    class_names_of,
+    classifier_logits,
+    is_causal_lm,
+    load_classifier,
+)
 from lit_logits.modules.dual_head_kd.weights import read_weights, with_metadata
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.loading import check_plain_causal_lm
@@ -25,6 +32,7 @@ class FrozenTeacher(FrozenModels):
     Args:
         model: frozen in place.
         output_rule: how a causal language model makes logits of its last hidden states.
+        class_names: of its C classes, if it tells them.
 
     Example:
         >>> teacher = FrozenTeacher(nn.Linear(4, 3)).train()
@@ -32,9 +40,12 @@ class FrozenTeacher(FrozenModels):
         (0, False, torch.Size([2, 3]))
     """
 
-    def __init__(self, model: nn.Module, output_rule: OutputRule | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, output_rule: OutputRule | None = None, class_names: Sequence[str] | None = None
+    ) -> None:
         super().__init__(model)
         self.output_rule = output_rule or OutputRule()
+        self.class_names, self.digest = class_names, _weights_digest(model)
         self._unchecked = True
 
     @property
@@ -44,12 +55,14 @@ class FrozenTeacher(FrozenModels):
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, C), without a graph.
+        """Return logits (B, C), without a graph. The inputs take the dtype of the model.
 
         Raises:
             ValueError: If the first batch gets probabilities.
         """
-        logits = classifier_logits(self.model, inputs)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        logits = classifier_logits(self.model, cast)
         if self._unchecked:  # once: the host waits for the device
             self._unchecked = False
             _check_not_probabilities(logits, type(self.model).__name__)
@@ -66,7 +79,9 @@ class FrozenTeacher(FrozenModels):
 
 
 def load_teacher(
-    teacher: nn.Module | str | dict[str, Any], checkpoint: str | None = None, num_classes: int | None = None
+    teacher: nn.Module | str | dict[str, Any] | Path,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
 ) -> FrozenTeacher:
     """Make a teacher and load its weights.
 
@@ -87,7 +102,9 @@ def load_teacher(
     model = load_classifier(teacher, num_classes)
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    return FrozenTeacher(model, check_plain_causal_lm(model) if is_causal_lm(model) else None)
+    if is_causal_lm(model):
+        return FrozenTeacher(model, check_plain_causal_lm(model))
+    return FrozenTeacher(model, class_names=class_names_of(model, teacher))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -100,9 +117,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: If the file is of another architecture or class count; the error names the first differences.
     """
     weights = read_weights(path)
-    state = model.state_dict()
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # inside the wrapper of `torch.compile`
+    state = inner.state_dict()
     own = _without_counters(state)
-    owner = type(model).__name__
+    owner = type(inner).__name__
     reasons = [
         f"it has {len(weights)} tensors such as {_shapes(weights)}, {owner} has {len(own)} such as {_shapes(own)}"
     ]
@@ -113,7 +131,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if not differences:
             told = _metadata_under(prefix, getattr(weights, "_metadata", {})) or state._metadata  # type: ignore[attr-defined]
             # Not strict, because of the counters that are left out.
-            model.load_state_dict(with_metadata(tensors, told), strict=False)
+            inner.load_state_dict(with_metadata(tensors, told), strict=False)
             return
         reasons += differences
     raise ValueError(
@@ -125,6 +143,19 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def _metadata_under(prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of a module whose name, with a dot, is `prefix`."""
     return {key[len(prefix) :]: value for key, value in metadata.items() if f"{key}.".startswith(prefix)}
+
+
+def _weights_digest(model: nn.Module, most: int = 64) -> str:
+    """Return a digest of the names, shapes and some values of all tensors; training changes some of each."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            if not tensor.is_meta:
+                flat = tensor.detach().flatten()
+                values = flat[:: max(1, len(flat) // most)][:most]
+                digest.update(str(values.double().tolist()).encode())
+    return digest.hexdigest()
 
 
 def _check_not_probabilities(logits: Tensor, owner: str) -> None:

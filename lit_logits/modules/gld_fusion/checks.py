@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from lit_logits.modules.gld_fusion.sources import LogitSource
-from lit_logits.modules.gld_fusion.weights import SourceRouting, StepValue
+from lit_logits.modules.gld_fusion.weights import SourceRouting
+from lit_logits.modules.schedules import StepValue
 from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["check_options", "check_source"]

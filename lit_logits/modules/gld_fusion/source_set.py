@@ -21,7 +21,7 @@ from lit_logits.modules.gld_fusion.token_terms import (
     match_source,
     token_targets,
 )
-from lit_logits.modules.gld_fusion.weights import StepValue, value_at
+from lit_logits.modules.schedules import StepValue, value_at
 from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = ["SourceSet"]

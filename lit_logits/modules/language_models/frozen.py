@@ -1,5 +1,6 @@
 """Models that are held and not trained: teachers, sources, originals, and models that decode together."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ class FrozenModels(nn.Module):
 
     They stay in `eval` mode without gradients, and follow this module to other devices and dtypes. A model that
     accelerate has spread (`device_map`) or that was put elsewhere stays where it is.
+
+    A copy of this module, such as callbacks make that average weights, shares the models. It copies them when it goes
+    to another device or dtype.
 
     Args:
         *models: frozen in place.
@@ -32,7 +36,7 @@ class FrozenModels(nn.Module):
         for model in models:
             model.eval().requires_grad_(False)
         self._held = models  # in a tuple, so that they are not registered here
-        self._keep_dtype, self.pinned = keep_dtype, pinned
+        self._keep_dtype, self.pinned, self._shares = keep_dtype, pinned, False
         # Tells where this module is. Not a buffer: DDP sends those in every forward, and a rank that has no batch to
         # evaluate would keep the others waiting.
         self.anchor = torch.empty(0)
@@ -46,12 +50,24 @@ class FrozenModels(nn.Module):
         """Stay in `eval` mode."""
         return super().train(False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenModels":
+        """Share the models: they do not change."""
+        memo |= {id(model): model for model in self._held}
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__ = copy.deepcopy(self.__dict__, memo)
+        other._shares = True
+        return other
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenModels":
         """Take along the models that are where this module is."""
         # Every move and cast (`to`, `half`, `cuda`) comes through here, and it does not reach what is not registered.
         before = self.anchor.device
         super()._apply(fn, recurse)
-        self.anchor = fn(self.anchor)
+        moved = fn(self.anchor)
+        if self._shares and (moved.device, moved.dtype) != (before, self.anchor.dtype):
+            self._held, self._shares = copy.deepcopy(self._held), False
+        self.anchor = moved
         for model in self._held:
             if self.pinned or hasattr(model, "hf_device_map") or input_device(model) not in (before, None):
                 continue
