@@ -12,7 +12,14 @@ from torch import nn
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule
 from lit_logits.callbacks import PredictionWriter
-from lit_logits.datamodules import ImageDataModule, InstructionDataModule, PairSource, TextDataModule
+from lit_logits.datamodules import (
+    ImageDataModule,
+    InstructionDataModule,
+    PairSource,
+    SequenceDataModule,
+    SequenceSource,
+    TextDataModule,
+)
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -43,12 +50,15 @@ def make_data(kind, folder):
         return TextDataModule(str(folder / "texts.jsonl"), bpe_vocab_size=300, block_size=29, **small)
     if kind == "images":
         return ImageDataModule("digits", **small | {"batch_size": 256})
+    if kind == "sequences":
+        source = SequenceSource(str(folder / "questions.jsonl"), text_column="full", label_column="right")
+        return SequenceDataModule(source, bpe_vocab_size=300, **small)
     columns = {"choices": {"choices_column": "options", "answer_column": "right"}, "pairs": {"response_column": "full"}}
     source = PairSource(str(folder / "questions.jsonl"), **columns[kind])
     return InstructionDataModule(source, bpe_vocab_size=300, max_test_rows=5, **small)
 
 
-KINDS = ["text", "images", "choices", "pairs"]
+KINDS = ["text", "images", "choices", "pairs", "sequences"]
 
 
 def loaders(kind, folder, split, world_size):
@@ -85,7 +95,7 @@ def test_ranks_count_each_row_once_in_equally_many_batches(folder, kind, split, 
     assert len(whole) == len(set(whole)) or kind == "text"
 
 
-@pytest.mark.parametrize("kind", ["text", "images"])
+@pytest.mark.parametrize("kind", ["text", "images", "sequences"])
 def test_ranks_predict_each_row_once(folder, kind):
     """All rows that they get, those without labels too."""
     [[*whole]] = loaders(kind, folder, "predict", 1)
