@@ -43,6 +43,7 @@ from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
 from lit_logits.callbacks.resume_check import ResumeCheck
 from lit_logits.run_folders import best_checkpoint, claim_version, last_checkpoint, runs_folder
+from lit_logits.text_classifiers import fill_vocabulary
 
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 
@@ -175,10 +176,10 @@ class LitLogitsCLI(LightningCLI):
 
     Runs are kept in `runs/RECIPE`, or without a recipe under the model's name; `--ckpt_path last` takes the newest
     there, `--ckpt_path best` the best checkpoint of that run. A model whose `vocab_size` or `num_classes` is not given
-    gets that of the data. These callbacks are added: a `LastCheckpoint`, a `ResumeCheck` and an `ExactResume`, a
-    `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a terminal) and, to predict, a
-    `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same purpose, or if the Trainer's switch
-    is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
+    gets that of the data, and so does a new classifier of texts. These callbacks are added: a `LastCheckpoint`, a
+    `ResumeCheck` and an `ExactResume`, a `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a
+    terminal) and, to predict, a `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same
+    purpose, or if the Trainer's switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
 
     Args:
         args: the arguments as on the command line, or as a dict; None takes `sys.argv`.
@@ -214,6 +215,7 @@ class LitLogitsCLI(LightningCLI):
                 source = size if size in _attributes(config.get("data")) else "vocab_size"
                 links = self._parser(self.subcommand)
                 links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
+        fill_vocabulary(config.model, config.get("data"))
         if config.get("weights_only") is None:
             config.weights_only = True  # Lightning's default would run the code in a checkpoint from a URL
         if self.subcommand == "predict" and config.get("return_predictions") is None:
