@@ -77,7 +77,7 @@ def samples(batches):
             own = {name: batch[name][index] for name in ("input_ids", "pixel_values", "labels") if name in batch}
             if (own["labels"] != -100).any():
                 kept = batch["attention_mask"][index].bool() if "attention_mask" in batch else ...
-                rows.append(str([value[kept].tolist() for value in own.values()]))
+                rows.append(str([(value[kept] if value.ndim else value).tolist() for value in own.values()]))
     return sorted(rows)
 
 
