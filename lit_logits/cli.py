@@ -215,7 +215,6 @@ class LitLogitsCLI(LightningCLI):
                 source = size if size in _attributes(config.get("data")) else "vocab_size"
                 links = self._parser(self.subcommand)
                 links.link_arguments(f"data.{source}", f"model.init_args.{size}", apply_on="instantiate")
-        fill_vocabulary(config.model, config.get("data"))
         if config.get("weights_only") is None:
             config.weights_only = True  # Lightning's default would run the code in a checkpoint from a URL
         if self.subcommand == "predict" and config.get("return_predictions") is None:
@@ -242,6 +241,11 @@ class LitLogitsCLI(LightningCLI):
                 )
             config.ckpt_path = str(found)
             rank_zero_info(f"`ckpt_path: {wanted}` is {config.ckpt_path}.")
+
+    def instantiate_classes(self) -> None:
+        """Make all parts, after a new classifier of texts has been told of the data's tokens."""
+        fill_vocabulary(self.config[self.subcommand].model, self.config[self.subcommand].get("data"))
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer, with the default callbacks that the class lists."""
