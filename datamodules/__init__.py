@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lit_logits.datamodules.instructions.datamodule import InstructionDataModule
     from lit_logits.datamodules.instructions.sources import PairSource
     from lit_logits.datamodules.instructions.views import SourceTokenizer
+    from lit_logits.datamodules.sequences.datamodule import SequenceDataModule
+    from lit_logits.datamodules.sequences.sources import SequenceSource
     from lit_logits.datamodules.text.corpus import TextSource
     from lit_logits.datamodules.text.datamodule import TextDataModule
 else:
@@ -21,6 +23,8 @@ else:
             "lit_logits.datamodules.instructions.datamodule": "InstructionDataModule",
             "lit_logits.datamodules.instructions.sources": "PairSource",
             "lit_logits.datamodules.instructions.views": "SourceTokenizer",
+            "lit_logits.datamodules.sequences.datamodule": "SequenceDataModule",
+            "lit_logits.datamodules.sequences.sources": "SequenceSource",
             "lit_logits.datamodules.text.corpus": "TextSource",
             "lit_logits.datamodules.text.datamodule": "TextDataModule",
         },
@@ -31,6 +35,8 @@ __all__ = [
     "ImageSource",
     "InstructionDataModule",
     "PairSource",
+    "SequenceDataModule",
+    "SequenceSource",
     "SourceTokenizer",
     "TextDataModule",
     "TextSource",

@@ -166,7 +166,9 @@ def dataset_builder(source: Source, subset: str | None, *, embedded: str = "pyth
     """
     name = dataset_name(source)
     try:
-        if not Path(name).is_dir() and (Path(name).suffix in SUFFIXES or name.startswith(("/", "./", "../"))):
+        if not Path(name).is_dir() and (
+            Path(name).suffix in (*SUFFIXES, ".csv", ".tsv") or name.startswith(("/", "./", "../"))
+        ):
             raise FileNotFoundError("that is not the name of a data set")
         return load_dataset_builder(name, subset)
     except (OSError, ValueError, RuntimeError) as error:

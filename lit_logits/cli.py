@@ -42,6 +42,7 @@ from lit_logits.callbacks.prediction_writer import PredictionWriter
 from lit_logits.callbacks.resume_check import ResumeCheck
 from lit_logits.recipe_parser import RecipeFile, RecipeParser
 from lit_logits.run_folders import best_checkpoint, claim_version, last_checkpoint, runs_folder
+from lit_logits.text_classifiers import fill_vocabulary
 
 __all__ = ["LitLogitsCLI", "SaveRun", "WarmupStableDecayLR", "main"]
 
@@ -100,10 +101,10 @@ class LitLogitsCLI(LightningCLI):
 
     Runs are kept in `runs/RECIPE`, or without a recipe under the model's name; `--ckpt_path last` takes the newest
     there, `--ckpt_path best` the best checkpoint of that run. A model whose `vocab_size` or `num_classes` is not given
-    gets that of the data. These callbacks are added: a `LastCheckpoint`, a `ResumeCheck` and an `ExactResume`, a
-    `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a terminal) and, to predict, a
-    `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same purpose, or if the Trainer's switch
-    is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
+    gets that of the data, and so does a new classifier of texts. These callbacks are added: a `LastCheckpoint`, a
+    `ResumeCheck` and an `ExactResume`, a `LearningRateMonitor`, a progress bar (a `LineProgress` if the output is not a
+    terminal) and, to predict, a `PredictionWriter`. Each is left out if `trainer.callbacks` has one for the same
+    purpose, or if the Trainer's switch is off (`enable_checkpointing`, `logger`, `enable_progress_bar`).
 
     Args:
         args: the arguments as on the command line, or as a dict; None takes `sys.argv`.
@@ -165,6 +166,11 @@ class LitLogitsCLI(LightningCLI):
                 )
             config.ckpt_path = str(found)
             rank_zero_info(f"`ckpt_path: {wanted}` is {config.ckpt_path}.")
+
+    def instantiate_classes(self) -> None:
+        """Make all parts, after a new classifier of texts has been told of the data's tokens."""
+        fill_vocabulary(self.config[self.subcommand].model, self.config[self.subcommand].get("data"))
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer, with the default callbacks that the class lists."""

@@ -53,7 +53,7 @@ RULES = {
 # Rooms inside a layer that others of the layer may not import.
 ROOMS = {
     MODULES: ("vq_logits", "gld_fusion", "dynamic_fusion", "dual_head_kd"),
-    DATAMODULES: ("text", "images", "instructions"),
+    DATAMODULES: ("text", "images", "instructions", "sequences"),
 }
 FACADES = (FUNCTIONAL, MODULES, CALLBACKS, DATAMODULES)
 
@@ -72,7 +72,8 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1:
         return "package"
-    name = "cli" if parts[1] in ("__main__", "harness", "recipe_parser", "run_folders") else parts[1]
+    commands = ("__main__", "harness", "recipe_parser", "run_folders", "text_classifiers")
+    name = "cli" if parts[1] in commands else parts[1]
     return name if name in RULES else "method"
 
 

@@ -13,7 +13,14 @@ from torch import nn
 
 from lit_logits import CausalLM, DualHeadKD, DynamicFusionDecoder, GLDFusionModule, VQLogitsLM
 from lit_logits.callbacks import PredictionWriter
-from lit_logits.datamodules import ImageDataModule, InstructionDataModule, PairSource, TextDataModule
+from lit_logits.datamodules import (
+    ImageDataModule,
+    InstructionDataModule,
+    PairSource,
+    SequenceDataModule,
+    SequenceSource,
+    TextDataModule,
+)
 from lit_logits.modules import VQLogitsHead
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -45,12 +52,15 @@ def make_data(kind, folder):
         return TextDataModule(str(folder / "texts.jsonl"), bpe_vocab_size=300, block_size=29, **small)
     if kind == "images":
         return ImageDataModule("digits", **small | {"batch_size": 256})
+    if kind == "sequences":
+        source = SequenceSource(str(folder / "questions.jsonl"), text_column="full", label_column="right")
+        return SequenceDataModule(source, bpe_vocab_size=300, **small)
     columns = {"choices": {"choices_column": "options", "answer_column": "right"}, "pairs": {"response_column": "full"}}
     source = PairSource(str(folder / "questions.jsonl"), **columns[kind])
     return InstructionDataModule(source, bpe_vocab_size=300, max_test_rows=5, **small)
 
 
-KINDS = ["text", "images", "choices", "pairs"]
+KINDS = ["text", "images", "choices", "pairs", "sequences"]
 METHODS = {**{kind: kind for kind in KINDS}, "vq": "text"}  # each with its data
 
 
@@ -70,7 +80,7 @@ def samples(batches):
             own = {name: batch[name][index] for name in ("input_ids", "pixel_values", "labels") if name in batch}
             if (own["labels"] != -100).any():
                 kept = batch["attention_mask"][index].bool() if "attention_mask" in batch else ...
-                rows.append(str([value[kept].tolist() for value in own.values()]))
+                rows.append(str([(value[kept] if value.ndim else value).tolist() for value in own.values()]))
     return sorted(rows)
 
 
@@ -88,7 +98,7 @@ def test_ranks_count_each_row_once_in_equally_many_batches(folder, kind, split, 
     assert len(whole) == len(set(whole)) or kind == "text"
 
 
-@pytest.mark.parametrize("kind", ["text", "images"])
+@pytest.mark.parametrize("kind", ["text", "images", "sequences"])
 def test_ranks_predict_each_row_once(folder, kind):
     """All rows that they get, those without labels too."""
     [[*whole]] = loaders(kind, folder, "predict", 1)

@@ -18,7 +18,6 @@ from test_image_sources import all_of, make_folder, ready, write_folder
 
 from lit_logits.datamodules import ImageDataModule
 from lit_logits.datamodules.images.presets import PRESETS
-from lit_logits.datamodules.images.sampling import add_label_noise, hash_uniform, hold_out, pick_balanced
 from lit_logits.datamodules.images.transforms import (
     centre_box,
     crop_to_array,
@@ -27,6 +26,7 @@ from lit_logits.datamodules.images.transforms import (
     shift_and_flip,
     to_rgb,
 )
+from lit_logits.datamodules.sampling import add_label_noise, hash_uniform, hold_out, pick_balanced
 
 pytestmark = pytest.mark.usefixtures("no_network")
 

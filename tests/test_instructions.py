@@ -658,7 +658,7 @@ def test_two_constructions_agree(make, tmp_path):
 
 def test_same_setting_reads_the_cache(make, monkeypatch):
     first = ready(make())
-    monkeypatch.setattr("lit_logits.datamodules.instructions.sources._read_files", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("lit_logits.datamodules.instructions.sources.read_rows", lambda *_: pytest.fail("read again"))
     again = ready(make(batch_size=2, num_workers=1))
     assert prompts_of(again.test_dataloader(), again.tokenizer) == prompts_of(first.test_dataloader(), first.tokenizer)
     with pytest.raises(RuntimeError, match="Expected `prepare_data` to have written"):

@@ -93,9 +93,12 @@ def test_a_student_of_transformers_names_the_classes_of_the_data(tmp_path):
     assert config.label2id == {name: at for at, name in enumerate(NAMES)}
 
 
-@pytest.mark.parametrize("name", ["dual_head_kd", "dual_head_kd_teacher", "dual_head_kd_cifar100"])
+@pytest.mark.parametrize(
+    "name",
+    ["dual_head_kd", "dual_head_kd_teacher", "dual_head_kd_cifar100", "dual_head_kd_text", "dual_head_kd_text_teacher"],
+)
 def test_recipes_keep_the_best_beside_the_last(name):
-    """README says so of every run folder; these three wrote last.ckpt alone."""
+    """README says so of every run folder; the first three wrote last.ckpt alone."""
     recipe = yaml.safe_load(Path(__file__).parents[1].joinpath("configs", f"{name}.yaml").read_text())
     kept = [part["init_args"] for part in recipe["trainer"]["callbacks"] if part["class_path"] == "ModelCheckpoint"]
     assert [(part["filename"], part["monitor"], part["mode"]) for part in kept] == [("best", "val/acc", "max")]

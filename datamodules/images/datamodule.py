@@ -17,12 +17,12 @@ from lit_logits.datamodules.caching import default_cache_dir, digest
 from lit_logits.datamodules.checks import as_part, check_at_least
 from lit_logits.datamodules.images.library import FORMAT_VERSION, ImageLibrary, is_small
 from lit_logits.datamodules.images.presets import find_preset
-from lit_logits.datamodules.images.sampling import Ints, add_label_noise, pick_balanced, plan_splits
 from lit_logits.datamodules.images.sources import ImageSource, ImageSplits
 from lit_logits.datamodules.images.storage import Augmentation, ImageItems, collate_images
 from lit_logits.datamodules.images.transforms import normalize, shift_and_flip
 from lit_logits.datamodules.loaders import block_loader
 from lit_logits.datamodules.resuming import ResumePoint, Resumes
+from lit_logits.datamodules.sampling import Ints, add_label_noise, pick_balanced, plan_splits
 from lit_logits.datamodules.splitting import check_fractions
 
 __all__ = ["ImageDataModule"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lit_logits.datamodules.caching import build_once, digest
-from lit_logits.datamodules.images.sampling import Ints
 from lit_logits.datamodules.images.sources import ImageSplits
 from lit_logits.datamodules.images.storage import DecodedImages, ImageStore, MappedImages, write_images
+from lit_logits.datamodules.sampling import Ints
 
 __all__ = ["ImageLibrary", "is_small"]
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from lit_logits.datamodules.caching import hide_progress
-from lit_logits.datamodules.images.sampling import hash_uniform
 from lit_logits.datamodules.images.transforms import CROP_DRAWS, centre_box, crop_to_array, random_box, to_rgb
+from lit_logits.datamodules.sampling import hash_uniform
 
 __all__ = [
     "Augmentation",

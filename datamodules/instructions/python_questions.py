@@ -13,18 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lit_logits.datamodules.instructions.splits import Example
-from lit_logits.datamodules.python_docs import fingerprint_python_docs, iter_modules
+from lit_logits.datamodules.python_docs import MAX_CHARACTERS, fingerprint_python_docs, is_public, iter_modules, prose
 
 __all__ = ["fingerprint_python_questions", "read_python_questions"]
-
-EXCLUDED = frozenset({"__main__", "encodings", "idlelib", "lib2to3", "turtledemo"})
-"""Parts of the library that are an application's inside, or a hundred times the same classes."""
-
-MIN_WORDS = 4
-"""A paragraph with fewer words is not taken for an answer."""
-
-MAX_CHARACTERS = 480
-"""A longer paragraph is not taken for an answer."""
 
 MAX_NAMES = 12
 """A longer list of names is not taken for an answer."""
@@ -54,7 +45,7 @@ def read_python_questions() -> list[Example]:
     """
     examples: dict[str, list[Example]] = {}
     for name, tree in iter_modules():
-        if EXCLUDED.isdisjoint(name.split(".")) and not any(part.startswith("_") for part in name.split(".")):
+        if is_public(name):
             for subject in _subjects(tree, "module", name):
                 for prompt, response in _pairs(subject):
                     keys = (prompt, response, f"about {subject.name}", *filter(None, [subject.docstring]))
@@ -81,8 +72,8 @@ def _pairs(subject: _Subject) -> Iterator[tuple[str, str]]:
     node, kind, name, docstring = subject
     title = f"the {kind} `{name}`"
     blocks = re.split(r"\n\s*\n", docstring)
-    paragraphs = [text for text in map(_prose, blocks) if text]
-    if paragraphs and paragraphs[0] == _prose(blocks[0]):
+    paragraphs = [text for text in map(prose, blocks) if text]
+    if paragraphs and paragraphs[0] == prose(blocks[0]):
         yield (f"What is {title} for?" if kind in ("module", "class") else f"What does {title} do?"), paragraphs[0]
         if kind != "module" and name.split(".")[-1] not in paragraphs[0]:
             first = re.split(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z])", paragraphs[0])[0]
@@ -126,18 +117,6 @@ def _content_pairs(node: ast.Module | ast.ClassDef, title: str) -> Iterator[tupl
     for kind, names in {"classes": classes, "functions": functions}.items():
         if 1 < len(names) <= MAX_NAMES:
             yield f"Which public {kind} does {title} define?", f"It defines {_names(names)}."
-
-
-def _prose(block: str) -> str:
-    """Return a paragraph on one line, or "" if it is code, a list or a table, or too short or too long."""
-    lines = block.split("\n")
-    if any(line[:1].isspace() or line.startswith(("-", "*", "+", ">>>", "#", "|")) for line in lines):
-        return ""
-    text = re.sub(r":[a-z:]+:`~?([^`]*)`", r"`\1`", " ".join(block.split()))
-    letters = sum(character.isalpha() or character.isspace() for character in text)
-    if len(text.split()) < MIN_WORDS or len(text) > MAX_CHARACTERS or letters < 0.8 * len(text):
-        return ""
-    return text if text[0].isalpha() and text[-1] in ".!?)" and "->" not in text else ""
 
 
 def _bare(arguments: ast.arguments) -> ast.arguments:

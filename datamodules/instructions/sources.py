@@ -19,7 +19,7 @@ from lit_logits.datamodules.caching import digest, digest_file
 from lit_logits.datamodules.instructions.conversations import Messages, read_messages, texts_of
 from lit_logits.datamodules.instructions.python_questions import fingerprint_python_questions, read_python_questions
 from lit_logits.datamodules.instructions.splits import Example, split_examples
-from lit_logits.datamodules.json_lines import iter_json_lines
+from lit_logits.datamodules.rows import read_rows
 from lit_logits.datamodules.sources import Source, dataset_builder, dataset_name, find_files, own_splits
 
 __all__ = ["PairSource", "PairSplits", "parse_row"]
@@ -160,7 +160,7 @@ class PairSplits:
             return {"test": [q._replace(response="") for q in questions]} if prompts_only else {"train": questions}
         files = find_files(self.path, SUFFIXES)
         if files is not None:
-            rows = (parse_row(row, where, self.source) for row, where in _read_files(files))
+            rows = (parse_row(row, where, self.source) for row, where in read_rows(files))
             return {"test" if prompts_only else "train": rows}
         dataset_builder(self.path, self.subset, embedded=EMBEDDED)  # its errors are the helpful ones
         loaded = load_dataset(dataset_name(self.path), self.subset)
@@ -248,13 +248,3 @@ def _choices(row: dict[str, Any], column: str, answer_column: str, where: str) -
             f"{answer!r} in {where}."
         )
     return tuple(choices), number
-
-
-def _read_files(files: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the rows of the files, each with its place."""
-    for file in files:
-        if file.endswith(".jsonl"):
-            yield from iter_json_lines(file)
-        else:
-            rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
-            yield from ((row, f"row {number} of {file}") for number, row in enumerate(rows))

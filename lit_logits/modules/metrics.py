@@ -1,6 +1,6 @@
 """Means over all tokens of all ranks, and the values that are logged from them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch

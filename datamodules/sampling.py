@@ -1,4 +1,4 @@
-"""Random draws for images: held-out rows, subsets, wrong labels. Each is a function of a key and an index alone.
+"""Random draws over classes: held-out rows, subsets, wrong labels. Each is a function of a key and an index alone.
 
 N is the number of rows of a split and K that of classes. Nothing here has a state: the order of the calls, the process
 and the library's version change no draw, and more rows or a larger share keep those that were drawn before.
