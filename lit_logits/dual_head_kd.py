@@ -37,6 +37,7 @@ from lit_logits.modules.dual_head_kd.classifiers import (
 from lit_logits.modules.dual_head_kd.criterion import (
     DualHeadCriterion,
     Losses,
+    default_kd_factor,
     default_kd_loss,
     default_temperature,
 )
@@ -103,6 +104,7 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         class_weights: of the cross-entropy of a classifier in training, one a class.
         ce_weight: γ.
         kd_factor: α, or a function of the optimizer steps taken that returns it, such as `LinearRamp` (DKD's warm-up).
+            Default 1, as in the paper, but 10/C of a sum over more than ten classes, and as much of its mean.
         grad_align: take from the distillation gradient what opposes the cross-entropy gradient, over the parameters of
             the `backbone` or over `all`; costs one more backward pass.
         aux_head: `linear`, or `nonlinear` where teacher and student are of different families.
@@ -149,7 +151,7 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         ce_weight: float = 1.0,
-        kd_factor: StepValue = 1.0,
+        kd_factor: StepValue | None = None,
         grad_align: GradAlign = "none",
         aux_head: AuxHeadKind = "linear",
         classifier: str | None = None,
@@ -165,7 +167,7 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         kept_out = [name for name, value in given.items() if callable(value)]  # code does not belong into a checkpoint
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *kept_out])
         check_options(method, kd_loss, temperature, ce_weight, kd_factor, lr_interval)
-        self.method, self.ce_weight, self.kd_factor = method, ce_weight, kd_factor
+        self.method, self.ce_weight = method, ce_weight
         self.kd_loss: LogitLoss = kd_loss or default_kd_loss(method, multi_label=multi_label)
         self.temperature = default_temperature(self.kd_loss, standardize) if temperature is None else temperature
         self.criterion = DualHeadCriterion(
@@ -191,6 +193,8 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         if multi_label:
             mark_multi_label(self.student)
         self.criterion.check(self.net.num_classes, is_causal_lm=self.net.is_causal_lm)
+        default_factor = default_kd_factor(self.kd_loss, class_reduction, self.net.num_classes)
+        self.kd_factor: StepValue = default_factor if kd_factor is None else kd_factor
         is_cached = teacher_cache is not None
         check_mixing(self.mixer.is_active, self.kd_loss, is_causal_lm=self.net.is_causal_lm, is_cached=is_cached)
         check_cache(is_cached, is_causal_lm=self.net.is_causal_lm)

@@ -675,7 +675,9 @@ def test_shipped_recipe_is_found_by_name_and_a_file_here_comes_first(tmp_path, m
     (tmp_path / "shipped").mkdir()
     recipe = "model: CountingLM\ndata: {class_path: CountingData, init_args: {size: %d}}\n"
     (tmp_path / "shipped/tiny.yaml").write_text(recipe % 6)
-    monkeypatch.setattr("lit_logits.recipe_parser.files", lambda package: {"lit_logits.configs": tmp_path / "shipped"}[package])
+    monkeypatch.setattr(
+        "lit_logits.recipe_parser.files", lambda package: {"lit_logits.configs": tmp_path / "shipped"}[package]
+    )
 
     assert ParseOnly(["fit", "--config", "tiny.yaml"]).config.fit.data.init_args.size == 6
     Path("tiny.yaml").write_text(recipe % 8)

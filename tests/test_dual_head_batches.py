@@ -274,3 +274,20 @@ def test_exports_and_checkpoints_keep_the_versions_of_modules(tmp_path):
         load_weights(student, tmp_path / file)
         expected = exported if file != "last.ckpt" else model.student.state_dict()
         torch.testing.assert_close(student.fc.weight, expected["fc.weight"].to(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "factor"),
+    [
+        ({}, 10 / 150),
+        ({"kd_loss": "binary_kl", "method": "single_head"}, 10 / 150),
+        ({"class_reduction": "mean"}, 10.0),
+        ({"kd_loss": "kl"}, 1.0),
+        ({"method": "kd"}, 1.0),
+        ({"kd_factor": 0.3}, 0.3),
+    ],
+)
+def test_the_default_weight_does_not_grow_with_the_number_of_classes(arguments, factor):
+    model = DualHeadKD(nn.Linear(4, 150), nn.Linear(4, 150), **arguments)
+    assert model.kd_factor == pytest.approx(factor)
+    assert DualHeadKD(nn.Linear(4, 10), nn.Linear(4, 10)).kd_factor == 1.0  # the paper's

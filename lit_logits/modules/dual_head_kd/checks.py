@@ -31,7 +31,7 @@ def check_options(
     kd_loss: str | None,
     temperature: float | None,
     ce_weight: float,
-    kd_factor: StepValue,
+    kd_factor: StepValue | None,
     lr_interval: str,
 ) -> None:
     """Refuse arguments out of range."""
@@ -41,7 +41,7 @@ def check_options(
         raise ValueError(f"Expected `kd_loss` to be one of {sorted(get_args(LogitLoss))}, but got {kd_loss!r}.")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"Expected `temperature` to be positive, but got {temperature}.")
-    check_not_negative(ce_weight=ce_weight, kd_factor=value_at(kd_factor, 0))
+    check_not_negative(ce_weight=ce_weight, kd_factor=0 if kd_factor is None else value_at(kd_factor, 0))
     if lr_interval not in ("epoch", "step"):
         raise ValueError(f"Expected `lr_interval` to be 'epoch' or 'step', but got {lr_interval!r}.")
 

@@ -15,10 +15,12 @@ from lit_logits.functional.dual_head_kd import ClassReduction, LogitLoss, logit_
 from lit_logits.functional.kd_losses import label_loss, multi_label_loss
 from lit_logits.functional.reductions import at_least_float32
 
-__all__ = ["DualHeadCriterion", "Losses", "default_kd_loss", "default_temperature"]
+__all__ = ["DualHeadCriterion", "Losses", "default_kd_factor", "default_kd_loss", "default_temperature"]
 
 OVER_CLASSES = ("kl", "dkd", "mlkd")
 """Losses on probabilities that sum to 1 over the classes."""
+OVER_EACH_CLASS = ("binary_kl", "binary_kl_norm")
+"""Losses with a term for each class."""
 
 
 def default_kd_loss(method: str, *, multi_label: bool) -> LogitLoss:
@@ -34,6 +36,20 @@ def default_temperature(kd_loss: LogitLoss, standardize: bool) -> float:
         (4.0, 2.0)
     """
     return 4.0 if kd_loss in OVER_CLASSES and not standardize else 2.0
+
+
+def default_kd_factor(kd_loss: LogitLoss, class_reduction: ClassReduction, num_classes: int) -> float:
+    """Return the weight α where none is given: the paper's 1 up to ten classes, and 10/C of a sum over more.
+
+    A sum grows with the classes, the cross-entropy does not. A mean over classes gets the weight of the same loss.
+
+    Example:
+        >>> default_kd_factor("binary_kl", "sum", 100), default_kd_factor("kl", "sum", 100)
+        (0.1, 1.0)
+    """
+    if kd_loss not in OVER_EACH_CLASS:
+        return 1.0
+    return min(10.0, num_classes) if class_reduction == "mean" else min(1.0, 10.0 / num_classes)
 
 
 class Losses(NamedTuple):
@@ -84,7 +100,7 @@ class DualHeadCriterion(nn.Module):
         super().__init__()
         if class_reduction not in get_args(ClassReduction):
             raise ValueError(f"Expected `class_reduction` to be 'sum' or 'mean', but got {class_reduction!r}.")
-        if class_reduction == "mean" and kd_loss not in ("binary_kl", "binary_kl_norm"):
+        if class_reduction == "mean" and kd_loss not in OVER_EACH_CLASS:
             raise ValueError(
                 "Expected `class_reduction` to be 'sum' unless `kd_loss` is 'binary_kl' or 'binary_kl_norm', which sum"
                 f" over classes, but got 'mean' for {kd_loss!r}."
