@@ -159,8 +159,8 @@ class Bench:
     def _teacher_file(self, name: str, seed: int) -> Path:
         return self.args.folder / f"{name}-{seed}.pt"
 
-    def train(self, run: Run) -> dict[str, Any]:
-        """Train a student, or the teacher, and measure it."""
+    def fit(self, run: Run) -> tuple[DualHeadKD, Any, L.Trainer]:
+        """Train a student, or the teacher; return it, its data and its Trainer."""
         setting, is_teacher = SETTINGS[run.setting], run.form == "teacher"
         data = self.data(run.setting, run.seed, **({} if is_teacher else setting.hard))
         arguments: dict[str, Any] = {"method": "ce"}
@@ -186,9 +186,14 @@ class Bench:
             callbacks=[NeuralCollapseMonitor()],
         )
         trainer.fit(model, datamodule=data)
+        return model, data, trainer
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Train a student, or the teacher, and measure it."""
+        model, data, trainer = self.fit(run)
         conflict = {k: float(v) for k, v in trainer.callback_metrics.items() if k == "kd/conflict"}
         trainer.test(model, datamodule=data, verbose=False)
-        if is_teacher:
+        if run.form == "teacher":
             model.export(self._teacher_file(run.setting, run.seed))
         return {
             **{name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -297,7 +302,8 @@ def _table(bench: Bench, name: str) -> str:
     return f"{title}\n\n{markdown_table(header, rows)}"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["easy", "noisy", "few"])
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
@@ -310,7 +316,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, default=0, help="that read its images")
     parser.add_argument("--precision", default="32-true", help="bf16-mixed on a GPU")
     parser.add_argument("--folder", type=Path, default=Path("dual_head_kd"), help="where runs and teachers are kept")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     bench = Bench(args)
