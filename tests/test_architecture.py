@@ -39,7 +39,7 @@ ONLY_THERE = {
 }
 RULES = {
     "functional": Rule(inside=(FUNCTIONAL,), only=("torch", "tqdm")),
-    "contracts": Rule(inside=(FUNCTIONAL,), only=("torch",)),
+    "contracts": Rule(inside=(FUNCTIONAL, CONTRACTS), only=("torch",)),
     "storage": Rule(inside=(FUNCTIONAL, STORAGE), only=("torch", "safetensors", "tqdm", "filelock")),
     "modules": Rule(inside=(FUNCTIONAL, CONTRACTS, STORAGE, MODULES), banned=("lightning", "datasets", "matplotlib")),
     "method": Rule(inside=(FUNCTIONAL, CONTRACTS, STORAGE, MODULES), banned=("datasets",)),
