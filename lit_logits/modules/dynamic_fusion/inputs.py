@@ -4,13 +4,14 @@ Letters: B batch, T sequence, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_context", "check_ids", "check_static_alpha", "context_of", "given_prompts"]
+__all__ = ["check_context", "check_generation", "check_ids", "check_static_alpha", "context_of", "given_prompts"]
 
 _STRETCHED = ("linear", "dynamic")  # kinds of scaled positions whose config still tells the length before
 
@@ -37,6 +38,20 @@ def given_prompts(input_ids: Any, attention_mask: Any, kwargs: dict[str, Any]) -
         attention_mask = given.get("attention_mask") if attention_mask is None else attention_mask
         given = given["input_ids"]
     return given, attention_mask
+
+
+def check_generation(config: Any, generation: Mapping[str, Any]) -> None:
+    """Refuse names that `generate` would ignore, before anything runs.
+
+    Raises:
+        ValueError: If there is one that the config of `generate` does not have.
+    """
+    known = config.to_dict()
+    for name in generation:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Expected `generation` to hold arguments of `generate`, but got {name!r}.{hint}")
 
 
 def check_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
