@@ -246,7 +246,7 @@ class DynamicFusionDecoder(LightningModule):
     def _judge_answers(self, batch: Mapping[str, Tensor]) -> None:
         """Count the generated answers that are those of the references."""
         found = []
-        for record in self._continue(batch) if len(batch["labels"]) else ():
+        for record in self._continue(batch):
             right = extract_answer(record["reference"], self.answer_pattern)
             for sample in record.get("samples", [record]):
                 answer = extract_answer(sample["text"], self.answer_pattern)
@@ -299,6 +299,8 @@ class DynamicFusionDecoder(LightningModule):
     def _continue(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         if self.tokenizer is None:
             raise ValueError("Expected a `tokenizer` to write text with, but got none. Pass `tokenizer`.")
+        if len(batch["input_ids"]) == 0:  # as when no row of a batch counts
+            return []
         prompts, mask = split_prompts(batch, pad=self._pad_token_id())
         kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": True}
         # By its first row, so that a run that goes on after a kill draws what it would have.

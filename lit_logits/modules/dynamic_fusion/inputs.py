@@ -58,7 +58,7 @@ def check_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int)
     """Return the mask (B, T), default all 1; refuse ids and shapes that do not fit.
 
     Raises:
-        ValueError: If shapes differ, a text is empty or an id is not below `vocab_size`.
+        ValueError: If shapes differ, there is no text, one is empty or an id is not below `vocab_size`.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"Expected `input_ids` of shape (B, T), but got {tuple(input_ids.shape)}.")
@@ -68,6 +68,8 @@ def check_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int)
             f"Expected `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
             f" {tuple(mask.shape)}."
         )
+    if len(input_ids) == 0:
+        raise ValueError(f"Expected at least one text, but got `input_ids` of shape {tuple(input_ids.shape)}.")
     empty = mask.sum(1) == 0
     if input_ids.numel() == 0 or bool(empty.any()):
         row = int(empty.nonzero()[0]) if input_ids.numel() else 0
