@@ -29,12 +29,14 @@ from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decodi
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
 from lit_logits.modules.dynamic_fusion.inputs import check_generation, given_prompts
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
-from lit_logits.modules.dynamic_fusion.records import sample_record
+from lit_logits.modules.dynamic_fusion.records import sample_record, top_record
 from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 from lit_logits.modules.metrics import StageMeans, TokenMean, loss_and_perplexity
 
 __all__ = ["DynamicFusionDecoder"]
+
+_TRACED = 5  # tokens of each model in a record
 
 
 class DynamicFusionDecoder(LightningModule):
@@ -78,6 +80,7 @@ class DynamicFusionDecoder(LightningModule):
         eos_token_id: ids that end a text, if those of the models differ.
         generation: arguments of transformers' `generate` for `predict` and `exact_match`, such as `max_new_tokens`,
             `do_sample`, `temperature`.
+        trace_logits: in `predict`, also give the five likeliest tokens of each model at every token, as `top_tokens`.
         exact_match: in `test`, also generate and compare the final answers, which is slow.
         answer_pattern: regular expression whose group is the final answer; see `extract_answer`.
         model_kwargs: for `from_pretrained` of the large model, such as `dtype: bfloat16` and `device_map: auto`.
@@ -121,6 +124,7 @@ class DynamicFusionDecoder(LightningModule):
         merge_weight: float = 0.5,
         eos_token_id: int | list[int] | None = None,
         generation: dict[str, Any] | None = None,
+        trace_logits: bool = False,
         exact_match: bool = False,
         answer_pattern: str = GSM8K_PATTERN,
         model_kwargs: dict[str, Any] | None = None,
@@ -159,6 +163,7 @@ class DynamicFusionDecoder(LightningModule):
         self.tokenizer = parts.tokenizer
         self.eos_token_id = eos_token_id
         self.generation = dict(generation or {})
+        self.trace_logits = trace_logits
         self.exact_match, self.answer_pattern = exact_match, answer_pattern
         # What the model's own config says of decoding is no matter here: `score` works whatever it says.
         config = check_decoding(parts.large, {"generation_config": GenerationConfig(), **self.generation})
@@ -290,6 +295,7 @@ class DynamicFusionDecoder(LightningModule):
             **({"criterion": self.fused.criterion, **self.fused.search} if self.fused.static_alpha is None else search),
             "eos_token_id": self.eos_token_id,
             "generation": self.generation,
+            **({"trace_logits": True} if self.trace_logits else {}),
         }
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
@@ -305,12 +311,14 @@ class DynamicFusionDecoder(LightningModule):
         kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": True}
         # By its first row, so that a run that goes on after a kill draws what it would have.
         with _seeded_by(int(batch["rows"][0]), prompts.device) if "rows" in batch else nullcontext():
-            trace: FusionTrace = self.generate(prompts, mask, **kwargs).trace
+            output = self.generate(prompts, mask, trace_logits=_TRACED if self.trace_logits else 0, **kwargs)
+        trace: FusionTrace = output.trace
         copies = len(trace.token_ids) // len(prompts)
         records = []
         for index, prompt in enumerate(prompts):
             labels = batch["labels"][index] if "labels" in batch else prompt.new_zeros(0)
-            samples = [self._sample(trace, index * copies + number) for number in range(copies)]
+            texts = range(index * copies, (index + 1) * copies)
+            samples = [self._sample(trace, text) | self._top_tokens(output, text) for text in texts]
             record = {
                 "row": int(batch["rows"][index]) if "rows" in batch else None,
                 "prompt": self.tokenizer.decode(prompt[mask[index].bool()]),
@@ -322,6 +330,14 @@ class DynamicFusionDecoder(LightningModule):
     def _sample(self, trace: FusionTrace, index: int) -> dict[str, Any]:
         """Return one text of the trace, its tokens and their weights."""
         return sample_record(trace, index, cast(PreTrainedTokenizerBase, self.tokenizer), self.fused.expert_names)
+
+    def _top_tokens(self, output: Any, index: int) -> dict[str, Any]:
+        """Return what `trace_logits` adds to the record of a text."""
+        if not self.trace_logits:
+            return {}
+        tokenizer, kept = cast(PreTrainedTokenizerBase, self.tokenizer), output.trace.mask[index]
+        names = ["large", "base", *self.fused.expert_names][: len(output.top_tokens.token_ids)]
+        return {"top_tokens": top_record(output.top_tokens, index, kept, tokenizer, names)}
 
     def _pad_token_id(self) -> int:
         pad = None if self.tokenizer is None else self.tokenizer.pad_token_id

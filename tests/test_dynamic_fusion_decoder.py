@@ -115,6 +115,26 @@ def test_predict_writes_a_line_for_each_prompt(files, tmp_path):
         )
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_records_tell_what_each_model_would_have_said(files, tmp_path, copies):
+    generation = {"max_new_tokens": 5, "do_sample": copies > 1, "num_return_sequences": copies}
+    decoder = make(files, generation=generation, trace_logits=True)
+    [batch, *_] = trainer(tmp_path).predict(decoder, data(files, max_test_rows=3))
+    prompts = [prompt for prompt, _ in rows_of_test_split(data(files, max_test_rows=3))]
+    for prompt, record in zip(prompts, batch, strict=True):
+        for sample in record.get("samples", [record]):
+            tops, tokens = sample["top_tokens"], sample["tokens"]
+            assert list(tops) == ["large", "base", "one", "two"]
+            ids = torch.tensor([[*prompt.tolist(), *decoder.tokenizer.convert_tokens_to_ids(tokens)]])
+            for model, found in zip(decoder.fused.models, tops.values(), strict=True):
+                expected = model(ids[:, :-1]).logits[0, len(prompt) - 1 :].log_softmax(-1).topk(5)
+                assert found["ids"] == expected.indices.tolist()
+                torch.testing.assert_close(torch.tensor(found["log_probs"]), expected.values, atol=2e-4, rtol=0)
+                assert found["tokens"][0] == decoder.tokenizer.convert_ids_to_tokens(found["ids"][0])
+    plain = make(files, generation=generation)
+    assert "top_tokens" not in json.dumps(trainer(tmp_path).predict(plain, data(files, max_test_rows=3)))
+
+
 def test_a_killed_predict_goes_on(files, tmp_path, monkeypatch):
     module, folder = data(files), str(tmp_path / "out")
     whole = str(tmp_path / "whole")

@@ -20,6 +20,7 @@ __all__ = [
     "FusedStep",
     "FusionTrace",
     "SmallModels",
+    "TopTokens",
     "check_decoding",
     "position_ids_of",
     "split_prompts",
@@ -44,6 +45,18 @@ class FusionTrace(NamedTuple):
     kl_reverse: Tensor
 
 
+class TopTokens(NamedTuple):
+    """The k likeliest tokens of each model at each token of a text, the large model first, then base and experts.
+
+    Attributes:
+        token_ids: (M, B, N, k) of M models, in descending order.
+        log_probs: (M, B, N, k) in nats, over the common vocabulary.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+
+
 class FusedStep(NamedTuple):
     """Fused logits (R, V) of some positions, weights (S, R) and divergences (R,)."""
 
@@ -61,6 +74,7 @@ class SmallModels:
         fuse: takes logits (B, V) of the large model and those of `models`, on its device.
         vocab_size: V; the first V ids of each model are fused, and the logits of the others become −inf.
         prompt_length: P.
+        trace_logits: k of the tokens of each model that are kept for `top_tokens`; 0 keeps none.
     """
 
     def __init__(
@@ -70,9 +84,12 @@ class SmallModels:
         *,
         vocab_size: int,
         prompt_length: int,
+        trace_logits: int = 0,
     ) -> None:
         self.models, self.fuse = models, fuse
         self.vocab_size, self.prompt_length = vocab_size, prompt_length
+        self.trace_logits = trace_logits
+        self.tops: dict[int, TopTokens] = {}  # (M, B, k), by the tokens read
         self.caches: list[Any] = [None] * len(models)
         self.length = 0
         self.steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weights and divergences by the tokens read
@@ -101,7 +118,11 @@ class SmallModels:
         if self.length < self.prompt_length:  # a chunk of a long prompt, after which no token is drawn
             return output
         size = self.vocab_size
-        step = self.fuse(large[:, :size], [row[:, :size].to(large.device) for row in rows])
+        everyone = [large[:, :size], *(row[:, :size].to(large.device) for row in rows)]
+        step = self.fuse(everyone[0], everyone[1:])
+        if self.trace_logits:
+            found = [row.float().log_softmax(-1).topk(min(self.trace_logits, size)) for row in everyone]
+            self.tops[self.length] = TopTokens(*(torch.stack([one[i] for one in found]) for i in (1, 0)))
         self.steps[self.length] = step[1:]  # by length, so that a position that is read again counts once
         output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
         return output
@@ -131,6 +152,11 @@ class SmallModels:
         if pad_token_id is not None and pad_token_id not in ids:
             mask = mask & ((token_ids != pad_token_id).long().flip(1).cumsum(1).flip(1) > 0)
         return FusionTrace(token_ids, mask, alpha, forward, reverse)
+
+    def top_tokens(self, num_tokens: int) -> TopTokens:
+        """Return the likeliest tokens of each model where the first N tokens were drawn."""
+        steps = [self.tops[self.prompt_length + i] for i in range(num_tokens)]
+        return TopTokens(*(torch.stack(values, 2) for values in zip(*steps, strict=True)))
 
 
 def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:

@@ -317,7 +317,12 @@ class FusedCausalLM(FrozenModels):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor | Mapping[str, Tensor] | None = None, attention_mask: Any = None, **kwargs: Any
+        self,
+        input_ids: Tensor | Mapping[str, Tensor] | None = None,
+        attention_mask: Any = None,
+        *,
+        trace_logits: int = 0,
+        **kwargs: Any,
     ) -> Any:
         """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
 
@@ -328,6 +333,8 @@ class FusedCausalLM(FrozenModels):
             input_ids: (B, P) prompts, left-padded where they differ in length; or what a tokenizer returns. As in
                 transformers they may be called `inputs`, and a `GenerationConfig` may come second.
             attention_mask: (B, P), 0 at padding; default as in transformers.
+            trace_logits: k; with `return_dict_in_generate` the output then also has `top_tokens`, the k likeliest ones
+                of each model, a `TopTokens`.
             **kwargs: of `transformers.GenerationMixin.generate`, for greedy search and sampling.
 
         Returns:
@@ -351,7 +358,8 @@ class FusedCausalLM(FrozenModels):
             copies = len(large) // len(input_ids)  # with `num_return_sequences`, side by side
             return self.fuse(large, small, None if weights is None else weights.repeat_interleave(copies, 1))
 
-        small = SmallModels(followers, fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
+        sizes = {"vocab_size": self.vocab_size, "prompt_length": prompt_length, "trace_logits": trace_logits}
+        small = SmallModels(followers, fuse, **sizes)
         inputs = {"input_ids": input_ids.to(self.large.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.large.device)
@@ -361,6 +369,8 @@ class FusedCausalLM(FrozenModels):
         trace = self._hand_out(small.trace(sequences[:, prompt_length:], ends, config.pad_token_id))
         if not isinstance(output, Tensor):
             output["trace"] = trace
+            if trace_logits:
+                output["top_tokens"] = small.top_tokens(trace.token_ids.shape[1])
             for name in ("alpha", "kl_forward", "kl_reverse"):
                 output[name] = getattr(trace, name)
         return output
