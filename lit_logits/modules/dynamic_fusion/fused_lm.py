@@ -30,6 +30,7 @@ from lit_logits.modules.dynamic_fusion.decoding import (
     FusionTrace,
     SmallModels,
     check_decoding,
+    is_drafted,
 )
 from lit_logits.modules.dynamic_fusion.inputs import check_context, check_ids, check_static_alpha, given_prompts
 from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
@@ -327,7 +328,8 @@ class FusedCausalLM(FrozenModels):
         """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
 
         Base and experts read what the large model reads, each with its own key–value cache; temperature, top-k, top-p,
-        penalties and stopping then act on the fused logits.
+        penalties and stopping then act on the fused logits. For one prompt an `assistant_model`, such as the base, may
+        draft tokens, which the fused distribution verifies: the texts are distributed as without it.
 
         Args:
             input_ids: (B, P) prompts, left-padded where they differ in length; or what a tokenizer returns. As in
@@ -359,7 +361,7 @@ class FusedCausalLM(FrozenModels):
             return self.fuse(large, small, None if weights is None else weights.repeat_interleave(copies, 1))
 
         sizes = {"vocab_size": self.vocab_size, "prompt_length": prompt_length, "trace_logits": trace_logits}
-        small = SmallModels(followers, fuse, **sizes)
+        small = SmallModels(followers, fuse, **sizes, drafted=is_drafted(config, kwargs))
         inputs = {"input_ids": input_ids.to(self.large.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.large.device)
