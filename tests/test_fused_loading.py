@@ -154,6 +154,20 @@ def test_an_end_token_behind_the_tokenizer_can_still_come():
     assert load_fusion_models(*parts, tokenizer=tokenizer_of(40)).vocab_size == 44
 
 
+def test_chat_templates_that_differ_are_told(tmp_path):
+    """Experts would read prompts in a format that they were not trained with."""
+    names = {}
+    for name, template in {"large": "A {{ messages }}", "base": None, "expert": "B {{ messages }}"}.items():
+        names[name] = str(tmp_path / name)
+        llama(len(name)).save_pretrained(names[name])
+        tokenizer = tokenizer_of(VOCAB)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(names[name])
+    notes = load_fusion_models(names["large"], names["base"], [names["expert"]]).notes
+    assert [note for note in notes if note.startswith("The chat templates of model, experts[0] differ.")]
+    assert load_fusion_models(names["large"], names["base"], [names["base"]]).notes == []
+
+
 # ---------------------------------------------------------------------- texts
 
 

@@ -98,6 +98,7 @@ def load_fusion_models(
         names.append(_name(parts, number))
     shared, known = loaded.agree(tokenizer)
     vocab_size, notes = _common_vocabulary(loaded.models, shared, known)
+    notes += _format_notes(loaded.tokenizers)
     if eos_token_id is None:
         _check_eos(loaded.models)
     return FusionModels(large_model, base_model, expert_models, _unique(names), vocab_size, shared, notes)
@@ -219,6 +220,17 @@ def _common_vocabulary(
         return used, []
     return used, [
         f"Output layers are padded ({listed}): fused over the {used} ids that all have and the tokenizer uses."
+    ]
+
+
+def _format_notes(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[str]:
+    """Return a note if models were trained with different chat templates: all of them read the same prompts."""
+    templates = {label: str(own.chat_template) for label, own in tokenizers.items() if own.chat_template}
+    if len(set(templates.values())) < 2:
+        return []
+    return [
+        f"The chat templates of {', '.join(templates)} differ. All models read prompts in one format, the data's: train"
+        " experts in that of the large model."
     ]
 
 
