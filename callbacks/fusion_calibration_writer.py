@@ -5,7 +5,7 @@ from math import exp
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_logits.callbacks.parts import find_part, on_rank_zero
 from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, FusionRating
@@ -61,6 +61,13 @@ class FusionCalibrationWriter(Callback):
         rank_zero_info(
             f"{_table(ratings)}\nThe best settings: {self._file}, to be given as `--config` after the recipe."
         )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn if nothing was written: without batches `on_validation_end` is not called."""
+        if stage == "validate" and not any(trainer.num_val_batches):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "FusionCalibrationWriter wrote nothing, as the data has no validation split. Set its `val_fraction`."
+            )
 
 
 def _write(file: Path, text: str) -> None:

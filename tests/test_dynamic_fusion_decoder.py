@@ -406,6 +406,13 @@ def test_validate_writes_the_settings_that_the_validation_split_likes_best(files
     assert f"{torch.tensor(min(found.values())).exp():.3f}" in text
 
 
+def test_calibration_without_a_validation_split_is_told(files, tmp_path):
+    writer = FusionCalibrationWriter(str(tmp_path / "calibrated.yaml"))
+    with pytest.warns(UserWarning, match="wrote nothing, as the data has no validation split"):
+        trainer(tmp_path, callbacks=[writer]).validate(make(files), data(files, val_fraction=0.0), verbose=False)
+    assert not (tmp_path / "calibrated.yaml").exists()
+
+
 def test_calibration_wants_experts_and_a_part(files, tmp_path):
     alone = DynamicFusionDecoder(str(files / "large"))
     with pytest.raises(ValueError, match="Expected `experts`, whose weights `validate` chooses, but got none"):
