@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lit_logits.callbacks.codebook_reinit import CodebookReinit
     from lit_logits.callbacks.confusion_matrix_logger import ConfusionMatrixLogger
     from lit_logits.callbacks.exact_resume import ExactResume
+    from lit_logits.callbacks.fusion_calibration_writer import FusionCalibrationWriter
     from lit_logits.callbacks.fusion_weight_logger import FusionWeightLogger
     from lit_logits.callbacks.gw_approximation_logger import GWApproximationLogger
     from lit_logits.callbacks.json_lines_writer import JsonLinesWriter
@@ -32,6 +33,7 @@ else:
             "lit_logits.callbacks.codebook_reinit": "CodebookReinit",
             "lit_logits.callbacks.confusion_matrix_logger": "ConfusionMatrixLogger",
             "lit_logits.callbacks.exact_resume": "ExactResume",
+            "lit_logits.callbacks.fusion_calibration_writer": "FusionCalibrationWriter",
             "lit_logits.callbacks.fusion_weight_logger": "FusionWeightLogger",
             "lit_logits.callbacks.gw_approximation_logger": "GWApproximationLogger",
             "lit_logits.callbacks.json_lines_writer": "JsonLinesWriter",
@@ -53,6 +55,7 @@ __all__ = [
     "CodebookReinit",
     "ConfusionMatrixLogger",
     "ExactResume",
+    "FusionCalibrationWriter",
     "FusionWeightLogger",
     "GWApproximationLogger",
     "JsonLinesWriter",

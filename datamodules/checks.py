@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
-__all__ = ["as_part", "check_at_least"]
+__all__ = ["as_part", "check_at_least", "check_unicode"]
 
 Part = TypeVar("Part")
 
@@ -56,3 +56,30 @@ def as_part(argument: str, value: Any, part: type[Part]) -> Part:
         needed = f" and to give {missing}" if missing else ""
         raise ValueError(f"Expected `{argument}` to have keys of {[*known]}{needed}, but got {[*value]}.")
     return part(**value)
+
+
+def check_unicode(text: str, where: str) -> None:
+    r"""Raise for a text with half a surrogate pair, which no tokenizer takes and UTF-8 does not have.
+
+    JSON can hold one as an escape, such as half of an emoji that was cut in two.
+
+    Args:
+        text: to check.
+        where: its place, for the message.
+
+    Raises:
+        ValueError: If there is one; it says where.
+
+    Example:
+        >>> check_unicode("cut \ud83d", "line 3 of a.jsonl")
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected text in line 3 of a.jsonl, but character 4 is '\ud83d', half of a pair. Remove it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Expected text in {where}, but character {error.start} is {text[error.start]!r}, half of a pair. Remove"
+            " it."
+        ) from error

@@ -18,6 +18,7 @@ from typing import Any
 from datasets import IterableDataset, load_dataset, load_dataset_builder
 
 from lit_logits.datamodules.caching import digest, digest_file
+from lit_logits.datamodules.checks import check_unicode
 from lit_logits.datamodules.json_lines import iter_json_lines
 from lit_logits.datamodules.python_docs import fingerprint_python_docs, read_python_docs
 
@@ -111,7 +112,7 @@ def iter_column(rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[st
     """Yield the column's strings; a null is an empty document.
 
     Raises:
-        ValueError: If the column is missing, or holds something other than strings.
+        ValueError: If the column is missing, or holds something other than strings, or half a surrogate pair.
     """
     for row in rows:
         if text_column not in row:
@@ -119,6 +120,7 @@ def iter_column(rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[st
         text = row[text_column]
         if text is not None and not isinstance(text, str):
             raise ValueError(f"Expected the column {text_column!r} to hold strings, but got {type(text).__name__}.")
+        check_unicode(text or "", f"the column {text_column!r}")
         yield text or ""
 
 

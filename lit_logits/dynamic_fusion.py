@@ -3,10 +3,8 @@
 Letters: B batch, T sequence, N generated tokens, V vocabulary, S experts.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 import torch
@@ -17,18 +15,28 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_logits.contracts import HasTokenizer, offers
 from lit_logits.functional.dynamic_fusion import FusionCriterion, FusionMode, FusionSolver
-from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.modules.dynamic_fusion.answers import GSM8K_PATTERN, choice_likelihoods, extract_answer
+from lit_logits.modules.dynamic_fusion.answers import (
+    GSM8K_PATTERN,
+    check_pattern,
+    choice_likelihoods,
+    extract_answer,
+    has_labels,
+    of_right_answers,
+)
 from lit_logits.modules.dynamic_fusion.as_model import FusedModel
+from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration
 from lit_logits.modules.dynamic_fusion.decoding import FusionTrace, check_decoding, split_prompts
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScores
-from lit_logits.modules.dynamic_fusion.inputs import given_prompts
+from lit_logits.modules.dynamic_fusion.inputs import check_generation, given_prompts
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
+from lit_logits.modules.dynamic_fusion.records import sample_record, top_record
 from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 from lit_logits.modules.metrics import StageMeans, TokenMean, loss_and_perplexity
 
 __all__ = ["DynamicFusionDecoder"]
+
+_TRACED = 5  # tokens of each model in a record
 
 
 class DynamicFusionDecoder(LightningModule):
@@ -47,6 +55,10 @@ class DynamicFusionDecoder(LightningModule):
     `test/acc_norm`, where the answer is the choice whose text is likeliest, by its log-likelihood and by that a
     character, without what a template puts behind it, as lm-evaluation-harness has them.
 
+    `validate` finds how likely the responses of the validation split are under every criterion and every fixed weight
+    of `scale_grid`, by one pass of each model, and logs `val/loss` and `val/ppl` of the present settings.
+    `FusionCalibrationWriter` writes the best ones into a recipe.
+
     Args:
         model: the large model: hub id, local folder, `.gguf` path, or from Python a loaded model of transformers.
         base: small model with the same tokenizer.
@@ -63,10 +75,12 @@ class DynamicFusionDecoder(LightningModule):
         scale: factor on the weights that are found.
         min_entropy: nats; experts act only where the large model has as much entropy. Default 0.5 with `uncertain`.
         static_alpha: fixed weights instead: one number for all experts, or a list; 1 is proxy tuning.
+        scale_grid: factors, and fixed weights of all experts, that `validate` tries.
         merge_weight: λ of experts that are merged.
         eos_token_id: ids that end a text, if those of the models differ.
         generation: arguments of transformers' `generate` for `predict` and `exact_match`, such as `max_new_tokens`,
             `do_sample`, `temperature`.
+        trace_logits: in `predict`, also give the five likeliest tokens of each model at every token, as `top_tokens`.
         exact_match: in `test`, also generate and compare the final answers, which is slow.
         answer_pattern: regular expression whose group is the final answer; see `extract_answer`.
         model_kwargs: for `from_pretrained` of the large model, such as `dtype: bfloat16` and `device_map: auto`.
@@ -106,9 +120,11 @@ class DynamicFusionDecoder(LightningModule):
         scale: float = 1.0,
         min_entropy: float | None = None,
         static_alpha: float | list[float] | None = None,
+        scale_grid: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
         merge_weight: float = 0.5,
         eos_token_id: int | list[int] | None = None,
         generation: dict[str, Any] | None = None,
+        trace_logits: bool = False,
         exact_match: bool = False,
         answer_pattern: str = GSM8K_PATTERN,
         model_kwargs: dict[str, Any] | None = None,
@@ -147,11 +163,13 @@ class DynamicFusionDecoder(LightningModule):
         self.tokenizer = parts.tokenizer
         self.eos_token_id = eos_token_id
         self.generation = dict(generation or {})
+        self.trace_logits = trace_logits
         self.exact_match, self.answer_pattern = exact_match, answer_pattern
         # What the model's own config says of decoding is no matter here: `score` works whatever it says.
         config = check_decoding(parts.large, {"generation_config": GenerationConfig(), **self.generation})
-        _check_generation(config, self.generation)
-        _check_pattern(answer_pattern)
+        check_generation(config, self.generation)
+        check_pattern(answer_pattern)
+        self.calibration = FusionCalibration(self.fused, scale_grid)
         self.means = StageMeans("nll", "alpha", "kl_forward", "kl_reverse")
         self.matches, self.choice_acc, self.choice_acc_norm = TokenMean(), TokenMean(), TokenMean()
 
@@ -179,10 +197,15 @@ class DynamicFusionDecoder(LightningModule):
         """Return the decoder in the form in which programs such as lm-evaluation-harness call a model."""
         return FusedModel(self.fused, self.eos_token_id)
 
-    # ------------------------------------------------------------------ test
+    # ------------------------------------------------------------------ validate and test
 
     def setup(self, stage: str) -> None:
-        """Take the data's tokenizer; refuse one that does not fit the models."""
+        """Take the data's tokenizer; refuse one that does not fit the models, and to calibrate without experts."""
+        if stage == "validate" and not self.fused.num_experts:
+            raise ValueError(
+                "Expected `experts`, whose weights `validate` chooses, but got none. Take `test` for the large model"
+                " alone."
+            )
         data = getattr(self.trainer, "datamodule", None)
         theirs = data.tokenizer if offers(data, HasTokenizer) else None
         if theirs is None:
@@ -195,6 +218,18 @@ class DynamicFusionDecoder(LightningModule):
                 f" {len(theirs)}. Give the data the models' tokenizer."
             )
         self.tokenizer = self.tokenizer or theirs
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Rate all candidates by the responses."""
+        self.calibration.update(self.fused, batch["input_ids"], batch["labels"], batch.get("attention_mask"))
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an earlier run rated."""
+        self.calibration.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss of the present settings, the first candidate, over all tokens of all ranks."""
+        self.log_dict(loss_and_perplexity("val", torch.tensor(self.calibration.compute()[0].nll)))
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Score the responses; with `choices` judge them, with `exact_match` judge generated answers."""
@@ -211,12 +246,12 @@ class DynamicFusionDecoder(LightningModule):
         }
         self.means.update("test", **{name: value[mask] for name, value in values.items()})
         if self.exact_match:
-            self._judge_answers(_of_right_answers(batch))
+            self._judge_answers(of_right_answers(batch))
 
     def _judge_answers(self, batch: Mapping[str, Tensor]) -> None:
         """Count the generated answers that are those of the references."""
         found = []
-        for record in self._continue(batch) if len(batch["labels"]) else ():
+        for record in self._continue(batch):
             right = extract_answer(record["reference"], self.answer_pattern)
             for sample in record.get("samples", [record]):
                 answer = extract_answer(sample["text"], self.answer_pattern)
@@ -232,7 +267,7 @@ class DynamicFusionDecoder(LightningModule):
             )
         sums, lengths = choice_likelihoods(scores, batch["response_ends"])
         correct = batch["correct"].to(sums.device)
-        examples = [(batch["rows"] == row).to(sums.device) for row in batch["rows"][_has_labels(batch)].unique()]
+        examples = [(batch["rows"] == row).to(sums.device) for row in batch["rows"][has_labels(batch)].unique()]
         for metric, values in ((self.choice_acc, sums), (self.choice_acc_norm, sums / lengths)):
             metric.update(torch.tensor([float(correct[own][values[own].argmax()]) for own in examples]))
 
@@ -260,6 +295,7 @@ class DynamicFusionDecoder(LightningModule):
             **({"criterion": self.fused.criterion, **self.fused.search} if self.fused.static_alpha is None else search),
             "eos_token_id": self.eos_token_id,
             "generation": self.generation,
+            **({"trace_logits": True} if self.trace_logits else {}),
         }
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
@@ -269,16 +305,20 @@ class DynamicFusionDecoder(LightningModule):
     def _continue(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         if self.tokenizer is None:
             raise ValueError("Expected a `tokenizer` to write text with, but got none. Pass `tokenizer`.")
+        if len(batch["input_ids"]) == 0:  # as when no row of a batch counts
+            return []
         prompts, mask = split_prompts(batch, pad=self._pad_token_id())
         kwargs = {"pad_token_id": self._pad_token_id(), **self.generation, "return_dict_in_generate": True}
         # By its first row, so that a run that goes on after a kill draws what it would have.
         with _seeded_by(int(batch["rows"][0]), prompts.device) if "rows" in batch else nullcontext():
-            trace: FusionTrace = self.generate(prompts, mask, **kwargs).trace
+            output = self.generate(prompts, mask, trace_logits=_TRACED if self.trace_logits else 0, **kwargs)
+        trace: FusionTrace = output.trace
         copies = len(trace.token_ids) // len(prompts)
         records = []
         for index, prompt in enumerate(prompts):
             labels = batch["labels"][index] if "labels" in batch else prompt.new_zeros(0)
-            samples = [self._sample(trace, index * copies + number) for number in range(copies)]
+            texts = range(index * copies, (index + 1) * copies)
+            samples = [self._sample(trace, text) | self._top_tokens(output, text) for text in texts]
             record = {
                 "row": int(batch["rows"][index]) if "rows" in batch else None,
                 "prompt": self.tokenizer.decode(prompt[mask[index].bool()]),
@@ -289,17 +329,15 @@ class DynamicFusionDecoder(LightningModule):
 
     def _sample(self, trace: FusionTrace, index: int) -> dict[str, Any]:
         """Return one text of the trace, its tokens and their weights."""
-        kept, tokenizer = trace.mask[index], cast(PreTrainedTokenizerBase, self.tokenizer)
-        tokens = trace.token_ids[index][kept].tolist()
-        return {
-            "text": tokenizer.decode(tokens, skip_special_tokens=True),
-            "tokens": tokenizer.convert_ids_to_tokens(tokens),
-            "alpha": {
-                name: _rounded(trace.alpha[number, index][kept]) for number, name in enumerate(self.fused.expert_names)
-            },
-            "kl_forward": _rounded(trace.kl_forward[index][kept]),
-            "kl_reverse": _rounded(trace.kl_reverse[index][kept]),
-        }
+        return sample_record(trace, index, cast(PreTrainedTokenizerBase, self.tokenizer), self.fused.expert_names)
+
+    def _top_tokens(self, output: Any, index: int) -> dict[str, Any]:
+        """Return what `trace_logits` adds to the record of a text."""
+        if not self.trace_logits:
+            return {}
+        tokenizer, kept = cast(PreTrainedTokenizerBase, self.tokenizer), output.trace.mask[index]
+        names = ["large", "base", *self.fused.expert_names][: len(output.top_tokens.token_ids)]
+        return {"top_tokens": top_record(output.top_tokens, index, kept, tokenizer, names)}
 
     def _pad_token_id(self) -> int:
         pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
@@ -327,44 +365,6 @@ def _seeded_by(row: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((torch.initial_seed() + row) % 2**63)
         yield
-
-
-def _check_generation(config: Any, generation: Mapping[str, Any]) -> None:
-    """Refuse names that `generate` would ignore, before anything runs."""
-    known = config.to_dict()
-    for name in generation:
-        if name not in known:
-            close = get_close_matches(name, known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Expected `generation` to hold arguments of `generate`, but got {name!r}.{hint}")
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(
-            f"Expected `answer_pattern` to be a regular expression, but got {pattern!r}: {error}"
-        ) from error
-    if groups != 1:
-        raise ValueError(f"Expected `answer_pattern` to have one group, the answer, but got {pattern!r} with {groups}.")
-
-
-def _of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch with one sequence for each example that counts, the right choice if there are several."""
-    right = _has_labels(batch)
-    if "correct" in batch:
-        right &= batch["correct"].bool()
-    return {name: value[right] for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-
-
-def _has_labels(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return which sequences (N,) count; those that fill up the batches of several processes do not."""
-    return (batch["labels"] != IGNORE_INDEX).any(1)
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
 
 
 def _without_names(**arguments: Any) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_logits import DynamicFusionDecoder
-from lit_logits.callbacks import FusionWeightLogger, JsonLinesWriter
+from lit_logits import CausalLM, DynamicFusionDecoder
+from lit_logits.callbacks import FusionCalibrationWriter, FusionWeightLogger, JsonLinesWriter
 from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import InstructionDataModule, PairSource
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
@@ -113,6 +113,26 @@ def test_predict_writes_a_line_for_each_prompt(files, tmp_path):
         torch.testing.assert_close(
             torch.tensor(list(record["alpha"].values())), output.trace.alpha[:, 0].cpu(), atol=2e-3, rtol=0
         )
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_records_tell_what_each_model_would_have_said(files, tmp_path, copies):
+    generation = {"max_new_tokens": 5, "do_sample": copies > 1, "num_return_sequences": copies}
+    decoder = make(files, generation=generation, trace_logits=True)
+    [batch, *_] = trainer(tmp_path).predict(decoder, data(files, max_test_rows=3))
+    prompts = [prompt for prompt, _ in rows_of_test_split(data(files, max_test_rows=3))]
+    for prompt, record in zip(prompts, batch, strict=True):
+        for sample in record.get("samples", [record]):
+            tops, tokens = sample["top_tokens"], sample["tokens"]
+            assert list(tops) == ["large", "base", "one", "two"]
+            ids = torch.tensor([[*prompt.tolist(), *decoder.tokenizer.convert_tokens_to_ids(tokens)]])
+            for model, found in zip(decoder.fused.models, tops.values(), strict=True):
+                expected = model(ids[:, :-1]).logits[0, len(prompt) - 1 :].log_softmax(-1).topk(5)
+                assert found["ids"] == expected.indices.tolist()
+                torch.testing.assert_close(torch.tensor(found["log_probs"]), expected.values, atol=2e-4, rtol=0)
+                assert found["tokens"][0] == decoder.tokenizer.convert_ids_to_tokens(found["ids"][0])
+    plain = make(files, generation=generation)
+    assert "top_tokens" not in json.dumps(trainer(tmp_path).predict(plain, data(files, max_test_rows=3)))
 
 
 def test_a_killed_predict_goes_on(files, tmp_path, monkeypatch):
@@ -359,6 +379,73 @@ def test_data_of_another_tokenizer_is_refused(files, tmp_path):
 def test_fit_says_that_there_is_nothing_to_train(files, tmp_path):
     with pytest.raises(ValueError, match="trains nothing, but got `fit`"):
         trainer(tmp_path, max_steps=1).fit(make(files), data(files))
+
+
+def test_validate_writes_the_settings_that_the_validation_split_likes_best(files, tmp_path):
+    module, decoder = data(files, val_fraction=0.2), make(files, scale_grid=[0.0, 0.5, 1.0])
+    writer = FusionCalibrationWriter(str(tmp_path / "found" / "calibrated.yaml"))
+    logged = trainer(tmp_path, callbacks=[writer]).validate(decoder, module, verbose=False)[0]
+    text = (tmp_path / "found" / "calibrated.yaml").read_text()
+    recipe = yaml.safe_load(text)["model"]
+    assert recipe["class_path"] == "lit_logits.dynamic_fusion.DynamicFusionDecoder"
+    found = {}
+    grid = [
+        {"criterion": name, "scale": x} for name in ("distance", "equal", "uncertain", "prompt") for x in (0.5, 1.0)
+    ]
+    for settings in [*grid, *({"static_alpha": [x, x]} for x in (0.0, 0.5, 1.0))]:
+        other, total, count = make(files, **settings), 0.0, 0
+        for batch in module.val_dataloader():
+            scores = other.score(batch["input_ids"], batch["labels"], batch["attention_mask"])
+            total, count = total - float(scores.log_probs.sum()), count + int(scores.trace.mask.sum())
+        found[json.dumps(settings)] = total / count
+    own = found[json.dumps({"criterion": "distance", "scale": 1.0})]
+    assert logged["val/loss"] == pytest.approx(own, rel=1e-4)
+    best = json.loads(min(found, key=found.get))
+    assert recipe["init_args"] == best | ({} if "static_alpha" in best else {"static_alpha": None})
+    assert min(found.values()) < own
+    assert f"{torch.tensor(min(found.values())).exp():.3f}" in text
+
+
+def test_calibration_without_a_validation_split_is_told(files, tmp_path):
+    writer = FusionCalibrationWriter(str(tmp_path / "calibrated.yaml"))
+    with pytest.warns(UserWarning, match="wrote nothing, as the data has no validation split"):
+        trainer(tmp_path, callbacks=[writer]).validate(make(files), data(files, val_fraction=0.0), verbose=False)
+    assert not (tmp_path / "calibrated.yaml").exists()
+
+
+def test_calibration_wants_experts_and_a_part(files, tmp_path):
+    alone = DynamicFusionDecoder(str(files / "large"))
+    with pytest.raises(ValueError, match="Expected `experts`, whose weights `validate` chooses, but got none"):
+        trainer(tmp_path).validate(alone, data(files), verbose=False)
+    writer = FusionCalibrationWriter()
+    with pytest.raises(ValueError, match="Expected a model with a `FusionCalibration`"):
+        trainer(tmp_path, callbacks=[writer]).validate(CausalLM(str(files / "base")), data(files), verbose=False)
+
+
+@pytest.mark.slow
+def test_a_calibrated_recipe_is_given_after_the_recipe(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = {"model": str(files / "large"), "base": str(files / "base"), "experts": [str(files / "one")]}
+    source = {"source": str(files / "pairs.jsonl"), "tokenizer": str(files / "tokenizer")}
+    mine = {
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "model": {"class_path": "DynamicFusionDecoder", "init_args": models | {"exact_match": False}},
+        "data": {
+            "class_path": "InstructionDataModule",
+            "init_args": source | {"val_fraction": 0.2, "test_fraction": 0.2, "cache_dir": str(files / "cache")},
+        },
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(mine))
+    configs = ["--config", "dynamic_fusion.yaml", "--config", "mine.yaml"]
+    LitLogitsCLI(["validate", *configs])
+    [file] = Path("runs/mine").glob("*/calibrated.yaml")
+    chosen = yaml.safe_load(file.read_text())["model"]["init_args"]
+    fused = LitLogitsCLI(["test", *configs, "--config", str(file)]).model.fused
+    if chosen["static_alpha"] is not None:
+        assert fused.static_alpha == chosen["static_alpha"]
+    else:
+        assert (fused.criterion, fused.scale) == (chosen["criterion"], chosen["scale"])
+    assert fused.expert_names == ["one"]
 
 
 @pytest.mark.slow

@@ -510,8 +510,6 @@ def test_bad_prompts_and_bad_ways_to_decode(parts, decoder):
         decoder.generate(ids + VOCAB - int(ids.max()), mask, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"greedy search or sampling.*but got beam search"):
         decoder.generate(ids, mask, max_new_tokens=2, num_beams=2)
-    with pytest.raises(ValueError, match="but got assisted generation"):
-        decoder.generate(ids, mask, max_new_tokens=2, assistant_model=parts[1])
     with pytest.raises(ValueError, match="`cache_implementation` to be None or 'dynamic', but got 'static'"):
         decoder.generate(ids, mask, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="Expected no `past_key_values`"):

@@ -125,6 +125,7 @@ def test_a_column_tells_the_split_of_each_row(tmp_path):
             r"one class a row in the column 'label', but got \['b', 'c'\]",
         ),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"to hold strings or whole numbers, but got 0\.5 in line 1"),
+        ("a.jsonl", r'{"text": "cut \ud83d", "label": "b"}', r"Expected text in line 1 of .*a\.jsonl, but character 4"),
         ("a.xlsx", "a", r"Expected `source` to be files with a suffix of"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 from datasets import load_dataset
 
 from lit_logits.datamodules.caching import digest, digest_file
+from lit_logits.datamodules.checks import check_unicode
 from lit_logits.datamodules.instructions.conversations import Messages, read_messages, texts_of
 from lit_logits.datamodules.instructions.python_questions import fingerprint_python_questions, read_python_questions
 from lit_logits.datamodules.instructions.splits import Example, split_examples
@@ -184,7 +185,8 @@ def parse_row(row: dict[str, Any], where: str, source: PairSource) -> Example:
         source: names the columns.
 
     Raises:
-        ValueError: If a column is missing or holds something else than it should; it names the row.
+        ValueError: If a column is missing or holds something else than it should, or a text has half a surrogate pair;
+            it names the row.
 
     Example:
         >>> source = PairSource("x.jsonl", prompt_column="ask", choices_column="choices", answer_column="right")
@@ -202,6 +204,8 @@ def parse_row(row: dict[str, Any], where: str, source: PairSource) -> Example:
             choices, correct = _choices(row, source.choices_column, source.answer_column, where)
         response = _text(row, "response_column", column, where) if column is not None and not choices else ""
         response = choices[correct] if choices else response
+    for text in (prompt, response, *choices, *(content for _, content in messages)):
+        check_unicode(text, where)
     keys: tuple[str, ...] = (f"prompt {prompt}",)
     if len(response.split()) > SHORT_RESPONSE:
         keys = (*keys, f"response {response}")

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, load_dataset, load_from_disk
 
 from lit_logits.datamodules.caching import digest, digest_file
+from lit_logits.datamodules.checks import check_unicode
 from lit_logits.datamodules.rows import read_rows
 from lit_logits.datamodules.sequences.labels import read_label
 from lit_logits.datamodules.sequences.python_paragraphs import fingerprint_python_paragraphs, read_python_paragraphs
@@ -186,6 +187,7 @@ def _parse(row: Mapping[str, Any], where: str, source: SequenceSource, names: li
                 f"Expected the column {column!r} to hold strings, but got {type(text).__name__} in {where}. Convert it,"
                 " or set `text_column` to another column."
             )
+        check_unicode(text, where)
     return Row(texts, read_label(row[source.label_column], source.label_column, where, names), where)
 
 

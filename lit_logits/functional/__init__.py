@@ -97,6 +97,7 @@ from lit_logits.functional.dynamic_fusion import (
     fuse_logits,
     fusion_weights,
 )
+from lit_logits.functional.fusion_calibration import fused_log_probs
 from lit_logits.functional.fusion_problem import expert_divergences
 from lit_logits.functional.gld_fusion import (
     GraphNodes,
@@ -337,6 +338,7 @@ __all__ = [
     "fit_residual_codes",
     "frequency_assignment",
     "fuse_logits",
+    "fused_log_probs",
     "fusion_weights",
     "gather_positions",
     "graph_strengths",

@@ -36,6 +36,7 @@ from lit_logits.functional.fusion_problem import (
     check_fusion_shapes,
     pose_fusion,
     promoted,
+    scale_weights,
 )
 from lit_logits.functional.fusion_search import (
     FusionPoint,
@@ -192,7 +193,7 @@ def fusion_weights(
             objective = torch.zeros_like(alpha[0])
         floor = _MIN_ENTROPY if min_entropy is None and criterion == "uncertain" else min_entropy
         if criterion != "distance" or scale != 1 or floor:
-            alpha = torch.where(alpha > 0, (scale * alpha).clamp(low, high), 0.0)
+            alpha = scale_weights(alpha, scale, (low, high))
             if floor:
                 alpha = alpha * (entropy(problem) >= floor)
             (forward, reverse), num_evals = divergences_at(problem, alpha), num_evals + 1

@@ -16,6 +16,7 @@ __all__ = [
     "expert_divergences",
     "pose_fusion",
     "promoted",
+    "scale_weights",
 ]
 
 _FAR = 100.0  # nats
@@ -91,6 +92,16 @@ def check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, float
     if not step > 0:
         raise ValueError(f"Expected `step` to be positive, but got {step}.")
     return float(low), float(high)
+
+
+def scale_weights(alpha: Tensor, scale: float, bounds: tuple[float, float]) -> Tensor:
+    """Return weights times a factor, cut to the bounds; experts that do not act (α = 0) stay as they are.
+
+    Example:
+        >>> scale_weights(torch.tensor([0.0, 0.5, 1.5]), 2.0, (0.1, 2.0))
+        tensor([0., 1., 2.])
+    """
+    return torch.where(alpha > 0, (scale * alpha).clamp(*bounds), 0.0)
 
 
 def pose_fusion(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_logits.functional.checks import check_not_negative
-from lit_logits.functional.fusion_problem import check_bounds, pose_fusion
+from lit_logits.functional.fusion_problem import check_bounds, pose_fusion, scale_weights
 
 __all__ = ["prompt_fusion_weights"]
 
@@ -81,7 +81,7 @@ def prompt_fusion_weights(
         alpha = torch.ones(len(expert_logits), num_prompts, device=labels.device)
         if mode == "single":
             alpha[1:] = 0.0
-        return torch.where(alpha > 0, (scale * alpha.clamp(low, high)).clamp(low, high), 0.0)
+        return scale_weights(alpha.clamp(low, high) * (alpha > 0), scale, (low, high))
     with torch.autocast(large_logits.device.type, enabled=False):
         problem = pose_fusion(large_logits, base_logits, expert_logits)
         possible = problem.log_probs.gather(1, labels.unsqueeze(1)).squeeze(1) > -torch.inf
@@ -96,7 +96,7 @@ def prompt_fusion_weights(
             ]
             chosen = torch.stack([value for _, value in lines]).argmin(0)
             alpha = torch.cat([line for line, _ in lines]) * F.one_hot(chosen, len(shifts)).T
-    return torch.where(alpha > 0, (scale * alpha).clamp(low, high), 0.0)
+    return scale_weights(alpha, scale, (low, high))
 
 
 class _Likelihood(NamedTuple):

@@ -1,14 +1,23 @@
 """What is judged of answers: final answers in texts, as exact match compares them, and the likelihood of choices."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 
 from torch import Tensor
 
+from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedScores
 
-__all__ = ["GSM8K_PATTERN", "STOPS", "choice_likelihoods", "extract_answer"]
+__all__ = [
+    "GSM8K_PATTERN",
+    "STOPS",
+    "check_pattern",
+    "choice_likelihoods",
+    "extract_answer",
+    "has_labels",
+    "of_right_answers",
+]
 
 GSM8K_PATTERN = r"####[^\S\n]*(\S[^\n]*)"
 """The rest of the line after `####`, which marks the answers of GSM8K."""
@@ -79,3 +88,32 @@ def choice_likelihoods(scores: FusedScores, response_ends: Tensor) -> tuple[Tens
     # Up to the last token that ends within the text: one within a character has −1 as well.
     in_text = (ends > 0).flip(1).cumsum(1).flip(1) > 0
     return (scores.log_probs * (in_text & scores.trace.mask)).sum(1), ends.amax(1).clamp(min=1)
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise unless an `answer_pattern` is a regular expression with one group.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(
+            f"Expected `answer_pattern` to be a regular expression, but got {pattern!r}: {error}"
+        ) from error
+    if groups != 1:
+        raise ValueError(f"Expected `answer_pattern` to have one group, the answer, but got {pattern!r} with {groups}.")
+
+
+def of_right_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch with one sequence for each example that counts, the right choice if there are several."""
+    right = has_labels(batch)
+    if "correct" in batch:
+        right &= batch["correct"].bool()
+    return {name: value[right] for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def has_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which sequences (N,) count; those that fill up the batches of several processes do not."""
+    return (batch["labels"] != IGNORE_INDEX).any(1)

@@ -11,16 +11,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from lit_logits.modules.language_models.calls import CACHE_NAMES, accepted_inputs, read_with_cache
+from lit_logits.modules.language_models.calls import (
+    CACHE_NAMES,
+    OUTPUT_CACHE_NAME,
+    accepted_inputs,
+    read_with_cache,
+)
 
 __all__ = [
     "FusedStep",
     "FusionTrace",
     "SmallModels",
+    "TopTokens",
     "check_decoding",
+    "is_drafted",
     "position_ids_of",
     "split_prompts",
 ]
@@ -44,6 +51,18 @@ class FusionTrace(NamedTuple):
     kl_reverse: Tensor
 
 
+class TopTokens(NamedTuple):
+    """The k likeliest tokens of each model at each token of a text, the large model first, then base and experts.
+
+    Attributes:
+        token_ids: (M, B, N, k) of M models, in descending order.
+        log_probs: (M, B, N, k) in nats, over the common vocabulary.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+
+
 class FusedStep(NamedTuple):
     """Fused logits (R, V) of some positions, weights (S, R) and divergences (R,)."""
 
@@ -61,6 +80,9 @@ class SmallModels:
         fuse: takes logits (B, V) of the large model and those of `models`, on its device.
         vocab_size: V; the first V ids of each model are fused, and the logits of the others become −inf.
         prompt_length: P.
+        trace_logits: k of the tokens of each model that are kept for `top_tokens`; 0 keeps none.
+        drafted: whether an assistant drafts tokens (B = 1): each call then reads the drafted ones and may take back
+            some of those that the last one read.
     """
 
     def __init__(
@@ -70,10 +92,15 @@ class SmallModels:
         *,
         vocab_size: int,
         prompt_length: int,
+        trace_logits: int = 0,
+        drafted: bool = False,
     ) -> None:
         self.models, self.fuse = models, fuse
+        self.drafted = drafted
         self.vocab_size, self.prompt_length = vocab_size, prompt_length
-        self.caches: list[Any] = [None] * len(models)
+        self.trace_logits = trace_logits
+        self.tops: dict[int, TopTokens] = {}  # (M, B, k), by the tokens read
+        self.caches: list[Any] = [_croppable_cache(model) if drafted else None for model in models]
         self.length = 0
         self.steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weights and divergences by the tokens read
 
@@ -91,25 +118,57 @@ class SmallModels:
         return own
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Replace the logits of the last position by fused ones."""
+        """Replace the logits of the last position by fused ones; of all that predict a drafted token, too."""
         # With a cache each call reads the tokens since the last one, without it the whole text again.
         uses_cache = bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHE_NAMES)
         read = kwargs["input_ids"].shape[1]
+        if self.drafted:
+            self._take_back(int(output[OUTPUT_CACHE_NAME].get_seq_length()) - read)
         self.length = self.length + read if uses_cache else read
-        large = output.logits[:, -1]
-        rows = [self._last_logits(index, kwargs, uses_cache) for index in range(len(self.models))]
+        count = min(read, self.length - self.prompt_length + 1) if self.drafted else 1
+        large = output.logits[:, -max(count, 1) :]
+        rows = [self._last_logits(index, kwargs, uses_cache, large.shape[1]) for index in range(len(self.models))]
         if self.length < self.prompt_length:  # a chunk of a long prompt, after which no token is drawn
             return output
         size = self.vocab_size
-        step = self.fuse(large[:, :size], [row[:, :size].to(large.device) for row in rows])
-        self.steps[self.length] = step[1:]  # by length, so that a position that is read again counts once
-        output["logits"] = F.pad(step.logits, (0, large.shape[1] - size), value=-torch.inf).unsqueeze(1)
+        everyone = [logits[..., :size].flatten(0, 1).to(large.device) for logits in (large, *rows)]
+        step = self.fuse(everyone[0], everyone[1:])
+        self._record(everyone, step, count)
+        output["logits"] = F.pad(step.logits, (0, large.shape[2] - size), value=-torch.inf).view_as(large)
         return output
 
-    def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool) -> Tensor:
-        """Return the logits (B, V) of a small model for the next token."""
+    def _take_back(self, length: int) -> None:
+        """Drop the drafted tokens from the caches that the large model did not keep.
+
+        Raises:
+            ValueError: If a cache cannot, such as one of recurrent layers.
+        """
+        rejected, started = self.length - length, self.length > 0
+        self.length = length
+        for model, cache in zip(self.models, self.caches, strict=True):
+            if started and not getattr(cache, "is_croppable", True):
+                raise ValueError(
+                    f"Expected models whose caches can drop drafted tokens, but {type(model).__name__} has one that"
+                    " cannot. Leave the assistant out."
+                )
+            # Before transformers 5.24 a cache that is cropped by 0 is emptied, since then windows are cut to size.
+            if rejected or (started and hasattr(cache, "activate_past_recording")):
+                cache.crop(-rejected)
+
+    def _record(self, everyone: Sequence[Tensor], step: FusedStep, count: int) -> None:
+        """Keep weights and divergences by length, so that a position that is read again counts once."""
+        for number, at in enumerate(torch.arange(len(step.kl_forward)).view(-1, count).unbind(1)):
+            length = self.length - count + 1 + number
+            self.steps[length] = step.alpha[:, at], step.kl_forward[at], step.kl_reverse[at]
+            if self.trace_logits:
+                k = min(self.trace_logits, self.vocab_size)
+                found = [logits[at].float().log_softmax(-1).topk(k) for logits in everyone]
+                self.tops[length] = TopTokens(*(torch.stack([one[i] for one in found]) for i in (1, 0)))
+
+    def _last_logits(self, index: int, kwargs: Mapping[str, Any], uses_cache: bool, count: int) -> Tensor:
+        """Return the logits (B, count, V) of a small model at the last positions."""
         model, ids, mask = self.models[index], kwargs["input_ids"], kwargs.get("attention_mask")
-        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
+        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": count}
         # From the large model or from the mask: a model that counts by itself counts the padding on the left too.
         inputs["position_ids"] = kwargs.get("position_ids")
         if inputs["position_ids"] is None and mask is not None:
@@ -118,7 +177,7 @@ class SmallModels:
             output, self.caches[index] = read_with_cache(model, inputs, self.caches[index], num_read=self.length)
         else:
             output = model(**accepted_inputs(model, {**inputs, "use_cache": False}))
-        return output.logits[:, -1]
+        return output.logits[:, -count:]
 
     def trace(self, token_ids: Tensor, eos_token_id: int | Iterable[int], pad_token_id: int | None) -> FusionTrace:
         """Return weights and divergences of the tokens (B, N) that were kept, without steps that `generate` undid."""
@@ -132,12 +191,30 @@ class SmallModels:
             mask = mask & ((token_ids != pad_token_id).long().flip(1).cumsum(1).flip(1) > 0)
         return FusionTrace(token_ids, mask, alpha, forward, reverse)
 
+    def top_tokens(self, num_tokens: int) -> TopTokens:
+        """Return the likeliest tokens of each model where the first N tokens were drawn."""
+        steps = [self.tops[self.prompt_length + i] for i in range(num_tokens)]
+        return TopTokens(*(torch.stack(values, 2) for values in zip(*steps, strict=True)))
+
+
+def _croppable_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache that can drop its last tokens, also where a layer keeps a window only."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if hasattr(cache, "activate_past_recording"):  # since transformers 5.24
+        cache.activate_past_recording()
+    return cache
+
+
+def is_drafted(config: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a `generate` with this config drafts tokens: by an assistant, or by looking them up."""
+    return config.get_generation_mode(kwargs.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
+
 
 def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
     """Return the generation config that `model.generate(**kwargs)` would use, if small models can follow it.
 
     Raises:
-        ValueError: If it asks for beams, assistants, caches or inputs that small models cannot follow.
+        ValueError: If it asks for beams, caches or inputs that small models cannot follow.
     """
     config = deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
@@ -150,10 +227,10 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
             f" but got {config.guidance_scale} and {config.token_healing}."
         )
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION):
         raise ValueError(
             f"Expected greedy search or sampling, because weights are found for one text at a time, but got"
-            f" {str(mode.value).replace('_', ' ')}. Use `num_beams=1` and no assistant."
+            f" {str(mode.value).replace('_', ' ')}. Use `num_beams=1`."
         )
     if config.cache_implementation not in (None, "dynamic"):
         raise ValueError(

@@ -30,10 +30,10 @@ from lit_logits.modules.dynamic_fusion.decoding import (
     FusionTrace,
     SmallModels,
     check_decoding,
-    position_ids_of,
+    is_drafted,
 )
 from lit_logits.modules.dynamic_fusion.inputs import check_context, check_ids, check_static_alpha, given_prompts
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import eos_token_ids, num_logits
 
@@ -100,15 +100,14 @@ class FusedCausalLM(FrozenModels):
         self.expert_names = list(expert_names or [f"expert_{number}" for number in range(len(experts))])
         self.vocab_size = vocab_size or min(num_logits(model) for model in self.models)
         self.criterion = criterion
-        self.search: dict[str, Any] = {"mode": mode, "bounds": bounds, "scale": scale}
+        self.scale = scale
+        self._limits = {"mode": mode, "bounds": bounds}
+        self._steps = {"solver": solver, "step": step, "min_entropy": min_entropy}
         if criterion == "prompt" and min_entropy is not None:
             raise ValueError(
                 f"Expected no `min_entropy` with criterion='prompt', whose weight holds for a whole text, but got"
                 f" {min_entropy}."
             )
-        if criterion != "prompt":
-            own = {"criterion": criterion, "solver": solver, "step": step, "min_entropy": min_entropy}
-            self.search |= own
         # Beside the models' logits there are the fused ones and what the search keeps for each position.
         self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
         self.static_alpha = check_static_alpha(static_alpha, len(experts))
@@ -119,6 +118,16 @@ class FusedCausalLM(FrozenModels):
                 prompt_fusion_weights(zeros, zeros, zeros.unsqueeze(0), none, **self.search)
             else:
                 fusion_weights(zeros, zeros, zeros.unsqueeze(0), **self.search)
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """The arguments of the search for weights."""
+        return self.search_by(self.criterion, self.scale)
+
+    def search_by(self, criterion: str, scale: float) -> dict[str, Any]:
+        """Return arguments of `fusion_weights`, or of `prompt_fusion_weights`, for a criterion and a scale."""
+        shared = {**self._limits, "scale": scale}
+        return shared if criterion == "prompt" else {**shared, "criterion": criterion, **self._steps}
 
     @property
     def large(self) -> PreTrainedModel:
@@ -272,9 +281,7 @@ class FusedCausalLM(FrozenModels):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         counted = mask.bool() if is_prompt is None else mask.bool() & is_prompt.to(mask.device)
         device = self.large.device
-        targets, keep = next_token_labels(
-            input_ids.to(device).masked_fill(~counted.to(device), IGNORE_INDEX), keep=counted
-        )
+        targets, keep = prompt_targets(input_ids.to(device), counted.to(device))
         large, base, *experts = self._rows(input_ids, mask, keep)
         self._blame(large, base, *experts)
         rows = torch.stack(experts), targets[keep], keep.nonzero()[:, 0]
@@ -286,14 +293,19 @@ class FusedCausalLM(FrozenModels):
 
     def _rows(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> list[Tensor]:
         """Return the logits (R, V) of each model where `keep` (B, T) is true, on the large model's device."""
+        models = self.models if self.is_active else self.models[:1]
+        mask, keep = self.check_texts(input_ids, attention_mask), keep.to(self.large.device)
+        return logits_at(models, input_ids, mask, keep, self.vocab_size)
+
+    def check_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the mask (B, T) of texts, default all 1; refuse those that the models cannot read.
+
+        Raises:
+            ValueError: If a text is empty or longer than a model's context, or an id is not of the vocabulary.
+        """
         mask = check_ids(input_ids, attention_mask, self.vocab_size)
         check_context(self._named_models, mask)
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids_of(mask)}
-        keep, rows = keep.to(self.large.device), []
-        for model in self.models if self.is_active else self.models[:1]:
-            logits = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits
-            rows.append(logits[..., : self.vocab_size][keep.to(logits.device)].to(keep.device))
-        return rows
+        return mask
 
     def _fuse_rows(self, rows: Sequence[Tensor], alpha: Tensor | None = None) -> Iterator[FusedStep]:
         """Yield the fused steps of logits (R, V) of all models, in chunks, with weights `alpha` (S, R) if given."""
@@ -306,17 +318,25 @@ class FusedCausalLM(FrozenModels):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor | Mapping[str, Tensor] | None = None, attention_mask: Any = None, **kwargs: Any
+        self,
+        input_ids: Tensor | Mapping[str, Tensor] | None = None,
+        attention_mask: Any = None,
+        *,
+        trace_logits: int = 0,
+        **kwargs: Any,
     ) -> Any:
         """Continue prompts by the large model's own `generate`, whose logits are fused at every step.
 
         Base and experts read what the large model reads, each with its own key–value cache; temperature, top-k, top-p,
-        penalties and stopping then act on the fused logits.
+        penalties and stopping then act on the fused logits. For one prompt an `assistant_model`, such as the base, may
+        draft tokens, which the fused distribution verifies: the texts are distributed as without it.
 
         Args:
             input_ids: (B, P) prompts, left-padded where they differ in length; or what a tokenizer returns. As in
                 transformers they may be called `inputs`, and a `GenerationConfig` may come second.
             attention_mask: (B, P), 0 at padding; default as in transformers.
+            trace_logits: k; with `return_dict_in_generate` the output then also has `top_tokens`, the k likeliest ones
+                of each model, a `TopTokens`.
             **kwargs: of `transformers.GenerationMixin.generate`, for greedy search and sampling.
 
         Returns:
@@ -340,7 +360,8 @@ class FusedCausalLM(FrozenModels):
             copies = len(large) // len(input_ids)  # with `num_return_sequences`, side by side
             return self.fuse(large, small, None if weights is None else weights.repeat_interleave(copies, 1))
 
-        small = SmallModels(followers, fuse, vocab_size=self.vocab_size, prompt_length=prompt_length)
+        sizes = {"vocab_size": self.vocab_size, "prompt_length": prompt_length, "trace_logits": trace_logits}
+        small = SmallModels(followers, fuse, **sizes, drafted=is_drafted(config, kwargs))
         inputs = {"input_ids": input_ids.to(self.large.device)}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(self.large.device)
@@ -350,6 +371,8 @@ class FusedCausalLM(FrozenModels):
         trace = self._hand_out(small.trace(sequences[:, prompt_length:], ends, config.pad_token_id))
         if not isinstance(output, Tensor):
             output["trace"] = trace
+            if trace_logits:
+                output["top_tokens"] = small.top_tokens(trace.token_ids.shape[1])
             for name in ("alpha", "kl_forward", "kl_reverse"):
                 output[name] = getattr(trace, name)
         return output

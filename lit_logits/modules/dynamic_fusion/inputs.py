@@ -4,13 +4,14 @@ Letters: B batch, T sequence, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_context", "check_ids", "check_static_alpha", "context_of", "given_prompts"]
+__all__ = ["check_context", "check_generation", "check_ids", "check_static_alpha", "context_of", "given_prompts"]
 
 _STRETCHED = ("linear", "dynamic")  # kinds of scaled positions whose config still tells the length before
 
@@ -39,11 +40,25 @@ def given_prompts(input_ids: Any, attention_mask: Any, kwargs: dict[str, Any]) -
     return given, attention_mask
 
 
+def check_generation(config: Any, generation: Mapping[str, Any]) -> None:
+    """Refuse names that `generate` would ignore, before anything runs.
+
+    Raises:
+        ValueError: If there is one that the config of `generate` does not have.
+    """
+    known = config.to_dict()
+    for name in generation:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Expected `generation` to hold arguments of `generate`, but got {name!r}.{hint}")
+
+
 def check_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
     """Return the mask (B, T), default all 1; refuse ids and shapes that do not fit.
 
     Raises:
-        ValueError: If shapes differ, a text is empty or an id is not below `vocab_size`.
+        ValueError: If shapes differ, there is no text, one is empty or an id is not below `vocab_size`.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"Expected `input_ids` of shape (B, T), but got {tuple(input_ids.shape)}.")
@@ -53,6 +68,8 @@ def check_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int)
             f"Expected `attention_mask` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
             f" {tuple(mask.shape)}."
         )
+    if len(input_ids) == 0:
+        raise ValueError(f"Expected at least one text, but got `input_ids` of shape {tuple(input_ids.shape)}.")
     empty = mask.sum(1) == 0
     if input_ids.numel() == 0 or bool(empty.any()):
         row = int(empty.nonzero()[0]) if input_ids.numel() else 0

@@ -12,6 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_logits.functional.task_arithmetic import add_task_vectors
+from lit_logits.modules.dynamic_fusion.adapters import (
+    is_adapter_folder,
+    load_adapted,
+    merged_copy,
+    without_adapters_of,
+)
 from lit_logits.modules.language_models.inspect import check_causal_lm, eos_token_ids, model_label, num_logits
 from lit_logits.modules.language_models.loading import load_causal_lm
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer, find_tokenizer
@@ -59,7 +65,8 @@ def load_fusion_models(
     Args:
         large: hub id, local folder, `.gguf` path, or a loaded causal language model.
         base: the same; needed with experts.
-        experts: the same for each; a list of several is merged into one expert by task arithmetic.
+        experts: the same for each, or a folder of peft's adapters of `base`; adapters are merged into a copy. A list of
+            several is merged into one expert by task arithmetic.
         tokenizer: of all models. The tokenizer beside each model that is given by name must agree with it; without it
             those are compared with each other.
         eos_token_id: ids that end a text; needed if the models' own differ.
@@ -77,7 +84,7 @@ def load_fusion_models(
         raise ValueError(f"Expected `base`, which the {len(experts)} expert(s) were fine-tuned from, but got None.")
     loaded = _Loaded()
     large_model = loaded.load(large, "model", large_kwargs)
-    base_model = None if base is None else loaded.load(base, "base", small_kwargs)
+    base_model = None if base is None else loaded.load(without_adapters_of(base, experts), "base", small_kwargs)
     expert_models, names = [], []
     for number, expert in enumerate(experts):
         several = isinstance(expert, Sequence) and not isinstance(expert, str)
@@ -91,6 +98,7 @@ def load_fusion_models(
         names.append(_name(parts, number))
     shared, known = loaded.agree(tokenizer)
     vocab_size, notes = _common_vocabulary(loaded.models, shared, known)
+    notes += _format_notes(loaded.tokenizers)
     if eos_token_id is None:
         _check_eos(loaded.models)
     return FusionModels(large_model, base_model, expert_models, _unique(names), vocab_size, shared, notes)
@@ -109,7 +117,13 @@ class _Loaded:
             found = find_tokenizer(model)
             if found is not None:
                 self.tokenizers[label] = found
-        loaded = load_causal_lm(model, **(kwargs or {})) if isinstance(model, str) else model
+        base = self.models.get("base")
+        if not isinstance(model, str):
+            loaded = merged_copy(model, f"`{label}`")
+        elif base is not None and is_adapter_folder(model):
+            loaded = load_adapted(base, model, f"`{label}`")
+        else:
+            loaded = load_causal_lm(model, **(kwargs or {}))
         check_causal_lm(loaded, f"`{label}`")
         self.models[label] = cast(PreTrainedModel, loaded)
         return self.models[label]
@@ -128,9 +142,9 @@ class _Loaded:
                 f"Expected expert {number} to be a model or a list of models to merge, but got an empty list."
             )
         labels = [f"experts[{number}][{i}]" for i in range(len(parts))]
-        merged = _merge(
-            base, [self.load(part, label, kwargs) for part, label in zip(parts, labels, strict=True)], weight
-        )
+        models = [self.load(part, label, kwargs) for part, label in zip(parts, labels, strict=True)]
+        _check_dense({"base": base, **dict(zip(labels, models, strict=True))})
+        merged = _merge(base, models, weight)
         # Vocabulary and end tokens are compared once for the expert; its tokenizers are still all compared.
         for label in labels[1:]:
             del self.models[label]
@@ -148,6 +162,15 @@ class _Loaded:
         for label, own in self.tokenizers.items():
             check_same_tokenizer(shared, own, reference, f"`{label}`")  # type: ignore[arg-type]
         return shared, set(self.models) if given is not None else self.models.keys() & self.tokenizers.keys()
+
+
+def _check_dense(models: Mapping[str, PreTrainedModel]) -> None:
+    for label, model in models.items():
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"Expected models whose weights can be added up, to merge experts, but `{label}` is quantised. Load it"
+                " without `quantization_config`, or give the experts one by one."
+            )
 
 
 def _merge(base: PreTrainedModel, experts: list[PreTrainedModel], weight: float) -> PreTrainedModel:
@@ -170,9 +193,10 @@ def _common_vocabulary(
     tokenizer: PreTrainedTokenizerBase | None,
     known: set[str],
 ) -> tuple[int, list[str]]:
-    """Return how many ids all models have, and a note if they have different ones.
+    """Return how many ids are fused, those that the tokenizer uses, and a note if output layers have more.
 
-    Sizes may differ by padding only, and that cannot be told without a tokenizer that is known to be of all models.
+    Which are padding cannot be told without a tokenizer that is known to be of all models. Then all that there are
+    count, and sizes must not differ.
     """
     sizes = {label: num_logits(model) for label, model in models.items()}
     smallest = min(sizes.values())
@@ -182,19 +206,32 @@ def _common_vocabulary(
             f"Expected every model to have logits for the {len(tokenizer)} tokens of the tokenizer, but their output"
             f" layers have: {listed}."
         )
-    if len(set(sizes.values())) > 1:
-        unknown = sorted(set(sizes) - known)
-        if tokenizer is None or unknown:
-            raise ValueError(
-                f"Expected models of one vocabulary, but their output layers have: {listed}. If the sizes differ by"
-                " padding only, pass the `tokenizer` that all of them use."
-            )
-        note = (
-            f"Output layers differ in size ({listed}): fused over the {smallest} ids that all have, of which the"
-            f" tokenizer uses {len(tokenizer)}."
+    unknown = sorted(set(sizes) - known)
+    if len(set(sizes.values())) > 1 and (tokenizer is None or unknown):
+        raise ValueError(
+            f"Expected models of one vocabulary, but their output layers have: {listed}. If the sizes differ by"
+            " padding only, pass the `tokenizer` that all of them use."
         )
-        return smallest, [note]
-    return smallest, []
+    if tokenizer is None or unknown:
+        return smallest, []
+    ids = [*tokenizer.get_vocab().values(), *(end for model in models.values() for end in eos_token_ids(model))]
+    used = min(smallest, max(ids) + 1)
+    if used == max(sizes.values()):
+        return used, []
+    return used, [
+        f"Output layers are padded ({listed}): fused over the {used} ids that all have and the tokenizer uses."
+    ]
+
+
+def _format_notes(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[str]:
+    """Return a note if models were trained with different chat templates: all of them read the same prompts."""
+    templates = {label: str(own.chat_template) for label, own in tokenizers.items() if own.chat_template}
+    if len(set(templates.values())) < 2:
+        return []
+    return [
+        f"The chat templates of {', '.join(templates)} differ. All models read prompts in one format, the data's: train"
+        " experts in that of the large model."
+    ]
 
 
 def _check_eos(models: dict[str, PreTrainedModel]) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "cache_argument",
     "counted_states",
     "read_with_cache",
+    "takes_positions",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -131,6 +132,17 @@ def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, 
     return output, cache
 
 
+def takes_positions(model: nn.Module) -> bool:
+    """Return whether the model's `forward` makes logits of chosen positions only, an index tensor `logits_to_keep`.
+
+    Some models take a number of last positions only. One that accelerate has spread over devices is left whole: the
+    index would be on another device than the hidden states.
+    """
+    argument = _signature(model).get("logits_to_keep")
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    return argument is not None and "Tensor" in str(argument.annotation) and len(devices) <= 1
+
+
 def _length(cache: Any) -> int | None:
     """Return how many tokens a cache holds; None if it does not know, as when all layers are recurrent."""
     try:
@@ -140,7 +152,11 @@ def _length(cache: Any) -> int | None:
 
 
 def _parameters(model: nn.Module) -> set[str]:
+    return set(_signature(model))
+
+
+def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     # The `forward` of peft's wrappers is `(*args, **kwargs)`: the names are those of the model inside.
     unwrap = getattr(model, "get_base_model", None)
     inner: Any = model if unwrap is None else unwrap()
-    return set(inspect.signature(inner.forward).parameters)
+    return inspect.signature(inner.forward).parameters

@@ -65,6 +65,12 @@ def check_causal_lm(model: Any, label: str) -> None:
     Raises:
         ValueError: If it is not.
     """
+    if isinstance(model, nn.Module) and any("quantized.dynamic" in type(part).__module__ for part in model.modules()):
+        raise ValueError(
+            f"Expected {label} to be a causal language model, but torch has quantised it dynamically: scales are of a"
+            " whole text, so that tokens depend on those that follow. Leave it dense, or load it by bitsandbytes"
+            " (`quantization_config` of `from_pretrained`)."
+        )
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
             f"Expected {label} to be a causal language model of transformers, or the name of one, but got"
@@ -72,7 +78,15 @@ def check_causal_lm(model: Any, label: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"Expected {label} to be decoder-only, but {type(model).__name__} has an encoder.")
-    check_causal(model, label)
+    # In 8 bits bitsandbytes leaves columns dense that are large anywhere in a text: what follows is seen a little.
+    if not _is_8bit(model):
+        check_causal(model, label)
+
+
+def _is_8bit(model: PreTrainedModel) -> bool:
+    settings = getattr(model.config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return bool(settings.get("load_in_8bit"))
 
 
 def model_label(model: Any) -> str:

@@ -1,0 +1,97 @@
+"""Drafted tokens: an assistant is ahead, and the fused distribution has the last word."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from lit_logits import DynamicFusionDecoder
+
+VOCAB = 40
+IDS = torch.tensor([[3, 4, 5, 6, 3, 4, 5]])
+
+
+def settings(hidden, vocab=VOCAB):
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 64,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+
+
+def llama(seed, hidden=16, vocab=VOCAB):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**settings(hidden, vocab))).eval()
+
+
+def windowed(seed):
+    """A model that sees the last five tokens only, whose cache forgets the others."""
+    torch.manual_seed(seed)
+    return MistralForCausalLM(MistralConfig(**settings(16), sliding_window=5)).eval()
+
+
+def moved(model, seed, by=0.05):
+    torch.manual_seed(seed)
+    expert = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter += by * torch.randn_like(parameter)
+    return expert
+
+
+def decoder(make=llama, **kwargs):
+    base = make(1)
+    return DynamicFusionDecoder(moved(base, 5, 0.03), base, [moved(base, 2), moved(base, 3)], **kwargs)
+
+
+@pytest.mark.parametrize("draft", ["base", "expert", "stranger", "looked up"])
+@pytest.mark.parametrize(
+    ("make", "arguments"), [(llama, {}), (llama, {"criterion": "prompt", "mode": "joint"}), (windowed, {})]
+)
+def test_drafted_texts_are_those_without_drafts(make, arguments, draft):
+    """Token for token, with the same weights: caches of base and experts drop what the large model does not keep."""
+    model = decoder(make, **arguments)
+    asked = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    plain = model.generate(IDS, **asked, trace_logits=3)
+    helpers = {"base": model.fused.base, "expert": copy.deepcopy(model.fused.experts[0]), "stranger": llama(9)}
+    reads = []
+    handle = model.fused.experts[0].register_forward_hook(lambda *call: reads.append(call[-1].logits.shape[1]))
+    how = {"prompt_lookup_num_tokens": 3} if draft == "looked up" else {"assistant_model": helpers[draft]}
+    found = model.generate(IDS, **asked, **how, trace_logits=3)
+    handle.remove()
+    assert torch.equal(found.sequences, plain.sequences)
+    for one, other in zip(found.trace, plain.trace, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.top_tokens.log_probs, plain.top_tokens.log_probs, rtol=0, atol=1e-4)
+    assert max(reads) > 1  # several tokens at a time
+    if draft in ("base", "expert"):
+        assert len(reads) < 20
+
+
+def test_sampled_drafts_follow_the_fused_distribution():
+    """The first token of many texts, beside its exact probabilities; what drafts, the base, has others."""
+    base = llama(1, vocab=4)
+    model = DynamicFusionDecoder(llama(0, vocab=4), base, [moved(base, 2, 0.2)])
+    ids = torch.tensor([[1, 2]])
+    exact, drafted = model(ids)[0, -1].softmax(-1), base(ids).logits[0, -1].softmax(-1)
+    torch.manual_seed(0)
+    base.generation_config.num_assistant_tokens_schedule = "constant"
+    draw = {"max_new_tokens": 2, "do_sample": True, "assistant_model": base, "pad_token_id": 0, "top_k": 0}
+    first = torch.cat([model.generate(ids, **draw)[:, 2] for _ in range(200)])
+    shares = torch.bincount(first, minlength=4) / len(first)
+    assert (exact - drafted).abs().sum() / 2 > 0.2
+    assert (exact - shares).abs().sum() / 2 < 0.1
+
+
+def test_drafts_are_for_one_prompt():
+    model = decoder()
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(IDS.repeat(2, 1), max_new_tokens=4, assistant_model=model.fused.base)

@@ -1,0 +1,111 @@
+"""Calibration of fusion: every candidate beside a model of those settings."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_logits.functional import fuse_logits, fused_log_probs
+from lit_logits.modules import FusedCausalLM
+from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration
+
+VOCAB = 40
+
+
+def llama(seed, hidden=16):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.4,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def moved(model, seed):
+    torch.manual_seed(seed)
+    expert = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return expert
+
+
+BASE = llama(1)
+MODELS = llama(0, hidden=32), BASE, [moved(BASE, 2), moved(BASE, 3)]
+IDS = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(4))
+MASK = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [1] * 6 + [0] * 3])
+LABELS = IDS.masked_fill((MASK == 0) | (torch.arange(9) < 4), -100)
+SETTINGS = [{}, {"criterion": "prompt", "scale": 0.9}, {"mode": "joint", "bounds": (0.1, 0.8)}, {"min_entropy": 1.5}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_candidates_are_what_models_of_their_settings_say(settings):
+    fused = FusedCausalLM(*MODELS, chunk_size=4, **settings)
+    calibration = FusionCalibration(fused, [0.0, 0.5, 1.0, 1.7])
+    for part in (slice(0, 2), slice(2, 3)):
+        calibration.update(fused, IDS[part], LABELS[part], MASK[part])
+    ratings = calibration.compute()
+    assert len(ratings) == len({rating.candidate for rating in ratings})
+    seen = {rating.candidate.criterion for rating in ratings}
+    assert seen == {None, "distance", "equal", "uncertain", *([] if "min_entropy" in settings else ["prompt"])}
+    for (criterion, scale, static), nll, alpha in ratings:
+        own = {"criterion": criterion, "scale": scale} if static is None else {"static_alpha": static}
+        scores = FusedCausalLM(*MODELS, **{**settings, **own}).score(IDS, LABELS, MASK)
+        kept = scores.trace.mask
+        assert nll == pytest.approx(-float(scores.log_probs[kept].mean()), abs=2e-5)
+        assert alpha == pytest.approx(float(scores.trace.alpha.sum(0)[kept].mean()), abs=2e-4)
+    first = ratings[0].candidate
+    assert first[:2] == (settings.get("criterion", "distance"), settings.get("scale", 1.0))
+    calibration.reset()
+    calibration.update(fused, IDS[:1], LABELS[:1])
+    assert calibration.compute()[0].nll != pytest.approx(ratings[0].nll)
+
+
+def test_fixed_weights_of_the_model_are_a_candidate_of_their_own():
+    fused = FusedCausalLM(*MODELS, static_alpha=[0.3, 0.0])
+    calibration = FusionCalibration(fused, [1.0])
+    calibration.update(fused, IDS, LABELS, MASK)
+    first = calibration.compute()[0]
+    assert first.candidate.static_alpha == (0.3, 0.0)
+    scores = fused.score(IDS, LABELS, MASK)
+    assert first.nll == pytest.approx(-float(scores.log_probs[scores.trace.mask].mean()), abs=1e-5)
+
+
+def test_models_read_a_batch_once_however_many_candidates_there_are():
+    fused, counts = FusedCausalLM(*MODELS), [0] * 4
+    for index, model in enumerate(fused.models):
+
+        def count(*_, index=index):
+            counts[index] += 1
+
+        model.register_forward_hook(count)
+    calibration = FusionCalibration(fused, [0.0, 0.5, 1.0])
+    calibration.update(fused, IDS, LABELS, MASK)
+    for model in fused.models:
+        model._forward_hooks.clear()
+    assert len(calibration.candidates) > 8
+    assert counts == [1] * 4
+
+
+@pytest.mark.parametrize("grid", [[], [-1.0], [float("inf")]])
+def test_a_grid_that_cannot_be_is_refused(grid):
+    with pytest.raises(ValueError, match="Expected `scale_grid` to hold finite numbers"):
+        FusionCalibration(FusedCausalLM(*MODELS), grid)
+
+
+def test_log_probs_of_candidates_are_those_of_fused_logits():
+    g = torch.Generator().manual_seed(0)
+    large, base = torch.randn(2, 5, 7, generator=g)
+    experts, labels = torch.randn(2, 5, 7, generator=g), torch.tensor([0, 6, 3, 3, 1])
+    weights = [torch.rand(2, 5, generator=g) for _ in range(3)]
+    found = fused_log_probs(large, base, experts, labels, weights)
+    for alpha, row in zip(weights, found, strict=True):
+        expected = fuse_logits(large, base, experts, alpha).log_softmax(-1)[range(5), labels]
+        torch.testing.assert_close(row, expected)
