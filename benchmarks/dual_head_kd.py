@@ -172,7 +172,7 @@ class Bench:
         student = (setting.teacher if is_teacher else setting.student)(data.num_classes)
         model = DualHeadKD(student, num_classes=data.num_classes, **arguments, **_optimisation(setting, data, epochs))
         if isinstance(student, str) and torch.cuda.is_available():  # on a CPU it is slower
-            model.net.to(memory_format=torch.channels_last)
+            model.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trainer = L.Trainer(
             accelerator="auto",
             devices=1,

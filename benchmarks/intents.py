@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -74,22 +75,22 @@ class IntentDataModule(L.LightningDataModule):
         padded = torch.tensor([bag + [0] * (MAX_LENGTH - len(bag)) for bag in bags])
         return TensorDataset(padded, torch.tensor([self.class_names.index(label) for _, label in rows]))
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches in a new order every epoch."""
         order = RandomSampler(self.train, generator=torch.Generator().manual_seed(self.seed))
         return self._loader(self.train, order)
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Batches in order."""
         return self._loader(self.validation, SequentialSampler(self.validation))
 
-    def test_dataloader(self) -> DataLoader[Tensor]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Batches in order."""
         return self._loader(self.test, SequentialSampler(self.test))
 
-    def _loader(self, rows: TensorDataset, order: RandomSampler | SequentialSampler) -> DataLoader[Tensor]:
+    def _loader(self, rows: TensorDataset, order: RandomSampler | SequentialSampler) -> DataLoader[Any]:
         batches = BatchSampler(order, self.batch_size, drop_last=False)
-        return DataLoader(rows, sampler=batches, batch_size=None)  # a batch is one look-up
+        return DataLoader[Any](rows, sampler=batches, batch_size=None)  # a batch is one look-up
 
 
 def _clinc150(folder: Path) -> tuple[Rows, ...]:

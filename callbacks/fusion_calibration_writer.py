@@ -3,6 +3,7 @@
 import json
 from math import exp
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -64,7 +65,7 @@ class FusionCalibrationWriter(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if nothing was written: without batches `on_validation_end` is not called."""
-        if stage == "validate" and not any(trainer.num_val_batches):  # type: ignore[attr-defined]
+        if stage == "validate" and not any(trainer.num_val_batches):
             rank_zero_warn(
                 "FusionCalibrationWriter wrote nothing, as the data has no validation split. Set its `val_fraction`."
             )
@@ -93,7 +94,7 @@ def _listed(weights: tuple[float, ...]) -> str:
 def _recipe(best: FusionRating, given: FusionRating, class_path: str) -> str:
     """Return the settings of a candidate in YAML, of which a value of JSON is one."""
     criterion, scale, static = best.candidate
-    settings = {"criterion": criterion, "scale": scale, "static_alpha": None}
+    settings: dict[str, Any] = {"criterion": criterion, "scale": scale, "static_alpha": None}
     settings = settings if static is None else {"static_alpha": list(static)}
     return "\n".join(
         [

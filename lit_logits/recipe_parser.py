@@ -76,7 +76,7 @@ class RecipeParser(LightningArgumentParser):
 
     _printed: "tuple[RecipeParser, str] | None" = None
 
-    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         """Parse, with texts as they stand."""
         given = list(sys.argv[1:] if args is None else args)
         for at, name in enumerate(given):
@@ -93,7 +93,7 @@ class RecipeParser(LightningArgumentParser):
         getattr(self, "parent_parser", self)._printed = self, text
         return text
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:  # type: ignore[override]
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Say on the way what a config lacks that `--print_config` printed."""
         if status == 0 and self._printed is not None:
             parser, text = self._printed

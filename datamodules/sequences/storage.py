@@ -107,19 +107,21 @@ def write_sequences(
 
 def _write_split(file: Path, split: LabelledTexts, tokenizer: PreTrainedTokenizerFast, max_length: int) -> SequenceSize:
     columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
-    ids = {name: ListOf(Value("int32")) for name in columns}
-    features = Features({**ids, "label": Value("int64")})
+    types: dict[str, Any] = {name: ListOf(Value("int32")) for name in columns}
+    features = Features(types | {"label": Value("int64")})
     tokens = truncated = 0
     bar = tqdm(total=len(split.texts), desc=f"Encoding {file.stem}", unit="row", disable=hide_progress(), leave=False)
     # Without the names that this version of datasets gives to its types, which an older one cannot read.
     with ArrowWriter(features=features, path=str(file), with_metadata=False) as writer, bar:
         for start in range(0, len(split.texts), ROWS_A_BATCH):
-            texts, labels = (column[start : start + ROWS_A_BATCH] for column in split)
+            part = slice(start, start + ROWS_A_BATCH)
+            texts, labels = split.texts[part], split.labels[part]
             whole = [len(ids) for ids in _encode(tokenizer, texts)["input_ids"]]
             encoded = _encode(tokenizer, texts, truncation=True, max_length=max_length)
             tokens += sum(map(len, encoded["input_ids"]))
             truncated += sum(length > max_length for length in whole)
-            writer.write_batch({**{name: encoded[name] for name in columns}, "label": labels.tolist()})
+            rows: dict[str, Any] = {name: encoded[name] for name in columns}
+            writer.write_batch(rows | {"label": labels.tolist()})
             bar.update(len(texts))
         writer.finalize()
     tokenizer.backend_tokenizer.no_truncation()  # which `truncation=True` has switched on

@@ -118,7 +118,7 @@ class FusionCalibration(nn.Module):
         """Return the weights (S, R) of each candidate."""
         found: dict[str, Tensor] = {} if by_prompt is None else {"prompt": by_prompt}
         low, high = fused.search_by("prompt", 1.0)["bounds"]
-        for name in {candidate.criterion for candidate in self.candidates} - {"prompt", None}:
+        for name in {candidate.criterion or "prompt" for candidate in self.candidates} - {"prompt"}:
             search = fused.search_by(name, 1.0)
             # The bounds cut weights that are scaled. The paper's search itself stays within them.
             search["bounds"] = (low, high) if name == "distance" else (0.0, max(1.0, high))
@@ -142,7 +142,7 @@ class FusionCalibration(nn.Module):
     def reset(self) -> None:
         """Forget the texts."""
         for metric in (*self.nll, *self.alpha):
-            metric.reset()  # type: ignore[operator]
+            metric.reset()
 
 
 def _fixed(weights: Sequence[float]) -> FusionCandidate:
