@@ -1,0 +1,52 @@
+"""The benchmark of fusion's criteria: a table of all settings, those that validation likes best, and a picture."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import fusion_criteria
+from benchmarks.fusion_criteria import fixed, table
+from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
+from lit_logits.modules import new_causal_lm
+from lit_logits.modules.dynamic_fusion.calibration import FusionCandidate
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A large model, a base, two experts, and a source."""
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}. #### {2 * n}"} for n in range(8)]
+    (tmp_path / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed, name in enumerate(["large", "base", "expert-0", "expert-1"]):
+        train_bpe([row["question"] + row["answer"] for row in rows] * 20, 290, tmp_path / name)
+        torch.manual_seed(seed)
+        config = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+        new_causal_lm({**config, "vocab_size": len(load_tokenizer(tmp_path / name))}).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_every_setting_has_a_line_and_the_picture_is_drawn(folder, capsys):
+    experts = [str(folder / "expert-0"), str(folder / "expert-1")]
+    arguments = ["--model", folder / "large", "--base", folder / "base", "--experts", *experts]
+    arguments += ["--source", folder / "source.jsonl", "--rows", 4, "--validation-rows", 4, "--batch-size", 4]
+    arguments += ["--max-length", 100, "--answers", 2, "--picture", folder / "picture.png"]
+    fusion_criteria.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr().out
+    lines = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert lines[2:5] == ["base alone", "expert alone", "large alone"]
+    assert lines.count("calibrated") == 2  # by perplexity, and by answers
+    assert (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_settings_are_compared_with_the_best_fixed_weight():
+    tests = [{fixed(alpha): (abs(alpha - 1) + seed, alpha) for alpha in fusion_criteria.GRID} for seed in (0.0, 1.0)]
+    for test in tests:
+        test |= {FusionCandidate(name): test[fixed(0.5)] for name in fusion_criteria.CRITERIA}
+    lines = table(tests, [fixed(1.0), fixed(0.75)], {}).splitlines()
+    found = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines[2:]}
+    assert "of fixed α = 1.0" in lines[0]
+    assert found["fixed α = 1.0"] == "1.0000 ± 0.0000"
+    assert found["`distance`"] == "1.6487 ± 0.0000"  # e^½
+    assert found["calibrated"].startswith("1.1420 ±")  # of 1 and e^¼
