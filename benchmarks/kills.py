@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -31,6 +32,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from benchmarks.measure import machine, markdown_table
 from lit_logits import DualHeadKD
@@ -172,6 +174,7 @@ def start(folder: Path, arguments: list[str]) -> int:
     status = 1
     try:
         os.chdir(folder)
+        tqdm.set_lock(threading.RLock())  # that of the parent is shared by all: one that was killed may hold it
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
