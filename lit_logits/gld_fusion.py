@@ -68,9 +68,10 @@ class GLDFusionModule(PushesToHub, LightningModule):
     `CausalLM`.)
 
     Logs `train/loss` and `train/loss_ce`; for each source `train/loss_<term>`, `train/aligned`, with `matched` also
-    `train/matched` (probability that found a token of the pivot), and with a routing `train/share`, its mean share of
-    the samples, with `/<name>` appended if there are several sources, all before weighting; `val/loss` (cross-entropy
-    over tokens), `val/ppl` and, where the sources are at hand, `val/loss_<term>`; the first two under `test/` as well.
+    `train/matched` (probability that found a token of the pivot), with `chunk_debias` also `train/chunks` (share of the
+    chunks that is left), and with a routing `train/share`, its mean share of the samples, with `/<name>` appended if
+    there are several sources, all before weighting; `val/loss` (cross-entropy over tokens), `val/ppl` and, where the
+    sources are at hand, `val/loss_<term>`; the first two under `test/` as well.
     `predict` gives the top-k logits of the sources, which the callback `LogitCacheWriter` writes to a folder that can
     take the place of the model.
 
@@ -102,6 +103,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
         kl_kind: of `kl` and `matched`: `forward`, `reverse` or `jsd`, see `top_k_kl`.
         kl_beta: β of `jsd`.
         chunk_temperature: τ of `chunk`.
+        chunk_debias: γ, 0.1 in the paper's public code: `chunk` compares each chunk together with a new word behind it,
+            where the source gives that at least γ (`merge_cuts`); None compares chunks as they are.
         uld_values: what the token-wise loss compares; see `top_k_values`.
         graph_values: what the graphs are made of.
         nodes: nodes of the graphs: `rank`; ids of each `vocabulary`, compared by strength; or `matched` ids, compared
@@ -150,6 +153,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         kl_kind: KLKind = "forward",
         kl_beta: float = 0.5,
         chunk_temperature: float = 100.0,
+        chunk_debias: float | None = None,
         uld_values: LogitValues = "softmax",
         graph_values: LogitValues = "standardize",
         nodes: GraphNodes = "rank",
@@ -189,8 +193,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
         self.vocab_size = 0 if self.pivot is None else num_tokens(self.pivot, vocab_size, top_k)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         self._pivot_name = pivot if isinstance(pivot, str) else None
-        matching: dict[str, Any] = {"unmatched": unmatched, "matched_graphs": nodes == "matched"}
-        shared = {"top_k": top_k, "temperature": temperature, "pivot": self.pivot, **matching}
+        shared: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "pivot": self.pivot}
+        shared |= {"unmatched": unmatched, "matched_graphs": nodes == "matched", "chunk_debias": chunk_debias}
         self._sources = SourceSet(sources, source_kwargs, **shared)
         self.chunk_size = rows_a_chunk(self.vocab_size or 1)
         self.validate_terms, self.term_means = validate_terms, TermMeans(self.term_weights)
@@ -218,7 +222,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
             source = self._sources.load(name)
             if stage == "fit":
                 data = getattr(self._trainer, "datamodule", None)
-                check_cached(name, source, self.term_weights.of(name), self.criterion, data)
+                debiases = self._sources.chunk_debias is not None
+                check_cached(name, source, self.term_weights.of(name), self.criterion, data, debiases=debiases)
 
     @property
     def sources(self) -> dict[str, LogitSource | LogitCache]:

@@ -155,6 +155,23 @@ def test_every_term_from_caches_is_that_of_the_sources(models):
     }
 
 
+def test_debiased_chunks_from_caches_are_those_of_the_sources(models):
+    """Written with `chunk_debias`, whatever γ; caches that were written without are refused, and not added to."""
+    more = ["--model.init_args.terms={chunk: 1.0}", "--model.init_args.chunk_debias=0.02"]
+    write_caches(models, "--model.init_args.chunk_debias=0.5", batch_size=50)
+    run = fit(models, *more)
+    online, logged = weights(run), run.trainer.logged_metrics
+    assert 0 < float(logged["train/chunks/wide"]) <= 1
+    run = fit(models, *more, sources=CACHED)
+    torch.testing.assert_close(online, weights(run), atol=1e-4, rtol=1e-4)
+    assert float(logged["train/chunks/wide"]) == float(run.trainer.logged_metrics["train/chunks/wide"])
+    write_caches(models, folder="plain", batch_size=50)
+    with pytest.raises(ValueError, match="`boundary` was absent there and is True now"):
+        write_caches(models, "--model.init_args.chunk_debias=0.1", folder="plain")
+    with pytest.raises(ValueError, match=r"cache of 'wide' to hold the log-probabilities of a new word, .* Write it"):
+        fit(models, *more, sources={name: f"plain/{name}" for name in CACHED})
+
+
 def test_kl_to_a_source_of_the_pivots_tokenizer_with_a_warm_up(models):
     """From the command line; `wide` is given in the pivot's own tokens, and is cached with those."""
     ramp = {"class_path": "lit_logits.modules.LinearRamp", "init_args": {"start": 0.1, "end": 0.5, "steps": 10}}

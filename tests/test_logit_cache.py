@@ -545,6 +545,8 @@ def test_a_cache_of_version_1_is_read_and_not_written_to(cache):
     assert (new.counts_bytes, old.counts_bytes, old.has_label_log_probs, old.tokens) == (True, False, False, None)
     one, other = (reader.read(torch.tensor(IDS)) for reader in (new, old))
     assert other.label_log_probs is None
+    assert not new.has_boundary_log_probs
+    assert one.boundary_log_probs is other.boundary_log_probs is None
     for mine, theirs in zip((*one.top_k, one.mask, one.ends), (*other.top_k, other.mask, other.ends), strict=True):
         assert torch.equal(mine, theirs)
     with pytest.raises(ValueError, match=r"to be a logit cache of version 2, but got version 1\. Pass another"):
@@ -552,12 +554,15 @@ def test_a_cache_of_version_1_is_read_and_not_written_to(cache):
 
 
 def with_labels(prediction):
-    """Each position's label has a log-probability that tells where it is."""
+    """Each position's label has a log-probability that tells where it is, and so has a boundary."""
     sources = prediction["sources"]
     return {
         **prediction,
         "sources": {
-            name: logits._replace(label_log_probs=-logits.ends.float() - 0.125) for name, logits in sources.items()
+            name: logits._replace(
+                label_log_probs=-logits.ends.float() - 0.125, boundary_log_probs=-logits.ends.float() - 0.25
+            )
+            for name, logits in sources.items()
         },
     }
 
@@ -570,11 +575,13 @@ def test_log_probabilities_of_the_tokens_that_came(tmp_path, dtype, atol):
     predict(tmp_path, Model(change=with_labels, dtype=dtype))
     reader = LogitCache(tmp_path / "base")
     assert reader.has_label_log_probs
+    assert reader.has_boundary_log_probs
     read = reader.read(torch.tensor(IDS))
-    expected = torch.where(read.mask, -read.ends.float() - 0.125, 0.0)
-    torch.testing.assert_close(read.label_log_probs, expected, atol=atol, rtol=0)
+    for values, less in ((read.label_log_probs, 0.125), (read.boundary_log_probs, 0.25)):
+        torch.testing.assert_close(values, torch.where(read.mask, -read.ends.float() - less, 0.0), atol=atol, rtol=0)
     [shard, *_] = [logit_cache_joining.safe_open(path, "pt") for path in sorted((tmp_path / "base").glob("shard-*"))]
-    assert shard.get_tensor("label_log_probs").dtype == getattr(torch, dtype)
+    for name in ("label_log_probs", "boundary_log_probs"):
+        assert shard.get_tensor(name).dtype == getattr(torch, dtype)
 
 
 def test_tokens_are_written_once_and_read(tmp_path):

@@ -221,6 +221,23 @@ def test_terms_that_need_logits_are_refused_before_the_first_step(served, tmp_pa
         assert trainer.global_step == 0
 
 
+def test_chunks_are_debiased_by_no_server(served, tmp_path):
+    """It tells a part of what begins a word. A cache of the pivot's own tokens needs no such value."""
+    imported(served, tmp_path, "other", "chat")
+    trainer = Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+
+    def train(name, cache):
+        options = {"terms": {"chunk": 1.0}, "chunk_debias": 0.1, "top_k": TOP_K}
+        module = GLDFusionModule({"model_type": "llama", **SHAPE}, {name: str(cache)}, 380, **options)
+        trainer.fit(module, datamodule=served.data())
+        return trainer.global_step
+
+    with pytest.raises(ValueError, match=r"log-probabilities of a new word, .* was imported, .* Leave `chunk_debias`"):
+        train("other", tmp_path / "imported" / "other")
+    assert trainer.global_step == 0
+    assert train("same", served.folder / "caches" / "same") == 1
+
+
 def test_batch_files_and_texts_tell_the_sample(served, tmp_path):
     """`custom_id` of OpenAI's batches; or prompt and response; a cache is replaced as a whole, other files are not."""
     tokenizer, folder = load_tokenizer(served.names["same"]), tmp_path / "cache"

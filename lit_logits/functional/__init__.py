@@ -19,6 +19,12 @@ from lit_logits.functional.checks import (
     check_labels,
     check_token_to_code,
 )
+from lit_logits.functional.chunk_debiasing import (
+    boundary_log_probs,
+    boundary_tokens,
+    close_chunks,
+    merge_cuts,
+)
 from lit_logits.functional.chunk_likelihood import (
     chunk_likelihood_loss,
     sum_chunks,
@@ -303,6 +309,8 @@ __all__ = [
     "batch_level_loss",
     "binary_kl",
     "binary_kl_norm",
+    "boundary_log_probs",
+    "boundary_tokens",
     "broadcast_",
     "capped_assignment",
     "check_finite",
@@ -313,6 +321,7 @@ __all__ = [
     "chunked_sum",
     "class_level_loss",
     "class_moments",
+    "close_chunks",
     "cluster_layout",
     "co_activation_graph",
     "code_bits",
@@ -368,6 +377,7 @@ __all__ = [
     "match_vocabularies",
     "matched_graph_bound",
     "matched_kl",
+    "merge_cuts",
     "merge_pairs",
     "metric_matrix",
     "mlkd_loss",

@@ -210,9 +210,12 @@ class SourceLogits(NamedTuple):
             it does not count, within a character that tokens do not cut by bytes, and after the response.
         label_log_probs: (B, T) log-probability at τ = 1 of the token that came, in nats, 0 where none counts; None
             where it is not known.
+        boundary_log_probs: (B, T) log-probability at τ = 1 of a boundary (`functional.boundary_tokens`), in nats, 0
+            where none counts; None where it is not known.
     """
 
     top_k: TopKLogits
     mask: Tensor
     ends: Tensor
     label_log_probs: Tensor | None = None
+    boundary_log_probs: Tensor | None = None

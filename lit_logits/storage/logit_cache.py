@@ -11,9 +11,10 @@ count, one after the other:
     log_probs (M, k) float32 or float16                tail (M,) float32
     log_normalizer, mean, std (M,) float32; missing where log-probabilities are all that is known of the source
     label_log_probs (M,) like log_probs, of the token that came, at τ = 1; may be missing
+    boundary_log_probs (M,) like log_probs, of a token that begins a word or ends the text, at τ = 1; may be missing
 
 In version 1 positions within a character and after the response are missing, `ends` counts characters instead of bytes,
-and there are neither `label_log_probs` nor `tokens.json`.
+and there are neither `label_log_probs`, `boundary_log_probs` nor `tokens.json`.
 
 Letters: B samples of a batch, T positions, k `top_k`; S samples and M positions of a file.
 """
@@ -35,6 +36,7 @@ __all__ = [
     "CACHE_FIELDS",
     "CACHE_FORMAT",
     "CACHE_VERSION",
+    "LABEL_FIELDS",
     "OPTIONAL_FIELDS",
     "TOKENS_FILE",
     "LogitCache",
@@ -47,7 +49,8 @@ CACHE_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 CACHE_FIELDS = ("ends", "token_ids", "log_probs", "tail")  # a row a position
 SCALE_FIELDS = ("log_normalizer", "mean", "std")
-OPTIONAL_FIELDS = ("label_log_probs", *SCALE_FIELDS)
+LABEL_FIELDS = ("label_log_probs", "boundary_log_probs")
+OPTIONAL_FIELDS = (*LABEL_FIELDS, *SCALE_FIELDS)
 TOKENS_FILE = "tokens.json"
 
 _NEUTRAL = {"ends": -1, "std": 1}  # what padding holds, where not 0
@@ -78,6 +81,7 @@ class LogitCache:
         vocab_size: size of the source's vocabulary.
         counts_bytes: whether ends count bytes, or else, in version 1, characters.
         has_label_log_probs: whether the log-probabilities of the tokens that came are there.
+        has_boundary_log_probs: whether the log-probabilities of a new word are there.
         has_scale: whether normalisers and moments are there, of which logits can be made again.
         sample_ids: (S,) int64, ascending, of all shards.
         num_samples: S.
@@ -110,6 +114,7 @@ class LogitCache:
         ids, offsets, optional = zip(*map(self._check, self._files, sizes), strict=True)
         self._fields = (*CACHE_FIELDS, *(name for name in OPTIONAL_FIELDS if all(name in found for found in optional)))
         self.has_label_log_probs = "label_log_probs" in self._fields
+        self.has_boundary_log_probs = "boundary_log_probs" in self._fields
         self.has_scale = set(SCALE_FIELDS) <= set(self._fields)
         self.sample_ids = torch.cat(ids)
         self._starts = torch.cat([offset[:-1] for offset in offsets])
@@ -182,8 +187,8 @@ class LogitCache:
             tail = tail.masked_fill_(~mask, 0)
         rest = (fields[name] if self.has_scale else _unknown(name, mask) for name in SCALE_FIELDS)
         top = TopKLogits(*(tensor.to(device).contiguous() for tensor in (log_probs, token_ids, tail, *rest)))
-        labelled = fields["label_log_probs"].float().to(device) if self.has_label_log_probs else None
-        return SourceLogits(top, mask.to(device), ends.to(device), labelled)
+        labelled = [fields[name].float().to(device) if name in fields else None for name in LABEL_FIELDS]
+        return SourceLogits(top, mask.to(device), ends.to(device), *labelled)
 
     def _find(self, sample_ids: Tensor) -> Tensor:
         """Return the rows of the samples among those of all shards."""

@@ -25,6 +25,7 @@ from lit_logits.storage.folders import replace_file
 from lit_logits.storage.logit_cache import (
     CACHE_FORMAT,
     CACHE_VERSION,
+    LABEL_FIELDS,
     TOKENS_FILE,
     LogitCache,
     describe_cache,
@@ -171,8 +172,7 @@ def pack_logits(
     index = torch.tensor(rows, device=logits.mask.device)
     mask = logits.mask[index]
     given = {**logits.top_k._asdict(), "ends": logits.ends}
-    if logits.label_log_probs is not None:
-        given["label_log_probs"] = logits.label_log_probs
+    given |= {name: values for name in LABEL_FIELDS if (values := getattr(logits, name)) is not None}
     fields = {name: values[index][mask].detach().cpu() for name, values in given.items()}
     lengths, ids = mask.sum(1).cpu(), sample_ids.detach().cpu()[index.cpu()]
     if not (finite := fields["log_normalizer"].isfinite()).all():
@@ -190,7 +190,7 @@ def pack_fields(fields: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
     """Return fields in the types of a cache of these settings."""
     ids = torch.uint16 if settings["vocab_size"] <= 1 << 16 else torch.int32
     dtypes = {"ends": torch.int32, "token_ids": ids}
-    dtypes |= dict.fromkeys(("log_probs", "label_log_probs"), _DTYPES[settings["dtype"]])
+    dtypes |= dict.fromkeys(("log_probs", *LABEL_FIELDS), _DTYPES[settings["dtype"]])
     return {name: tensor.to(dtypes.get(name, torch.float32)).contiguous() for name, tensor in fields.items()}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_logits.contracts import HasSampleIds, offers
+from lit_logits.contracts import HasLayoutIds, HasSampleIds, offers
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits
 from lit_logits.modules.gld_fusion.criterion import GLDCriterion, without_scale
+from lit_logits.modules.gld_fusion.debiasing import without_boundary
 from lit_logits.modules.gld_fusion.sources import LogitSource, counted_positions, view_of
 from lit_logits.storage.logit_cache import LogitCache
 
@@ -19,7 +20,13 @@ __all__ = ["check_cached", "read_cached", "without_label_log_probs"]
 
 
 def check_cached(
-    name: str, source: LogitSource | LogitCache, terms: Collection[str], criterion: GLDCriterion, data: object = None
+    name: str,
+    source: LogitSource | LogitCache,
+    terms: Collection[str],
+    criterion: GLDCriterion,
+    data: object = None,
+    *,
+    debiases: bool = False,
 ) -> None:
     """Raise unless a source, if it is a cache, holds what training needs.
 
@@ -29,6 +36,7 @@ def check_cached(
         terms: that it is compared by.
         criterion: of sorted values and graphs.
         data: data module of the training, or None.
+        debiases: whether chunks are compared together with a new word behind them.
 
     Raises:
         ValueError: If it lacks what a term needs, or samples; it says how many.
@@ -40,6 +48,8 @@ def check_cached(
         raise without_scale(name)
     if "chunk" in terms and not source.has_label_log_probs:
         raise without_label_log_probs(name)
+    if debiases and "chunk" in terms and not source.has_boundary_log_probs and not _has_layout_of(data, source):
+        raise without_boundary(name, source)
     if not offers(data, HasSampleIds):
         return
     wanted = torch.tensor(data.sample_ids("train"), dtype=torch.int64).unique()
@@ -50,6 +60,11 @@ def check_cached(
             f" was written for other data and lacks {len(missing)} of them, the first of which is {missing[0]}. Run"
             " `predict` with these data into the same folder, which adds what is missing, or import their answers, too."
         )
+
+
+def _has_layout_of(data: object, source: LogitCache) -> bool:
+    """Return whether a cache has the pivot's own tokens, whose chunks need no debiasing, as far as the data tell."""
+    return offers(data, HasLayoutIds) and source.layout_id is not None and data.layout_ids.get("") == source.layout_id
 
 
 def without_label_log_probs(name: str) -> ValueError:
@@ -107,5 +122,6 @@ def _cut(logits: SourceLogits, counts: Tensor, name: str, cache: LogitCache) -> 
     width = max(1, int(counts.max()))
     mask = logits.mask[:, :width] & (torch.arange(width, device=counts.device) < counts.unsqueeze(-1))
     top = TopKLogits(*(values[:, :width] for values in logits.top_k))
-    labelled = None if logits.label_log_probs is None else logits.label_log_probs[:, :width].masked_fill(~mask, 0.0)
-    return SourceLogits(top, mask, logits.ends[:, :width].masked_fill(~mask, -1), labelled)
+    given = logits.label_log_probs, logits.boundary_log_probs
+    labelled = [None if values is None else values[:, :width].masked_fill(~mask, 0.0) for values in given]
+    return SourceLogits(top, mask, logits.ends[:, :width].masked_fill(~mask, -1), *labelled)

@@ -14,6 +14,7 @@ from lit_logits.functional.source_routing import response_nll, route_by_nll
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment
 from lit_logits.modules.gld_fusion.criterion import GLDCriterion, SourceTerms
+from lit_logits.modules.gld_fusion.debiasing import ChunkDebias
 from lit_logits.modules.gld_fusion.token_terms import TokenTargets, chunk_terms
 
 __all__ = ["GLDLosses", "PivotRows", "SourceComparison", "collect_losses", "column_shares", "nll_shares", "place"]
@@ -28,6 +29,7 @@ class GLDLosses(NamedTuple):
         terms: of each source by their names: (B,), one value a sample.
         shares: (B,) of each source in teaching each sample; empty without `source_routing`.
         matched: of each source, the probability that found a token of the pivot, where `matched` is among the terms.
+        chunks: of each source whose chunks are debiased, the share of them that is left.
         nll: (N,) cross-entropy of each label, in nats.
     """
 
@@ -36,14 +38,16 @@ class GLDLosses(NamedTuple):
     terms: dict[str, dict[str, Tensor]]
     shares: dict[str, Tensor]
     matched: dict[str, Tensor]
+    chunks: dict[str, Tensor]
     nll: Tensor
 
     def logged(self, name: str) -> dict[str, Tensor]:
         """Return what is logged of a source, before weighting, by names."""
         values = {f"loss_{term}": value.mean() for term, value in self.terms[name].items()}
         values["aligned"] = self.sources[name].aligned
-        if name in self.matched:
-            values["matched"] = self.matched[name]
+        for key, found in (("matched", self.matched), ("chunks", self.chunks)):
+            if name in found:
+                values[key] = found[name]
         if name in self.shares:
             values["share"] = self.shares[name].mean()
         return values
@@ -60,6 +64,7 @@ class SourceComparison(NamedTuple):
         targets: of the terms `kl` and `matched`, as far as they are among the terms.
         same_tokens: whether it reads the pivot's own tokens.
         graph_table: (W,) the pivot's tokens of its own, by which graphs are compared; None for one vocabulary.
+        debias: how chunks are compared together with a new word behind them; None as they are.
     """
 
     name: str
@@ -69,6 +74,7 @@ class SourceComparison(NamedTuple):
     targets: dict[str, TokenTargets]
     same_tokens: bool
     graph_table: Tensor | None = None
+    debias: ChunkDebias | None = None
 
 
 class PivotRows(NamedTuple):
@@ -78,11 +84,13 @@ class PivotRows(NamedTuple):
         ce: (N,) cross-entropy of the labels, in nats.
         divergences: (N,) each, of the targets of all comparisons, in their order.
         top: top-k logits of the N rows, or None if no term needs them.
+        boundary: (N,) log-probability of a boundary, in nats, or None if no term needs it.
     """
 
     ce: Tensor
     divergences: Sequence[Tensor]
     top: TopKLogits | None
+    boundary: Tensor | None = None
 
 
 def collect_losses(
@@ -106,7 +114,7 @@ def collect_losses(
     """
     student = None if rows.top is None else place_rows(rows.top, mask)
     divergences, ce = iter(rows.divergences), sample_mean(place(rows.ce, mask), mask)
-    losses = GLDLosses(ce, {}, {}, shares, {}, rows.ce)
+    losses = GLDLosses(ce, {}, {}, shares, {}, {}, rows.ce)
     for one in compared:
         is_aligned = one.alignment.partner >= 0
         terms = losses.terms[one.name] = {}
@@ -117,7 +125,12 @@ def collect_losses(
             terms[term] = sample_means(place(next(divergences), mask), is_aligned)
         if "chunk" in one.terms:
             options = {"temperature": chunk_temperature, "same_tokens": one.same_tokens, "name": one.name}
-            terms["chunk"] = chunk_terms(place(-rows.ce, mask), one.logits, one.alignment, **options)
+            if one.debias is not None and rows.boundary is not None:
+                options |= {"threshold": one.debias.threshold, "boundary_log_probs": place(rows.boundary, mask)}
+            found = chunk_terms(place(-rows.ce, mask), one.logits, one.alignment, **options)
+            terms["chunk"] = found.losses
+            if one.debias is not None:
+                losses.chunks[one.name] = found.share
         if "matched" in one.targets:
             losses.matched[one.name] = sample_mean(place(1 - one.targets["matched"].tail, mask), is_aligned)
         zero = torch.zeros_like(losses.ce, requires_grad=False)

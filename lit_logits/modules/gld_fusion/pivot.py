@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_logits.functional.chunk_debiasing import boundary_log_probs
 from lit_logits.functional.chunks import chunked_rows
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.functional.top_k_kl import KLKind, top_k_kl
@@ -51,6 +52,7 @@ def pivot_rows(
         chunk_size: rows a chunk.
     """
     targets = [target for one in compared for target in one.targets.values()]
+    boundary = next((one.debias.pivot_boundary for one in compared if one.debias is not None), None)
     needs_top = any(term in ("uld", "gld") for one in compared for term in one.terms)
     options: dict[str, Any] = {"kind": kl[0], "beta": kl[1], "temperature": temperature, "reduction": "none"}
 
@@ -59,11 +61,15 @@ def pivot_rows(
         ce, own = F.cross_entropy(at_least_float32(logits), labels, reduction="none"), logits[:, :vocab_size]
         triples = zip(*(parts[start::3] for start in range(3)), strict=True)
         divergences = [top_k_kl(own, ids, log_probs, tail=tail, **options) for ids, log_probs, tail in triples]
-        return (ce, *divergences, *(top_k_logits(own, top_k, temperature=temperature) if needs_top else ()))
+        bounds = () if boundary is None else (boundary_log_probs(logits, boundary),)
+        top = top_k_logits(own, top_k, temperature=temperature) if needs_top else ()
+        return (ce, *divergences, *bounds, *top)
 
     parts = [part for target in targets for part in target]
     ce, *found = chunked_rows(make, hidden, labels, *parts, chunk_size=chunk_size)
-    return PivotRows(ce, found[: len(targets)], TopKLogits(*found[len(targets) :]) if needs_top else None)
+    divergences, rest = found[: len(targets)], found[len(targets) :]
+    bounds = None if boundary is None else rest.pop(0)
+    return PivotRows(ce, divergences, TopKLogits(*rest) if needs_top else None, bounds)
 
 
 def load_pivot(

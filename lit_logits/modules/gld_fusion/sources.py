@@ -1,6 +1,7 @@
 """Sources that a pivot learns from: frozen models, which read the text in their own tokens, or caches of their logits.
 
-Letters: B batch, T sequence, N positions that count, d hidden size, V vocabulary, k `top_k`.
+Letters: B batch, T sequence, N positions that count, d hidden size, V vocabulary, k `top_k`, M tokens
+of a boundary.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_logits.functional.chunk_debiasing import boundary_log_probs
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32
@@ -75,13 +77,16 @@ class LogitSource(FrozenModels):
         return self.models[0]
 
     @torch.no_grad()
-    def forward(self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0) -> SourceLogits:
+    def forward(
+        self, batch: Mapping[str, Any], top_k: int, temperature: float = 1.0, boundary: Tensor | None = None
+    ) -> SourceLogits:
         """Return the top-k logits of the positions that predict a response.
 
         Args:
             batch: with `sources[name]` in this model's tokens, or itself in its tokens.
             top_k: k.
             temperature: τ.
+            boundary: (M,) tokens whose log-probability in sum is wanted, too, as `boundary_tokens` finds them.
 
         Returns:
             The positions of each sample that count, without gaps, padded at the end; on the device of
@@ -102,9 +107,12 @@ class LogitSource(FrozenModels):
             hidden = self._hidden(inputs)
             hidden = hidden[mask.to(hidden.device)]  # of a model on several devices, the output is on the last one
             labels = next_token_labels(view["labels"]).labels[mask].to(hidden.device)
-            make = partial(self._rows, top_k=top_k, temperature=temperature)
+            ids = None if boundary is None else boundary.to(hidden.device)
+            make = partial(self._rows, top_k=top_k, temperature=temperature, boundary=ids)
             found = chunked_rows(make, hidden, labels, chunk_size=self.chunk_size)
-        label_log_probs, *top = (values.to(home) for values in found)
+        size = len(TopKLogits._fields)
+        label_log_probs, *rest = (values.to(home) for values in found)
+        top, bounds = rest[:size], rest[size:]
         rows = TopKLogits(*top)
         if not bool(rows.log_normalizer.isfinite().all()):
             raise ValueError(
@@ -118,8 +126,8 @@ class LogitSource(FrozenModels):
         counts = mask.sum(-1, keepdim=True)
         dense = torch.arange(max(1, int(counts.max())), device=home) < counts
         placed = torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
-        labelled = label_log_probs.new_zeros(dense.shape).masked_scatter(dense, label_log_probs)
-        return SourceLogits(place_rows(rows, dense), dense, placed, labelled)
+        values = [one.new_zeros(dense.shape).masked_scatter(dense, one) for one in (label_log_probs, *bounds)]
+        return SourceLogits(place_rows(rows, dense), dense, placed, *values)
 
     def settings(self, top_k: int, temperature: float) -> dict[str, Any]:
         """Return the settings that a cache of its logits depends on."""
@@ -158,12 +166,15 @@ class LogitSource(FrozenModels):
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return self.model(**inputs, use_cache=False).logits  # whole, because only the model knows what it does to them
 
-    def _rows(self, rows: Tensor, labels: Tensor, *, top_k: int, temperature: float) -> tuple[Tensor, ...]:
-        """Return the log-probabilities (N,) of the labels, and what `top_k_logits` gives."""
+    def _rows(
+        self, rows: Tensor, labels: Tensor, *, top_k: int, temperature: float, boundary: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return the log-probabilities (N,) of the labels, what `top_k_logits` gives, and those of a boundary."""
         logits = self._logits(rows)
         top = top_k_logits(logits, top_k, temperature=temperature)
         total = top.log_normalizer if temperature == 1 else at_least_float32(logits).logsumexp(-1)
-        return (logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1) - total, *top)
+        bounds = () if boundary is None else (boundary_log_probs(logits, boundary),)
+        return (logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1) - total, *top, *bounds)
 
     def _logits(self, rows: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(rows) if self.is_plain else rows

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_logits.functional.chunk_debiasing import close_chunks, merge_cuts
 from lit_logits.functional.chunk_likelihood import chunk_likelihood_loss, sum_chunks
 from lit_logits.functional.matched_tokens import UnmatchedTokens, match_top_k, match_vocabularies
 from lit_logits.functional.reductions import sample_means
@@ -19,6 +20,7 @@ from lit_logits.modules.gld_fusion.sources import LogitSource, view_of
 from lit_logits.storage.logit_cache import LogitCache
 
 __all__ = [
+    "ChunkTerms",
     "TokenTargets",
     "check_same_vocabulary",
     "chunk_terms",
@@ -41,6 +43,18 @@ class TokenTargets(NamedTuple):
     token_ids: Tensor
     log_probs: Tensor
     tail: Tensor
+
+
+class ChunkTerms(NamedTuple):
+    """Result of `chunk_terms`.
+
+    Attributes:
+        losses: (B,) nats; 0 for a sample without chunks.
+        share: scalar, of the chunks that are left once they are merged, 1 without debiasing.
+    """
+
+    losses: Tensor
+    share: Tensor
 
 
 def token_targets(
@@ -74,7 +88,9 @@ def chunk_terms(
     temperature: float,
     same_tokens: bool,
     name: str = "source",
-) -> Tensor:
+    boundary_log_probs: Tensor | None = None,
+    threshold: float = 0.0,
+) -> ChunkTerms:
     """Compute the mean of `chunk_likelihood_loss` over the chunks of each sample.
 
     Args:
@@ -85,9 +101,9 @@ def chunk_terms(
         same_tokens: whether both read the same tokens; else what follows the last place that both have read is left
             out, which may be the end of a template or of a response that was cut.
         name: of the source, for messages.
-
-    Returns:
-        (B,) nats; 0 for a sample without chunks.
+        boundary_log_probs: (B, T) of the pivot for a boundary at each position, to compare chunks together with a new
+            word behind them (`close_chunks`), which the source must have, too; None compares them as they are.
+        threshold: γ of `merge_cuts`, by the source.
 
     Raises:
         ValueError: If the source has no log-probabilities of the tokens that came.
@@ -95,19 +111,27 @@ def chunk_terms(
     if source.label_log_probs is None:
         raise without_label_log_probs(name)
     partner = alignment.partner
-    is_cut = partner >= 0
+    is_cut, places = partner >= 0, partner.clamp(min=0)
+    all_cuts, theirs_behind = is_cut, None
+    if boundary_log_probs is not None and source.boundary_log_probs is not None:
+        theirs_behind = source.boundary_log_probs.gather(-1, places)
+        is_cut = merge_cuts(all_cuts, theirs_behind, threshold=threshold)
     is_source_cut = torch.zeros_like(source.mask)
-    rows = is_cut.nonzero()[:, 0]
-    is_source_cut[rows, partner[is_cut]] = True
+    is_source_cut[is_cut.nonzero()[:, 0], partner[is_cut]] = True
     own = sum_chunks(label_log_probs, is_cut)
-    theirs = sum_chunks(source.label_log_probs.masked_fill(~source.mask, 0.0), is_source_cut)
-    theirs = theirs.gather(-1, partner.clamp(min=0))
-    counts = is_cut
-    if not same_tokens:
-        places = torch.arange(is_cut.shape[-1], device=is_cut.device)
-        counts = is_cut & (places < places.masked_fill(~is_cut, -1).amax(-1, keepdim=True))
+    theirs = sum_chunks(source.label_log_probs.masked_fill(~source.mask, 0.0), is_source_cut).gather(-1, places)
+    if boundary_log_probs is not None and theirs_behind is not None:
+        own, theirs = close_chunks(own, boundary_log_probs, is_cut), close_chunks(theirs, theirs_behind, is_cut)
+    counts = is_cut if same_tokens else _with_end(is_cut)
     losses = chunk_likelihood_loss(own, theirs, counts, temperature=temperature, reduction="none")
-    return sample_means(losses, counts)
+    share = counts.sum() / (all_cuts if same_tokens else _with_end(all_cuts)).sum().clamp(min=1)
+    return ChunkTerms(sample_means(losses, counts), share)
+
+
+def _with_end(is_cut: Tensor) -> Tensor:
+    """Return the cuts (B, T) that another one follows: where it begins, a chunk has its end."""
+    places = torch.arange(is_cut.shape[-1], device=is_cut.device)
+    return is_cut & (places < places.masked_fill(~is_cut, -1).amax(-1, keepdim=True))
 
 
 def has_same_vocabulary(name: str, source: LogitSource | LogitCache, batch: Mapping[str, Any]) -> bool:
