@@ -1,7 +1,7 @@
 """Losses of distillation on one head and on two, several seeds each, on texts of many classes, digits or CIFAR-100.
 
     python -m benchmarks.dual_head_kd --settings clinc150 clinc150-few banking77 banking77-few --data FOLDER
-    python -m benchmarks.dual_head_kd [--settings easy noisy few]                       # the embedded digits
+    python -m benchmarks.dual_head_kd [--settings digits digits-noisy digits-few]      # the embedded digits
     python -m benchmarks.dual_head_kd --settings cifar100 --losses KL "KL, standardised" DKD --weights 1 --seeds 0 \
         --epochs 240 --precision bf16-mixed --num-workers 4 [--images FOLDER]           # on a GPU
 
@@ -88,9 +88,9 @@ def _intents(source: str, **hard: int) -> Setting:
 
 
 SETTINGS = {
-    "easy": _digits("all training digits", {}),
-    "noisy": _digits("40 % of the student's labels wrong", {"label_noise": 0.4}),
-    "few": _digits("100 digits for the student", {"max_train_samples": 100, "batch_size": 16}),
+    "digits": _digits("all training digits", {}),
+    "digits-noisy": _digits("40 % of the student's labels wrong", {"label_noise": 0.4}),
+    "digits-few": _digits("100 digits for the student", {"max_train_samples": 100, "batch_size": 16}),
     "clinc150": _intents("clinc150"),
     "clinc150-few": _intents("clinc150", max_train_rows=20),
     "banking77": _intents("banking77"),
@@ -305,7 +305,9 @@ def _table(bench: Bench, name: str) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["easy", "noisy", "few"])
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), default=["digits", "digits-noisy", "digits-few"]
+    )
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--weights", nargs="+", type=float, help="α to choose from; default 0.1 to 30 times a unit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -61,7 +61,7 @@ def test_the_weight_is_that_of_the_best_validation(monkeypatch, tmp_path):
             asked.append(run)
             return {"val_accs": [0.0, accuracies[run.weight]], "test_accs": [0.0, 99.0 * (run.weight == 10.0)]}
 
-    assert dual_head_kd.chosen_weight(Known(), "easy", "KL", "two heads, aligned") == 0.3
+    assert dual_head_kd.chosen_weight(Known(), "digits", "KL", "two heads, aligned") == 0.3
     assert {run.form for run in asked} == {"two heads"}
     assert {run.seed for run in asked} == {7, 8}
     assert isinstance(asked[0], Run)
