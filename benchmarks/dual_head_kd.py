@@ -305,9 +305,8 @@ def _table(bench: Bench, name: str) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--settings", nargs="+", choices=list(SETTINGS), default=["digits", "digits-noisy", "digits-few"]
-    )
+    digits = [name for name in SETTINGS if name.startswith("digits")]
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=digits)
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--weights", nargs="+", type=float, help="α to choose from; default 0.1 to 30 times a unit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

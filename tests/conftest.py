@@ -1,5 +1,6 @@
 """What every test here runs under, and what several files share."""
 
+import logging
 import os
 
 import pytest
@@ -22,6 +23,15 @@ def _same_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _same_talk():
+    """Benchmarks silence Lightning, and what later tests read from the log would not be there."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The benchmark that fuses pretrained models: cut, healed, cached, chosen and repeated, with tiny ones."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -12,15 +11,6 @@ from lit_logits.modules import load_causal_lm, new_causal_lm
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
 LLAMA |= {"num_attention_heads": 2, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": True}
-
-
-@pytest.fixture(autouse=True)
-def _lightning_as_loud_as_before():
-    """The benchmark silences it."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 Letters: V vocabulary, d hidden size.
 """
 
-import logging
 import random
-import warnings
 
 import pytest
 import torch
@@ -98,16 +96,6 @@ def test_all_rivals_are_named_with_what_they_cost(moment):
 
 
 # --- the table ---
-
-
-@pytest.fixture(autouse=True)
-def _as_loud_as_before():
-    """The benchmark silences Lightning and warnings."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    with warnings.catch_warnings():
-        yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -1,22 +1,10 @@
 """The benchmark of whole models, on a tiny one."""
 
-import logging
-
 import lightning as L
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import vq_tables
-
-
-@pytest.fixture(autouse=True)
-def _log_level():
-    """The benchmark makes Lightning quiet, for the rest of its process."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 class Steps(L.Callback):
