@@ -15,6 +15,7 @@ import argparse
 import logging
 import statistics
 import warnings
+from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, Fus
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CRITERIA = ("distance", "equal", "uncertain", "prompt")
+SETTINGS = [
+    *(FusionCandidate(None, static_alpha=(alpha,)) for alpha in GRID),
+    *(FusionCandidate(name) for name in CRITERIA),
+]
 Ratings = dict[FusionCandidate, tuple[float, float]]
 
 
@@ -51,9 +56,9 @@ def make_data(args: argparse.Namespace) -> InstructionDataModule:
     return data
 
 
-def rate(decoder: DynamicFusionDecoder, batches: list[Any]) -> Ratings:
-    """Nats a token and mean α of each candidate."""
-    calibration = FusionCalibration(decoder.fused, GRID)
+def rate(decoder: DynamicFusionDecoder, batches: list[Any], candidates: Sequence[FusionCandidate] = ()) -> Ratings:
+    """Nats a token and mean α of each candidate, or of all."""
+    calibration = FusionCalibration(decoder.fused, GRID, candidates)
     for batch in batches:
         calibration.update(decoder.fused, batch["input_ids"], batch["labels"], batch.get("attention_mask"))
     return {rating.candidate: (rating.nll, rating.alpha) for rating in calibration.compute()}
@@ -152,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         decoder = DynamicFusionDecoder(large, base, [expert], tokenizer=tokenizer)
         validation = rate(decoder, batches[:cut])
         calibrated.append(min(validation, key=lambda candidate: validation[candidate][0]))
-        tests.append(rate(decoder, batches[cut:]))
+        tests.append(rate(decoder, batches[cut:], [*SETTINGS, calibrated[-1]]))
         alone["expert alone"].append(perplexity(expert, tokenizer, batches[cut:]))
         print(name, "calibrated:", calibrated[-1], tests[-1][calibrated[-1]], flush=True)
     print(f"\n{table(tests, calibrated, alone)}\n\n{args.rows} responses, {machine(torch.device('cpu'))}\n", flush=True)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_logits.functional import fuse_logits, fused_log_probs
 from lit_logits.modules import FusedCausalLM
-from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration
+from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, FusionCandidate
 
 VOCAB = 40
 
@@ -109,3 +109,16 @@ def test_log_probs_of_candidates_are_those_of_fused_logits():
     for alpha, row in zip(weights, found, strict=True):
         expected = fuse_logits(large, base, experts, alpha).log_softmax(-1)[range(5), labels]
         torch.testing.assert_close(row, expected)
+
+
+def test_candidates_that_are_given_are_the_only_ones():
+    fused = FusedCausalLM(*MODELS)
+    chosen = [FusionCandidate("equal", 0.5), FusionCandidate(None, static_alpha=(1.0, 0.0))]
+    some, every = FusionCalibration(fused, [0.5, 1.0], [*chosen, chosen[0]]), FusionCalibration(fused, [0.5, 1.0])
+    for calibration in (some, every):
+        calibration.update(fused, IDS, LABELS, MASK)
+    first, second = some.compute()
+    assert [first.candidate, second.candidate] == chosen
+    assert first in every.compute()
+    scores = FusedCausalLM(*MODELS, static_alpha=[1.0, 0.0]).score(IDS, LABELS, MASK)
+    assert second.nll == pytest.approx(-float(scores.log_probs[scores.trace.mask].mean()), abs=2e-5)

@@ -49,12 +49,15 @@ class FusionCalibration(nn.Module):
         fused: whose settings are the first candidate, and whose bounds, solver, mode and `min_entropy` hold for all.
             With a `min_entropy` the criterion `prompt`, which takes none, is left out.
         scale_grid: scales and fixed weights to try; 0 is the large model alone.
+        candidates: to try in place of all of these.
 
     Raises:
         ValueError: If the grid is empty or holds a negative or infinite number.
     """
 
-    def __init__(self, fused: FusedCausalLM, scale_grid: Sequence[float]) -> None:
+    def __init__(
+        self, fused: FusedCausalLM, scale_grid: Sequence[float], candidates: Sequence[FusionCandidate] = ()
+    ) -> None:
         super().__init__()
         if not scale_grid or not all(0 <= scale < float("inf") for scale in scale_grid):
             raise ValueError(f"Expected `scale_grid` to hold finite numbers of at least 0, but got {list(scale_grid)}.")
@@ -64,7 +67,7 @@ class FusionCalibration(nn.Module):
         own = _fixed(static) if static is not None else FusionCandidate(fused.criterion, fused.scale)
         scaled = [FusionCandidate(name, float(scale)) for name in criteria for scale in scale_grid if scale]
         fixed = [_fixed([scale] * fused.num_experts) for scale in scale_grid]
-        self.candidates = list(dict.fromkeys([own, *scaled, *fixed]))
+        self.candidates = list(dict.fromkeys(candidates or [own, *scaled, *fixed]))
         self.nll = nn.ModuleList(TokenMean() for _ in self.candidates)
         self.alpha = nn.ModuleList(TokenMean() for _ in self.candidates)
 
