@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lit_logits import DynamicFusionDecoder
@@ -58,6 +60,8 @@ def decoder(make=llama, **kwargs):
 )
 def test_drafted_texts_are_those_without_drafts(make, arguments, draft):
     """Token for token, with the same weights: caches of base and experts drop what the large model does not keep."""
+    if (make is windowed or draft == "looked up") and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("5.3 cannot shorten a cache with a window, and looks tokens up only where there is an end token")
     model = decoder(make, **arguments)
     asked = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
     plain = model.generate(IDS, **asked, trace_logits=3)
