@@ -1,11 +1,13 @@
 """Criteria in use by fused models, and whose forwards are fused; loops over the definition as oracles."""
 
-import copy
 import threading
+from functools import partial
 
 import pytest
+import tiny_llamas
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from tiny_llamas import moved
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from lit_logits import DynamicFusionDecoder
 from lit_logits.functional import fuse_logits, fusion_weights, prompt_fusion_weights
@@ -14,32 +16,13 @@ VOCAB, PAD = 48, 0
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": PAD}
 
 
-def llama(seed, hidden=16):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config).eval()
+llama = partial(tiny_llamas.llama, vocab_size=VOCAB, num_hidden_layers=2, pad_token_id=PAD)
 
 
 @pytest.fixture(scope="module")
 def parts():
-    base, experts = llama(1), []
-    for seed in (2, 3):
-        torch.manual_seed(seed)
-        expert = copy.deepcopy(base)
-        with torch.no_grad():
-            for parameter in expert.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-        experts.append(expert)
-    return llama(0, hidden=32), base, experts
+    base = llama(1)
+    return llama(0, hidden=32), base, [moved(base, 2), moved(base, 3)]
 
 
 @pytest.fixture(scope="module")

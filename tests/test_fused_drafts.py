@@ -1,12 +1,15 @@
 """Drafted tokens: an assistant is ahead, and the fused distribution has the last word."""
 
 import copy
+from functools import partial
 
 import pytest
+import tiny_llamas
 import torch
 import transformers
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from tiny_llamas import llama_settings, moved
+from transformers import MistralConfig, MistralForCausalLM
 
 from lit_logits import DynamicFusionDecoder
 
@@ -14,44 +17,19 @@ VOCAB = 40
 IDS = torch.tensor([[3, 4, 5, 6, 3, 4, 5]])
 
 
-def settings(hidden, vocab=VOCAB):
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 64,
-        "eos_token_id": None,
-        "bos_token_id": None,
-    }
-
-
-def llama(seed, hidden=16, vocab=VOCAB):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**settings(hidden, vocab))).eval()
+ENDLESS = {"num_hidden_layers": 2, "eos_token_id": None, "bos_token_id": None}
+llama = partial(tiny_llamas.llama, **ENDLESS)
 
 
 def windowed(seed):
     """A model that sees the last five tokens only, whose cache forgets the others."""
     torch.manual_seed(seed)
-    return MistralForCausalLM(MistralConfig(**settings(16), sliding_window=5)).eval()
-
-
-def moved(model, seed, by=0.05):
-    torch.manual_seed(seed)
-    expert = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter += by * torch.randn_like(parameter)
-    return expert
+    return MistralForCausalLM(MistralConfig(**llama_settings(**ENDLESS), sliding_window=5)).eval()
 
 
 def decoder(make=llama, **kwargs):
     base = make(1)
-    return DynamicFusionDecoder(moved(base, 5, 0.03), base, [moved(base, 2), moved(base, 3)], **kwargs)
+    return DynamicFusionDecoder(moved(base, 5, 0.03), base, [moved(base, 2, 0.05), moved(base, 3, 0.05)], **kwargs)
 
 
 @pytest.mark.parametrize("draft", ["base", "expert", "stranger", "looked up"])
@@ -82,8 +60,8 @@ def test_drafted_texts_are_those_without_drafts(make, arguments, draft):
 
 def test_sampled_drafts_follow_the_fused_distribution():
     """The first token of many texts, beside its exact probabilities; what drafts, the base, has others."""
-    base = llama(1, vocab=4)
-    model = DynamicFusionDecoder(llama(0, vocab=4), base, [moved(base, 2, 0.2)])
+    base = llama(1, vocab_size=4)
+    model = DynamicFusionDecoder(llama(0, vocab_size=4), base, [moved(base, 2, 0.2)])
     ids = torch.tensor([[1, 2]])
     exact, drafted = model(ids)[0, -1].softmax(-1), base(ids).logits[0, -1].softmax(-1)
     torch.manual_seed(0)

@@ -1,10 +1,13 @@
 """The forms in which fused models take prompts, too long ones, and samples that a resumed run repeats."""
 
 import copy
+from functools import partial
 
 import pytest
+import tiny_llamas
 import torch
-from transformers import BatchEncoding, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tiny_llamas import moved
+from transformers import BatchEncoding, GenerationConfig
 
 from lit_logits import DynamicFusionDecoder
 from lit_logits.functional import fusion_weights
@@ -12,30 +15,12 @@ from lit_logits.functional import fusion_weights
 VOCAB, PAD = 48, 0
 
 
-def llama(seed, hidden=16, **kwargs):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        pad_token_id=PAD,
-        **{"max_position_embeddings": 32} | kwargs,
-    )
-    return LlamaForCausalLM(config).eval()
+llama = partial(tiny_llamas.llama, vocab_size=VOCAB, pad_token_id=PAD, max_position_embeddings=32)
 
 
 def decoder(large=None, **kwargs):
     base = llama(1)
-    expert = copy.deepcopy(base)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return DynamicFusionDecoder(large or llama(0, hidden=32), base, [expert], **kwargs)
+    return DynamicFusionDecoder(large or llama(0, hidden=32), base, [moved(base, 2)], **kwargs)
 
 
 IDS = torch.tensor([[3, 4, 5, 6], [0, 7, 8, 9]])

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
+import tiny_llamas
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lit_logits import DynamicFusionDecoder
 from lit_logits.datamodules import InstructionDataModule, TextDataModule
@@ -17,20 +19,7 @@ VOCAB = 48
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 
 
-def llama(seed, hidden=16, vocab=VOCAB):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        max_position_embeddings=32,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+llama = partial(tiny_llamas.llama, vocab_size=VOCAB, max_position_embeddings=32, eos_token_id=2)
 
 
 def adapted(base, seed=0, **kwargs):

@@ -1,28 +1,18 @@
 """Fused models make logits where they are needed, not at every position of a prompt."""
 
+from functools import partial
+
 import pytest
+import tiny_llamas
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lit_logits.modules.dynamic_fusion.reading import logits_at
 
 VOCAB = 40
 
 
-def llama(seed, hidden=16):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.4,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config).eval()
-
+llama = partial(tiny_llamas.llama, initializer_range=0.4, max_position_embeddings=32)
 
 IDS = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(4))
 MASK = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [1] * 6 + [0] * 3])

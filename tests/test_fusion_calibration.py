@@ -1,10 +1,11 @@
 """Calibration of fusion: every candidate beside a model of those settings."""
 
-import copy
+from functools import partial
 
 import pytest
+import tiny_llamas
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llamas import moved
 
 from lit_logits.functional import fuse_logits, fused_log_probs
 from lit_logits.modules import FusedCausalLM
@@ -13,32 +14,10 @@ from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, Fus
 VOCAB = 40
 
 
-def llama(seed, hidden=16):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.4,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def moved(model, seed):
-    torch.manual_seed(seed)
-    expert = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return expert
-
+llama = partial(tiny_llamas.llama, initializer_range=0.4, max_position_embeddings=32)
 
 BASE = llama(1)
-MODELS = llama(0, hidden=32), BASE, [moved(BASE, 2), moved(BASE, 3)]
+MODELS = llama(0, hidden=32), BASE, [moved(BASE, 2, 0.2), moved(BASE, 3, 0.2)]
 IDS = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(4))
 MASK = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [1] * 6 + [0] * 3])
 LABELS = IDS.masked_fill((MASK == 0) | (torch.arange(9) < 4), -100)

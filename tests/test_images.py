@@ -10,11 +10,12 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from scipy import stats
 from scripts import run_script
 from sklearn.datasets import load_digits
 from test_image_sources import all_of, make_folder, ready, write_folder
+from test_loaders import SaveEverywhere
 
 from lit_logits.datamodules import ImageDataModule
 from lit_logits.datamodules.images.presets import PRESETS
@@ -463,27 +464,6 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class SaveEverywhere(Callback):
-    """Saves a checkpoint after every batch, validation and epoch, and notes how many batches were seen by then."""
-
-    def __init__(self, folder):
-        self.folder, self.saved = folder, []
-
-    def save(self, trainer, module):
-        path = self.folder / f"{len(self.saved)}.ckpt"
-        trainer.save_checkpoint(path)
-        self.saved.append((path, len(module.seen)))
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.save(trainer, pl_module)
-
-    def on_validation_end(self, trainer, pl_module):
-        self.save(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.save(trainer, pl_module)
-
-
 def fit(data, ckpt_path=None, callbacks=(), **kwargs):
     module = Recorder()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
@@ -509,7 +489,7 @@ def test_resumed_run_sees_what_the_uninterrupted_run_would_have_seen(digits_cach
     saver = SaveEverywhere(tmp_path)
     whole = fit(digits(digits_cache, **data), callbacks=[saver], **trainer)
     assert len({str(batch) for batch in whole}) == len(whole) == 6 * trainer.get("max_epochs", 2)
-    for path, seen in saver.saved[::every]:
+    for path, seen, _ in saver.saved[::every]:
         assert fit(digits(digits_cache, **data), path, **trainer) == whole[seen:]
 
 

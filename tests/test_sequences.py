@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from test_loaders import SaveEverywhere
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_logits.datamodules import SequenceDataModule, SequenceSource
@@ -293,24 +294,6 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class SaveEverywhere(Callback):
-    """Saves a checkpoint after every batch and epoch, and notes how many batches were seen by then."""
-
-    def __init__(self, folder):
-        self.folder, self.saved = folder, []
-
-    def save(self, trainer, module):
-        path = self.folder / f"{len(self.saved)}.ckpt"
-        trainer.save_checkpoint(path)
-        self.saved.append((path, len(module.seen)))
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.save(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.save(trainer, pl_module)
-
-
 def fit(data, ckpt_path=None, callbacks=()):
     module = Recorder()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
@@ -324,7 +307,7 @@ def test_resumed_run_sees_what_the_uninterrupted_run_would_have_seen(make, tmp_p
     saver = SaveEverywhere(tmp_path)
     whole = fit(make(ready=False, batch_size=8, **kwargs), callbacks=[saver])
     assert len({str(batch) for batch in whole}) == len(whole) == 2 * (kwargs.get("max_train_rows", 48) // 8)
-    for path, seen in saver.saved[::4]:
+    for path, seen, _ in saver.saved[::4]:
         assert fit(make(ready=False, batch_size=8, **kwargs), path) == whole[seen:]
 
 

@@ -1,7 +1,6 @@
 """The benchmark that trains heads from scratch: every head, its file of results, and the rivals' heads."""
 
 import json
-import logging
 import random
 
 import pytest
@@ -14,15 +13,6 @@ from benchmarks.vq_training import find_texts, split_rows
 from lit_logits.contracts import Calibration, OutputHead, OutputLayer, StartingHead
 
 V, D = 60, 16
-
-
-@pytest.fixture(autouse=True)
-def _lightning_as_loud_as_before():
-    """The benchmarks silence it."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture
