@@ -67,7 +67,7 @@ lint: $(VENV)/.dev  ## ruff, codespell and mypy
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml typed_calls.py
 
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
-	@set -e; for name in $(filter-out measure quantised_rows vq_rivals vq_training dynamic_fusion fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@set -e; for name in $(filter-out measure intents quantised_rows vq_rivals vq_training dynamic_fusion fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 clean:  ## Remove the environment, builds and caches; runs/ stays
