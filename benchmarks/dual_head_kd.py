@@ -124,8 +124,21 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.file = args, args.folder / "runs.jsonl"
         args.folder.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text("utf-8").splitlines() if self.file.is_file() else []
+        self._check_settings()
+        lines = self.file.read_text("utf-8").split("\n")[:-1] if self.file.is_file() else []
+        self.file.write_text("".join(f"{line}\n" for line in lines), "utf-8")  # without what a kill left of a line
         self.done = {Run(*line["run"]): line["logged"] for line in map(json.loads, lines)}
+
+    def _check_settings(self) -> None:
+        """Refuse a folder whose runs were made otherwise."""
+        own = {name: str(getattr(self.args, name)) for name in ("epochs", "precision", "images", "data")}
+        file = self.args.folder / "settings.json"
+        if not file.is_file():
+            file.write_text(json.dumps(own))
+        if (theirs := json.loads(file.read_text())) != own:
+            raise ValueError(
+                f"Expected a folder of runs with {own}, but its own have {theirs}. Pass another `--folder`."
+            )
 
     def logged(self, run: Run) -> dict[str, Any]:
         """What a run measures."""

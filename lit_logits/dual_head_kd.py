@@ -208,9 +208,10 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
             self.teacher = load_teacher(teacher, teacher_checkpoint, num_classes)
             check_pair(self.net, self.teacher.model)
         self.token_window = TokenWindow()
-        judged = {"multi_label": multi_label, "has_aux_head": self.net.aux_head is not None}
-        classifier_metrics = ClassifierMetrics(self.net.num_classes, **judged)
-        self.metrics: Any = StageMeans("nll", "acc") if self.net.is_causal_lm else classifier_metrics
+        self.metrics: Any = StageMeans("nll", "acc")
+        if not self.net.is_causal_lm:
+            judged = {"multi_label": multi_label, "has_aux_head": self.net.aux_head is not None}
+            self.metrics = ClassifierMetrics(self.net.num_classes, **judged)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's own output."""
@@ -259,7 +260,9 @@ class DualHeadKD(NamesTeacher, ExportsStudent, LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         check_class_order(self.teacher, data.class_names if offers(data, HasClassNames) else None)
         if self._cache_folder is not None and self.teacher is not None:
-            self._cache = TeacherCache(self._cache_folder, self.teacher, data, self.net.num_classes)
+            self._cache = TeacherCache(
+                self._cache_folder, self.teacher, data, self.net.num_classes, str(self.trainer.precision)
+            )
         if self.aligner.is_active:
             check_whole_gradients(type(self.trainer.strategy).__name__, self.aligner.mode)
 

@@ -48,10 +48,14 @@ def test_the_counts_are_those_of_scikit_learn_over_all_samples(tmp_path, drawn, 
 
 def test_the_model_runs_once_a_batch_and_its_training_is_the_same(tmp_path):
     with_it, without = make(), make()
+    calls = []
+    for model in (with_it, without):
+        model.student.register_forward_hook(lambda module, *_: calls.append(module))
     fit(with_it, ConfusionMatrixLogger(), val=rows(), max_epochs=2, logger=logger_of(tmp_path))
     fit(without, val=rows(), max_epochs=2)
     for name, value in without.net.state_dict().items():
         assert torch.equal(value, with_it.net.state_dict()[name])
+    assert calls.count(with_it.student) == calls.count(without.student) > 0
     assert not with_it.net._forward_hooks
 
 

@@ -47,6 +47,14 @@ def test_a_table_has_a_row_for_each_loss_and_form(setting, requests, capsys):
     lines = (requests / "out" / "runs.jsonl").read_text()
     run(*arguments, "--losses", "KL", "BinaryKL-Norm, the paper's sum")
     assert (requests / "out" / "runs.jsonl").read_text() == lines  # nothing was done again
+    with (requests / "out" / "runs.jsonl").open("a") as file:
+        file.write('{"run": ["cut')  # by a kill
+    run(*arguments, "--losses", "KL", "BinaryKL-Norm, the paper's sum")
+    assert (requests / "out" / "runs.jsonl").read_text() == lines
+    with pytest.raises(
+        ValueError, match=r"Expected a folder of runs with .*'bf16-mixed'.* but its own have .*'32-true'"
+    ):
+        run(*arguments, "--precision", "bf16-mixed")
 
 
 def test_the_weight_is_that_of_the_best_validation(monkeypatch, tmp_path):

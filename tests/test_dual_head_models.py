@@ -136,6 +136,15 @@ def test_a_run_does_not_resume_with_another_teacher(tmp_path):
     resume(other, tmp_path / "older.ckpt")
 
 
+def test_every_weight_counts_in_the_digest_and_a_compiled_teacher_is_the_same():
+    teacher = nn.Linear(127, 1)
+    digest = FrozenTeacher(teacher).digest
+    assert FrozenTeacher(torch.compile(teacher)).digest == digest
+    with torch.no_grad():
+        teacher.weight[0, -1] += 1
+    assert FrozenTeacher(teacher).digest != digest
+
+
 def test_a_teacher_is_the_same_in_any_dtype_that_holds_it():
     teacher = Net().bfloat16()
     digest = FrozenTeacher(teacher).digest
@@ -155,6 +164,8 @@ def test_a_checkpoint_is_evaluated_where_its_teacher_is_not(tmp_path):
     with pytest.warns(UserWarning, match=r"without its teacher, to be evaluated: Expected a file of weights"):
         alone = DualHeadKD.load_from_checkpoint(tmp_path / "last.ckpt")
     assert alone.teacher is None
+    with pytest.raises(TypeError, match="of the class DualHeadKD, but got that of an instance"):
+        alone.load_from_checkpoint(tmp_path / "last.ckpt")
     assert torch.equal(alone.student.fc.weight, model.student.fc.weight.to(alone.student.fc.weight))
     with pytest.raises(ValueError, match=r"but .* is not there"):
         DualHeadKD.load_from_checkpoint(tmp_path / "last.ckpt", teacher_checkpoint=str(tmp_path / "teacher.pt"))
@@ -214,12 +225,22 @@ def test_a_folder_of_the_zoo_tells_its_classes(tmp_path):
 # --- several processes ---
 
 
+class Plain(DualHeadKD):
+    """Logs a mean as if it were of one process."""
+
+    def on_validation_epoch_end(self):
+        self.log("val/plain", torch.tensor(1.0))
+
+
 def test_what_is_reduced_already_is_not_warned_of(monkeypatch):
     """On two processes Lightning recommended `sync_dist=True` for three values that were equal on both."""
     monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
     monkeypatch.setattr(result, "warning_cache", type(result.warning_cache)())
     model, trainer = make().double(), quiet_trainer(use_distributed_sampler=False)
     monkeypatch.setattr(type(trainer._accelerator_connector), "is_distributed", property(lambda self: True))
+    with pytest.warns(UserWarning, match="sync_dist"):  # so that the test can fail
+        trainer.validate(Plain(Net(), Net()).double(), DataLoader(rows(), batch_size=4), verbose=False)
+    monkeypatch.setattr(result, "warning_cache", type(result.warning_cache)())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.validate(model, DataLoader(rows(), batch_size=4), verbose=False)

@@ -94,6 +94,18 @@ def test_what_is_not_known_is_not_judged():
     assert result["val/loss"] == pytest.approx(each[torch.as_tensor(known)].mean().item(), rel=1e-6)
 
 
+def test_a_class_that_no_row_tells_is_left_out():
+    """torchmetrics ends in an IndexError, also in Lightning's check of two batches before training."""
+    model = make(multi_label=True).double().eval()
+    x, y = many(20)
+    y[:, 1] = -100
+    result = evaluated(model, x, y)
+    scores, truth = model.net({"x": x}).logits.sigmoid().detach().numpy(), y.numpy()
+    columns = [average_precision_score(truth[:, c], scores[:, c]) for c in (0, 2)]
+    assert result["val/map"] == pytest.approx(np.mean(columns), rel=1e-6)
+    assert {"val/f1", "val/exact_match", "val/aux_map"} <= result.keys()
+
+
 def test_predictions_are_the_classes_that_are_more_likely_than_not():
     model = make(multi_label=True).double()
     x, _ = many()

@@ -216,6 +216,8 @@ def test_mixing_is_refused_where_it_cannot_be():
     flat = {"pixel_values": torch.zeros(2, 4), "labels": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=r"images \(B, channels, H, W\) for `cutmix_alpha`, but got \(2, 4\)"):
         BatchMixer(0.0, 1.0)(flat, 2, place=(0, 0, 0))
+    with pytest.raises(ValueError, match="`mix_seed` to be non-negative, but got -1"):
+        make(mixup_alpha=1.0, mix_seed=-1)
     with pytest.raises(ValueError, match="`cutmix_alpha` to be non-negative, but got -1"):
         make(cutmix_alpha=-1.0)
     with pytest.raises(ValueError, match="to be 0 for kd_loss='dkd', which needs one class a sample"):

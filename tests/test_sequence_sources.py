@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from lit_logits.datamodules.rows import read_rows
 from lit_logits.datamodules.sequences import python_paragraphs
-from lit_logits.datamodules.sequences.labels import read_label
+from lit_logits.datamodules.sequences.labels import order_classes, read_label
 from lit_logits.datamodules.sequences.sources import SequenceSource, fingerprint_sequences, read_sequences
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -192,6 +192,17 @@ def test_a_hub_data_set_is_read_by_its_own_splits(monkeypatch):
 )
 def test_labels_are_names(value, name):
     assert read_label(value, "label", "row 0") == name
+
+
+@pytest.mark.parametrize("value", [-2, 2, -100])
+def test_numbers_of_no_class_are_told(value):
+    with pytest.raises(ValueError, match=rf"numbers of its 2 classes, or -1, but got {value} in row 0"):
+        read_label(value, "label", "row 0", NAMES)
+
+
+def test_numbers_that_are_equal_have_one_order():
+    """That of a set of strings changes with each process."""
+    assert order_classes(["7", "07", "3"]) == order_classes(["07", "7", "3"]) == ["3", "07", "7"]
 
 
 def test_two_columns_make_pairs_and_three_are_refused(tmp_path):

@@ -115,6 +115,18 @@ def test_long_rows_are_cut_and_counted(make):
     assert {(ids[0], ids[-1]) for ids in cut} == {(data.tokenizer.cls_token_id, data.tokenizer.sep_token_id)}
 
 
+def test_the_side_that_is_cut_is_the_tokenizers(make, bert_tokenizer, tmp_path):
+    """It stands beside the tokenizer's own file, and the cache of one side is not that of the other."""
+    rows = {}
+    for side in ("right", "left"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(bert_tokenizer, truncation_side=side)
+        tokenizer.save_pretrained(tmp_path / side)
+        rows[side] = [
+            row["input_ids"] for row in make(tokenizer=str(tmp_path / side), max_length=6)._sequences["train"]
+        ]
+    assert rows["left"] != rows["right"]
+
+
 def test_pairs_have_types_where_the_tokenizer_tells_them(make, bert_tokenizer):
     rows = [{"one": f"cold {n}", "two": "warm", "label": n % 2} for n in range(20)]
     columns = {"text_column": ["one", "two"]}
@@ -212,6 +224,7 @@ def test_empty_texts_are_left_out_with_a_warning(make):
     ):
         data = make(rows)
     assert sum(len(data._sequences[name]) for name in ("train", "val", "test")) == 60
+    assert make([*make_rows(), {"text": "", "label": "hot"}]).class_names == CLASSES  # nor do they make a class
     halves = [{"one": f"a {n}", "two": "", "label": n % 2} for n in range(20)]
     assert len(make(halves, source={"text_column": ["one", "two"]})._sequences["train"]) == 16  # half a pair is a text
 

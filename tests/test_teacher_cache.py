@@ -32,13 +32,15 @@ def digits(tmp_path, **kwargs):
     return ImageDataModule("digits", **{**settings, **kwargs})
 
 
-def train(tmp_path, epochs=4, data=None, seed=0, **kwargs):
+def train(tmp_path, epochs=4, data=None, seed=0, precision="32-true", **kwargs):
     torch.manual_seed(seed)
     teacher = Counting()
     torch.manual_seed(0)
     model = DualHeadKD(Counting(), teacher, optimizer=lambda p: torch.optim.SGD(p, lr=0.01), **kwargs)
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_epochs=epochs, limit_val_batches=0, accelerator="cpu", logger=False, **quiet)
+    trainer = L.Trainer(
+        max_epochs=epochs, limit_val_batches=0, accelerator="cpu", logger=False, precision=precision, **quiet
+    )
     trainer.fit(model, datamodule=data or digits(tmp_path))
     return model, teacher
 
@@ -47,22 +49,33 @@ def test_the_teacher_runs_once_for_each_view_and_the_student_learns_the_same(tmp
     plain, every_time = train(tmp_path)
     cached, once = train(tmp_path, teacher_cache=tmp_path / "logits")
     assert (every_time.seen, once.seen) == (4 * 40, 2 * 40)
-    assert torch.equal(plain.student.fc.weight, cached.student.fc.weight)
+    assert torch.equal(plain.net.aux_head.classifier.weight, cached.net.aux_head.classifier.weight)
     again, never = train(tmp_path, teacher_cache=tmp_path / "logits")
     assert never.seen == 0
-    assert torch.equal(plain.student.fc.weight, again.student.fc.weight)
+    assert torch.equal(plain.net.aux_head.classifier.weight, again.net.aux_head.classifier.weight)
+    untaught, _ = train(tmp_path, kd_factor=0.0)
+    assert not torch.equal(plain.net.aux_head.classifier.weight, untaught.net.aux_head.classifier.weight)
+
+
+def test_images_that_an_epoch_left_out_are_asked_for_later(tmp_path):
+    """Four of 44 are in the last short batch, others in each epoch."""
+    _, teacher = train(tmp_path, 2, digits(tmp_path, max_train_samples=44), teacher_cache=tmp_path / "logits")
+    assert teacher.seen == 2 * 40
+    _, later = train(tmp_path, 6, digits(tmp_path, max_train_samples=44), teacher_cache=tmp_path / "logits")
+    assert 0 < later.seen <= 2 * 4
 
 
 def test_another_teacher_and_other_views_have_files_of_their_own(tmp_path):
-    for kwargs in (
-        {},
-        {"seed": 1},
-        {"data": digits(tmp_path, seed=1)},
-        {"data": digits(tmp_path, max_train_samples=24)},
-    ):
+    others = ({"seed": 1}, {"max_train_samples": 24}, {"num_views": 3}, {"augment": False}, {"padding_mode": "reflect"})
+    others += ({"mean": [0.1, 0.2, 0.3]}, {"image_size": 16})
+    sources = [{}, {"seed": 1}, {"precision": "bf16-mixed"}]
+    sources += [{"data": digits(tmp_path, **other)} for other in others if "image_size" not in other]
+    for kwargs in sources:
         _, teacher = train(tmp_path, epochs=1, teacher_cache=tmp_path / "logits", **kwargs)
         assert teacher.seen > 0
-    assert len(list((tmp_path / "logits").iterdir())) == 4
+    assert len(list((tmp_path / "logits").iterdir())) == len(sources)
+    prints = {digits(tmp_path, **other).views_fingerprint for other in ({}, *others)}
+    assert len(prints) == 1 + len(others)
 
 
 def test_views_come_again_in_turn(tmp_path):
@@ -86,7 +99,7 @@ def test_views_come_again_in_turn(tmp_path):
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"draws new ones in each epoch\. Set `num_views`"):
+    with pytest.raises(ValueError, match=r"draws new ones in each epoch or numbers none\. Set `num_views`"):
         train(tmp_path, data=digits(tmp_path, num_views=None), teacher_cache=tmp_path / "logits")
     with pytest.raises(ValueError, match="with a `teacher_cache`, as mixed images do not come again"):
         train(tmp_path, teacher_cache=tmp_path / "logits", mixup_alpha=1.0)

@@ -50,7 +50,8 @@ class SequenceDataModule(Resumes, LightningDataModule):
 
     Rows that are not as they should be: those whose texts are all empty are left out, with a warning. Those without a
     class have the label −100 in every split: a teacher teaches them, nothing judges them. A validation or test split in
-    which no row has a class counts as absent. A class in validation or test that training does not have is an error.
+    which no row has a class counts as absent. A class in validation or test that training does not have is an error,
+    unless the column's ClassLabel or `class_names` tells it.
 
     A row is encoded as the tokenizer does by itself, with its special tokens, so that `transformers.pipeline` reads
     texts as the model learned them. What is longer than `max_length` is cut, of a pair the longer text; `prepare_data`
@@ -198,7 +199,8 @@ class SequenceDataModule(Resumes, LightningDataModule):
     @cached_property
     def _directory(self) -> Path:
         """The cache entry that holds the encoded rows."""
-        tokenizer = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.model_input_names
+        own = self.tokenizer
+        tokenizer = own.backend_tokenizer.to_str(), own.model_input_names, own.truncation_side
         return self.cache_dir / f"sequences-{digest(FORMAT_VERSION, self.texts.key, tokenizer, self.max_length)}"
 
     def _bpe_key(self) -> str:

@@ -43,6 +43,11 @@ def read_label(value: Any, column: str, where: str, names: Sequence[str] | None 
             " or set `label_column` to another column."
         )
     if names is not None:
+        if not 0 <= int(value) < len(names):
+            raise ValueError(
+                f"Expected the column {column!r} to hold numbers of its {len(names)} classes, or -1, but got {value!r}"
+                f" in {where}. Correct the row."
+            )
         return names[int(value)]
     return str(value).strip() or None
 
@@ -55,7 +60,9 @@ def order_classes(labels: Iterable[str | None]) -> list[str]:
         (['9', '10'], ['10', '9', 'b'])
     """
     names = {label for label in labels if label is not None}
-    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else sorted(names)
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def encode_labels(labels: Sequence[str | None], class_names: Sequence[str], split: str) -> NDArray[np.int64]:
@@ -74,7 +81,7 @@ def encode_labels(labels: Sequence[str | None], class_names: Sequence[str], spli
     if unknown:
         raise ValueError(
             f"Expected all labels of the split {split!r} to be among the {len(class_names)} classes, which are those of"
-            f" the training rows unless `class_names` is given, but got {unknown[:5]}. Remove these rows, or give"
-            " `class_names`."
+            f" the training rows unless a ClassLabel or `class_names` tells them, but got {unknown[:5]}. Remove these"
+            " rows, or give `class_names`."
         )
     return np.array([numbers.get(label, IGNORE_INDEX) for label in labels], np.int64)

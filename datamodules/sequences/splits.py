@@ -102,7 +102,7 @@ class SequenceSplits:
         names = self.source.class_names
         if names is None:
             splits, told = self._read()
-            names = told or order_classes(row.label for row in splits["train"])
+            names = told or order_classes(row.label for row in splits["train"] if _has_text(row))
         if len(names) < 2:
             raise ValueError(
                 f"Expected the column {self.source.label_column!r} to hold at least 2 classes, but got {names}. Set"
@@ -129,9 +129,13 @@ class SequenceSplits:
         return np.array([split_of.get(row.texts, "train") for row in train])
 
 
+def _has_text(row: Row) -> bool:
+    return any(text.strip() for text in row.texts)
+
+
 def _without_empty(rows: list[Row], split: str) -> list[Row]:
     """Return the rows with a text, and warn of the others."""
-    empty = [row for row in rows if not any(text.strip() for text in row.texts)]
+    empty = [row for row in rows if not _has_text(row)]
     if empty:
         rank_zero_warn(
             f"Expected every row to have a text, but {len(empty)} of {len(rows)} in the split {split!r} have none, such"

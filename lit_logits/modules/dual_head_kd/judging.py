@@ -14,6 +14,8 @@ from torchmetrics.classification import (
     MultilabelExactMatch,
     MultilabelF1Score,
 )
+from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import at_least_float32
@@ -61,12 +63,12 @@ class ClassifierMetrics(nn.Module):
             return nn.ModuleDict({"ece": MulticlassCalibrationError(self.num_classes, NUM_BINS, validate_args=False)})
         options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "validate_args": False}
         judges: dict[str, nn.Module] = {
-            "map": MultilabelAveragePrecision(self.num_classes, **options),
+            "map": _KnownAveragePrecision(self.num_classes, **options),
             "f1": MultilabelF1Score(self.num_classes, **options),
             "exact_match": MultilabelExactMatch(self.num_classes, **options),
         }
         if has_aux_head:
-            judges["aux_map"] = MultilabelAveragePrecision(self.num_classes, **options)
+            judges["aux_map"] = _KnownAveragePrecision(self.num_classes, **options)
         return nn.ModuleDict(judges)
 
     def update(self, stage: str, logits: Tensor, labels: Tensor, aux_logits: Tensor | None = None) -> None:
@@ -129,6 +131,18 @@ class ClassifierMetrics(nn.Module):
 
     def _of(self, stage: str) -> Any:
         return self.metrics[stage]
+
+
+class _KnownAveragePrecision(MultilabelAveragePrecision):
+    """The mean over the classes that some row is known of; torchmetrics fails where one is known of none."""
+
+    def compute(self) -> Tensor:
+        """Return the mean average precision, NaN without a class that has a positive."""
+        scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        known = (targets != IGNORE_INDEX).any(0).nonzero().flatten().tolist()
+        options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "validate_args": False}
+        each = [binary_average_precision(scores[:, c], targets[:, c], **options) for c in known]
+        return torch.stack(each).nanmean() if each else scores.new_full((), torch.nan)
 
 
 def likeliest_classes(targets: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class BatchMixer:
         seed: of the draws.
 
     Raises:
-        ValueError: If an α is negative.
+        ValueError: If an α or the seed is negative.
 
     Example:
         >>> mixer = BatchMixer(mixup_alpha=0.2)
@@ -46,7 +46,7 @@ class BatchMixer:
     """
 
     def __init__(self, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, seed: int = 0) -> None:
-        check_not_negative(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+        check_not_negative(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha, mix_seed=seed)
         self.mixup_alpha, self.cutmix_alpha, self.seed = mixup_alpha, cutmix_alpha, seed
 
     @property

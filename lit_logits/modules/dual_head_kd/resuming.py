@@ -12,6 +12,20 @@ __all__ = ["NamesTeacher", "check_class_order", "check_same_teacher"]
 _KEY = "teacher_digest"
 
 
+class _ofclass(classmethod):  # as `classmethod`
+    """A class method that an instance does not have: it would make another object and leave the instance as it is."""
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            return super().__get__(instance, owner)
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            name = type(instance).__name__
+            raise TypeError(f"Expected `load_from_checkpoint` of the class {name}, but got that of an instance.")
+
+        return refuse
+
+
 class NamesTeacher:
     """A LightningModule whose checkpoints tell which teacher they learned from, and that is evaluated without it."""
 
@@ -22,7 +36,7 @@ class NamesTeacher:
         if self.teacher is not None:
             checkpoint[_KEY] = self.teacher.digest
 
-    @classmethod
+    @_ofclass
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as Lightning does; where the teacher of the run is not at hand, without it, and say so.
 

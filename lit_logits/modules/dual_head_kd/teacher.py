@@ -148,12 +148,12 @@ def _metadata_under(prefix: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _weights_digest(model: nn.Module, most: int = 64) -> str:
     """Return a digest of the names, shapes and some values of all tensors; training changes some of each."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in getattr(model, "_orig_mod", model).state_dict().items():  # inside of `torch.compile`
         if isinstance(tensor, Tensor):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             if not tensor.is_meta:
                 flat = tensor.detach().flatten()
-                values = flat[:: max(1, len(flat) // most)][:most]
+                values = flat[:: max(1, -(-len(flat) // most))]
                 digest.update(str(values.double().tolist()).encode())
     return digest.hexdigest()
 

@@ -21,30 +21,33 @@ __all__ = ["TeacherCache"]
 class TeacherCache:
     """Ask the teacher once for each view of each sample, and read its logits from disk from then on.
 
-    A file belongs to a teacher (its digest) and to the views of the data; others get files of their own. The processes
-    of a machine share one. It serves any run with the same teacher and views, also one that is killed.
+    A file belongs to a teacher (its digest), a precision and the views of the data; others get files of their own.
+    The processes of a machine share one. It serves any run with these three, also one that is killed.
 
     Args:
         folder: of the files.
         teacher: whose logits are kept.
         data: data module, which says what its `sample_ids` stand for, see `HasFixedViews`.
         num_classes: C.
+        precision: of the run, in which the teacher computes its logits.
 
     Raises:
         ValueError: If the data draw new views in each epoch, or do not tell.
     """
 
-    def __init__(self, folder: str | Path, teacher: FrozenTeacher, data: object, num_classes: int) -> None:
+    def __init__(
+        self, folder: str | Path, teacher: FrozenTeacher, data: object, num_classes: int, precision: str = "32-true"
+    ) -> None:
         purpose = "by which cached logits of a teacher are kept apart"
         if not offers(data, HasFixedViews):
             raise ValueError(lacks(data, HasFixedViews, purpose))
         views = data.views_fingerprint
         if views is None:
             raise ValueError(
-                "Expected data whose views of a sample come again, for `teacher_cache`, but it draws new ones in each"
-                " epoch. Set `num_views` of ImageDataModule."
+                "Expected data whose views of a sample come again and are numbered, for `teacher_cache`, but it draws"
+                " new ones in each epoch or numbers none. Set `num_views` of ImageDataModule."
             )
-        name = hashlib.sha256(f"{teacher.digest}{views}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{teacher.digest}{views}{precision}".encode()).hexdigest()[:32]
         self.teacher, self.rows = teacher, RowFile(Path(os.path.expanduser(folder), f"{name}.f32"), num_classes)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
