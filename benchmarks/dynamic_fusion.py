@@ -64,7 +64,7 @@ def make_ways(large: Any, base: Any, experts: dict[str, Any], task: str) -> list
     return ways
 
 
-def evaluate(models: list[Any], data: InstructionDataModule, **kwargs: Any) -> dict[str, float]:
+def evaluate(models: list[Any], data: Any, **kwargs: Any) -> dict[str, float]:
     decoder = DynamicFusionDecoder(*models, **kwargs)
     trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
     with contextlib.redirect_stdout(io.StringIO()):

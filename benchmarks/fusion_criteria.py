@@ -7,8 +7,8 @@ The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yam
 whose rows are prompts (`question`) and responses (`answer`). The first of its rows validate, the others test. Each
 model reads a text once, and all settings are judged from the same logits (`FusionCalibration`): perplexity of the
 responses, mean ± standard deviation over the experts, and paired with the best fixed weight. "Calibrated" are the
-settings that did best on the rows that validate. With `--answers N`, N problems are also answered by greedy decoding,
-and exact match counts the right final numbers.
+settings that did best on the rows that validate. With `--answers N`, N problems behind those are also answered by
+greedy decoding, and exact match counts the right final numbers.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 
 from benchmarks.dynamic_fusion import evaluate
 from benchmarks.measure import machine, markdown_table, spread
@@ -111,6 +112,13 @@ def draw(tests: list[Ratings], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def split(data: InstructionDataModule, args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Batches that validate and batches that test."""
+    batches = list(data.test_dataloader())
+    cut = args.validation_rows // args.batch_size
+    return batches[:cut], batches[cut:]
+
+
 def answers(args: argparse.Namespace, models: tuple[Any, Any, Any], tokenizer: Any, chosen: FusionCandidate) -> str:
     """Exact match of greedy answers."""
     large, base, expert = models
@@ -121,10 +129,11 @@ def answers(args: argparse.Namespace, models: tuple[Any, Any, Any], tokenizer: A
     ways += [("`distance`", fused, {})]
     ways += [("calibrated", fused, {"static_alpha": list(chosen.static_alpha)} if chosen.static_alpha else settings)]
     rows: list[list[object]] = []
-    data = make_data(argparse.Namespace(**{**vars(args), "rows": args.answers, "validation_rows": 0}))
+    data = make_data(argparse.Namespace(**{**vars(args), "rows": args.answers}))
+    problems: DataLoader[Any] = DataLoader(split(data, args)[1], batch_size=None)  # type: ignore[arg-type]
     for name, used, settings in ways:
         asked = {"exact_match": True, "generation": {"max_new_tokens": 160, "do_sample": False}, **settings}
-        found = evaluate(used, data, tokenizer=tokenizer, **asked)
+        found = evaluate(used, problems, tokenizer=tokenizer, **asked)
         rows.append([name, f"{found['test/exact_match']:.1%}"])
         print(rows[-1], flush=True)
     return markdown_table(["", f"exact match of {args.answers}"], rows)
@@ -143,22 +152,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args(arguments)
+    if args.validation_rows < 1 or args.validation_rows % args.batch_size:
+        parser.error(f"--validation-rows must be a multiple of {args.batch_size}, but is {args.validation_rows}")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     large, base = load_causal_lm(args.model), load_causal_lm(args.base)
     tokenizer = find_tokenizer(args.model, required=True)
-    batches = list(make_data(args).test_dataloader())
-    cut = args.validation_rows // args.batch_size
+    held_out, batches = split(make_data(args), args)
     tests: list[Ratings] = []
     calibrated = []
-    alone = {"base alone": [perplexity(base, tokenizer, batches[cut:])], "expert alone": []}
+    alone = {"base alone": [perplexity(base, tokenizer, batches)], "expert alone": []}
     for name in args.experts:
         expert = load_causal_lm(name)
         decoder = DynamicFusionDecoder(large, base, [expert], tokenizer=tokenizer)
-        validation = rate(decoder, batches[:cut])
+        validation = rate(decoder, held_out)
         calibrated.append(min(validation, key=lambda candidate: validation[candidate][0]))
-        tests.append(rate(decoder, batches[cut:], [*SETTINGS, calibrated[-1]]))
-        alone["expert alone"].append(perplexity(expert, tokenizer, batches[cut:]))
+        tests.append(rate(decoder, batches, [*SETTINGS, calibrated[-1]]))
+        alone["expert alone"].append(perplexity(expert, tokenizer, batches))
         print(name, "calibrated:", calibrated[-1], tests[-1][calibrated[-1]], flush=True)
     print(f"\n{table(tests, calibrated, alone)}\n\n{args.rows} responses, {machine(torch.device('cpu'))}\n", flush=True)
     if args.picture is not None:

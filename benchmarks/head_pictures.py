@@ -24,11 +24,11 @@ HEADS = [
 ]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train the three and draw their heads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", type=Path, required=True, help="file to write; the others as in dual_head_kd")
-    own, others = parser.parse_known_args()
+    own, others = parser.parse_known_args(arguments)
     args = parse(others)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -15,8 +15,9 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import data_module, swap_averages
+from lit_logits.callbacks.parts import averaging_callback, data_module, swap_averages
 from lit_logits.functional.distributed import is_distributed
+from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["ExactResume"]
 
@@ -63,7 +64,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._window: _WindowStart | None = None
         self._validation: dict[str, Any] | None = None  # the generators' states before the one that runs
-        self._validates = False
+        self._weights: Tensor | None = None  # sums of the model's own weights while a validation runs
         self._random: dict[str, Any] | None = None
         self._buffers: dict[str, Tensor] = {}
 
@@ -98,27 +99,29 @@ class ExactResume(Callback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the generators' states: SIGTERM may stop a validation, which is then repeated."""
+        """Note the generators' states: SIGTERM may stop a validation, which is then repeated.
+
+        From here on a callback that averages weights may put its averages in their place.
+        """
+        self._weights = _weight_sums(pl_module) if averaging_callback(trainer) else None
         if not trainer.sanity_checking:
             self._validation = _random_states(trainer.strategy.root_device)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that averaged weights are in the model, where there are any."""
-        self._validates = True
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that they are not any more."""
-        self._validates = False
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the generators' states."""
-        self._validation = None
+        """Forget what was noted."""
+        self._validation = self._weights = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the model its own weights back, before any is saved, if a validation of averages was stopped."""
-        if self._validates:
-            self._validates = False
+        """Give the model its own weights back, before any is saved, if a validation of averages was stopped.
+
+        Whether they are in the model is asked of the weights: other callbacks may raise before or after the exchange.
+        """
+        if self._weights is not None and not torch.equal(self._weights, _weight_sums(pl_module)):
             swap_averages(trainer, pl_module)
+        self._weights = None
+        has_read = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready > 0
+        if trainer.validating and self._validation is None and not has_read:  # a callback before this one raised
+            self._validation = _random_states(trainer.strategy.root_device)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the generators' states, and put a checkpoint inside a window back to the window's start."""
@@ -153,6 +156,13 @@ class ExactResume(Callback):
         if len(saved["random"]) == trainer.world_size:
             self._random = saved["random"][trainer.global_rank]
         self._buffers = saved["buffers"]
+
+
+def _weight_sums(model: LightningModule) -> Tensor:
+    """Return the sum of each parameter and buffer of floats, by which weights are told from their averages."""
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    sums = [at_least_float32(tensor).sum().cpu() for tensor in tensors]
+    return torch.stack(sums).nan_to_num() if sums else torch.zeros(0)
 
 
 # ---------------------------------------------------------------------- counters of Lightning's loops

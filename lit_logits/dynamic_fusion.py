@@ -220,8 +220,10 @@ class DynamicFusionDecoder(LightningModule):
         self.tokenizer = self.tokenizer or theirs
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Rate all candidates by the responses."""
-        self.calibration.update(self.fused, batch["input_ids"], batch["labels"], batch.get("attention_mask"))
+        """Rate all candidates by the responses, with `choices` by the right ones."""
+        batch = of_right_answers(batch)
+        if len(batch["input_ids"]):  # none, where rows only fill up the batches of several processes
+            self.calibration.update(self.fused, batch["input_ids"], batch["labels"], batch.get("attention_mask"))
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an earlier run rated."""
@@ -229,7 +231,8 @@ class DynamicFusionDecoder(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss of the present settings, the first candidate, over all tokens of all ranks."""
-        self.log_dict(loss_and_perplexity("val", torch.tensor(self.calibration.compute()[0].nll)))
+        nll = torch.tensor(self.calibration.compute()[0].nll, device=self.device)
+        self.log_dict(loss_and_perplexity("val", nll), sync_dist=True)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Score the responses; with `choices` judge them, with `exact_match` judge generated answers."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import dual_head_kd
+from benchmarks import dual_head_kd, head_pictures
 from benchmarks.dual_head_kd import SETTINGS, Bench, Run
 
 CLASSES = ["cheese", "music", "trains"]
@@ -55,6 +55,20 @@ def test_a_table_has_a_row_for_each_loss_and_form(setting, requests, capsys):
         ValueError, match=r"Expected a folder of runs with .*'bf16-mixed'.* but its own have .*'32-true'"
     ):
         run(*arguments, "--precision", "bf16-mixed")
+
+
+def test_three_heads_are_drawn_side_by_side(requests, capsys):
+    arguments = ["--picture", requests / "heads.png", "--settings", "banking77-few", "--data", requests]
+    arguments += ["--folder", requests / "out", "--epochs", 1]
+    head_pictures.main([str(argument) for argument in arguments])
+    titles = ["labels alone", "one head for both", "two heads"]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(titles))]
+    found = [line.rsplit(" ", 2) for line in told]
+    assert [title for title, *_ in found] == titles
+    assert all(0 <= float(accuracy) <= 1 for _, accuracy, _ in found)
+    gaps = [gap for *_, gap in found]
+    assert gaps[0] != gaps[1]  # of few steps the main head of two is that of labels alone
+    assert Image.open(requests / "heads.png").size == (960, 336)
 
 
 def test_the_weight_is_that_of_the_best_validation(monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ class Net(LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self.loss(batch) + torch.rand(()))
+        self.log("val/loss", self.loss(batch) + torch.rand(()), sync_dist=True)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
@@ -105,12 +105,13 @@ class Save(Callback):
         self.save(trainer)
 
 
-def fit(*callbacks, ckpt_path=None, **kwargs):
+def fit(*callbacks, ckpt_path=None, is_last=False, **kwargs):
     torch.manual_seed(0)
     module, log = Net(), Log()
     defaults = {"max_epochs": 3, "logger": log, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet = {"enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
-    trainer = Trainer(**{**defaults, **quiet, **kwargs}, callbacks=[ExactResume(), *callbacks])
+    callbacks = [*callbacks, ExactResume()] if is_last else [ExactResume(), *callbacks]  # the command line has it last
+    trainer = Trainer(**{**defaults, **quiet, **kwargs}, callbacks=callbacks)
     trainer.fit(module, datamodule=Rows(), ckpt_path=ckpt_path)
     assert trainer.state.finished
     moments = trainer.optimizers[0].state_dict()["state"] if trainer.optimizers else {}  # several ranks clear it
@@ -197,6 +198,33 @@ def test_a_run_goes_on_after_sigterm(tmp_path, accumulate, averages):
             LastCheckpoint(), *(make() for make in averages), ckpt_path=path, default_root_dir=root, **settings
         )
         resumed.check(whole, len(whole.lines))
+
+
+class Fail(Callback):
+    """Raises in a hook of the third validation, as pictures do on a full disk."""
+
+    def __init__(self, hook):
+        self.count = 0
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_):
+        self.count += 1
+        if self.count == 3:
+            raise KeyError("full")
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end"])
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("is_before", [False, True])
+def test_a_callback_that_fails_in_a_validation_of_averages(tmp_path, hook, is_last, is_before):
+    """Between the averaging callback and this one, whether averages are in the model depends on the order of all."""
+    settings = {"val_check_interval": 2, "enable_checkpointing": True, "num_sanity_val_steps": 0, "is_last": is_last}
+    whole = fit(LastCheckpoint(), ema(), default_root_dir=tmp_path / "whole", **settings)
+    parts = [Fail(hook), ema()] if is_before else [ema(), Fail(hook)]
+    with pytest.raises(KeyError, match="full"):
+        fit(LastCheckpoint(), *parts, default_root_dir=tmp_path, **settings)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    fit(LastCheckpoint(), ema(), ckpt_path=path, default_root_dir=tmp_path, **settings).check(whole, len(whole.lines))
 
 
 def test_a_validation_that_is_repeated_counts_once(tmp_path):

@@ -22,6 +22,7 @@ from lit_logits.datamodules import (
     TextDataModule,
 )
 from lit_logits.modules import VQLogitsHead
+from lit_logits.modules.dual_head_kd.classifiers import load_classifier
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -131,6 +132,9 @@ def make_model(kind, data):
     if kind == "images":
         nets = [nn.Sequential(nn.Flatten(), nn.Linear(192, 10)) for _ in range(2)]
         return DualHeadKD(*nets, num_classes=10)
+    if kind == "sequences":
+        config = {**LLAMA, "model_type": "bert", "vocab_size": data.vocab_size}
+        return DualHeadKD(*(load_classifier(config, data.num_classes) for _ in range(2)))
     models = [CausalLM(LLAMA, vocab_size=data.vocab_size).model for _ in range(3)]
     if kind == "choices":
         options = {"generation": {"max_new_tokens": 2}, "exact_match": True}
@@ -144,7 +148,7 @@ def evaluate(folder, **options):
     for kind, source in METHODS.items():
         data = make_data(source, folder)
         model = make_model(kind, data)
-        for stage in ("validate", "test") if kind != "choices" else ("test",):
+        for stage in ("validate", "test"):
             trainer = Trainer(accelerator="cpu", **QUIET, **options)
             found[f"{kind} {stage}"] = getattr(trainer, stage)(model, data, verbose=False)[0]
         if kind != "choices":

@@ -75,5 +75,13 @@ def test_sampled_drafts_follow_the_fused_distribution():
 
 def test_drafts_are_for_one_prompt():
     model = decoder()
-    with pytest.raises(ValueError, match="batch_size = 1"):
-        model.generate(IDS.repeat(2, 1), max_new_tokens=4, assistant_model=model.fused.base)
+    for drafts in ({"assistant_model": model.fused.base}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match=r"Expected one prompt at a time and a cache .* but got 2 prompts"):
+            model.generate(IDS.repeat(2, 1), max_new_tokens=4, **drafts)
+        with pytest.raises(ValueError, match=r"Expected one prompt at a time and a cache .* but got use_cache=False"):
+            model.generate(IDS, max_new_tokens=4, use_cache=False, **drafts)
+
+
+def test_a_negative_number_of_traced_tokens_is_refused():
+    with pytest.raises(ValueError, match="Expected `trace_logits` to be at least 0, but got -1"):
+        decoder().generate(IDS, max_new_tokens=4, trace_logits=-1)

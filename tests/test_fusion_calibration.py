@@ -79,6 +79,24 @@ def test_a_grid_that_cannot_be_is_refused(grid):
         FusionCalibration(FusedCausalLM(*MODELS), grid)
 
 
+def test_texts_are_refused_as_scores_refuse_them():
+    fused = FusedCausalLM(*MODELS)
+    calibration = FusionCalibration(fused, [0.5])
+    with pytest.raises(ValueError, match=r"Expected `labels` of the shape of `input_ids`, \(3, 9\), but got \(3, 8\)"):
+        calibration.update(fused, IDS, LABELS[:, 1:], MASK)
+    with pytest.raises(ValueError, match="label"):
+        calibration.update(fused, IDS, LABELS.clamp(min=VOCAB), MASK)
+
+
+def test_a_model_that_emits_nan_is_named_with_fixed_weights_too():
+    broken = llama(5)
+    broken.lm_head.weight.data.fill_(float("nan"))
+    fused = FusedCausalLM(*MODELS[:2], [MODELS[2][0], broken], expert_names=["good", "bad"])
+    calibration = FusionCalibration(fused, [1.0], [FusionCandidate(None, static_alpha=(1.0, 0.0))])
+    with pytest.raises(ValueError, match="Expected the expert 'bad' to emit logits that are finite"):
+        calibration.update(fused, IDS, LABELS, MASK)
+
+
 def test_log_probs_of_candidates_are_those_of_fused_logits():
     g = torch.Generator().manual_seed(0)
     large, base = torch.randn(2, 5, 7, generator=g)

@@ -1,5 +1,6 @@
 """The benchmark of fusion's criteria: a table of all settings, those that validation likes best, and a picture."""
 
+import argparse
 import json
 
 import pytest
@@ -38,6 +39,25 @@ def test_every_setting_has_a_line_and_the_picture_is_drawn(folder, capsys):
     assert lines[2:5] == ["base alone", "expert alone", "large alone"]
     assert lines.count("calibrated") == 2  # by perplexity, and by answers
     assert (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_problems_that_are_answered_have_not_validated(folder):
+    made = argparse.Namespace(source=str(folder / "source.jsonl"), model=str(folder / "large"), max_length=100)
+    made.rows, made.validation_rows, made.batch_size = 3, 4, 2
+    validation, test = (
+        {str(row.tolist()) for batch in part for row in batch["input_ids"]}
+        for part in fusion_criteria.split(fusion_criteria.make_data(made), made)
+    )
+    assert (len(validation), len(test)) == (4, 3)
+    assert not validation & test
+
+
+@pytest.mark.parametrize("rows", [0, 3, -2])
+def test_rows_that_validate_fill_batches(rows, capsys):
+    arguments = ["--model", "x", "--base", "x", "--experts", "x", "--source", "x", "--batch-size", "2"]
+    with pytest.raises(SystemExit):
+        fusion_criteria.main([*arguments, f"--validation-rows={rows}"])
+    assert f"must be a multiple of 2, but is {rows}" in capsys.readouterr().err
 
 
 def test_settings_are_compared_with_the_best_fixed_weight():

@@ -245,7 +245,7 @@ def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float
     """Minimise over the whole α by damped Gauss–Newton steps from several starts, as there are local minima.
 
     They are the better of one expert and all alike, and the best points of a coarse grid. The result is never more
-    than 1e-6 nats² worse than any of them. Sequences share the passes over V, and each keeps a damping of its own.
+    than S · 1e-6 nats² worse than any of them. Sequences share the passes over V, and each keeps a damping of its own.
     """
     shifts = problem.shifts
     alike, num_evals = search_lines(problem, shifts.sum(0, keepdim=True), grid)

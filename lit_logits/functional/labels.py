@@ -43,7 +43,8 @@ def next_token_labels(
         Labels in the dtype of `labels` and the mask; labels that do not count are `ignore_index`.
 
     Raises:
-        ValueError: If `keep` has the shape of neither the samples nor the positions.
+        ValueError: If `labels` has no dimension of tokens, or `keep` the shape of neither the samples nor the
+            positions.
 
     Example:
         >>> shifted = next_token_labels(torch.tensor([[-100, 7, 8], [4, 5, 6]]), keep=torch.tensor([1, 0]))
@@ -54,6 +55,11 @@ def next_token_labels(
         tensor([[ True,  True, False],
                 [False, False, False]])
     """
+    if labels.ndim < 2:
+        raise ValueError(
+            f"Expected `labels` of shape (B, T), one for each token, but got {tuple(labels.shape)}. Classes of"
+            " sequences or images are for `DualHeadKD`."
+        )
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]
     if keep is not None:

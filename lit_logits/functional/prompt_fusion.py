@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_logits.functional.checks import check_not_negative
 from lit_logits.functional.fusion_problem import check_bounds, pose_fusion, scale_weights
+from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["prompt_fusion_weights"]
 
@@ -75,10 +76,14 @@ def prompt_fusion_weights(
             f"Expected `labels` and `owner` of shape {tuple(large_logits.shape[:1])}, but got {tuple(labels.shape)} and"
             f" {tuple(owner.shape)}."
         )
+    rows_of = int(owner.max()) + 1 if len(owner) else 1
     if num_prompts is None:
-        num_prompts = int(owner.max()) + 1 if len(owner) else 1
+        num_prompts = rows_of
+    if len(owner) and rows_of > num_prompts:
+        raise ValueError(f"Expected `owner` below num_prompts={num_prompts}, but got {rows_of - 1}.")
     if len(labels) == 0:
-        alpha = torch.ones(len(expert_logits), num_prompts, device=labels.device)
+        dtype = at_least_float32(large_logits).dtype
+        alpha = torch.ones(len(expert_logits), num_prompts, dtype=dtype, device=labels.device)
         if mode == "single":
             alpha[1:] = 0.0
         return scale_weights(alpha.clamp(low, high) * (alpha > 0), scale, (low, high))

@@ -178,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    with file.open("rb") as lines:
+    with file.open("rb") as lines:  # as json_lines.py of the data modules, which this layer may not import
         for number in count(1):
             line, where = lines.readline(MAX_LINE_BYTES + 1), f"line {number} of {file}"
             if len(line) > MAX_LINE_BYTES:

@@ -136,7 +136,7 @@ class ClassifierMetrics(nn.Module):
 class _KnownAveragePrecision(MultilabelAveragePrecision):
     """The mean over the classes that some row is known of; torchmetrics fails where one is known of none."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]  # as torchmetrics' own
         """Return the mean average precision, NaN without a class that has a positive."""
         scores, targets = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         known = (targets != IGNORE_INDEX).any(0).nonzero().flatten().tolist()

@@ -36,7 +36,7 @@ class NamesTeacher:
         if self.teacher is not None:
             checkpoint[_KEY] = self.teacher.digest
 
-    @_ofclass
+    @_ofclass  # type: ignore[arg-type]  # mypy takes what follows for a method of instances
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as Lightning does; where the teacher of the run is not at hand, without it, and say so.
 

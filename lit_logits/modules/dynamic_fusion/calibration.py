@@ -9,7 +9,6 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_logits.functional.checks import check_labels
 from lit_logits.functional.dynamic_fusion import FusionCriterion, fusion_weights
 from lit_logits.functional.fusion_calibration import fused_log_probs
 from lit_logits.functional.fusion_problem import scale_weights
@@ -82,14 +81,14 @@ class FusionCalibration(nn.Module):
         """
         if not fused.num_experts:
             raise ValueError("Expected experts whose weights are to be calibrated, but the decoder has none.")
-        check_labels(labels, fused.vocab_size, wait=True)
-        mask, device = fused.check_texts(input_ids, attention_mask), fused.large.device
+        mask, device = fused.check_texts(input_ids, attention_mask, labels), fused.large.device
         input_ids, labels, mask = input_ids.to(device), labels.to(device), mask.to(device)
         targets, keep = next_token_labels(labels, keep=mask)
         before = mask.bool() & ((labels != IGNORE_INDEX).cumsum(1) == 0)
         prompts, in_prompt = prompt_targets(input_ids, before)
         read = keep | in_prompt if self._asks_prompts else keep
         large, base, *experts = logits_at(fused.models, input_ids, mask, read, fused.vocab_size)
+        fused.check_logits(large, base, *experts)
         stacked = torch.stack(experts)
         own = keep[read]
         owner = read.nonzero()[:, 0]

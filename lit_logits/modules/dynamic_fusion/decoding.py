@@ -210,11 +210,11 @@ def is_drafted(config: Any, kwargs: Mapping[str, Any]) -> bool:
     return config.get_generation_mode(kwargs.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
 
 
-def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
+def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any], num_prompts: int = 1) -> Any:
     """Return the generation config that `model.generate(**kwargs)` would use, if small models can follow it.
 
     Raises:
-        ValueError: If it asks for beams, caches or inputs that small models cannot follow.
+        ValueError: If it asks for beams, caches, inputs or drafts that small models cannot follow.
     """
     config = deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "assistant_model")})
@@ -232,6 +232,10 @@ def check_decoding(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
             f"Expected greedy search or sampling, because weights are found for one text at a time, but got"
             f" {str(mode.value).replace('_', ' ')}. Use `num_beams=1`."
         )
+    drafts = mode == GenerationMode.ASSISTED_GENERATION
+    if drafts and (num_prompts > 1 or config.use_cache is False):
+        got = f"{num_prompts} prompts" if num_prompts > 1 else "use_cache=False"
+        raise ValueError(f"Expected one prompt at a time and a cache where tokens are drafted, but got {got}.")
     if config.cache_implementation not in (None, "dynamic"):
         raise ValueError(
             f"Expected `cache_implementation` to be None or 'dynamic', but got {config.cache_implementation!r}."

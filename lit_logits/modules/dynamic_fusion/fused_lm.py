@@ -187,7 +187,7 @@ class FusedCausalLM(FrozenModels):
         """
         large = at_least_float32(large_logits)
         if not small_logits or len(large) == 0:
-            self._blame(large)
+            self.check_logits(large)
             zero = large.new_zeros(len(large))
             return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
         base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
@@ -195,17 +195,22 @@ class FusedCausalLM(FrozenModels):
             try:
                 found = fusion_weights(large, base, experts, **self.search)
             except ValueError:  # it checks the numbers too, but does not know whose they are
-                self._blame(large, base, *experts)
+                self.check_logits(large, base, *experts)
                 raise
             return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
-        self._blame(large, base, *experts)
+        self.check_logits(large, base, *experts)
         if alpha is None:
             alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
         fused = fuse_logits(large, base, experts, alpha)
         forward, reverse = expert_divergences(large, fused.unsqueeze(0))
         return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
 
-    def _blame(self, *all_logits: Tensor) -> None:
+    def check_logits(self, *all_logits: Tensor) -> None:
+        """Refuse NaN and +inf in logits (..., V) of the large model, the base and the experts, in this order.
+
+        Raises:
+            ValueError: If there are any; the error names the model.
+        """
         for name, logits in zip(self._labels, all_logits, strict=False):
             if not bool((logits < torch.inf).all()):  # NaN is not below either
                 raise ValueError(
@@ -241,12 +246,7 @@ class FusedCausalLM(FrozenModels):
             ValueError: If a label is outside the models' vocabulary, a sequence is longer than a model's context, or a
                 model emits NaN.
         """
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"Expected `labels` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
-                f" {tuple(labels.shape)}."
-            )
-        check_labels(labels, self.vocab_size, wait=True)
+        self.check_texts(input_ids, attention_mask, labels)
         device = self.large.device
         # The first token after padding on the left has nothing to be predicted from.
         targets, keep = next_token_labels(labels.to(device), keep=attention_mask)
@@ -283,7 +283,7 @@ class FusedCausalLM(FrozenModels):
         device = self.large.device
         targets, keep = prompt_targets(input_ids.to(device), counted.to(device))
         large, base, *experts = self._rows(input_ids, mask, keep)
-        self._blame(large, base, *experts)
+        self.check_logits(large, base, *experts)
         rows = torch.stack(experts), targets[keep], keep.nonzero()[:, 0]
         return prompt_fusion_weights(large, base, *rows, num_prompts=len(input_ids), **self.search)
 
@@ -297,12 +297,22 @@ class FusedCausalLM(FrozenModels):
         mask, keep = self.check_texts(input_ids, attention_mask), keep.to(self.large.device)
         return logits_at(models, input_ids, mask, keep, self.vocab_size)
 
-    def check_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def check_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the mask (B, T) of texts, default all 1; refuse those that the models cannot read.
 
         Raises:
-            ValueError: If a text is empty or longer than a model's context, or an id is not of the vocabulary.
+            ValueError: If a text is empty or longer than a model's context, an id or label is not of the vocabulary, or
+                shapes differ.
         """
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"Expected `labels` of the shape of `input_ids`, {tuple(input_ids.shape)}, but got"
+                    f" {tuple(labels.shape)}."
+                )
+            check_labels(labels, self.vocab_size, wait=True)
         mask = check_ids(input_ids, attention_mask, self.vocab_size)
         check_context(self._named_models, mask)
         return mask
@@ -348,7 +358,9 @@ class FusedCausalLM(FrozenModels):
                 sampling, or a model emits NaN.
         """
         input_ids, attention_mask = given_prompts(input_ids, attention_mask, kwargs)
-        config = check_decoding(self.large, kwargs)
+        if trace_logits < 0:
+            raise ValueError(f"Expected `trace_logits` to be at least 0, but got {trace_logits}.")
+        config = check_decoding(self.large, kwargs, len(input_ids))
         mask = check_ids(input_ids, attention_mask, self.vocab_size)
         new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
         check_context(self._named_models, mask, max(0, new_tokens))

@@ -48,7 +48,7 @@ def check_cached(
         raise without_scale(name)
     if "chunk" in terms and not source.has_label_log_probs:
         raise without_label_log_probs(name)
-    if debiases and "chunk" in terms and not source.has_boundary_log_probs and not _has_layout_of(data, source):
+    if debiases and "chunk" in terms and not source.has_boundary_log_probs and not _may_have_layout_of(data, source):
         raise without_boundary(name, source)
     if not offers(data, HasSampleIds):
         return
@@ -62,9 +62,14 @@ def check_cached(
         )
 
 
-def _has_layout_of(data: object, source: LogitCache) -> bool:
-    """Return whether a cache has the pivot's own tokens, whose chunks need no debiasing, as far as the data tell."""
-    return offers(data, HasLayoutIds) and source.layout_id is not None and data.layout_ids.get("") == source.layout_id
+def _may_have_layout_of(data: object, source: LogitCache) -> bool:
+    """Return whether a cache may have the pivot's own tokens, whose chunks need no debiasing.
+
+    Batches tell, if the data module does not.
+    """
+    if source.layout_id is None:
+        return False
+    return not offers(data, HasLayoutIds) or data.layout_ids.get("") == source.layout_id
 
 
 def without_label_log_probs(name: str) -> ValueError:
