@@ -13,10 +13,12 @@ help:  ## This list
 
 # The stamps are older than what they depend on as soon as a dependency or its version changes.
 $(VENV)/.run: setup.cfg pyproject.toml constraints.txt
+	@echo "Installing into $(VENV), once; this takes minutes."
 	$(INSTALL) -e ".[gguf]"
 	@touch $@
 
 $(VENV)/.dev: setup.cfg pyproject.toml constraints.txt
+	@echo "Installing into $(VENV), once; this takes minutes."
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.run
 

@@ -199,12 +199,23 @@ class LitLogitsCLI(LightningCLI):
         return super().instantiate_trainer(**{"callbacks": chosen, **kwargs})
 
     def after_fit(self) -> None:
-        """Print where the run is, how to look at it and how it ended."""
+        """Print where the run is, how to look at it, how to test it and how it ended."""
         folder = self.trainer.log_dir  # asked for on every rank, as it is broadcast
         if self.trainer.is_global_zero and isinstance(self.trainer.logger, TensorBoardLogger):
             print(f"\nRun folder: {folder}\nLook at it: tensorboard --logdir {self.trainer.logger.save_dir}")
+            config, last = Path(folder, "config.yaml"), Path(folder, "checkpoints", "last.ckpt")
+            if config.exists() and last.exists():
+                print(f"Test it: {_command()} test --config {config} --ckpt_path {last}")
             metrics = self.trainer.callback_metrics.items()
             print("\n".join(f"{name}: {value:.4f}" for name, value in metrics if name.startswith("val/")))
+
+
+def _command() -> str:
+    """Return the command that this is, as a person types it."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return "python -m lit_logits"
+    return f"python {script.name}" if script.suffix == ".py" else "lit-logits"
 
 
 def _has_arguments(logger: Any) -> bool:

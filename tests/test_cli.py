@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -160,6 +161,9 @@ def test_fit_leaves_a_run_folder_with_scalars_hparams_and_config(capsys):
     printed = capsys.readouterr().out
     assert f"Run folder: {run}" in printed
     assert "tensorboard --logdir runs" in printed
+    _, told = re.search(r"^Test it: (.+?) (test --config .*)$", printed, re.MULTILINE).groups()
+    main(shlex.split(told))
+    assert "test/loss" in capsys.readouterr().out
     final = re.search(r"^val/loss: ([\d.]+)$", printed, re.MULTILINE)
     assert final
     assert float(final[1]) == pytest.approx(log.Scalars("val/loss")[-1].value, abs=1e-4)
