@@ -200,7 +200,7 @@ class LitLogitsCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print where the run is, how to look at it, how to test it and how it ended."""
-        folder = self.trainer.log_dir  # asked for on every rank, as it is broadcast
+        folder = str(self.trainer.log_dir)  # asked for on every rank, as it is broadcast
         if self.trainer.is_global_zero and isinstance(self.trainer.logger, TensorBoardLogger):
             print(f"\nRun folder: {folder}\nLook at it: tensorboard --logdir {self.trainer.logger.save_dir}")
             config, last = Path(folder, "config.yaml"), Path(folder, "checkpoints", "last.ckpt")
