@@ -7,7 +7,7 @@ The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yam
 whose rows are prompts (`question`) and responses (`answer`). The first of its rows validate, the others test. Each
 model reads a text once, and all settings are judged from the same logits (`FusionCalibration`): perplexity of the
 responses, mean ± standard deviation over the experts, and paired with the best fixed weight. "Calibrated" are the
-settings that did best on the rows that validate. With `--answers N`, N problems behind those are also answered by
+settings that did best on the rows that validate. With `--answers N`, N problems after those are also answered by
 greedy decoding, and exact match counts the right final numbers.
 """
 

@@ -17,7 +17,7 @@ def iter_json_lines(file: str) -> Iterator[tuple[dict[str, Any], str]]:
     Raises:
         ValueError: If a line is no JSON object, or longer than `MAX_LINE_BYTES`, of which no more is read.
     """
-    # Of storage/served.py the reader has the same loop; neither layer may import the other.
+    # The reader in storage/served.py has the same loop; neither layer may import the other.
     with open(file, "rb") as lines:  # `json` decodes, so that a line that is no text is told like any other
         for number in count(1):
             line, where = lines.readline(MAX_LINE_BYTES + 1), f"line {number} of {file}"

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import pkgutil
+import shlex
 import signal
 import sys
 import traceback
@@ -28,6 +29,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard.summary import hparams
 from transformers import get_wsd_schedule
@@ -204,18 +206,24 @@ class LitLogitsCLI(LightningCLI):
         if self.trainer.is_global_zero and isinstance(self.trainer.logger, TensorBoardLogger):
             print(f"\nRun folder: {folder}\nLook at it: tensorboard --logdir {self.trainer.logger.save_dir}")
             config, last = Path(folder, "config.yaml"), Path(folder, "checkpoints", "last.ckpt")
-            if config.exists() and last.exists():
-                print(f"Test it: {_command()} test --config {config} --ckpt_path {last}")
+            if config.exists() and last.exists() and is_overridden("test_step", self.model):
+                told = shlex.join(["test", "--config", str(config), "--ckpt_path", str(last)])
+                print(f"Test it: {_command()} {told}")
             metrics = self.trainer.callback_metrics.items()
             print("\n".join(f"{name}: {value:.4f}" for name, value in metrics if name.startswith("val/")))
 
 
 def _command() -> str:
-    """Return the command that this is, as a person types it."""
+    """Return the command that this is, as a person types it here, where no environment may be active."""
     script = Path(sys.argv[0])
     if script.name == "__main__.py":
-        return "python -m lit_logits"
-    return f"python {script.name}" if script.suffix == ".py" else "lit-logits"
+        return f"{_near(Path(sys.executable))} -m lit_logits"
+    return f"{_near(Path(sys.executable))} {script}" if script.suffix == ".py" else _near(script.absolute())
+
+
+def _near(program: Path) -> str:
+    """Return the path of a program in the working directory, as of an environment that is not active, or its name."""
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else program.name
 
 
 def _has_arguments(logger: Any) -> bool:

@@ -35,7 +35,7 @@ from lit_logits.callbacks import (
     LogitCacheWriter,
     PredictionWriter,
 )
-from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, main
+from lit_logits.cli import LitLogitsCLI, SaveRun, WarmupStableDecayLR, _command, main
 from lit_logits.datamodules import PairSource, TextDataModule
 from lit_logits.run_folders import claim_version
 
@@ -167,6 +167,21 @@ def test_fit_leaves_a_run_folder_with_scalars_hparams_and_config(capsys):
     final = re.search(r"^val/loss: ([\d.]+)$", printed, re.MULTILINE)
     assert final
     assert float(final[1]) == pytest.approx(log.Scalars("val/loss")[-1].value, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("script", "program", "told"),
+    [
+        (".venv/bin/lit-logits", ".venv/bin/python", ".venv/bin/lit-logits"),
+        ("/opt/bin/lit-logits", "/opt/bin/python", "lit-logits"),
+        ("train.py", ".venv/bin/python", ".venv/bin/python train.py"),
+        ("/x/lit_logits/__main__.py", "/opt/bin/python3", "python3 -m lit_logits"),
+    ],
+)
+def test_the_next_command_is_one_that_is_found_here(monkeypatch, script, program, told):
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(sys, "executable", str(Path(program).absolute()))
+    assert _command() == told
 
 
 def test_saved_config_starts_the_same_run_again():

@@ -260,6 +260,8 @@ def test_choices_are_judged_by_the_likelihood_of_their_text(files, tmp_path):
     assert right != right_norm
     assert logged["test/acc_norm"] == pytest.approx(sum(right_norm) / len(right_norm))
     assert logged["test/acc"] == pytest.approx(sum(right) / len(right))
+    rated = trainer(tmp_path).validate(decoder, module.test_dataloader(), verbose=False)[0]
+    assert rated["val/loss"] == pytest.approx(logged["test/loss"], rel=1e-5)  # of the right answers alone
     assert logged["test/loss"] == pytest.approx(total / count, rel=1e-3)
 
 

@@ -1,16 +1,16 @@
 """Fused models: known answers, transformers' own `generate` and loops over the definition as oracles."""
 
 import copy
+from functools import partial
 
 import pytest
+import tiny_llamas
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
@@ -26,32 +26,8 @@ from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 
 VOCAB, PAD, EOS = 48, 0, 2
 
-
-def llama(seed, hidden=32, vocab=VOCAB, context=64, scale=1.0, **kwargs):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=context,
-        initializer_range=0.2 * scale,
-        pad_token_id=PAD,
-        **kwargs,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def moved(model, seed, by=0.05):
-    """A descendant of `model`: its weights with noise."""
-    torch.manual_seed(seed)
-    child = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in child.parameters():
-            parameter += by * torch.randn_like(parameter)
-    return child
+SMALL = {"vocab_size": VOCAB, "num_hidden_layers": 2, "initializer_range": 0.2, "pad_token_id": PAD}
+llama, moved = partial(tiny_llamas.llama, hidden=32, **SMALL), partial(tiny_llamas.moved, by=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +396,7 @@ WORDS = [f"w{i}" for i in range(37)]  # 40 tokens with the special ones
 def test_padded_sizes_of_one_tokenizer_are_cut_to_the_common_ids(parts, tmp_path, caplog):
     tokenizer = make_tokenizer(tmp_path, WORDS)
     large = parts[0]  # 48 rows
-    base = llama(1, hidden=16, vocab=40)
+    base = llama(1, hidden=16, vocab_size=40)
     experts = [moved(base, 2)]
     with caplog.at_level("INFO"):
         decoder = DynamicFusionDecoder(large, base, experts, tokenizer=tokenizer)
@@ -437,7 +413,7 @@ def test_padded_sizes_of_one_tokenizer_are_cut_to_the_common_ids(parts, tmp_path
 
 def test_vocabularies_that_disagree_are_refused(parts, tmp_path):
     large, base, experts = parts
-    other = llama(1, hidden=16, vocab=40)
+    other = llama(1, hidden=16, vocab_size=40)
     with pytest.raises(ValueError, match=r"models of one vocabulary.*model 48, base 40, experts\[0\] 40.*`tokenizer`"):
         DynamicFusionDecoder(large, other, [moved(other, 2)])
     large.save_pretrained(tmp_path / "large")
@@ -503,7 +479,7 @@ def test_bad_prompts_and_bad_ways_to_decode(parts, decoder):
         decoder.generate(torch.ones(1, 70, dtype=torch.long), max_new_tokens=1)
     with pytest.raises(ValueError, match=r"but text 0 of the batch has 5 and 60 are to be added"):
         decoder.generate(ids, mask, max_new_tokens=60)
-    short = llama(1, hidden=16, context=8)
+    short = llama(1, hidden=16, max_position_embeddings=8)
     with pytest.raises(ValueError, match="at most 8 tokens, the context of the base, but text 0 of the batch has 9"):
         DynamicFusionDecoder(parts[0], short, [moved(short, 3)]).score(*2 * (torch.full((1, 9), 5),))
     with pytest.raises(ValueError, match="below 48, the common vocabulary, but got 48"):

@@ -84,7 +84,7 @@ def test_texts_are_refused_as_scores_refuse_them():
     calibration = FusionCalibration(fused, [0.5])
     with pytest.raises(ValueError, match=r"Expected `labels` of the shape of `input_ids`, \(3, 9\), but got \(3, 8\)"):
         calibration.update(fused, IDS, LABELS[:, 1:], MASK)
-    with pytest.raises(ValueError, match="label"):
+    with pytest.raises(ValueError, match=r"Expected `labels` to be in \[0, 40\) or -100"):
         calibration.update(fused, IDS, LABELS.clamp(min=VOCAB), MASK)
 
 

@@ -245,21 +245,22 @@ def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float
     """Minimise over the whole α by damped Gauss–Newton steps from several starts, as there are local minima.
 
     They are the better of one expert and all alike, and the best points of a coarse grid. The result is never more
-    than S · 1e-6 nats² worse than any of them. Sequences share the passes over V, and each keeps a damping of its own.
+    than 1e-6 nats² worse than any of them. Sequences share the passes over V, and each keeps a damping of its own.
     """
     shifts = problem.shifts
+    negligible = _NEGLIGIBLE / len(shifts)  # as objectives are, here
     alike, num_evals = search_lines(problem, shifts.sum(0, keepdim=True), grid)
     alike = FusionPoint(alike.alpha.expand(len(shifts), -1), *(value.squeeze(0) for value in alike[1:]))
     best, more = _descend(problem, better(alike, single), grid)
     num_evals += more
-    if bool((best.objective <= _NEGLIGIBLE).all()):
+    if bool((best.objective <= negligible).all()):
         return best, num_evals
     coarse = _coarse_grid(len(shifts), grid)
     points = [evaluate_jointly(problem, _everywhere(weights, single.alpha))[0] for weights in coarse]
     for start in _lowest(points):
         found, more = _descend(problem, start, grid)
         # Where several weights reach both targets, rounding must not choose between them: the first ones stay.
-        best, num_evals = better(found, best, by=_NEGLIGIBLE), num_evals + more
+        best, num_evals = better(found, best, by=negligible), num_evals + more
     return best, num_evals + len(points)
 
 

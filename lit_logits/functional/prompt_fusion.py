@@ -76,11 +76,10 @@ def prompt_fusion_weights(
             f"Expected `labels` and `owner` of shape {tuple(large_logits.shape[:1])}, but got {tuple(labels.shape)} and"
             f" {tuple(owner.shape)}."
         )
-    rows_of = int(owner.max()) + 1 if len(owner) else 1
-    if num_prompts is None:
-        num_prompts = rows_of
-    if len(owner) and rows_of > num_prompts:
-        raise ValueError(f"Expected `owner` below num_prompts={num_prompts}, but got {rows_of - 1}.")
+    named = int(owner.max()) + 1 if len(owner) else 0
+    num_prompts = max(named, 1) if num_prompts is None else num_prompts
+    if named > num_prompts:
+        raise ValueError(f"Expected `owner` below num_prompts={num_prompts}, but got {named - 1}.")
     if len(labels) == 0:
         dtype = at_least_float32(large_logits).dtype
         alpha = torch.ones(len(expert_logits), num_prompts, dtype=dtype, device=labels.device)

@@ -360,8 +360,8 @@ class FusedCausalLM(FrozenModels):
         input_ids, attention_mask = given_prompts(input_ids, attention_mask, kwargs)
         if trace_logits < 0:
             raise ValueError(f"Expected `trace_logits` to be at least 0, but got {trace_logits}.")
-        config = check_decoding(self.large, kwargs, len(input_ids))
         mask = check_ids(input_ids, attention_mask, self.vocab_size)
+        config = check_decoding(self.large, kwargs, len(input_ids))
         new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
         check_context(self._named_models, mask, max(0, new_tokens))
         prompt_length = input_ids.shape[1]
