@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage test-oldest test-newest lint bench clean
+.PHONY: help demo test test-all coverage test-oldest test-newest lint bench dist clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
@@ -71,6 +71,12 @@ lint: $(VENV)/.dev  ## ruff, codespell and mypy
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
 	@set -e; for name in $(filter-out measure intents quantised_rows vq_rivals vq_training dynamic_fusion fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+
+dist: $(VENV)/.dev  ## Build sdist and wheel into dist/, and check what an index would show of them
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[release]"
+	rm -rf build dist
+	$(BIN)/python -m build -q
+	$(BIN)/twine check --strict dist/*
 
 clean:  ## Remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,4 +43,4 @@ set_parsing_settings(
 )
 
 __all__ = ["CausalLM", "DualHeadKD", "DynamicFusionDecoder", "GLDFusionModule", "VQLogitsLM"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

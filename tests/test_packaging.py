@@ -1,5 +1,6 @@
 """The wheel holds what it should and works where the checkout is not."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from zipfile import ZipFile
 
 import pytest
 import yaml
+
+import lit_logits
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -70,6 +73,16 @@ def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     recipes = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
     assert f"Expected a file or one of the shipped recipes {recipes}, but got 'absent.yaml'." in done.stderr
+
+
+def test_version_stands_in_one_place_and_all_else_follows(wheel):
+    """The wheel takes it from the package, the citation and the changelog name it."""
+    metadata = next(name for name in ZipFile(wheel).namelist() if name.endswith("METADATA"))
+    assert f"\nVersion: {lit_logits.__version__}\n" in ZipFile(wheel).read(metadata).decode()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == lit_logits.__version__
+    sections = re.findall(r"^## \[(.+)\](?: - (.+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert dict(sections)[lit_logits.__version__] == str(citation["date-released"])
 
 
 def test_pre_commit_runs_the_tools_that_are_pinned():
