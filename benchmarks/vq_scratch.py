@@ -2,11 +2,13 @@
 
     python -m benchmarks.vq_scratch [--text FILE_OR_FOLDER ...] [--vocab-size 16384 | --tokenizer FOLDER_OR_GGUF]
         [--steps 300] [--seeds 0 1 2] [--heads dense one two ...] [--share 0.01 | --codes 128 64 64]
-        [--lr 2e-3] [--dense-lrs 1e-3 2e-3 4e-3] [--evaluate-every 30] [--out runs.json] [--plot runs.png]
+        [--fit-at 0.9] [--lr 2e-3] [--dense-lrs 1e-3 2e-3 4e-3] [--evaluate-every 30] [--out runs.json]
+        [--plot runs.png]
 
 Heads: `dense`; `adaptive`, torch's adaptive softmax; `low_rank`, the dense layer as two factors; `one`, a codebook, and
 `two`, clusters with stages of codes, both started from co-occurrence; `one_reassigned` and `two_reassigned`, the same
-with `CodebookReassign` in the middle of the training (`--reassign-at`), whose reading of text is not counted as steps.
+with `CodebookReassign` in the middle of the training (`--reassign-at`), whose reading of text is not counted as steps;
+`two_fitted`, the same where tokens own vectors until `CodebookFit` codes them (`--fit-at`).
 Codebooks have `--share` of the dense layer's floats, and the factors as many, or their rank is 1. With several rates
 the best by validation counts, and all are printed. Each seed has an initial backbone and an order of text of its own,
 which all heads share; ratios are to the dense head of the same seed. Perplexity is that of the test split, mean ±
@@ -49,7 +51,7 @@ from benchmarks.vq_training import (
     test_ppl,
     unigram_ppl,
 )
-from lit_logits.callbacks import CodebookReassign
+from lit_logits.callbacks import CodebookFit, CodebookReassign
 from lit_logits.datamodules import TextDataModule
 from lit_logits.datamodules.tokenization import tokenizer_id
 from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
@@ -63,6 +65,7 @@ HEADS: dict[str, tuple[str, type[nn.Module]]] = {
     "two": ("two levels", HierarchicalVQLogitsHead),
     "one_reassigned": ("one level, re-assigned", VQLogitsHead),
     "two_reassigned": ("two levels, re-assigned", HierarchicalVQLogitsHead),
+    "two_fitted": ("two levels, fitted to vectors", HierarchicalVQLogitsHead),
 }
 CUTOFFS = (1 / 8, 1 / 2)
 """Where short list and first group of the adaptive softmax end, as shares of the vocabulary."""
@@ -95,8 +98,8 @@ def head_options(head: str, vocab_size: int, args: argparse.Namespace) -> dict[s
         "one": {"codebook_size": rows},
         "two": {"codebook_sizes": args.codes or split_rows(rows)},
     }
-    kind = head.removesuffix("_reassigned")
-    return {**own[kind], **args.options.get(kind, {})}
+    kind, _, way = head.partition("_") if head.startswith(("one", "two")) else (head, "", "")
+    return {**own[kind], **({"own_vectors": True} if way == "fitted" else {}), **args.options.get(kind, {})}
 
 
 def run_settings(case: Case, data: TextDataModule, args: argparse.Namespace) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def run_settings(case: Case, data: TextDataModule, args: argparse.Namespace) -> 
         **case._asdict(),
         "options": head_options(case.head, data.vocab_size, args),
         "revive": case.head.removesuffix("_reassigned") in args.revive,
+        **({"fit_at": args.fit_at} if case.head.endswith("_fitted") else {}),
         "reassign": [round(share * args.steps) for share in args.reassign_at if case.head.endswith("_reassigned")],
         "backbone": backbone,
         "text": data.corpus.key,
@@ -188,6 +192,7 @@ def train(case: Case, settings: dict[str, Any], data: TextDataModule) -> dict[st
             progress,
             *([revival(steps)] if settings["revive"] else []),
             *([CodebookReassign(settings["reassign"])] if settings["reassign"] else []),
+            *([CodebookFit(settings["fit_at"])] if "fit_at" in settings else []),
         ],
         val_check_interval=settings["evaluate_every"],
         check_val_every_n_epoch=None,
@@ -308,6 +313,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--options", type=json.loads, default={}, help='JSON, as {"two": {"max_cluster_size": 99}}')
     parser.add_argument("--revive", nargs="*", default=["one"], help="heads whose dead codes are revived")
     parser.add_argument("--reassign-at", nargs="+", type=float, default=[0.5], help="shares of the training")
+    parser.add_argument("--fit-at", type=float, default=0.9, help="share of the training after which vectors are coded")
     parser.add_argument("--lr", type=float, nargs="+", default=[LR])
     parser.add_argument("--dense-lrs", type=float, nargs="+", help="of the dense head; default as the others")
     parser.add_argument("--hidden-size", type=int, default=BACKBONE["hidden_size"])

@@ -6,6 +6,7 @@ from lit_logits.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lit_logits.callbacks.atomic_checkpoints import AtomicCheckpointIO
+    from lit_logits.callbacks.codebook_fit import CodebookFit
     from lit_logits.callbacks.codebook_monitor import CodebookMonitor
     from lit_logits.callbacks.codebook_reassign import CodebookReassign
     from lit_logits.callbacks.codebook_reinit import CodebookReinit
@@ -28,6 +29,7 @@ else:
         __name__,
         {
             "lit_logits.callbacks.atomic_checkpoints": "AtomicCheckpointIO",
+            "lit_logits.callbacks.codebook_fit": "CodebookFit",
             "lit_logits.callbacks.codebook_monitor": "CodebookMonitor",
             "lit_logits.callbacks.codebook_reassign": "CodebookReassign",
             "lit_logits.callbacks.codebook_reinit": "CodebookReinit",
@@ -50,6 +52,7 @@ else:
 
 __all__ = [
     "AtomicCheckpointIO",
+    "CodebookFit",
     "CodebookMonitor",
     "CodebookReassign",
     "CodebookReinit",

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_logits.contracts import HasClassNames, HasTokenizer, offers
+from lit_logits.contracts import CodingHead, HasClassNames, HasTokenizer, offers
 
 __all__ = [
     "TrainedSoFar",
@@ -31,6 +31,7 @@ __all__ = [
     "tell_finished",
     "tensorboard_writers",
     "trained_so_far",
+    "uncoded_heads",
 ]
 
 _Part = TypeVar("_Part")  # a class of modules, or a contract of heads
@@ -58,6 +59,11 @@ def find_part(pl_module: LightningModule, kind: type[_Part]) -> _Part | None:
         Linear(in_features=2, out_features=3, bias=True)
     """
     return next((module for module in pl_module.modules() if isinstance(module, kind)), None)
+
+
+def uncoded_heads(pl_module: LightningModule) -> list[CodingHead]:
+    """Return the heads whose tokens still own vectors, and so cannot be saved in codes."""
+    return [head for head in find_parts(pl_module, CodingHead) if head.has_own_vectors]
 
 
 def data_module(trainer: Trainer) -> object:

@@ -7,11 +7,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.callbacks.parts import averaged_weights, data_class_names, data_tokenizer
+from lit_logits.callbacks.parts import averaged_weights, data_class_names, data_tokenizer, uncoded_heads
 from lit_logits.contracts import ExportsPretrained, WritesFolder
 from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.inspect import trained_model_name
@@ -104,7 +104,7 @@ class SavePretrained(Callback):
                 f"Expected a strategy whose weights are whole for {type(pl_module).__name__}, but got"
                 f" {type(trainer.strategy).__name__}. Use DDP."
             )
-        if exports:
+        if exports and not uncoded_heads(pl_module):
             self._exported(pl_module)  # raises now if it could not be saved later
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
         if trainer.is_global_zero:
@@ -122,8 +122,11 @@ class SavePretrained(Callback):
         self._ends.watch(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the metric is the best so far; rank zero decides, as all must gather the weights or none."""
-        if trainer.state.fn != "fit" or self.monitor is None:
+        """Save if the metric is the best so far; rank zero decides, as all must gather the weights or none.
+
+        Nothing is saved, nor counted as the best, while tokens own vectors that `CodebookFit` is to code.
+        """
+        if trainer.state.fn != "fit" or self.monitor is None or uncoded_heads(pl_module):
             return
         if self.monitor not in trainer.callback_metrics:
             if trainer.sanity_checking and not self.monitor.startswith("val"):
@@ -141,6 +144,12 @@ class SavePretrained(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save unless a validation did, and say where the model is."""
+        if uncoded_heads(pl_module):
+            rank_zero_warn(
+                "Nothing was saved, as tokens still own vectors. Add the callback CodebookFit, in front of"
+                " SavePretrained."
+            )
+            return
         if self.best is None:
             self._save(trainer)
         metric = "" if self.best is None else f" ({self.monitor} {self.best:.4f})"

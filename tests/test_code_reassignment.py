@@ -209,7 +209,7 @@ def test_the_loss_falls_where_the_whole_step_goes_too_far():
 def test_the_longest_step_that_is_nearly_the_best_is_taken(losses, slack, chosen, monkeypatch):
     head = random_head(TWO, std=0.1).eval()
     seen = iter([5.0, *losses])
-    monkeypatch.setattr(reassigning, "_mean_loss", lambda *_: next(seen))
+    monkeypatch.setattr(reassigning, "mean_loss", lambda *_: next(seen))
     data = positions(num=20_000)
     others = list(set_aside(data, []))
     sums = hierarchical_token_statistics(others, head.tensors())

@@ -18,6 +18,8 @@ __all__ = [
     "Calibrate",
     "Calibration",
     "CappedHead",
+    "Coded",
+    "CodingHead",
     "DecodingHead",
     "ExportableHead",
     "ImitatingHead",
@@ -235,6 +237,46 @@ class ReassigningHead(Protocol):
             min_gain: nats, summed over all positions, that the change of a code must gain.
             slack: nats a token by which the loss may be higher, right after, than the lowest one found, for the sake of
                 a longer step.
+        """
+        ...
+
+
+class Coded(NamedTuple):
+    """Result of `code_vectors`, the same on all ranks.
+
+    Attributes:
+        vectors: the parameter that is no longer trained.
+        codes: the parameter that takes its place.
+        error: share of the weighted variance of the logits that the codes lose.
+        cost: by how many nats a position the loss rose, on positions that were set aside.
+        num_positions: how many were read.
+    """
+
+    vectors: nn.Parameter
+    codes: nn.Parameter
+    error: float
+    cost: float
+    num_positions: int
+
+
+@runtime_checkable
+class CodingHead(Protocol):
+    """A head whose tokens may own vectors, which `CodebookFit` has coded."""
+
+    @property
+    def has_own_vectors(self) -> bool:
+        """Return whether tokens own vectors, which are not coded yet."""
+        ...
+
+    def code_vectors(self, positions: Iterable[tuple[Tensor, Tensor]], *, progress_bar: bool = False) -> Coded:
+        """Fit codes to the vectors, which are dropped; every rank must call it.
+
+        Args:
+            positions: hidden states (N, d) and the tokens (N,) that follow them, a batch at a time.
+            progress_bar: show one line of progress on a terminal.
+
+        Raises:
+            ValueError: If tokens own no vectors.
         """
         ...
 

@@ -197,6 +197,12 @@ from lit_logits.functional.neural_collapse import (
     relative_spread,
     simplex_gap,
 )
+from lit_logits.functional.own_vectors import (
+    VectorCodes,
+    code_vectors,
+    own_vector_cross_entropy,
+    own_vector_layout,
+)
 from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.functional.reductions import (
     Reduction,
@@ -297,6 +303,7 @@ __all__ = [
     "TopKLogits",
     "TopTokens",
     "UnmatchedTokens",
+    "VectorCodes",
     "VocabularyGraph",
     "add_task_vectors",
     "align_gradients",
@@ -330,6 +337,7 @@ __all__ = [
     "code_means",
     "code_perplexity",
     "code_usage",
+    "code_vectors",
     "commitment_loss",
     "common_span",
     "context_vectors",
@@ -387,6 +395,8 @@ __all__ = [
     "neural_collapse",
     "next_token_labels",
     "node_strengths",
+    "own_vector_cross_entropy",
+    "own_vector_layout",
     "pack_bits",
     "pack_codes",
     "packed_lookup_logits",

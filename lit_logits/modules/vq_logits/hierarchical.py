@@ -29,11 +29,12 @@ from lit_logits.functional.hierarchical_vq import (
     hierarchical_losses,
 )
 from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.own_vectors import own_vector_cross_entropy
 from lit_logits.functional.reductions import Reduction
 from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses
 from lit_logits.functional.vq_decoding import sample_logits
 from lit_logits.modules.vq_logits.counting import running_dtype
-from lit_logits.modules.vq_logits.moving_hierarchy import MovingHierarchy
+from lit_logits.modules.vq_logits.own_vectors import OwnVectors
 from lit_logits.modules.vq_logits.start import PAIR_TOKENS, HierarchyInit, choose_init, start_hierarchy
 from lit_logits.modules.vq_logits.tables import TableCache
 
@@ -42,7 +43,7 @@ __all__ = ["HierarchicalVQLogitsHead"]
 _INIT_STD = 0.02
 
 
-class HierarchicalVQLogitsHead(MovingHierarchy):
+class HierarchicalVQLogitsHead(OwnVectors):
     """Output layer of two levels of codes: a token belongs to a cluster, and owns codes that all clusters share.
 
     See `functional.hierarchical_vq` for the formulas. Where tokens of one code of a `VQLogitsHead` differ by a bias
@@ -57,6 +58,10 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         num_groups: G, a divisor of d. The codes of a stage are cut into G parts, and each token owns one of each, so
             that as many floats tell more tokens apart; the loss then sums G times as many logits. All groups start with
             the same codes of a token, and `CodebookReassign` gives each its own.
+        own_vectors: give each token a vector of its own in its cluster, until `CodebookFit`, or `code_vectors`, fits
+            the codes to them. In a long training they learn what shared codes do not, at the cost of V · d floats more
+            while they last, as many as a dense layer has; the loss stays cheap, see `own_vector_cross_entropy`. It
+            needs as many codes in each stage.
         bias: learn a bias for each token in its cluster; without it tokens of equal codes are equally likely.
         init: how `start` finds clusters and codes: `cooccurrence`, tokens that follow the same contexts, see
             `cooccurrence_hierarchy`; `random`; or `weighted_kmeans` of the rows of a pretrained output layer, see
@@ -69,6 +74,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
     Attributes:
         clusters: (K, d) parameter.
         codes: (Σ K_s, d) parameter, the codebooks of the stages one after another.
+        vectors: (V, d) parameter, in the order of clusters, while tokens own vectors; else None.
         cluster_bias: (K,) parameter in nats.
         token_bias: (V,) parameter in nats, or None.
         logit_cap: c of a soft cap on the logits of clusters, and on the summed logits of a token's codes, each before
@@ -93,6 +99,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         codebook_sizes: Sequence[int] = (256, 256),
         *,
         num_groups: int = 1,
+        own_vectors: bool = False,
         bias: bool = True,
         init: HierarchyInit | None = None,
         start_tokens: int = PAIR_TOKENS,
@@ -128,6 +135,7 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         self.init, self.start_tokens, self.usage_decay = init, start_tokens, usage_decay
         self.count_power = count_power
         self.max_cluster_size = max_cluster_size or min(vocab_size, 4 * mean)
+        self.vectors = nn.Parameter(torch.randn(vocab_size, hidden_size) * _INIT_STD) if own_vectors else None
         self.clusters = nn.Parameter(torch.randn(num_clusters, hidden_size) * _INIT_STD)
         self.codes = nn.Parameter(torch.randn(sum(stage_sizes), hidden_size) * _INIT_STD)
         self.cluster_bias = nn.Parameter(torch.zeros(num_clusters))
@@ -138,6 +146,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         self.register_buffer("token_codes", torch.stack(codes * num_groups, 1))
         self.register_buffer("token_counts", torch.zeros(vocab_size, dtype=running_dtype()))
         self._tables = TableCache()
+        if own_vectors:
+            self.check_own_vectors()
 
     # ------------------------------------------------------------------ logits and loss
 
@@ -149,9 +159,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return the cross-entropy in nats, without the (N, V) logits. Arguments as in `VQLogitsHead.loss`."""
-        loss = hierarchical_cross_entropy(
-            hidden, self.tensors(), labels, ignore_index=ignore_index, reduction=reduction
-        )
+        cross_entropy = own_vector_cross_entropy if self.has_own_vectors else hierarchical_cross_entropy
+        loss = cross_entropy(hidden, self.tensors(), labels, ignore_index=ignore_index, reduction=reduction)
         if self.training:
             self._count(labels, ignore_index)
         return loss
@@ -194,6 +203,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
 
     def tensors(self) -> HierarchicalCodes:
         """Return the tensors of the head; they are shared, not copied."""
+        if self.has_own_vectors:
+            return self.own_tensors()
         return HierarchicalCodes(
             self.clusters,
             self.codes,
@@ -230,6 +241,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
 
     def ppl_floor(self) -> Tensor:
         """Return the perplexity that no backbone can go below: tokens of one cluster with equal codes share logits."""
+        if self.has_own_vectors:
+            return torch.ones((), device=self.token_counts.device)
         equal = torch.cat([self.token_to_cluster.unsqueeze(1), self.token_codes], 1).unique(dim=0, return_inverse=True)
         bias = None if self.token_bias is None else self.token_bias.detach()
         return ppl_floor(self.token_counts, equal[1], len(equal[0]), bias)
@@ -273,6 +286,8 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         )
         self.token_counts.copy_(calibration.token_counts)
         self.set_codes(**found._asdict())
+        if self.has_own_vectors:
+            self.start_vectors(layer.weight)
 
     @torch.no_grad()
     def set_codes(
@@ -328,6 +343,6 @@ class HierarchicalVQLogitsHead(MovingHierarchy):
         """Return the settings that `print(module)` shows."""
         return (
             f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, codebook_sizes={self.codebook_sizes},"
-            f" num_groups={self.num_groups}, bias={self.token_bias is not None},"
+            f" num_groups={self.num_groups}, own_vectors={self.has_own_vectors}, bias={self.token_bias is not None},"
             f" max_cluster_size={self.max_cluster_size}"
         )

@@ -38,6 +38,11 @@ class MovingHierarchy(CountsTokens):
         raise NotImplementedError
 
     @property
+    def has_own_vectors(self) -> bool:
+        """Whether tokens own vectors, which are not coded yet."""
+        raise NotImplementedError
+
+    @property
     def stage_sizes(self) -> tuple[int, ...]:
         """Number of codes of each stage, those of the first group, then of the second, etc."""
         return self.codebook_sizes[1:] * self.num_groups
@@ -53,7 +58,12 @@ class MovingHierarchy(CountsTokens):
 
     @torch.no_grad()
     def revive_dead(self, min_usage: float = 0.0, *, generator: torch.Generator | None = None) -> Revival:
-        """Give dead clusters and codes one half of a heavy one; see `revive_hierarchy` and `RevivableHead`."""
+        """Give dead clusters and codes one half of a heavy one; see `revive_hierarchy` and `RevivableHead`.
+
+        None while tokens own vectors.
+        """
+        if self.has_own_vectors:
+            return Revival(0, {})
         dead = [self.dead_codes(min_usage), *self.dead_stage_codes(min_usage)]
         sizes = (self.codebook_sizes[0], *self.stage_sizes)
         dead = [_of_rank_zero(codes, size) for codes, size in zip(dead, sizes, strict=True)]
@@ -91,7 +101,12 @@ class MovingHierarchy(CountsTokens):
 
     @torch.no_grad()
     def reassign(self, positions: Positions, *, min_gain: float = 2.0, slack: float = 0.0) -> Reassigned:
-        """Give tokens the codes of the stages that lower the loss most; clusters stay. See `move_codes`."""
+        """Give tokens the codes of the stages that lower the loss most; clusters stay. See `move_codes`.
+
+        None while tokens own vectors.
+        """
+        if self.has_own_vectors:
+            return Reassigned(0, 0.0, 0)
         held: list[tuple[Tensor, Tensor]] = []
         sums = hierarchical_token_statistics(set_aside(positions, held), self.tensors())
 

@@ -39,6 +39,9 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
         packed_codes: uint8 buffer, ⌈log2 K⌉ bits for the cluster of each token, then as many as each stage needs, group
             after group.
 
+    Raises:
+        ValueError: If tokens still own vectors.
+
     Example:
         >>> head = HierarchicalVQLogitsHead(hidden_size=8, vocab_size=100, codebook_sizes=(10, 16))
         >>> packed, hidden = PackedHierarchicalVQLogitsHead(head), torch.randn(2, 8)
@@ -50,6 +53,11 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
 
     def __init__(self, head: HierarchicalVQLogitsHead) -> None:
         super().__init__()
+        if head.has_own_vectors:
+            raise ValueError(
+                "Expected a head whose tokens have codes, but they still own vectors. Train with the callback"
+                " `CodebookFit`, which codes them, or call `code_vectors`."
+            )
         self.hidden_size, self.vocab_size, self.codebook_sizes = head.hidden_size, head.vocab_size, head.codebook_sizes
         self.num_groups = head.num_groups
         self.clusters, self.codes = head.clusters, head.codes

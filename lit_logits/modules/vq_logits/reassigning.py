@@ -15,7 +15,7 @@ from lit_logits.contracts import Reassigned
 from lit_logits.functional.code_reassignment import CodeReassignment, Positions, TokenStatistics, reassign_by_loss
 from lit_logits.functional.distributed import all_reduce_sum_
 
-__all__ = ["move_codes", "set_aside"]
+__all__ = ["mean_loss", "move_codes", "set_aside"]
 
 _ONE_IN = 8  # one in as many batches is set aside
 _MAX_NUMBERS = 1 << 24  # of hidden states that are kept: 64 MiB
@@ -85,14 +85,14 @@ def move_codes(
     was_training = head.training
     head.eval()  # else it counts the labels
     nothing = CodeReassignment(before, torch.zeros_like(statistics.mass), torch.zeros_like(statistics.mass))
-    start = _mean_loss(head, held)
+    start = mean_loss(head, held)
     tried = []
     for damping in _DAMPINGS:
         found = reassign_by_loss(
             statistics, codebooks, before, has_bias=bias is not None, min_gain=min_gain, damping=damping
         )
         take(found)
-        tried.append((_mean_loss(head, held), found))
+        tried.append((mean_loss(head, held), found))
     tried.append((start, nothing))
     lowest = min((loss for loss, _ in tried if not math.isnan(loss)), default=start)
     loss, best = next(((loss, found) for loss, found in tried if loss <= lowest + slack), (start, nothing))
@@ -103,7 +103,7 @@ def move_codes(
     return Reassigned(int((best.token_codes != before).any(1).sum()), start - loss, num_positions)
 
 
-def _mean_loss(head: Any, held: Sequence[tuple[Tensor, Tensor]]) -> float:
+def mean_loss(head: Any, held: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Return the mean loss over what all ranks have set aside, which is the same on all of them."""
     sums = torch.zeros(2, dtype=torch.float64, device=head.token_counts.device)
     for hidden, labels in held:

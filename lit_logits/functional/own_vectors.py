@@ -1,0 +1,220 @@
+"""A vector for each token within its cluster, with which training may begin, and the codes that take its place.
+
+    p(v | h) = softmax(h Cᵀ + β)_{M(v)} · exp(⟨h, u_v⟩ + b_v) / Σ_{w: M(w) = M(v)} exp(⟨h, u_w⟩ + b_w)
+
+This is the class-based softmax [0]: its loss takes O(N·(K + m)·d), where a dense layer takes O(N·V·d). In a long
+training tokens that share codes learn less than tokens that own vectors. So vectors are trained first, and coded near
+the end.
+
+Letters: N tokens, d hidden size, V vocabulary, K clusters, m members of the largest, S stages of L codes, G groups.
+
+References:
+    [0]: Classes for fast maximum entropy training (Goodman), 2001. That codes follow is ours.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_logits.functional.checks import check_labels
+from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
+from lit_logits.functional.hierarchical_vq import ClusterLayout, HierarchicalCodes, cluster_layout, cluster_log_probs
+from lit_logits.functional.labels import IGNORE_INDEX
+from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.residual_codes import fit_residual_codes, metric_matrix
+from lit_logits.functional.vq_logits import code_logits
+
+__all__ = ["VectorCodes", "code_vectors", "own_vector_cross_entropy", "own_vector_layout"]
+
+
+def own_vector_layout(token_to_cluster: Tensor, num_clusters: int) -> ClusterLayout:
+    """Return the tables for `codes` (V, d) that hold a row for each token, cluster after cluster.
+
+    Args:
+        token_to_cluster: (V,) int64 in [0, K).
+        num_clusters: K.
+
+    Example:
+        >>> own_vector_layout(torch.tensor([1, 0, 1]), 2).columns.squeeze(-1)
+        tensor([[0, 0],
+                [1, 2]])
+    """
+    rows = torch.empty_like(token_to_cluster)
+    rows[token_to_cluster.argsort(stable=True)] = torch.arange(len(rows), device=rows.device)
+    return cluster_layout(token_to_cluster, rows.unsqueeze(1), num_clusters, [len(rows)])
+
+
+def own_vector_cross_entropy(
+    hidden: Tensor,
+    head: HierarchicalCodes,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Compute the exact cross-entropy −log p(y | h) in nats, each label beside the members of its cluster alone.
+
+    Equal to `hierarchical_cross_entropy` of the same head, which would make logits (N, V).
+
+    Args:
+        hidden: (..., d).
+        head: its codes are (V, d), in the order of `own_vector_layout`, which is its layout.
+        labels: (...) token ids in [0, V) or `ignore_index`.
+        ignore_index: label of tokens that do not count.
+        reduction: `mean` over the tokens that count (0 if none does), `sum` or `none`.
+
+    Returns:
+        Nats, at least float32; a scalar, or (...) for `none`.
+
+    Raises:
+        ValueError: If labels have another shape, or one is out of range (checked in host memory only).
+
+    Example:
+        >>> layout = own_vector_layout(torch.tensor([1, 0, 1]), 2)
+        >>> head = HierarchicalCodes(torch.zeros(2, 4), torch.zeros(3, 4), layout, cluster_bias=torch.zeros(2))
+        >>> own_vector_cross_entropy(torch.zeros(2, 4), head, torch.tensor([0, 1]), reduction="none")  # ½ · ½, ½ · 1
+        tensor([1.3863, 0.6931])
+    """
+    layout = head.layout
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"Expected `labels` to have shape {tuple(hidden.shape[:-1])}, one for each hidden state, but got"
+            f" {tuple(labels.shape)}."
+        )
+    check_labels(labels, len(layout.places), ignore_index=ignore_index)
+    is_member = layout.members < len(layout.places)
+    sizes = is_member.sum(1).tolist()
+    bias = None if head.token_bias is None else head.token_bias[layout.members[is_member]]
+
+    def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        own = layout.token_to_cluster[tokens]
+        outer = cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1)).squeeze(1)
+        # Rows are sorted by cluster, so that each cluster is a product of two matrices. A split of the vectors, and not
+        # an index, gives their gradient in one piece.
+        order = own.argsort(stable=True)
+        counts = torch.bincount(own, minlength=len(sizes)).tolist()
+        parts = zip(
+            rows.index_select(0, order).split(counts),
+            layout.places[tokens[order]].split(counts),
+            head.codes.split(sizes),
+            [None] * len(sizes) if bias is None else bias.split(sizes),
+            strict=True,
+        )
+        inner = []
+        for some, places, vectors, of_tokens in parts:
+            if len(some):
+                logits = code_logits(some, vectors, of_tokens, cap=head.cap)
+                inner.append(logits.gather(1, places.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
+        joined = torch.cat(inner) if inner else outer
+        return (-(outer + torch.empty_like(joined).index_copy(0, order, joined)),)
+
+    mask = labels != ignore_index
+    rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
+    chunk_size = rows_a_chunk(len(head.clusters) + layout.members.shape[1])
+    (values,) = chunked_rows(losses, rows, tokens, chunk_size=chunk_size)
+    return reduce_tokens(values.reshape(labels.shape), mask, reduction)
+
+
+class VectorCodes(NamedTuple):
+    """Result of `code_vectors`.
+
+    Attributes:
+        codes: (S · L, d), the codebooks of the stages one after another.
+        token_codes: (V, G · S) int64 in [0, L): the stages of the first group, then of the second, etc.
+        bias_shift: (V,) nats to add to the token bias, for the mean of the hidden states.
+        error: share of the weighted variance of the logits within clusters that is lost.
+    """
+
+    codes: Tensor
+    token_codes: Tensor
+    bias_shift: Tensor
+    error: float
+
+
+def code_vectors(
+    vectors: Tensor,
+    token_to_cluster: Tensor,
+    num_clusters: int,
+    *,
+    codebook_size: int,
+    num_stages: int,
+    num_groups: int,
+    token_weights: Tensor,
+    hidden_mean: Tensor,
+    hidden_second_moment: Tensor,
+    has_bias: bool = True,
+    shift: bool = True,
+    generator: torch.Generator | None = None,
+    progress_bar: bool = False,
+) -> VectorCodes:
+    """Fit shared codes to vectors of tokens, in what an error of their logits costs; see `fit_residual_codes`.
+
+    A bias takes up the mean of an error, so that its spread over hidden states is what counts: the metric is their
+    covariance, or E[h hᵀ] without a bias. What all vectors of a cluster have in common cancels in its softmax, and is
+    left out.
+
+    Args:
+        vectors: (V, d), in the order of tokens.
+        token_to_cluster: (V,) int64 in [0, K).
+        num_clusters: K.
+        codebook_size: L, codes a stage, which every group has.
+        num_stages: S.
+        num_groups: G, a divisor of d.
+        token_weights: (V,) what an error costs, non-negative.
+        hidden_mean: (d,) E[h].
+        hidden_second_moment: (d, d) E[h hᵀ].
+        has_bias: whether tokens have a bias.
+        shift: leave out the mean of a cluster; not under a cap, where it does not cancel.
+        generator: source of randomness, on the device of `vectors`.
+        progress_bar: show one line of progress on a terminal.
+
+    Raises:
+        ValueError: See `fit_residual_codes`.
+
+    Example:
+        >>> vectors, moment = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0]]), torch.eye(2)
+        >>> found = code_vectors(vectors, torch.tensor([0, 0, 0]), 1, codebook_size=2, num_stages=1, num_groups=2,
+        ...     token_weights=torch.ones(3), hidden_mean=torch.zeros(2), hidden_second_moment=moment)
+        >>> found.codes.shape, found.token_codes.shape, round(found.error, 4)
+        (torch.Size([2, 2]), torch.Size([3, 2]), 0.0)
+    """
+    weights = token_weights.to(vectors)
+    if shift:
+        mass = weights.new_zeros(num_clusters).index_add_(0, token_to_cluster, weights)
+        sums = vectors.new_zeros(num_clusters, vectors.shape[1])
+        sums.index_add_(0, token_to_cluster, weights.unsqueeze(1) * vectors)
+        tiny = torch.finfo(weights.dtype).tiny
+        vectors = vectors - (sums / mass.clamp(min=tiny).unsqueeze(1))[token_to_cluster]
+    mean, moment = hidden_mean.double(), hidden_second_moment.double()
+    moment = metric_matrix(moment - torch.outer(mean, mean) if has_bias else moment, "full", num_groups)
+    found = fit_residual_codes(
+        vectors,
+        codebook_size,
+        num_groups=num_groups,
+        token_stages=torch.full((len(vectors),), num_stages, device=vectors.device),
+        token_weights=weights,
+        metric=moment,
+        num_sweeps=_NUM_SWEEPS,
+        generator=generator,
+        progress_bar=progress_bar,
+    )
+    token_codes = found.codes.view(num_stages, len(vectors), num_groups).permute(1, 2, 0)
+    which = torch.arange(num_groups, device=vectors.device)
+    rows = sum(found.codebooks[stage, which, token_codes[..., stage]].flatten(1) for stage in range(num_stages))
+    error = rows - vectors
+    total = _weighted_square(vectors, weights, moment)
+    return VectorCodes(
+        found.codebooks.transpose(1, 2).flatten(2).flatten(0, 1),
+        token_codes.flatten(1),
+        -(error @ mean.to(error)) if has_bias else torch.zeros_like(weights),
+        _weighted_square(error, weights, moment) / total if total else 0.0,
+    )
+
+
+_NUM_SWEEPS = 8
+
+
+def _weighted_square(vectors: Tensor, weights: Tensor, metric: Tensor) -> float:
+    vectors = vectors.double()
+    return float((weights.double() * ((vectors @ metric) * vectors).sum(-1)).sum())
