@@ -24,6 +24,7 @@ from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogi
 
 VOCAB_SIZE, HIDDEN_SIZE = 49_152, 576
 TWO_LEVELS = {"256 clusters + 256": (256, 256), "256 clusters + 4 × 64": (256, *[64] * 4)}
+OWN = "256 clusters, own vectors"
 CUTOFFS = [2_000, 10_000]  # of the adaptive softmax, frequent ids first
 CHUNKED = "dense, linear_cross_entropy in chunks"
 
@@ -57,6 +58,9 @@ def _make_loss(case: str, codebook_size: int) -> tuple[nn.Module, Callable[..., 
     if case == "adaptive softmax":
         adaptive = nn.AdaptiveLogSoftmaxWithLoss(HIDDEN_SIZE, VOCAB_SIZE, CUTOFFS)
         return adaptive, lambda hidden, labels: adaptive(hidden, labels).loss
+    if case == OWN:
+        own = HierarchicalVQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, (256, 1), own_vectors=True)
+        return own, lambda hidden, labels: own.loss(hidden, labels)
     if case in TWO_LEVELS:
         levels = HierarchicalVQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, TWO_LEVELS[case])
         return levels, lambda hidden, labels: levels.loss(hidden, labels)
@@ -87,7 +91,7 @@ def decoding_step(case: str, codebook_size: int, batch_size: int, device: str, r
 
 
 def _training_cases(codes: list[int]) -> list[tuple[str, int]]:
-    alone = ["dense", CHUNKED, "adaptive softmax", *TWO_LEVELS]
+    alone = ["dense", CHUNKED, "adaptive softmax", OWN, *TWO_LEVELS]
     if not hasattr(nn, "LinearCrossEntropyOptions"):
         alone.remove(CHUNKED)
         print(f"torch {torch.__version__} has no F.linear_cross_entropy in chunks, as 2.13 has: left out.\n")
