@@ -661,7 +661,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, {tests!r})
 from test_vq_training import make_model, make_trainer, rows
-from lit_logits.callbacks import CodebookReassign, CodebookReinit
+from lit_logits.callbacks import CodebookFit, CodebookReassign, CodebookReinit
 from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead
 
 torch.set_num_threads(1)
@@ -686,13 +686,15 @@ for case, kwargs in cases.items():
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
         **kwargs,
     )
+    own_vectors = hierarchical is not None and "own_vectors" in hierarchical
     torch.manual_seed(rank)  # ranks must agree although they are seeded differently
     trainer = make_trainer(
         folder,
         devices=devices,
-        strategy="ddp" if devices == 2 else "auto",
+        strategy="auto" if devices == 1 else "ddp_find_unused_parameters_true" if own_vectors else "ddp",
         max_epochs=2,
         callbacks=[
+            *([CodebookFit(at=0.5)] if own_vectors else []),
             *([] if residual is not None else [CodebookReinit(every_n_steps=3, min_usage=0.5)]),
             *([] if hierarchical is None else [CodebookReassign([4], min_gain=0.1)]),
         ],
@@ -715,6 +717,7 @@ CASES: dict[str, dict] = {
         "kd_weight": 0.7,
     },
     "hierarchical": {"hierarchical": {"codebook_sizes": (12, 6, 6)}, "kd_weight": 0.3},
+    "own_vectors": {"hierarchical": {"codebook_sizes": (12, 6, 6), "num_groups": 2, "own_vectors": True}},
 }
 
 
@@ -733,7 +736,17 @@ def test_two_processes_equal_one(tmp_path):
         for name in one[0]:
             assert torch.equal(first[0][name], second[0][name]), (case, name)
             torch.testing.assert_close(one[0][name], first[0][name], rtol=1e-3, atol=1e-5, msg=f"{case}: {name}")
-        names = {"vq/reinit", "vq/reassigned", "vq/reassign_gain", "val/loss", "val/ppl", "val/kl", "val/ppl_ratio"}
+        names = {
+            "vq/reinit",
+            "vq/reassigned",
+            "vq/reassign_gain",
+            "vq/coding_cost",
+            "val/loss",
+            "val/ppl",
+            "val/kl",
+            "val/ppl_ratio",
+        }
+        assert ("vq/coding_cost" in one[1]) == (case == "own_vectors")
         if case == "hierarchical":
             assert one[1]["vq/reassigned"] > 0
         for name in names & one[1].keys():  # the targets of the two ranks differ in number
