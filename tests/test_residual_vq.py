@@ -465,7 +465,7 @@ def test_the_footprint_is_what_a_saved_head_takes(head):
         ({"num_stages": {"50": 2, "400": 1}}, "to be integers"),
         ({"hidden_second_moment": torch.eye(15)}, r"Expected `hidden_second_moment` to be \(16, 16\)"),
         ({"hidden_second_moment": torch.full((16, 16), torch.inf)}, "hidden_second_moment"),
-        ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5. Groups .*: 2."),
+        ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
         ({"codebook_size": 401}, r"Expected `codebook_size` to be in \[1, 400\]"),
     ],
 )
