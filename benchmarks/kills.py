@@ -45,7 +45,7 @@ NOT_COMPARED = (
     "epoch",
     "kd/grad_cosine",
     "kd/conflict",
-)  # the latter two are means over an epoch, see docs/resuming.md
+)  # the latter two are means over an epoch, see docs/how_to/resuming.md
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -86,7 +86,12 @@ class CodebookReassign(Callback):
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to change codes while weights are averaged."""
+        """Refuse to change codes while weights are averaged, and warn if training ends before the first reading."""
+        if 1 < trainer.max_steps <= min(self.at_steps, default=0):
+            rank_zero_warn(
+                f"CodebookReassign reads at steps {list(self.at_steps)}, but training ends at step {trainer.max_steps}."
+                f" Set at_steps=[{max(1, trainer.max_steps // 2)}]."
+            )
         averages = averaging_callback(trainer)
         if averages is not None:
             raise ValueError(

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, LearningRateMonito
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import LambdaLR
@@ -42,7 +42,7 @@ from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
 from lit_logits.callbacks.resume_check import ResumeCheck
-from lit_logits.recipe_parser import RecipeFile, RecipeParser
+from lit_logits.recipe_parser import RecipeFile, RecipeParser, schedule_warning
 from lit_logits.run_folders import best_checkpoint, claim_version, last_checkpoint, runs_folder
 from lit_logits.text_classifiers import fill_vocabulary
 
@@ -146,6 +146,9 @@ class LitLogitsCLI(LightningCLI):
             config.weights_only = True  # Lightning's default would run the code in a checkpoint from a URL
         if self.subcommand == "predict" and config.get("return_predictions") is None:
             config.return_predictions = False  # a writer stores them, and memory may be too small
+        warning = schedule_warning(config.model, config.trainer.max_steps) if self.subcommand == "fit" else None
+        if warning:
+            rank_zero_warn(warning)
         given = config.trainer.logger
         loggers = [one.init_args for one in (given if isinstance(given, list) else [given]) if _has_arguments(one)]
         recipes = [Path(str(path)).stem for path in config.get("config") or []]

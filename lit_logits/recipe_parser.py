@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-__all__ = ["RecipeFile", "RecipeParser"]
+__all__ = ["RecipeFile", "RecipeParser", "schedule_warning"]
 
 
 class RecipeFile(ActionConfigFile):
@@ -129,7 +129,39 @@ class RecipeParser(LightningArgumentParser):
             message += "\nSince version 0.2 it is `kd_factor`: `kd_weight` is a share in [0, 1] everywhere."
         if "'chunk_size'" in message and ("GLDFusionModule" in message or "DynamicFusionDecoder" in message):
             message += "\nSince version 0.2 chunks go by the memory that their logits take: leave `chunk_size` out."
+        message += _unquoted_pattern(message)
         return super().error(message + _new_form_of_data(message), *args, **kwargs)
+
+
+def _unquoted_pattern(message: str) -> str:
+    """Return what an error adds if the shell has made several files of a pattern, of which an option took the first."""
+    found = re.search(r"unrecognized arguments?: (\S+)", message, re.IGNORECASE)
+    if found is None or not Path(found.group(1)).exists():
+        return ""
+    return "\nA pattern of several files goes in quotes, as in --data.init_args.source 'my/*.txt'."
+
+
+def schedule_warning(model: Namespace, max_steps: int) -> str | None:
+    """Return a warning if a `WarmupStableDecayLR` ends at a rate of 0 before the training does, else None.
+
+    Args:
+        model: parsed config of the model.
+        max_steps: optimizer steps of the training; below 1 if it has no such end.
+    """
+    schedule = model.get("init_args.lr_scheduler")
+    if not isinstance(schedule, Namespace) or not schedule.class_path.endswith("WarmupStableDecayLR"):
+        return None
+    settings = schedule.init_args
+    steps = [settings.get(f"num_{part}_steps") for part in ("warmup", "stable", "decay")]
+    if any(not isinstance(count, int) for count in steps) or settings.get("min_lr_ratio"):
+        return None
+    end = sum(steps)
+    if max_steps <= end:
+        return None
+    return (
+        f"The learning rate is 0 from step {end} on, but training has {max_steps} steps. Set"
+        f" --model.init_args.lr_scheduler.init_args.num_decay_steps {max_steps - end + steps[2]}."
+    )
 
 
 def _new_form_of_data(message: str) -> str:

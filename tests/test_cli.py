@@ -512,6 +512,17 @@ def test_a_slip_is_told_without_the_usage(capsys):
     assert len(told.splitlines()) < 20
 
 
+def test_a_pattern_without_quotes_is_told(capsys):
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("text")
+    with pytest.raises(SystemExit):  # what a shell makes of my/*.txt
+        cli("fit", "--data.source", "a.txt", "b.txt", data="TextDataModule")
+    assert "in quotes, as in --data.init_args.source 'my/*.txt'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli("fit", "--data.source", "a.txt", "nothing_here", data="TextDataModule")
+    assert "in quotes" not in capsys.readouterr().err
+
+
 def test_others_are_silent(capsys, recwarn):
     """Lightning advertises, and torch deprecates what Lightning uses."""
     main(["fit", "--model=CountingLM", "--data=CountingData", "--trainer.max_steps=1", "--trainer.accelerator=cpu"])
@@ -606,6 +617,21 @@ def test_warmup_stable_decay_rises_falls_and_stays_at_its_floor():
     cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
     ramp = [0.1, 0.55]  # from the floor, in two steps
     assert rates == pytest.approx([1e-2 * r for r in [*ramp, *cosine, 0.1, 0.1]], abs=1e-8)
+
+
+@pytest.mark.parametrize(("steps", "floor", "warns"), [(8, 0.0, True), (6, 0.0, False), (8, 0.1, False)])
+def test_a_schedule_that_ends_before_the_training_is_told(recwarn, steps, floor, warns):
+    """A longer training by `--trainer.max_steps` alone learned nothing after the end of the recipe's schedule."""
+    schedule = ["--model.lr_scheduler=WarmupStableDecayLR", "--model.lr_scheduler.num_warmup_steps=1"]
+    schedule += ["--model.lr_scheduler.num_stable_steps=2", "--model.lr_scheduler.num_decay_steps=3"]
+    fit(*schedule, f"--model.lr_scheduler.min_lr_ratio={floor}", steps=steps)
+    told = [str(w.message) for w in recwarn if "learning rate is 0" in str(w.message)]
+    assert len(told) == warns
+    if warns:
+        assert "from step 6 on, but training has 8 steps" in told[0]
+        option, value = re.search(r"(--model\S+) (\d+)\.$", told[0]).groups()
+        fit(*schedule, f"{option}={value}", steps=steps)
+        assert sum("learning rate is 0" in str(w.message) for w in recwarn) == 1
 
 
 def test_reduce_on_plateau_of_lightning():

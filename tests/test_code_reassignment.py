@@ -393,6 +393,8 @@ def test_what_cannot_work_is_told_at_the_start(texts, tmp_path):
         CodebookReassign([1], min_gain=-1.0)
     with pytest.warns(UserWarning, match="CodebookReassign found no head"):
         run(tmp_path, texts, DenseLogitsHead, steps=1, callbacks=[CodebookReassign([2])])
+    with pytest.warns(UserWarning, match=r"reads at steps \[4, 9\], but training ends at step 4. Set at_steps=\[2\]"):
+        run(tmp_path, texts, steps=4, callbacks=[CodebookReassign([4, 9])])
 
     class Mine(L.LightningModule):
         def __init__(self):

@@ -328,7 +328,7 @@ def test_two_levels_say_that_they_have_no_rows(compact):
 
 
 def sft_trainer(model):
-    """Return trl's trainer as docs/saved_models.md says: two levels have no rows that it could read."""
+    """Return trl's trainer as docs/how_to/use_saved_models.md says: two levels have no rows that it could read."""
     pytest.importorskip("trl")
     from trl import SFTTrainer
 

@@ -343,7 +343,7 @@ def test_a_byte_budget_chooses_tiers_that_a_checkpoint_brings_back(folder, tmp_p
     ("options", "message"),
     [
         ({"kd_weight": 1.5}, r"Expected `kd_weight` to be in \[0, 1\], but got 1.5"),
-        ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5"),
+        ({"num_groups": 5}, "Expected `num_groups` to divide the hidden size 16, but got 5. Groups .* good size: 2."),
         ({"head": partial(VQLogitsHead, codebook_size=8, mapping="learned")}, r"without latents .*got VQLogitsHead"),
         ({"num_trainable_layers": 3}, r"Expected `num_trainable_layers` to be in \[0, 2\], the layers of LlamaModel"),
         (

@@ -73,7 +73,10 @@ class CodedRows(PackedMapping):
         super().__init__()
         check_codebook_size(codebook_size, vocab_size)
         if num_groups < 1 or hidden_size % num_groups:
-            raise ValueError(f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.")
+            good = f" Groups of 8 dimensions are a good size: {hidden_size // 8}." if hidden_size % 8 == 0 else ""
+            raise ValueError(
+                f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.{good}"
+            )
         check_not_negative(num_sweeps=num_sweeps)
         planned = default_stages(num_stages, byte_budget)
         if token_stages is None:

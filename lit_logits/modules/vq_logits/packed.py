@@ -113,7 +113,7 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
             raise AttributeError(
                 f"Expected an output layer with `{name}`, but two levels of codes equal no dense layer. Let the program"
                 " take the loss that the model itself returns for `labels`, as `transformers.Trainer` does;"
-                " docs/saved_models.md has the lines for trl's `SFTTrainer`."
+                " docs/how_to/use_saved_models.md has the lines for trl's `SFTTrainer`."
             )
         return super().__getattr__(name)
 
