@@ -1,4 +1,4 @@
-"""What fusion does to perplexity and answers: the worked example of docs/dynamic_fusion.md.
+"""What fusion does to perplexity and answers: the worked example of docs/measured/dynamic_fusion.md.
 
     python -m benchmarks.dynamic_fusion --model my.gguf --gsm8k gsm8k-train.jsonl [--base models/base]
         [--python models/python] [--arithmetic models/arithmetic] [--rows 64] [--answers 0] [--max-length 512]
