@@ -70,7 +70,7 @@ class _Evaluation(NamedTuple):
         over_f: f − ā.
         over_g: g − b̄.
         first: A′, which is also the slope of g.
-        slope: half the objective's derivative, divided by α.
+        slope: half the objective's derivative, divided by α; at 0 its limit.
         guess: next guess at the minimum.
     """
 
@@ -94,11 +94,15 @@ def _evaluate(alpha: float, moments: Sequence[float], target_f: float, target_g:
     # As E_P[Δ] = 0: f = α A′ − A with slope α A″, and g = A with slope A′. Rounding may leave f a little below 0.
     forward, reverse = max(alpha * first - log_norm, 0.0), log_norm
     over_f, over_g, rise_f = forward - target_f, reverse - target_g, alpha * second
-    slope = (over_f * rise_f + over_g * first) / max(alpha, _TINY)
     # A Gauss–Newton step in √f and √g, which are nearly straight lines through 0: f − ā is about 2 √ā (√f − √ā).
     # In f and g themselves, which start like α², a step from a small α would go far beyond the minimum.
     root_f, root_g = max(sqrt(forward), _TINY), max(sqrt(reverse), _TINY)
     steep_f, steep_g = rise_f / root_f, first / root_g
+    if alpha > _TOLERANCE:
+        slope = over_f * second + over_g * first / alpha
+    else:  # 0/0, or digits that rounding left: their limits, as A′ = α A″ and f = g = α² A″/2 near 0
+        slope = (over_f + over_g) * second
+        steep_f = steep_g = sqrt(2 * second)
     pull_f, pull_g = target_f * steep_f, target_g * steep_g
     excess = pull_f * (root_f - sqrt(target_f)) + pull_g * (root_g - sqrt(target_g))
     guess = alpha - 2 * excess / ((pull_f * steep_f + pull_g * steep_g) or 1.0)
