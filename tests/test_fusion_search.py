@@ -31,10 +31,13 @@ def objective(large, base, expert, alpha):
 
 
 def test_a_minimum_lies_within_a_ten_thousandth():
-    """The slope at α = 0 once came out as 0: searches stayed there, or on the wrong side of the next point."""
+    """The slope at α = 0 once came out as 0: searches stayed there, or on the wrong side of the next point.
+
+    In the last seeds a first guess close to a point of the grid was taken for a minimum, up to 0.003 away.
+    """
     around = 1.1e-4 * torch.linspace(-1, 1, 41, dtype=torch.float64)
     grid = torch.linspace(0, 2, 21, dtype=torch.float64)
-    for seed in range(400):
+    for seed in [*range(400), 620, 932, 1952, 2311, 2549, 3622]:
         data = draw(seed)
         alpha = fusion_weights(*data).alpha[0].unsqueeze(1)
         reached = objective(*data, alpha)

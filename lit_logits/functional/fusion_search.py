@@ -166,8 +166,13 @@ def _search_line(grid: list[float], target_f: float, target_g: float, negligible
         guess = latest.guess if last_slope is None else _secant(latest.alpha, latest.slope, last, last_slope)
         if not below <= guess <= above:  # also for NaN: bisect
             guess = (below + above) / 2
-        if abs(guess - latest.alpha) <= _TOLERANCE or best.objective <= negligible:
+        if best.objective <= negligible:
             break
+        if abs(guess - latest.alpha) <= _TOLERANCE / 2:
+            if last_slope is not None:
+                break
+            # A Gauss–Newton guess may be short of a minimum that misses the targets: ask for a second slope.
+            guess = max(latest.alpha - _TOLERANCE, below) if latest.slope > 0 else min(latest.alpha + _TOLERANCE, above)
         last, last_slope = latest.alpha, latest.slope
         latest = _evaluate(guess, (yield guess), target_f, target_g)
         best = latest if latest.objective < best.objective else best
