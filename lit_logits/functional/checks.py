@@ -18,11 +18,13 @@ _READABLE_DEVICES = {"cpu"}
 def may_read(tensor: Tensor) -> bool:
     """Return whether the values of `tensor` are at hand, so that reading them makes no host wait for a device.
 
+    While `torch.compile` traces, no values are: a read would break the graph.
+
     Example:
         >>> may_read(torch.zeros(1)), may_read(torch.zeros(1, device="meta"))
         (True, False)
     """
-    return tensor.device.type in _READABLE_DEVICES
+    return not torch.compiler.is_compiling() and tensor.device.type in _READABLE_DEVICES
 
 
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX, wait: bool = False) -> None:
