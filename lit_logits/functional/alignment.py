@@ -30,22 +30,20 @@ def align_positions(ends1: Tensor, ends2: Tensor) -> Tensor:
         >>> align_positions(torch.tensor([[-1, 0, 3, 7, 9]]), torch.tensor([[0, 5, 7, 8, 9]]))
         tensor([[-1,  0, -1,  2,  4]])
     """
-    result = torch.full_like(ends1, -1)
-    stride = int(max(ends1.max(), ends2.max()).item()) + 1 if ends1.numel() and ends2.numel() else 0
-    if stride <= 0:
-        return result
-    # Sample and end as one number: then one sorted search serves the whole batch, however ragged.
-    keys1, keys2 = (_keys(ends, stride) for ends in (ends1, ends2))
-    place1, place2 = (ends.flatten().ge(0).nonzero().squeeze(1) for ends in (ends1, ends2))
-    if not len(keys1) or not len(keys2):
-        return result
-    partner = (torch.searchsorted(keys2, keys1, right=True) - 1).clamp(min=0)  # the last of those that end there
-    is_last = torch.ones_like(keys1, dtype=torch.bool)
-    is_last[:-1] = keys1[1:] != keys1[:-1]
-    is_there = is_last & (keys2[partner] == keys1)
-    found = place2[partner] % ends2.shape[1]
-    result.view(-1)[place1] = torch.where(is_there, found, -1)
-    return result
+    if not ends1.numel() or not ends2.numel():
+        return torch.full_like(ends1, -1)
+    has_end, ends1, ends2 = ends1 >= 0, ends1.long(), ends2.long()
+    # A position without an end takes the place of the last one before it that has one, so that ends only rise.
+    places = torch.arange(ends2.shape[1], device=ends2.device).masked_fill(ends2 < 0, -1).cummax(-1).values
+    found = torch.searchsorted(ends2.cummax(-1).values, ends1.contiguous(), right=True) - 1  # the last that ends there
+    partner = places.gather(1, found.clamp(min=0))
+    is_there = (found >= 0) & (partner >= 0) & (ends2.gather(1, partner.clamp(min=0)) == ends1)
+    # The last one of its own, too: the next end is another.
+    last = torch.iinfo(ends1.dtype).max
+    following = ends1.masked_fill(~has_end, last).flip(-1).cummin(-1).values.flip(-1)
+    is_last = torch.ones_like(has_end)
+    is_last[:, :-1] = following[:, 1:] != ends1[:, :-1]
+    return torch.where(has_end & is_last & is_there, partner, -1)
 
 
 def common_span(ends1: Tensor, ends2: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +72,3 @@ def _reached(ends: Tensor, limit: Tensor) -> Tensor:
     last = torch.iinfo(ends.dtype).max
     following = ends.masked_fill(~has_end, last).flip(-1).cummin(-1).values.flip(-1)
     return (following <= limit) & (has_end.cumsum(-1) > 0)
-
-
-def _keys(ends: Tensor, stride: int) -> Tensor:
-    """Encode sample and end of each position that counts as one number, sample · stride + end, ascending."""
-    row = torch.arange(len(ends), device=ends.device).unsqueeze(1) * stride
-    return (row + ends)[ends >= 0]

@@ -1,7 +1,8 @@
 """Checks that several methods share: each raises an error that names the argument, the rule and what came.
 
 A check reads values only where that is free. On an accelerator a comparison would make the host wait for the device in
-every step, so `check_labels` looks at tensors in host memory unless it is told to look anyway.
+every step, so `check_labels` looks at tensors in host memory unless it is told to look anyway. `may_read` says for all
+of `functional` and `modules` where values may be read.
 """
 
 import torch
@@ -9,7 +10,21 @@ from torch import Tensor
 
 from lit_logits.functional.labels import IGNORE_INDEX
 
-__all__ = ["check_finite", "check_labels", "check_not_negative", "check_positive", "check_token_to_code"]
+__all__ = ["check_finite", "check_labels", "check_not_negative", "check_positive", "check_token_to_code", "may_read"]
+
+_READABLE_DEVICES = {"cpu"}
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Return whether the values of `tensor` are at hand, so that reading them makes no host wait for a device.
+
+    While `torch.compile` traces, no values are: a read would break the graph.
+
+    Example:
+        >>> may_read(torch.zeros(1)), may_read(torch.zeros(1, device="meta"))
+        (True, False)
+    """
+    return not torch.compiler.is_compiling() and tensor.device.type in _READABLE_DEVICES
 
 
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX, wait: bool = False) -> None:
@@ -33,7 +48,7 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"Expected `labels` to be integer ids, but got {labels.dtype}.")
-    if labels.device.type != "cpu" and not wait:
+    if not may_read(labels) and not wait:
         return
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.numel():

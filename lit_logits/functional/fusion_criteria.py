@@ -9,12 +9,15 @@ With A(α) = log Σ_v P_v e^{αΔ_v} and E_P[Δ] = 0, see `lit_logits.functional
 Letters: B sequences, V vocabulary, S experts.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.fusion_problem import FusionProblem
-from lit_logits.functional.fusion_search import evaluate_jointly, line_moments
+from lit_logits.functional.checks import may_read
+from lit_logits.functional.fusion_lines import Moments, find_turn, moments_at, num_turn_points
+from lit_logits.functional.fusion_problem import FusionProblem, one_hot_rows
+from lit_logits.functional.fusion_search import evaluate_jointly
 
 __all__ = ["acting_shifts", "divergences_at", "entropy", "equal_weights"]
 
@@ -37,7 +40,7 @@ def acting_shifts(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
     if jointly:
         return shifts.sum(0), torch.ones_like(problem.forward)
     chosen = problem.forward.argmax(0)
-    acting = F.one_hot(chosen, num_experts).T.to(shifts.dtype)
+    acting = one_hot_rows(chosen, num_experts).to(shifts.dtype)
     return shifts[chosen, torch.arange(len(chosen), device=chosen.device)], acting
 
 
@@ -45,13 +48,29 @@ def equal_weights(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
     """Return the weights (S, B) of equal divergences, the square of what they differ by, and the number of evaluations.
 
     Newton's steps on A′(α) − A(1), which rises, within the bracket that they leave; half of it where one leaves that.
+    On an accelerator `find_turn`, which reads no value.
     """
     line, acting = acting_shifts(problem, jointly=jointly)
-    alpha = torch.full_like(acting[0], 0.5)  # also the limit where the experts say nothing
-    target = line_moments(problem.log_probs, line, torch.ones_like(alpha))[0]
-    low, high, num_evals = torch.zeros_like(alpha), torch.ones_like(alpha), 1
+
+    def moments(alpha: Tensor) -> Moments:
+        return Moments(*(value.squeeze(0) for value in moments_at(problem.log_probs, line, alpha.unsqueeze(0))))
+
+    half = torch.full_like(acting[0], 0.5)  # also the limit where the experts say nothing
+    target = moments(torch.ones_like(half)).log_norm
+    if may_read(line):
+        alpha, num_evals = _newton(moments, target, half)
+    else:
+        ends, num_evals = (torch.zeros_like(half), torch.ones_like(half)), num_turn_points(1.0)
+        alpha = find_turn(lambda x: moments_at(problem.log_probs, line, x[1:]).first > target, *ends, width=1.0)
+        alpha = torch.where(target > torch.finfo(target.dtype).eps, alpha, half)
+    return alpha * acting, (moments(alpha).first - target).square(), num_evals + 2
+
+
+def _newton(moments: Callable[[Tensor], Moments], target: Tensor, alpha: Tensor) -> tuple[Tensor, int]:
+    """Return the roots (B,) of A′ − `target` in [0, 1], from a start, and the number of evaluations."""
+    low, high, num_evals = torch.zeros_like(alpha), torch.ones_like(alpha), 0
     for _ in range(_MAX_STEPS):
-        _, first, second = line_moments(problem.log_probs, line, alpha)
+        _, first, second = moments(alpha)
         num_evals += 1
         above = first > target
         low, high = torch.where(above, low, alpha), torch.where(above, alpha, high)
@@ -61,7 +80,7 @@ def equal_weights(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
         moved, alpha = (new - alpha).abs().amax(), new
         if bool(moved <= _TOLERANCE):
             break
-    return alpha * acting, (line_moments(problem.log_probs, line, alpha)[1] - target).square(), num_evals + 1
+    return alpha, num_evals
 
 
 def divergences_at(problem: FusionProblem, alpha: Tensor) -> tuple[Tensor, Tensor]:

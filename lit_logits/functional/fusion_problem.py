@@ -9,11 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_logits.functional.checks import may_read
+
 __all__ = [
     "FusionProblem",
     "check_bounds",
     "check_fusion_shapes",
     "expert_divergences",
+    "is_broken",
+    "one_hot_rows",
     "pose_fusion",
     "promoted",
     "scale_weights",
@@ -56,7 +60,8 @@ def expert_divergences(base_logits: Tensor, expert_logits: Tensor) -> tuple[Tens
     base, experts = promoted(base_logits, expert_logits)
     log_q, log_p = base.log_softmax(-1), experts.log_softmax(-1)
     difference = log_p - log_q
-    if not bool(difference.isfinite().all()):  # a token is ruled out; masks cost passes over V
+    # Where a token is ruled out. Masks cost passes over V, and so they are left out where asking is free.
+    if not may_read(difference) or not bool(difference.isfinite().all()):
         support = (base > -torch.inf) & (experts > -torch.inf)
         log_q, log_p = (logits.masked_fill(~support, -torch.inf).log_softmax(-1) for logits in (base, experts))
         difference = (log_p - log_q).masked_fill(~support, 0.0)
@@ -104,27 +109,42 @@ def scale_weights(alpha: Tensor, scale: float, bounds: tuple[float, float]) -> T
     return torch.where(alpha > 0, (scale * alpha).clamp(*bounds), 0.0)
 
 
+def one_hot_rows(chosen: Tensor, num_experts: int) -> Tensor:
+    """Return which of S experts is the one chosen, as booleans (S, B); torch's `one_hot` may read the numbers.
+
+    Example:
+        >>> one_hot_rows(torch.tensor([1, 0]), 2)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    return torch.arange(num_experts, device=chosen.device).unsqueeze(1) == chosen
+
+
 def pose_fusion(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor) -> FusionProblem:
-    """Check the logits, cut them to the tokens that all models can emit, and centre Δ."""
+    """Check the logits, cut them to the tokens that all models can emit, and centre Δ.
+
+    On an accelerator nothing is checked: the divergences of a sequence whose logits are not valid are NaN, see
+    `is_broken`.
+    """
     check_fusion_shapes(large_logits, base_logits, expert_logits)
     large, base, experts = promoted(large_logits, base_logits, expert_logits)
-    all_finite, far = True, False
-    for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
-        lowest, highest = logits.aminmax()
-        if not bool(highest < torch.inf):  # NaN is not below either
-            raise ValueError(f"Expected `{name}` to be finite or −inf, but got NaN or +inf.")
-        all_finite &= bool(lowest > -torch.inf)
-        far |= bool(highest.abs() > _FAR)
+    readable = may_read(large)
+    all_finite, far = _check_values(large, base, experts) if readable else (False, True)
     if far:
         # Subtracted first, as the difference of two large numbers would keep few digits of Δ.
         base, experts = base - base.amax(-1, keepdim=True), experts - experts.amax(-1, keepdim=True)
+    broken = None
     if all_finite:
         shifts = experts - base
     else:
         support = (large > -torch.inf) & (base > -torch.inf) & (experts > -torch.inf).all(0)
-        if not bool(support.any(-1).all()):
-            row = int((~support.any(-1)).nonzero()[0])
-            raise ValueError(f"Expected a token that all models can emit, but sequence {row} of the batch has none.")
+        if readable:
+            _check_support(support)
+        else:
+            broken = _broken(large, base, experts) | ~support.any(-1)
+            # Numbers of one sequence alone; any will do, as its results are NaN in the end.
+            support = support | broken.unsqueeze(-1)
+            large, base, experts = (logits.masked_fill(broken.unsqueeze(-1), 0.0) for logits in (large, base, experts))
         shifts = (experts - base).masked_fill(~support, 0.0)
         large, base, experts = (logits.masked_fill(~support, -torch.inf) for logits in (large, base, experts))
     log_probs = large.log_softmax(-1)
@@ -133,4 +153,37 @@ def pose_fusion(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
     shifts.sub_(torch.linalg.vecdot(log_probs.exp(), shifts).unsqueeze(-1))
     if not all_finite:
         shifts = shifts.masked_fill(~support, 0.0)
-    return FusionProblem(log_probs, shifts, *expert_divergences(base, experts))
+    divergences = expert_divergences(base, experts)
+    if broken is not None:
+        divergences = divergences[0].masked_fill(broken, torch.nan), divergences[1].masked_fill(broken, torch.nan)
+    return FusionProblem(log_probs, shifts, *divergences)
+
+
+def is_broken(problem: FusionProblem) -> Tensor:
+    """Return which sequences (B,) have no valid logits; see `pose_fusion`."""
+    return problem.forward.isnan().any(0)
+
+
+def _check_values(large: Tensor, base: Tensor, experts: Tensor) -> tuple[bool, bool]:
+    """Raise for NaN and +inf; return whether all logits are finite, and whether some are far from 0."""
+    all_finite, far = True, False
+    for name, logits in (("large_logits", large), ("base_logits", base), ("expert_logits", experts)):
+        lowest, highest = logits.aminmax()
+        if not bool(highest < torch.inf):  # NaN is not below either
+            raise ValueError(f"Expected `{name}` to be finite or −inf, but got NaN or +inf.")
+        all_finite &= bool(lowest > -torch.inf)
+        far |= bool(highest.abs() > _FAR)
+    return all_finite, far
+
+
+def _check_support(support: Tensor) -> None:
+    """Raise unless each sequence has a token that all models can emit."""
+    if not bool(support.any(-1).all()):
+        row = int((~support.any(-1)).nonzero()[0])
+        raise ValueError(f"Expected a token that all models can emit, but sequence {row} of the batch has none.")
+
+
+def _broken(large: Tensor, base: Tensor, experts: Tensor) -> Tensor:
+    """Return which sequences (B,) have NaN or +inf among their logits."""
+    highest = torch.stack([large.amax(-1), base.amax(-1), *experts.amax(-1)])
+    return ~(highest < torch.inf).all(0)

@@ -9,17 +9,18 @@ from math import nan, sqrt
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.fusion_problem import FusionProblem
+from lit_logits.functional.checks import may_read
+from lit_logits.functional.chunks import rows_a_chunk
+from lit_logits.functional.fusion_lines import search_all_lines
+from lit_logits.functional.fusion_problem import FusionProblem, one_hot_rows
 
 __all__ = [
     "FusionPoint",
     "better",
     "distance",
     "evaluate_jointly",
-    "line_moments",
     "pick_expert",
     "search_jointly",
     "search_lines",
@@ -36,7 +37,7 @@ class FusionPoint(NamedTuple):
     """Weights with their objective and divergences.
 
     Attributes:
-        alpha: (S, B).
+        alpha: (S, B), or with further dimensions in front, which the others have too.
         objective: see `distance`; (S, B) of searches along lines, else (B,), as are the next two.
         kl_forward: f in nats.
         kl_reverse: g in nats.
@@ -56,7 +57,8 @@ def distance(problem: FusionProblem, forward: Tensor, reverse: Tensor) -> Tensor
 def better(new: FusionPoint, old: FusionPoint, by: float = 0.0) -> FusionPoint:
     """Return the point of smaller objective, sequence by sequence; the old one where that gains no more than `by`."""
     wins = new.objective < old.objective - by
-    return FusionPoint(*(torch.where(wins, a, b) for a, b in zip(new, old, strict=True)))
+    alpha = torch.where(wins.unsqueeze(-2), new.alpha, old.alpha)
+    return FusionPoint(alpha, *(torch.where(wins, a, b) for a, b in zip(new[1:], old[1:], strict=True)))
 
 
 class _Evaluation(NamedTuple):
@@ -188,8 +190,12 @@ def _secant(alpha: float, slope: float, last: float, last_slope: float) -> float
 def search_lines(problem: FusionProblem, shifts: Tensor, grid: list[float]) -> tuple[FusionPoint, int]:
     """Find the minimum along each Δ (S, B), never above a point of `grid`, which ends at the bounds, within 1e-4 of α.
 
-    All lines take their passes over V together, each decides on its own, and those that are done drop out.
+    All lines take their passes over V together, each decides on its own, and those that are done drop out. On an
+    accelerator, where each decision would wait for the device, see `search_all_lines`.
     """
+    if not may_read(shifts):
+        points, num_evals = search_all_lines(problem, shifts, grid)
+        return FusionPoint(*points[:4]), num_evals
     targets = [target.mean(0).tolist() * len(shifts) for target in (problem.forward, problem.reverse)]
     negligible = (2 * torch.finfo(shifts.dtype).eps) ** 2  # the rounding of two numbers
     searches = [_search_line(grid, target_f, target_g, negligible) for target_f, target_g in zip(*targets, strict=True)]
@@ -236,17 +242,10 @@ def _tilt(
     return moments.flatten(0, -2).tolist()
 
 
-def line_moments(log_probs: Tensor, shifts: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, A′ and A″ (B,) at weights α (B,) along Δ (B, V), all at least 0."""
-    found = _tilt(log_probs, shifts, alpha.tolist(), torch.empty_like(shifts), may_overflow=True)
-    log_norm, first, second = shifts.new_tensor(found).unbind(-1)
-    return log_norm, first, second
-
-
 def pick_expert(lines: FusionPoint) -> FusionPoint:
     """Return the best of S searches along a line; the other experts get weight 0."""
     chosen = lines.objective.argmin(0)
-    alpha = lines.alpha * F.one_hot(chosen, len(lines.alpha)).T
+    alpha = lines.alpha * one_hot_rows(chosen, len(lines.alpha))
     return FusionPoint(alpha, *(value.gather(0, chosen.unsqueeze(0)).squeeze(0) for value in lines[1:]))
 
 
@@ -254,7 +253,8 @@ def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float
     """Minimise over the whole α by damped Gauss–Newton steps from several starts, as there are local minima.
 
     They are the better of one expert and all alike, and the best points of a coarse grid. The result is never more
-    than 1e-6 nats² worse than any of them. Sequences share the passes over V, and each keeps a damping of its own.
+    than 1e-6 nats² worse than any of them. Sequences share the passes over V, and each keeps a damping of its own. On
+    an accelerator the starts share them too, and all steps are taken, so that the host never waits.
     """
     shifts = problem.shifts
     negligible = _NEGLIGIBLE / len(shifts)  # as objectives are, here
@@ -262,27 +262,35 @@ def search_jointly(problem: FusionProblem, single: FusionPoint, grid: list[float
     alike = FusionPoint(alike.alpha.expand(len(shifts), -1), *(value.squeeze(0) for value in alike[1:]))
     best, more = _descend(problem, better(alike, single), grid)
     num_evals += more
-    if bool((best.objective <= negligible).all()):
+    readable = may_read(shifts)
+    if readable and bool((best.objective <= negligible).all()):
         return best, num_evals
-    coarse = _coarse_grid(len(shifts), grid)
-    points = [evaluate_jointly(problem, _everywhere(weights, single.alpha))[0] for weights in coarse]
-    for start in _lowest(points):
-        found, more = _descend(problem, start, grid)
+    points = _evaluate_coarsely(problem, _coarse_grid(len(shifts), grid), rows_a_chunk(shifts[0].numel()))
+    starts = _lowest(points)
+    if readable:  # one by one, as few steps are enough for most
+        descents = [_descend(problem, FusionPoint(*start), grid) for start in zip(*starts, strict=True)]
+    else:
+        found, more = _descend(problem, starts, grid)
+        descents = [(FusionPoint(*point), more) for point in zip(*found, strict=True)]
+    for point, more in descents:
         # Where several weights reach both targets, rounding must not choose between them: the first ones stay.
-        best, num_evals = better(found, best, by=negligible), num_evals + more
-    return best, num_evals + len(points)
+        best, num_evals = better(point, best, by=negligible), num_evals + more
+    return best, num_evals + len(points.alpha)
 
 
-def _lowest(points: Sequence[FusionPoint]) -> list[FusionPoint]:
+def _evaluate_coarsely(problem: FusionProblem, weights: Sequence[tuple[float, ...]], chunk_size: int) -> FusionPoint:
+    """Evaluate the same weights for all sequences, `chunk_size` at a time: points of shape (number of weights, ...)."""
+    like = problem.forward
+    alpha = torch.stack([torch.stack([torch.full_like(like[0], weight) for weight in point]) for point in weights])
+    parts = [evaluate_jointly(problem, chunk)[0] for chunk in alpha.split(chunk_size)]
+    return FusionPoint(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _lowest(points: FusionPoint) -> FusionPoint:
     """Return the points of lowest objective, sequence by sequence: the lowest, the second lowest and so on."""
-    objectives = torch.stack([point.objective for point in points])
-    order = objectives.argsort(0)[:_NUM_STARTS]
-    rows = torch.arange(objectives.shape[1], device=order.device)
-    stacked = [torch.stack(values) for values in zip(*points, strict=True)]
-    return [
-        FusionPoint(stacked[0][chosen, :, rows].T, *(values[chosen, rows] for values in stacked[1:]))
-        for chosen in order
-    ]
+    order = points.objective.argsort(0)[:_NUM_STARTS]
+    alpha = points.alpha.gather(0, order.unsqueeze(1).expand(-1, points.alpha.shape[1], -1))
+    return FusionPoint(alpha, *(values.gather(0, order) for values in points[1:]))
 
 
 def _coarse_grid(num_experts: int, grid: list[float]) -> list[tuple[float, ...]]:
@@ -294,16 +302,12 @@ def _coarse_grid(num_experts: int, grid: list[float]) -> list[tuple[float, ...]]
     return list(itertools.product(steps, repeat=num_experts))
 
 
-def _everywhere(weights: tuple[float, ...], like: Tensor) -> Tensor:
-    """Return weights (S, B), the same for all sequences."""
-    return like.new_tensor(weights).unsqueeze(1).expand_as(like)
-
-
 def _descend(problem: FusionProblem, start: FusionPoint, grid: list[float]) -> tuple[FusionPoint, int]:
-    """Take damped Gauss–Newton steps from a point (S, B).
+    """Take damped Gauss–Newton steps from points (..., S, B).
 
     A step that is no better is taken back half way, with more damping (Levenberg–Marquardt).
     """
+    readable = may_read(problem.shifts)
     best, num_evals = start, 0
     target = torch.stack([problem.forward.mean(0), problem.reverse.mean(0)], -1)
     damping = torch.full_like(best.objective, 1e-3)
@@ -314,29 +318,30 @@ def _descend(problem: FusionProblem, start: FusionPoint, grid: list[float]) -> t
         wins = (point.objective <= best.objective) | (count == 0)  # the start itself, which may round otherwise here
         best = better(point, best)
         damping = torch.where(wins, damping / 4, damping * 8).clamp(1e-7, 1e7)
-        weights, residual = alpha.T, torch.stack([point.kl_forward, point.kl_reverse], -1) - target
+        weights, residual = alpha.mT, torch.stack([point.kl_forward, point.kl_reverse], -1) - target
         # A weight at a bound that the gradient pushes outwards is held there; otherwise clamping would spoil the step
         # of all others, which counts on its move.
         gradient = (jacobian.mT @ residual.unsqueeze(-1)).squeeze(-1)
         stuck = ((weights <= grid[0]) & (gradient > 0)) | ((weights >= grid[-1]) & (gradient < 0))
         move = _gauss_newton_move(jacobian.masked_fill(stuck.unsqueeze(-2), 0.0), residual, damping)
-        new = torch.where(wins, (weights + move).clamp(grid[0], grid[-1]).T, (best.alpha + alpha) / 2)
-        done = done | ((new - alpha).abs().amax(0) <= _TOLERANCE)
-        if bool(done.all()):
+        moved = (weights + move).clamp(grid[0], grid[-1]).mT
+        new = torch.where(wins.unsqueeze(-2), moved, (best.alpha + alpha) / 2)
+        done = done | ((new - alpha).abs().amax(-2) <= _TOLERANCE)
+        if readable and bool(done.all()):
             break
-        alpha = torch.where(done, alpha, new)
+        alpha = torch.where(done.unsqueeze(-2), alpha, new)
     return best, num_evals
 
 
 def evaluate_jointly(problem: FusionProblem, alpha: Tensor) -> tuple[FusionPoint, Tensor]:
-    """Evaluate f and g at α (S, B), with their gradients over α as rows of a Jacobian (B, 2, S)."""
+    """Evaluate f and g at α (..., S, B), with their gradients over α as rows of a Jacobian (..., B, 2, S)."""
     log_probs, shifts = problem.log_probs, problem.shifts
-    tilted = log_probs + torch.einsum("sb,sbv->bv", alpha, shifts)
+    tilted = log_probs + torch.einsum("...sb,sbv->...bv", alpha, shifts)
     # A is the log-sum-exp; ∇A and ∇²A are mean and covariance of Δ under the fused distribution.
     log_norm, weight = tilted.logsumexp(-1), tilted.softmax(-1)
-    first = torch.einsum("bv,sbv->bs", weight, shifts)
-    covariance = torch.einsum("bv,sbv,rbv->bsr", weight, shifts, shifts) - first.unsqueeze(-1) * first.unsqueeze(-2)
-    weights = alpha.T
+    first = torch.einsum("...bv,sbv->...bs", weight, shifts)
+    second = torch.einsum("...bv,sbv,rbv->...bsr", weight, shifts, shifts)
+    covariance, weights = second - first.unsqueeze(-1) * first.unsqueeze(-2), alpha.mT
     # f = α·∇A − A and g = A, as E_P[Δ] = 0, hence ∇f = ∇²A α and ∇g = ∇A. Divergences round to below 0 at worst.
     forward, reverse = ((weights * first).sum(-1) - log_norm).clamp(min=0), log_norm.clamp(min=0)
     jacobian = torch.stack([(covariance @ weights.unsqueeze(-1)).squeeze(-1), first], -2)
@@ -352,7 +357,7 @@ def _gauss_newton_move(jacobian: Tensor, residual: Tensor, damping: Tensor) -> T
     normal = jacobian @ jacobian.mT
     # λ is relative to the size of J Jᵀ, so that one damping suits sequences of any divergence.
     scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)
-    normal = normal + (damping * scale)[:, None, None] * torch.eye(2, dtype=normal.dtype, device=normal.device)
+    normal = normal + (damping * scale)[..., None, None] * torch.eye(2, dtype=normal.dtype, device=normal.device)
     # `solve_ex` does not raise and does not wait for the device; where float32 leaves nothing to solve, nothing moves.
     move = -(jacobian.mT @ torch.linalg.solve_ex(normal, residual.unsqueeze(-1)).result).squeeze(-1)
     return move.nan_to_num(0.0, 0.0, 0.0)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_logits.functional.checks import may_read
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, sums_by_id
 from lit_logits.functional.top_k_logits import LogitValues, TopKLogits, top_k_logits, top_k_values
 
@@ -258,9 +259,7 @@ def matched_graph_bound(
     source_values, is_shared = source_values.detach(), torch.ones_like(student_ids, dtype=torch.bool)
     if source_to_student is not None:
         table = source_to_student.to(source_ids.device)
-        has_partner = torch.zeros(int(max(table.max(), student_ids.max())) + 1, dtype=torch.bool, device=table.device)
-        has_partner[table[table >= 0]] = True
-        source_ids, is_shared = table[source_ids], has_partner[student_ids]
+        source_ids, is_shared = table[source_ids], _is_among(student_ids, table)
     shares, ids, counts = zip(
         _shares(student_values, student_ids, is_shared, student_mask),
         _shares(source_values, source_ids, source_ids >= 0, source_mask),
@@ -270,6 +269,16 @@ def matched_graph_bound(
     both = torch.stack([F.pad(shares[0], (0, shares[1].shape[-1])), F.pad(shares[1], (shares[0].shape[-1], 0))])
     sums, num_nodes = sums_by_id(both, torch.cat(ids, -1), torch.cat(counts, -1))
     return (sums[0] - sums[1]).abs().sum(-1) / num_nodes.clamp(min=1)
+
+
+def _is_among(ids: Tensor, table: Tensor) -> Tensor:
+    """Return which ids are among the values of a table."""
+    if may_read(table):  # a mask of the size of the vocabulary, which is faster than sorting
+        found = torch.zeros(int(max(table.max(), ids.max())) + 1, dtype=torch.bool, device=table.device)
+        found[table[table >= 0]] = True
+        return found[ids]
+    ordered = table.sort().values
+    return ordered[torch.searchsorted(ordered, ids.contiguous()).clamp(max=len(ordered) - 1)] == ids
 
 
 def top_k_uld(student: TopKLogits, teacher: TopKLogits, *, values: LogitValues = "softmax") -> Tensor:

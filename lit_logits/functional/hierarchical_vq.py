@@ -30,7 +30,7 @@ from torch import Tensor
 from lit_logits.functional.checks import check_labels, check_token_to_code
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap, true_places
 from lit_logits.functional.residual_vq import DenseTarget, ResidualVQLosses, check_target
 from lit_logits.functional.vq_logits import code_logits
 
@@ -252,10 +252,10 @@ def hierarchical_losses(
 
     # Ignored tokens are dropped before the products, and put back as zeros.
     mask = (labels != ignore_index).flatten()
-    counted = [tensor.reshape(-1, tensor.shape[-1])[mask] for tensor in (hidden, target.hidden)]
+    where = true_places(mask)  # once, as the host waits to learn how many there are
+    counted = [tensor.reshape(-1, tensor.shape[-1])[where] for tensor in (hidden, target.hidden)]
     chunk_size = rows_a_chunk(4 * len(layout.places) + 4 * layout.members.numel())
-    found = chunked_rows(losses, *counted, labels.flatten()[mask], chunk_size=chunk_size)
-    where = mask.nonzero().squeeze(1)
+    found = chunked_rows(losses, *counted, labels.flatten()[where], chunk_size=chunk_size)
     return ResidualVQLosses(
         *(values.new_zeros(mask.shape).index_copy(0, where, values).view(labels.shape) for values in found)
     )

@@ -132,7 +132,8 @@ def match_top_k(
     probs = at_least_float32(top_k_log_probs).exp()
     ids = source_to_pivot.to(top_k_ids.device)[top_k_ids]
     if source_to_pivot.ndim == 2:
-        weights = probs.new_tensor(_PIECE_DECAY) ** torch.arange(ids.shape[-1], device=ids.device) * (ids >= 0)
+        piece = torch.arange(ids.shape[-1], device=ids.device)
+        weights = probs.new_full((), _PIECE_DECAY) ** piece * (ids >= 0)
         weights[..., 0].masked_fill_(ids[..., 0] < 0, 1.0)  # what has no piece goes to the tail with all it has
         probs = (probs.unsqueeze(-1) * weights / weights.sum(-1, keepdim=True)).flatten(-2)
         ids = ids.flatten(-2)

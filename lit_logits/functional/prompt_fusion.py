@@ -9,17 +9,24 @@ Letters: B prompts, R rows (positions), V vocabulary, S experts.
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.checks import check_not_negative
-from lit_logits.functional.fusion_problem import check_bounds, pose_fusion, scale_weights
+from lit_logits.functional.checks import check_not_negative, may_read
+from lit_logits.functional.fusion_problem import (
+    FusionProblem,
+    check_bounds,
+    is_broken,
+    one_hot_rows,
+    pose_fusion,
+    scale_weights,
+)
 from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["prompt_fusion_weights"]
 
 _TOLERANCE = 1e-4  # of α
 _MAX_STEPS = 50
+_NUM_STEPS = 24  # on an accelerator, where no one looks whether fewer are enough; 15 were, of 1,200 random searches
 
 
 @torch.no_grad()
@@ -46,14 +53,15 @@ def prompt_fusion_weights(
         expert_logits: (S, R, V) of the experts.
         labels: (R,) the tokens that came. One that a model rules out has no weight in the search.
         owner: (R,) the prompt of each row, from 0; default: all rows are of one prompt.
-        num_prompts: B; default: up to the last one that has a row.
+        num_prompts: B; default: up to the last one that has a row, which makes the host wait for an accelerator.
         mode: `single`: one expert acts, the one that makes the prompt likeliest; `joint`: all may.
         bounds: smallest and largest α, 0 ≤ smallest ≤ largest.
         scale: factor on the α that is found, before it is cut to the bounds.
 
     Returns:
         (S, B) weights of the prompts. One without rows has nothing to choose by: its weights are 1, with `single` that
-        of the first expert.
+        of the first expert. On an accelerator, a prompt with logits that are not valid gets NaN, as in
+        `fusion_weights`.
 
     Raises:
         ValueError: As in `fusion_weights`, or if labels do not fit.
@@ -70,16 +78,18 @@ def prompt_fusion_weights(
     if mode not in ("single", "joint"):
         raise ValueError(f"Expected `mode` to be 'single' or 'joint', but got {mode!r}.")
     check_not_negative(scale=scale)
-    owner = torch.zeros_like(labels) if owner is None else owner
+    if owner is None:
+        owner, num_prompts = torch.zeros_like(labels), num_prompts or 1
     if labels.shape != large_logits.shape[:1] or owner.shape != labels.shape:
         raise ValueError(
             f"Expected `labels` and `owner` of shape {tuple(large_logits.shape[:1])}, but got {tuple(labels.shape)} and"
             f" {tuple(owner.shape)}."
         )
-    named = int(owner.max()) + 1 if len(owner) else 0
-    num_prompts = max(named, 1) if num_prompts is None else num_prompts
-    if named > num_prompts:
-        raise ValueError(f"Expected `owner` below num_prompts={num_prompts}, but got {named - 1}.")
+    if num_prompts is None or may_read(owner):
+        named = int(owner.max()) + 1 if len(owner) else 0
+        num_prompts = max(named, 1) if num_prompts is None else num_prompts
+        if named > num_prompts:
+            raise ValueError(f"Expected `owner` below num_prompts={num_prompts}, but got {named - 1}.")
     if len(labels) == 0:
         dtype = at_least_float32(large_logits).dtype
         alpha = torch.ones(len(expert_logits), num_prompts, dtype=dtype, device=labels.device)
@@ -88,9 +98,7 @@ def prompt_fusion_weights(
         return scale_weights(alpha.clamp(low, high) * (alpha > 0), scale, (low, high))
     with torch.autocast(large_logits.device.type, enabled=False):
         problem = pose_fusion(large_logits, base_logits, expert_logits)
-        possible = problem.log_probs.gather(1, labels.unsqueeze(1)).squeeze(1) > -torch.inf
-        log_probs, shifts = problem.log_probs[possible], problem.shifts[:, possible]
-        came, prompts = labels[possible], owner[possible]
+        log_probs, shifts, came, prompts = _possible_rows(problem, labels, owner)
         if mode == "joint":
             alpha = _likeliest_weights(log_probs, shifts, came, prompts, num_prompts, (low, high))[0]
         else:
@@ -99,8 +107,24 @@ def prompt_fusion_weights(
                 for line in shifts
             ]
             chosen = torch.stack([value for _, value in lines]).argmin(0)
-            alpha = torch.cat([line for line, _ in lines]) * F.one_hot(chosen, len(shifts)).T
-    return scale_weights(alpha, scale, (low, high))
+            alpha = torch.cat([line for line, _ in lines]) * one_hot_rows(chosen, len(shifts))
+    alpha = scale_weights(alpha, scale, (low, high))
+    if not may_read(alpha):
+        broken = alpha.new_zeros(num_prompts).index_add_(0, owner, is_broken(problem).to(alpha.dtype)) > 0
+        alpha = alpha.masked_fill(broken, torch.nan)
+    return alpha
+
+
+def _possible_rows(problem: FusionProblem, labels: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log P, Δ, labels and owners of the rows whose token is possible; the others are kept on an accelerator.
+
+    How many are possible, the host would have to wait for. There the others get Δ = 0, which adds nothing to
+    likelihood, gradient and curvature.
+    """
+    possible = problem.log_probs.gather(1, labels.unsqueeze(1)).squeeze(1) > -torch.inf
+    if may_read(possible):
+        return problem.log_probs[possible], problem.shifts[:, possible], labels[possible], owner[possible]
+    return problem.log_probs, problem.shifts.masked_fill(~possible.unsqueeze(1), 0.0), labels, owner
 
 
 class _Likelihood(NamedTuple):
@@ -117,7 +141,8 @@ def _likeliest_weights(
     """Return the weights (S, B) within bounds under which the tokens of each sequence are likeliest.
 
     Newton steps on the whole α, projected onto the bounds: a weight at a bound that the gradient pushes outwards is
-    held. A step that gains nothing is quartered. As the function is convex, what is found is its minimum.
+    held. A step that gains nothing is quartered. As the function is convex, what is found is its minimum. On an
+    accelerator the number of steps is fixed.
 
     Args:
         log_probs: (R, V) of the large model; −inf off the common support.
@@ -137,11 +162,12 @@ def _likeliest_weights(
 
     alpha = shifts.new_ones(num_sequences, len(shifts)).clamp(low, high)
     best, scale = evaluate(alpha), shifts.new_ones(num_sequences)
-    for _ in range(_MAX_STEPS):
+    readable = may_read(shifts)
+    for _ in range(_MAX_STEPS if readable else _NUM_STEPS):
         stuck = ((alpha <= low) & (best.gradient > 0)) | ((alpha >= high) & (best.gradient < 0))
         move = _newton_move(best, stuck)
         new = (alpha + scale.unsqueeze(1) * move).clamp(low, high)
-        if bool((new - alpha).abs().amax() <= _TOLERANCE):
+        if readable and bool((new - alpha).abs().amax() <= _TOLERANCE):
             break
         found = evaluate(new)
         wins = found.value <= best.value

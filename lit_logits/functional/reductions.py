@@ -8,7 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "at_least_float32", "reduce_tokens", "sample_mean", "sample_means", "soft_cap", "sums_by_id"]
+from lit_logits.functional.checks import may_read
+
+__all__ = [
+    "Reduction",
+    "at_least_float32",
+    "reduce_tokens",
+    "sample_mean",
+    "sample_means",
+    "soft_cap",
+    "sums_by_id",
+    "true_places",
+]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -123,3 +134,23 @@ def sums_by_id(values: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Ten
     place = (is_new.cumsum(-1) - 1).clamp(min=0)
     values = values.gather(-1, order.expand_as(values)).masked_fill(ids == last, 0.0)
     return torch.zeros_like(values).scatter_add(-1, place.expand_as(values), values), is_new.sum(-1)
+
+
+def true_places(mask: Tensor, count: int | None = None) -> Tensor:
+    """Return where a mask is true, as places (N,) in its flat order.
+
+    Indexing by a mask finds them each time anew, and each time the host waits for an accelerator to learn how many they
+    are. With their number it does not wait.
+
+    Args:
+        mask: boolean, any shape.
+        count: N, where it is known.
+
+    Example:
+        >>> true_places(torch.tensor([[False, True], [True, False]]))
+        tensor([1, 2])
+    """
+    flat = mask.flatten()
+    if count is None or may_read(flat):
+        return flat.nonzero().squeeze(1)
+    return flat.int().argsort(descending=True, stable=True)[:count]

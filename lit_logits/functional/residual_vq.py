@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_logits.functional.checks import check_labels
+from lit_logits.functional.checks import check_labels, may_read
 from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.functional.reductions import soft_cap
+from lit_logits.functional.reductions import soft_cap, true_places
 from lit_logits.functional.residual_rows import StageCodes, codes_of_range, decode_rows
 
 __all__ = [
@@ -156,12 +156,12 @@ def residual_vq_losses(
         check_target(target, labels, vocab_size)
     # Ignored tokens are dropped before the products, and put back as zeros.
     mask = (labels != ignore_index).flatten()
-    tokens = labels.flatten()[mask]
-    flat = hidden.reshape(-1, hidden.shape[-1])[mask]
+    places = true_places(mask)  # once, as the host waits to learn how many there are
+    tokens = labels.flatten()[places]
+    flat = hidden.reshape(-1, hidden.shape[-1])[places]
     if target is not None:
-        target = target._replace(hidden=target.hidden.reshape(-1, target.hidden.shape[-1])[mask])
+        target = target._replace(hidden=target.hidden.reshape(-1, target.hidden.shape[-1])[places])
     losses = _Losses.apply(flat, codebooks, token_bias, tokens, stages, target, cap, _compute_dtype(hidden))
-    places = mask.nonzero().squeeze(1)
     return ResidualVQLosses(
         *(values.new_zeros(mask.shape).index_copy(0, places, values).view(labels.shape) for values in losses)
     )
@@ -246,7 +246,8 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, grad_ce: Tensor, grad_kl: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden, codebooks, token_bias, tokens, normalizer, target_normalizer = ctx.saved_tensors
         target = ctx.target
-        if target is None or not bool(grad_kl.any()):  # a loss without divergence needs no target here
+        # A loss without divergence needs no target here; on an accelerator the host would wait to learn of it.
+        if target is None or (may_read(grad_kl) and not bool(grad_kl.any())):
             target, grad_kl = None, torch.zeros_like(grad_ce)
         walk = _Walk(hidden, codebooks, token_bias, ctx.stages, target, ctx.cap, ctx.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=walk.sum_dtype)
@@ -259,8 +260,9 @@ class _Losses(torch.autograd.Function):
             grad = (logits - normalizer.unsqueeze(1)).exp_().mul_(level)
             if target_logits is not None:
                 grad.addcmul_((target_logits - target_normalizer.unsqueeze(1)).exp_(), grad_kl.unsqueeze(1), value=-1)
-            here = ((tokens >= start) & (tokens < end)).nonzero().squeeze(1)
-            grad[here, tokens[here] - start] -= grad_ce[here]
+            is_here = (tokens >= start) & (tokens < end)
+            place = (tokens - start).clamp(0, end - start - 1).unsqueeze(1)
+            grad.scatter_add_(1, place, (-grad_ce).masked_fill(~is_here, 0.0).unsqueeze(1).to(grad.dtype))
             if grad_bias is not None:
                 grad_bias[start:end] = grad.sum(0)
             if ctx.cap is not None:  # d(c · tanh(z / c)) / dz = 1 − tanh²

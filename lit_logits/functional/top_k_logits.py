@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_logits.functional.reductions import true_places
+
 __all__ = [
     "LogitValues",
     "SourceLogits",
@@ -116,7 +118,7 @@ def place_rows(rows: TopKLogits, mask: Tensor) -> TopKLogits:
         >>> place_rows(rows, torch.tensor([[False, True]])).log_probs.squeeze(-1)
         tensor([[ 0.0000, -0.6931]])
     """
-    places = mask.flatten().nonzero().squeeze(1)
+    places = true_places(mask, len(rows.log_probs))
 
     def place(tensor: Tensor) -> Tensor:
         empty = tensor.new_zeros(mask.numel(), *tensor.shape[1:])

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_logits.functional.checks import check_labels, check_token_to_code
+from lit_logits.functional.checks import check_labels, check_token_to_code, may_read
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap
 
@@ -58,7 +58,7 @@ def code_log_mass(
         >>> code_log_mass(torch.tensor([0, 0, 2]), codebook_size=3).exp()
         tensor([2., 0., 1.])
     """
-    if token_to_code.device.type == "cpu":
+    if may_read(token_to_code):
         check_token_to_code(token_to_code, token_to_code.shape[0], codebook_size)
     if token_bias is None:
         ones = torch.ones_like(token_to_code, dtype=dtype)
@@ -87,7 +87,7 @@ def scatter_code_logits(code_logits: Tensor, token_to_code: Tensor, token_bias: 
         >>> scatter_code_logits(torch.tensor([1.0, 2.0]), torch.tensor([1, 0, 1]))
         tensor([2., 1., 2.])
     """
-    if token_to_code.device.type == "cpu":
+    if may_read(token_to_code):
         check_token_to_code(token_to_code, token_to_code.shape[0], code_logits.shape[-1])
     logits = code_logits.index_select(-1, token_to_code)
     return logits if token_bias is None else logits + token_bias

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_logits.functional.checks import may_read
 from lit_logits.functional.gld_fusion import (
     GraphNodes,
     graph_strengths,
@@ -169,6 +170,7 @@ class GLDCriterion(nn.Module):
         if uld_values not in get_args(LogitValues):
             raise ValueError(f"Expected `uld_values` to be one of {get_args(LogitValues)}, but got {uld_values!r}.")
         self.uld_values = uld_values
+        self._checked: set[tuple[str, str]] = set()
         self.graphs = GraphAlignment(values=graph_values, nodes=nodes)
 
     def forward(
@@ -214,14 +216,20 @@ class GLDCriterion(nn.Module):
         """
         found, partner = {}, alignment.partner
         if "uld" in terms:
-            check_scale(self.uld_values, source, name)
+            self._check_scale(self.uld_values, source, name)
             aligned = gather_positions(source.top_k, partner.clamp(min=0))
             found["uld"] = sample_means(top_k_uld(student, aligned, values=self.uld_values), partner >= 0)
         if "gld" in terms:
-            check_scale(self.graphs.values, source, name)
+            self._check_scale(self.graphs.values, source, name)
             masks = alignment.student_mask, alignment.source_mask
             found["gld"] = self.graphs(student, source.top_k, *masks, name=name, source_to_student=source_to_student)
         return found
+
+    def _check_scale(self, values: LogitValues, source: SourceLogits, name: str) -> None:
+        """Check it in every batch where that is free, on an accelerator in the first of each source."""
+        if may_read(source.top_k.std) or (name, values) not in self._checked:
+            check_scale(values, source, name)
+            self._checked.add((name, values))
 
 
 def check_scale(values: LogitValues, source: SourceLogits, name: str) -> None:

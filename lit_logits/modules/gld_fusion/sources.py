@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_logits.functional.checks import may_read
 from lit_logits.functional.chunk_debiasing import boundary_log_probs
 from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
 from lit_logits.functional.labels import next_token_labels
-from lit_logits.functional.reductions import at_least_float32
+from lit_logits.functional.reductions import at_least_float32, true_places
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.alignment import read_ends
 from lit_logits.modules.language_models.calls import accepted_inputs
@@ -93,7 +94,8 @@ class LogitSource(FrozenModels):
             `batch["input_ids"]`.
 
         Raises:
-            ValueError: If tokens are another tokenizer's, k is above the vocabulary, or logits are not finite.
+            ValueError: If tokens are another tokenizer's, k is above the vocabulary, or logits are not finite; on an
+                accelerator tokens and logits are looked at in the first batch alone.
         """
         view = view_of(batch, self.name)
         self._check(view)
@@ -105,8 +107,10 @@ class LogitSource(FrozenModels):
         inputs |= accepted_inputs(self.model, {"position_ids": view.get("position_ids")})
         with torch.autocast(device.type, enabled=False):
             hidden = self._hidden(inputs)
-            hidden = hidden[mask.to(hidden.device)]  # of a model on several devices, the output is on the last one
-            labels = next_token_labels(view["labels"]).labels[mask].to(hidden.device)
+            rows_at = true_places(mask)  # once, as the host waits to learn how many there are
+            # Of a model on several devices, the output is on the last one.
+            hidden = hidden.flatten(0, 1)[rows_at.to(hidden.device)]
+            labels = next_token_labels(view["labels"]).labels.flatten()[rows_at].to(hidden.device)
             ids = None if boundary is None else boundary.to(hidden.device)
             make = partial(self._rows, top_k=top_k, temperature=temperature, boundary=ids)
             found = chunked_rows(make, hidden, labels, chunk_size=self.chunk_size)
@@ -114,17 +118,18 @@ class LogitSource(FrozenModels):
         label_log_probs, *rest = (values.to(home) for values in found)
         top, bounds = rest[:size], rest[size:]
         rows = TopKLogits(*top)
-        if not bool(rows.log_normalizer.isfinite().all()):
+        if self._checks("logits", rows.log_normalizer) and not bool(rows.log_normalizer.isfinite().all()):
             raise ValueError(
                 f"Expected the logits of source {self.name!r} to be finite, but got NaN or infinities at"
                 f" {int((~rows.log_normalizer.isfinite()).sum())} of {len(rows.log_normalizer)} positions. Load it in"
                 " another dtype (float16 overflows in models that were trained in bfloat16)."
             )
         given = read_ends(view)
-        ends = (torch.full_like(view["input_ids"], -1) if given is None else given)[mask]
+        ends = (torch.full_like(view["input_ids"], -1) if given is None else given).flatten()[rows_at]
         # Without gaps, as a cache stores them: then sums over positions are the same to the bit, model or cache.
         counts = mask.sum(-1, keepdim=True)
-        dense = torch.arange(max(1, int(counts.max())), device=home) < counts
+        width = int(counts.max()) if may_read(counts) else mask.shape[1]  # on an accelerator the bound will do
+        dense = torch.arange(max(1, width), device=home) < counts
         placed = torch.full_like(dense, -1, dtype=ends.dtype).masked_scatter(dense, ends)
         values = [one.new_zeros(dense.shape).masked_scatter(dense, one) for one in (label_log_probs, *bounds)]
         return SourceLogits(place_rows(rows, dense), dense, placed, *values)
@@ -142,8 +147,7 @@ class LogitSource(FrozenModels):
 
     def _check(self, view: Mapping[str, Tensor]) -> None:
         """Raise if the tokens cannot be this model's; on an accelerator, where the host would wait, only at first."""
-        device = view["input_ids"].device.type
-        if device != "cpu" and device in self._checked:
+        if not self._checks("tokens", view["input_ids"]):
             return
         given = view.get("tokenizer_id")
         if given is not None and self.tokenizer_id is not None and int(given) != self.tokenizer_id:
@@ -158,7 +162,13 @@ class LogitSource(FrozenModels):
                 f"Expected tokens below {rows}, the vocabulary of source {self.name!r}, but got {highest}. Give the"
                 " data module the tokenizer of this model in `source_tokenizers`."
             )
-        self._checked.add(device)
+
+    def _checks(self, what: str, tensor: Tensor) -> bool:
+        """Return whether to look at values: always where that is free, else once for each thing that is checked."""
+        is_new = what not in self._checked
+        if not may_read(tensor):
+            self._checked.add(what)
+        return is_new or may_read(tensor)
 
     def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return what `_logits` takes: hidden states (B, T, d), or the logits of a model that changes them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_logits.functional.chunk_debiasing import close_chunks, merge_cuts
 from lit_logits.functional.chunk_likelihood import chunk_likelihood_loss, sum_chunks
 from lit_logits.functional.matched_tokens import UnmatchedTokens, match_top_k, match_vocabularies
-from lit_logits.functional.reductions import sample_means
+from lit_logits.functional.reductions import sample_means, true_places
 from lit_logits.functional.top_k_logits import SourceLogits, gather_positions
 from lit_logits.modules.gld_fusion.alignment import SourceAlignment
 from lit_logits.modules.gld_fusion.cached import without_label_log_probs
@@ -71,12 +71,13 @@ def token_targets(
     """
     partner = alignment.partner
     top = gather_positions(source.top_k, partner.clamp(min=0))
-    token_ids, log_probs, tail = (values[mask] for values in (top.token_ids, top.log_probs, top.tail))
+    rows = true_places(mask)  # once, as the host waits to learn how many there are
+    token_ids, log_probs, tail = (one.flatten(0, 1)[rows] for one in (top.token_ids, top.log_probs, top.tail))
     if table is not None:
         token_ids, log_probs, tail = match_top_k(token_ids, log_probs, table, tail=tail)
     is_beyond = token_ids >= vocab_size
     tail = tail + log_probs.exp().masked_fill(~is_beyond, 0.0).sum(-1)
-    is_there = (partner[mask] >= 0).unsqueeze(-1) & ~is_beyond
+    is_there = (partner.flatten()[rows] >= 0).unsqueeze(-1) & ~is_beyond
     return TokenTargets(token_ids.masked_fill(~is_there, -1), log_probs, tail)
 
 
@@ -116,8 +117,10 @@ def chunk_terms(
     if boundary_log_probs is not None and source.boundary_log_probs is not None:
         theirs_behind = source.boundary_log_probs.gather(-1, places)
         is_cut = merge_cuts(all_cuts, theirs_behind, threshold=threshold)
-    is_source_cut = torch.zeros_like(source.mask)
-    is_source_cut[is_cut.nonzero()[:, 0], partner[is_cut]] = True
+    # Positions that are no cut write to a column of their own behind the others.
+    num_places = source.mask.shape[-1]
+    is_source_cut = source.mask.new_zeros(len(partner), num_places + 1)
+    is_source_cut = is_source_cut.scatter(1, partner.masked_fill(~is_cut, num_places), True)[:, :num_places]
     own = sum_chunks(label_log_probs, is_cut)
     theirs = sum_chunks(source.label_log_probs.masked_fill(~source.mask, 0.0), is_source_cut).gather(-1, places)
     if boundary_log_probs is not None and theirs_behind is not None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lit_logits.functional.labels import next_token_labels
+from lit_logits.functional.reductions import true_places
 
 __all__ = [
     "CACHE_NAMES",
@@ -76,7 +77,9 @@ def counted_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> CountedS
     output = backbone(**accepted_inputs(backbone, inputs))
     # A batch of multiple-choice questions holds every choice; only the right ones are learned.
     labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
-    return CountedStates(mask, output.last_hidden_state[mask], labels[mask].long())
+    rows = true_places(mask)  # once, as the host waits to learn how many there are
+    hidden = output.last_hidden_state.flatten(0, 1)
+    return CountedStates(mask, hidden[rows.to(hidden.device)], labels.flatten()[rows].long())
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
