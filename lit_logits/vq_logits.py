@@ -23,6 +23,7 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
+from lit_logits.modules.ddp_buffers import broadcast_settled, leave_out_of_ddp
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
@@ -228,8 +229,13 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
 
     # ------------------------------------------------------------------ training
 
+    def setup(self, stage: str) -> None:
+        """Keep the mapping out of what DDP, which wraps the model next, sends at every forward."""
+        leave_out_of_ddp(self)
+
     def on_fit_start(self) -> None:
-        """Refuse averages of weights that would be other codes."""
+        """Start all ranks with the mapping of rank 0; refuse averages of weights that are other codes."""
+        broadcast_settled(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 with_buffers = getattr(callback, "_use_buffers", False)
