@@ -30,7 +30,7 @@ from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrCo
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import fresh_loader
-from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
+from lit_logits.modules.vq_logits.checks import check_averages, check_head_in_pieces, check_steps, steps_left
 from lit_logits.modules.vq_logits.data_start import start_head
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
 from lit_logits.modules.vq_logits.embedding import code_table, coded_table
@@ -234,7 +234,8 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
         leave_out_of_ddp(self)
 
     def on_fit_start(self) -> None:
-        """Start all ranks with the mapping of rank 0; refuse averages of weights that are other codes."""
+        """Start all ranks with the mapping of rank 0; refuse averages or pieces of weights that are other codes."""
+        check_head_in_pieces(self.head, self.trainer.strategy, is_ready=bool(self.head_ready))
         broadcast_settled(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
