@@ -23,8 +23,12 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def texts(count=16, seed=0):
-    ids = torch.randint(1, 40, (count, 8), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    """Rows of which a fifth of the labels is ignored, so that ranks have different numbers of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 40, (count, 8), generator=generator)
+    labels = ids.where(torch.rand(ids.shape, generator=generator) < 0.8, -100)
+    rows = zip(ids, labels, strict=True)
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": label} for row, label in rows]
 
 
 def vectors(count=16, seed=0):
