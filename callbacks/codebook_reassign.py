@@ -19,6 +19,7 @@ from lit_logits.callbacks.parts import averaging_callback, check_at_least, data_
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import GivesHiddenStates, ReassigningHead
 from lit_logits.functional.labels import next_token_labels
+from lit_logits.modules.sharding import check_whole_weights
 
 __all__ = ["CodebookReassign"]
 
@@ -86,7 +87,8 @@ class CodebookReassign(Callback):
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to change codes while weights are averaged, and warn if training ends before the first reading."""
+        """Refuse to change codes that are in pieces, or averaged; warn if training ends before the first reading."""
+        check_whole_weights(trainer.strategy, "CodebookReassign")
         if 1 < trainer.max_steps <= min(self.at_steps, default=0):
             rank_zero_warn(
                 f"CodebookReassign reads at steps {list(self.at_steps)}, but training ends at step {trainer.max_steps}."

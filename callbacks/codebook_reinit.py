@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_logits.callbacks.parts import averaging_callback, check_at_least, check_min_usage, find_parts
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import RevivableHead
+from lit_logits.modules.sharding import check_whole_weights
 
 __all__ = ["CodebookReinit", "reset_optimizer_rows"]
 
@@ -58,7 +59,8 @@ class CodebookReinit(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to revive codes while their weights are averaged: a mean would mix a code with the one it becomes."""
+        """Refuse to revive codes that are in pieces, or averaged: a mean would mix a code with the one it becomes."""
+        check_whole_weights(trainer.strategy, "CodebookReinit")
         averages = averaging_callback(trainer)
         if averages is not None and self.stop_step is None:
             raise ValueError(

@@ -5,18 +5,18 @@ Letters: B batch, T sequence, N tokens that count, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_logits.functional.checks import check_labels, check_not_negative
 from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.healing import HealingLosses, healing_losses, keep_original_lm
-from lit_logits.modules.language_models.inspect import freeze_tables, num_logits
+from lit_logits.modules.language_models.inspect import freeze_tables, num_embeddings, num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
 from lit_logits.modules.language_models.pruning import cut_layers
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
@@ -96,6 +96,7 @@ class CausalLM(PushesToHub, LightningModule):
         if freeze_embeddings:
             freeze_tables(self.model)
         self.chunk_size = rows_a_chunk(num_logits(self.model), chunk_size)
+        self._num_embeddings = num_embeddings(self.model)  # noted here, as FSDP cuts the table into pieces
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.means = StageMeans("nll", *(["loss_kd", "loss_state"] if self.original is not None else []))
         self.token_window = TokenWindow()
@@ -117,8 +118,7 @@ class CausalLM(PushesToHub, LightningModule):
         """Note how the first texts end, and check the labels of the first batch, on an accelerator too."""
         self.end_tokens.watch(batch)
         if batch_idx == 0:
-            size = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
-            check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
+            check_labels(batch["labels"], self._num_embeddings, wait=True)  # once: the host waits for the device
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the weighted sum of means over the tokens that count; a zero with a graph if none does."""

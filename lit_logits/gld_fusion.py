@@ -38,6 +38,7 @@ from lit_logits.modules.gld_fusion.sources import LogitSource
 from lit_logits.modules.gld_fusion.validation import TermMeans
 from lit_logits.modules.gld_fusion.weights import SourceRouting, TermWeights
 from lit_logits.modules.language_models.calls import CountedStates, counted_states
+from lit_logits.modules.language_models.inspect import num_embeddings
 from lit_logits.modules.language_models.loading import ModelOrConfig, Models
 from lit_logits.modules.language_models.probes import OutputRule
 from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
@@ -191,6 +192,8 @@ class GLDFusionModule(PushesToHub, LightningModule):
         if pivot is not None:
             self.pivot, self.output_rule = load_pivot(pivot, vocab_size, lora, gradient_checkpointing, pivot_kwargs)
         self.vocab_size = 0 if self.pivot is None else num_tokens(self.pivot, vocab_size, top_k)
+        # Noted here, as FSDP cuts the table into pieces.
+        self._num_embeddings = 0 if self.pivot is None else num_embeddings(self.pivot)
         self.criterion = GLDCriterion(uld_values=uld_values, graph_values=graph_values, nodes=nodes)
         self._pivot_name = pivot if isinstance(pivot, str) else None
         shared: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "pivot": self.pivot}
@@ -297,8 +300,7 @@ class GLDFusionModule(PushesToHub, LightningModule):
         """Note how the first texts end, and check the labels of the first batch, on an accelerator too."""
         self.end_tokens.watch(batch)
         if batch_idx == 0:
-            size = cast(nn.Embedding, self._pivot.get_input_embeddings()).weight.shape[0]
-            check_labels(batch["labels"], size, wait=True)  # once, because the host waits for the device
+            check_labels(batch["labels"], self._num_embeddings, wait=True)  # once: the host waits for the device
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the weighted sum of all terms; a zero with a graph if nothing counts."""

@@ -23,13 +23,14 @@ from lit_logits.functional.checks import check_labels
 from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
+from lit_logits.modules.ddp_buffers import broadcast_settled, leave_out_of_ddp
 from lit_logits.modules.language_models.calls import accepted_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
 from lit_logits.modules.optimization import TokenWindow, counted_steps, make_optimizers
 from lit_logits.modules.vq_logits.calibration import fresh_loader
-from lit_logits.modules.vq_logits.checks import check_averages, check_steps, steps_left
+from lit_logits.modules.vq_logits.checks import check_averages, check_head_in_pieces, check_steps, steps_left
 from lit_logits.modules.vq_logits.data_start import start_head
 from lit_logits.modules.vq_logits.describe import describe_head, describe_model, describe_untying
 from lit_logits.modules.vq_logits.embedding import code_table, coded_table
@@ -228,8 +229,14 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
 
     # ------------------------------------------------------------------ training
 
+    def setup(self, stage: str) -> None:
+        """Keep the mapping out of what DDP, which wraps the model next, sends at every forward."""
+        leave_out_of_ddp(self)
+
     def on_fit_start(self) -> None:
-        """Refuse averages of weights that would be other codes."""
+        """Start all ranks with the mapping of rank 0; refuse averages or pieces of weights that are other codes."""
+        check_head_in_pieces(self.head, self.trainer.strategy, is_ready=bool(self.head_ready))
+        broadcast_settled(self)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 with_buffers = getattr(callback, "_use_buffers", False)

@@ -30,6 +30,7 @@ __all__ = [
     "ReassigningHead",
     "RevivableHead",
     "Revival",
+    "SettledHead",
     "SizedHead",
     "StagedHead",
     "StartingHead",
@@ -327,4 +328,17 @@ class SizedHead(Protocol):
 
     def footprint(self) -> Footprint:
         """Return parameters and bytes of this head and of the dense one in the same dtype."""
+        ...
+
+
+class SettledHead(Protocol):
+    """A head, or a coded table, whose large buffers change rarely, and by itself.
+
+    All ranks have the same in them: wherever the head changes one, it broadcasts it from rank 0. DDP then need not send
+    them at every forward. Buffers that move with each step, such as running counts, do not belong here.
+    """
+
+    @property
+    def settled_buffers(self) -> Sequence[str]:
+        """Return the names of these buffers in the head."""
         ...

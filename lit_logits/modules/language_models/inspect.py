@@ -5,7 +5,7 @@ Letters: V vocabulary.
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ __all__ = [
     "freeze_tables",
     "is_encoder",
     "model_label",
+    "num_embeddings",
     "num_logits",
     "trained_model_name",
 ]
@@ -97,6 +98,11 @@ def model_label(model: Any) -> str:
 def num_logits(model: PreTrainedModel) -> int:
     """Return the number of rows of the output layer, padding included."""
     return num_rows(model.get_output_embeddings())
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of rows of the input table, padding included; token ids are below it."""
+    return int(cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
 
 
 _ENCODERS = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "rembert", "roformer", "megatron-bert", "ernie"}

@@ -1,4 +1,4 @@
-"""Checks of what a training run is about to do with a head: averages of its weights, and steps too few for its mapping.
+"""Checks of what a training run is about to do with a head: averages or pieces of its weights, steps too few to map.
 
 Letters: V vocabulary.
 """
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_logits.modules.sharding import shards_weights
 from lit_logits.modules.vq_logits.moving import MovingCodes
 
-__all__ = ["check_averages", "check_steps", "steps_left"]
+__all__ = ["check_averages", "check_head_in_pieces", "check_steps", "steps_left"]
 
 
 def check_averages(model: nn.Module, name: str, *, with_buffers: bool) -> None:
@@ -40,6 +41,32 @@ def check_averages(model: nn.Module, name: str, *, with_buffers: bool) -> None:
         raise ValueError(
             f"Expected {name} with use_buffers=False, which averages parameters and copies buffers, because these"
             f" buffers are integers, whose means are other codes: {', '.join(whole[:4])}."
+        )
+
+
+def check_head_in_pieces(head: nn.Module, strategy: object, *, is_ready: bool) -> None:
+    """Raise unless a head can be trained by a strategy that keeps parameters in pieces.
+
+    Args:
+        head: any.
+        strategy: of the Trainer; one that keeps parameters whole passes.
+        is_ready: whether the head has started from data, or needs no start.
+
+    Raises:
+        ValueError: If the head is yet to start, or its codes are moved by other things than gradients.
+    """
+    if not shards_weights(strategy):
+        return
+    name = type(strategy).__name__
+    if not is_ready:
+        raise ValueError(
+            f"Expected a head that has started, but got one that is yet to read data, and {name}, which keeps its"
+            " weights in pieces. Call `initialize_head(dataloader)` before `fit`, go on from a checkpoint, or use DDP."
+        )
+    if isinstance(head, MovingCodes) and (head.mapping != "fixed" or head.codebook_update != "gradient"):
+        raise ValueError(
+            f"Expected mapping='fixed' and codebook_update='gradient' with {name}, which keeps the vectors that others"
+            f" read in pieces, but got {head.mapping!r} and {head.codebook_update!r}. Use DDP, or set these."
         )
 
 

@@ -4,7 +4,7 @@ Letters: d hidden size, V vocabulary, K codes, G groups of width d/G, S stages, 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class CodedRows(PackedMapping):
     """
 
     codebook: nn.Parameter
+    settled_buffers: ClassVar[tuple[str, ...]] = ("packed_codes", "packed_stages")  # see `SettledHead`
     packed_codes: Tensor
     packed_stages: Tensor
 

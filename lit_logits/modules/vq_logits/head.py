@@ -4,7 +4,7 @@ Letters: N tokens, d hidden size, V vocabulary, K codes (M: {0..V−1} → {0..K
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,8 @@ class VQLogitsHead(MovingCodes):
         >>> head(torch.randn(2, 8)).shape, head.greedy(torch.randn(2, 8)).shape
         (torch.Size([2, 100]), torch.Size([2]))
     """
+
+    settled_buffers: ClassVar[tuple[str, ...]] = ("token_to_code",)  # see `SettledHead`
 
     def __init__(
         self,

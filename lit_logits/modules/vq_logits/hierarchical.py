@@ -4,7 +4,7 @@ Letters: d hidden size, V vocabulary, K clusters, S stages, G groups.
 """
 
 from collections.abc import Sequence
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class HierarchicalVQLogitsHead(OwnVectors):
         >>> head(torch.randn(2, 8)).exp().sum(-1).round(decimals=4), head.greedy(torch.randn(2, 8)).shape
         (tensor([1., 1.], grad_fn=<RoundBackward1>), torch.Size([2]))
     """
+
+    settled_buffers: ClassVar[tuple[str, ...]] = ("token_to_cluster", "token_codes")  # see `SettledHead`
 
     def __init__(
         self,
