@@ -80,9 +80,7 @@ DENSE: dict[str, Callable[..., Callable[[], Tensor]]] = {
 CODED = "ResidualVQLogitsHead, two stages"
 
 
-def _prepare(
-    name: str, result: str, sizes: tuple[int, int], width: int, batch_size: int, device: torch.device
-) -> Step:
+def _prepare(name: str, result: str, sizes: tuple[int, int], width: int, batch_size: int, device: torch.device) -> Step:
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(batch_size, sizes[0], device=device, generator=generator).bfloat16()
     if name in DENSE:

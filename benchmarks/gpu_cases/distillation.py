@@ -88,7 +88,6 @@ def _plain_top_k(size: tuple[int, int, int], dtype: torch.dtype, device: torch.d
 
 def _bound(size: tuple[int, int, int], nodes: Any, device: torch.device) -> Callable[[], None]:
     """Strengths of both sides and their bound, from the top-k on, with the gradient."""
-    batch, positions, _ = size
     top = top_k_logits(_logits(size, device, torch.bfloat16), TOP_K)
     values, ids = top_k_values(top, "standardize"), top.token_ids
     student = values.clone().requires_grad_()

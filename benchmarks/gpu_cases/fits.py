@@ -19,7 +19,13 @@ from benchmarks.gpu_cases.runner import Case, Group, Round
 __all__ = ["METHODS", "group"]
 
 STEPS = 8
-WAYS = {"32-true": False, "bf16-mixed": False, "16-mixed": False, "32-true, compiled": True, "bf16-mixed, compiled": True}
+WAYS = {
+    "32-true": False,
+    "bf16-mixed": False,
+    "16-mixed": False,
+    "32-true, compiled": True,
+    "bf16-mixed, compiled": True,
+}
 _of_float32: dict[str, list[float]] = {}  # what the first way of a method came to
 
 

@@ -107,9 +107,7 @@ def group(small: bool) -> Group:
     hidden_size, vocab_size, tokens = SMALL if small else (HIDDEN_SIZE, VOCAB_SIZE, TOKENS)
     rounds = []
     for num_tokens in tokens:
-        cases = [
-            Case(name, functools.partial(_prepare, name, hidden_size, vocab_size, num_tokens)) for name in LOSSES
-        ]
+        cases = [Case(name, functools.partial(_prepare, name, hidden_size, vocab_size, num_tokens)) for name in LOSSES]
         rounds.append(Round(f"N = {num_tokens:,}", cases))
     title = f"Training step of an output layer, H = {hidden_size:,}, V = {vocab_size:,}, bf16"
     return Group("losses", title, 6, rounds, release=_dense_weight.cache_clear)

@@ -100,12 +100,12 @@ def _timed_table(rows: Sequence[Row]) -> str:
     for row in rows:
         first = firsts.setdefault(row.size, row)
         if row.status != "ok":
-            lines.append([row.case, row.size, _cell(row.status), "", "", ""])
+            lines.append([_cell(row.case), row.size, _cell(row.status), "", "", ""])
             continue
         spread = f"{row.median * 1e3:,.3f} ({min(row.seconds) * 1e3:,.3f}–{max(row.seconds) * 1e3:,.3f})"
         faster = f"{first.median / row.median:.2f}×" if first.seconds else ""
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
-        lines.append([row.case, row.size, spread, len(row.seconds), faster, peak])
+        lines.append([_cell(row.case), row.size, spread, len(row.seconds), faster, peak])
     header = ["case", "size", "ms, median (min–max)", "repetitions", "faster than the size's first", "peak MiB"]
     return markdown_table(header, lines)
 
@@ -115,7 +115,9 @@ def _once_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         took = "" if row.first_seconds is None else f"{row.first_seconds:.1f}"
-        lines.append([row.case, row.size, _cell(row.status), *(_number(row.result.get(n, "")) for n in names), took])
+        lines.append(
+            [_cell(row.case), row.size, _cell(row.status), *(_number(row.result.get(n, "")) for n in names), took]
+        )
     return markdown_table(["case", "size", "status", *names, "s"], lines)
 
 
