@@ -264,8 +264,9 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
 
 
 def run(tmp_path, program, *arguments):
-    command = [sys.executable, *program, "--device", "cpu", "--small", "--repeats", "1", "--out", str(tmp_path)]
+    command = [sys.executable, *program, "--device", "cpu", "--small", "--repeats", "1", "--seconds", "3000"]
     settings = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 570}
+    command += ["--out", str(tmp_path)]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, **settings)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads((tmp_path / "gpu.json").read_text())["rows"]

@@ -24,9 +24,10 @@ TOP_K = 10  # of the recipes
 def _kd_step(name: str, student: str, teacher: str, batch_size: int, device: torch.device) -> Callable[[], None]:
     """Forward, backward, alignment and SGD, as the LightningModule's hooks do it."""
     from lit_logits import DualHeadKD
+    from lit_logits.modules import load_classifier
 
     torch.manual_seed(0)
-    source = None if STEPS[name]["method"] == "ce" else teacher
+    source = None if STEPS[name]["method"] == "ce" else load_classifier(teacher, 100)
     model = DualHeadKD(student, source, num_classes=100, **STEPS[name]).to(device).train()
     g = torch.Generator().manual_seed(0)
     batch = {

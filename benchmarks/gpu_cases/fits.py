@@ -144,10 +144,12 @@ def _two_levels(device: torch.device, precision: Any, ready: Any, sizes: Sizes) 
 
 def _dual_head_kd(device: torch.device, precision: Any, ready: Any, sizes: Sizes) -> list[float]:
     from lit_logits import DualHeadKD
+    from lit_logits.modules import load_classifier
 
     torch.manual_seed(0)
     student, teacher = ("resnet8", "resnet20") if sizes.batch < 8 else ("resnet8x4", "resnet32x4")
-    module = DualHeadKD(student, teacher, num_classes=10, grad_align="backbone", optimizer=_optimizer)
+    frozen = load_classifier(teacher, 10)
+    module = DualHeadKD(student, frozen, num_classes=10, grad_align="backbone", optimizer=_optimizer)
     ready(module.net)
     g, count = torch.Generator().manual_seed(0), 4 * sizes.batch
     images = torch.randn(count * STEPS, 3, 32, 32, generator=g)
