@@ -96,7 +96,7 @@ def _ordered(group: Group, rows: Sequence[Row]) -> list[Row]:
 
 def _timed_table(rows: Sequence[Row]) -> str:
     firsts: dict[str, Row] = {}
-    lines = []
+    lines: list[list[object]] = []
     for row in rows:
         first = firsts.setdefault(row.size, row)
         if row.status != "ok":
