@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage test-oldest test-newest lint bench dist clean
+.PHONY: help demo test test-all coverage test-oldest test-newest lint bench bench-gpu dist clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
@@ -69,8 +69,17 @@ lint: $(VENV)/.dev  ## ruff, codespell and mypy
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml typed_calls.py
 
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
-	@set -e; for name in $(filter-out measure intents quantised_rows vq_rivals vq_training dynamic_fusion fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@set -e; for name in $(filter-out measure intents quantised_rows gpu vq_rivals vq_training dynamic_fusion fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+
+# With BIN of another environment nothing is installed: machines with a card often have their own torch and no network.
+ifeq ($(origin BIN),command line)
+bench-gpu:
+else
+bench-gpu: $(VENV)/.run
+endif
+bench-gpu:  ## What a card decides, in eight minutes; without a GPU, the list of what would run
+	$(BIN)/python -m benchmarks.gpu
 
 dist: $(VENV)/.dev  ## Build sdist and wheel into dist/, and check what an index would show of them
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[release]"

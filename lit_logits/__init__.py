@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from jsonargparse import set_parsing_settings
-
 from lit_logits.lazy import lazy_names
 from lit_logits.modules.vq_logits import config as _config  # noqa: F401  (registers compact models with transformers)
 
@@ -27,20 +25,25 @@ else:
 
 # Recipes, and the hyper-parameters of checkpoints, are data: a mapping such as `backbone` stays a mapping, whatever its
 # keys, and no value may name a function that runs programs or unpickles. jsonargparse itself denies those of the
-# standard library.
-set_parsing_settings(
-    instantiate_subclass_spec_in_any=False,
-    import_path_denylist=[
-        "cloudpickle",
-        "dill",
-        "joblib",
-        "multiprocess",
-        "torch.hub",
-        "torch.load",
-        "torch.package",
-        "torch.utils.cpp_extension",
-    ],
-)
+# standard library. Without jsonargparse there is no command line, and the modules work all the same.
+try:
+    from jsonargparse import set_parsing_settings
+except ModuleNotFoundError:
+    pass
+else:
+    set_parsing_settings(
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=[
+            "cloudpickle",
+            "dill",
+            "joblib",
+            "multiprocess",
+            "torch.hub",
+            "torch.load",
+            "torch.package",
+            "torch.utils.cpp_extension",
+        ],
+    )
 
 __all__ = ["CausalLM", "DualHeadKD", "DynamicFusionDecoder", "GLDFusionModule", "VQLogitsLM"]
 __version__ = "0.2.0"
