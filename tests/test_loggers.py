@@ -25,7 +25,8 @@ def test_a_logger_without_pictures_is_named_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_logits.callbacks.loggers.rank_zero_info", said.append)
     trainer = SimpleNamespace(loggers=[CSVLogger(tmp_path)])
     assert picture_writers(trainer) == picture_writers(trainer) == []
-    assert len(said) == 1 and "CSVLogger" in said[0]
+    assert len(said) == 1
+    assert "CSVLogger" in said[0]
     assert picture_writers(SimpleNamespace(loggers=[])) == []  # logger=False
 
 
