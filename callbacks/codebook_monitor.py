@@ -11,7 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part, tensorboard_writers
+from lit_logits.callbacks.loggers import picture_writers
+from lit_logits.callbacks.parts import check_at_least, check_min_usage, data_tokenizer, find_part
 from lit_logits.callbacks.pictures.codebook import CodeTokens, tokens_figure, usage_figure
 from lit_logits.callbacks.pictures.tokens import visible_token
 from lit_logits.callbacks.scalars import log_scalars
@@ -102,7 +103,7 @@ class CodebookMonitor(Callback):
         if reached is not None and float(head.ppl_floor()) > 0.8 * float(reached):
             self._warn(float(head.ppl_floor()), f"validation reached {float(reached):.2f}")
         tokenizer = data_tokenizer(trainer)
-        for writer in tensorboard_writers(trainer):
+        for writer in picture_writers(trainer):
             codes = self._code_tokens(head, tokenizer)
             writer.add_figure("vq/tokens", tokens_figure(codes), trainer.global_step)
             writer.add_text("vq/tokens", _table(codes), trainer.global_step)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from lit_logits.callbacks.classifier_outputs import ClassifierOutputs
-from lit_logits.callbacks.parts import find_part, shown_class_names, tensorboard_writers, trained_so_far
+from lit_logits.callbacks.loggers import picture_writers
+from lit_logits.callbacks.parts import find_part, shown_class_names, trained_so_far
 from lit_logits.callbacks.pictures.confusion import confusion_figure
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.labels import IGNORE_INDEX
@@ -106,7 +107,7 @@ class ConfusionMatrixLogger(Callback):
         if counts is None:
             return
         counts = all_reduce_sum_(counts).cpu()
-        writers = tensorboard_writers(trainer) if trainer.is_global_zero else []
+        writers = picture_writers(trainer) if trainer.is_global_zero else []
         if not writers or not bool(counts.any()):
             return
         epoch, step = trained_so_far(trainer)

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, tensorboard_writers
+from lit_logits.callbacks.loggers import picture_writers
+from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part
 from lit_logits.callbacks.pictures.fusion import curve_figure, text_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
@@ -132,7 +133,7 @@ class FusionWeightLogger(Callback):
             self._log_scalars(trainer, fused, trace, number)
         self._count(alpha.double().cpu(), *_alpha_range(fused))
         tokenizer = (pl_module.tokenizer if offers(pl_module, HasTokenizer) else None) or data_tokenizer(trainer)
-        for index, kept in enumerate(trace.mask if tensorboard_writers(trainer) else ()):
+        for index, kept in enumerate(trace.mask if picture_writers(trainer) else ()):
             if self._num_drawn < self.num_texts and bool(kept.any()):
                 text, num_tokens = _text_trace(trace, index, self.max_tokens), int(kept.sum())
                 size = f"first {self.max_tokens} of " if num_tokens > self.max_tokens else ""
@@ -158,7 +159,7 @@ class FusionWeightLogger(Callback):
         """Draw two figures of one text, as `_text_trace` returns it."""
         pieces, names = token_texts(text.token_ids.tolist(), tokenizer), fused.expert_names
         alpha_range = _alpha_range(fused)
-        for writer in tensorboard_writers(trainer):
+        for writer in picture_writers(trainer):
             curves = curve_figure(pieces, *text[2:], expert_names=names, alpha_range=alpha_range, title=name)
             writer.add_figure("fusion/alpha_curve", curves, self._num_drawn)
             picture = text_figure(pieces, text.alpha, expert_names=names, alpha_range=alpha_range, title=name)
@@ -172,7 +173,7 @@ class FusionWeightLogger(Callback):
             return
         low, high = _alpha_range(fused)
         edges = torch.linspace(low, high, _NUM_BINS + 1)[1:].tolist()
-        for writer in tensorboard_writers(trainer):
+        for writer in picture_writers(trainer):
             for index, name in enumerate(fused.expert_names):
                 counts, (total, squares) = self._counts[index], self._sums[:, index].tolist()
                 writer.add_histogram_raw(

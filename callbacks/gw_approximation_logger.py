@@ -11,7 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, find_parts, tensorboard_writers
+from lit_logits.callbacks.loggers import picture_writers
+from lit_logits.callbacks.parts import check_at_least, data_tokenizer, find_part, find_parts
 from lit_logits.callbacks.pictures.gw import graph_figure, scatter_figure
 from lit_logits.callbacks.pictures.tokens import token_texts
 from lit_logits.callbacks.scalars import log_scalars
@@ -156,7 +157,7 @@ class GWApproximationLogger(Callback):
             values |= self._scalars(name, comparisons)
         if values:
             log_scalars(trainer, values, step=self._step)
-        for writer in tensorboard_writers(trainer) if found else ():
+        for writer in picture_writers(trainer) if found else ():
             self._draw(trainer, writer, part, {name: (firsts[name], found[name][0]) for name in found})
 
     def _samples(self, part: GraphAlignment, pair: GraphPair) -> Iterator[list[NodeValues]]:

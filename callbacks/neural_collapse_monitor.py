@@ -11,11 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_logits.callbacks.classifier_outputs import ClassifierOutputs
+from lit_logits.callbacks.loggers import picture_writers
 from lit_logits.callbacks.parts import (
     find_part,
     find_parts,
     shown_class_names,
-    tensorboard_writers,
     trained_so_far,
 )
 from lit_logits.callbacks.pictures.collapse import cosine_figure
@@ -197,7 +197,7 @@ class NeuralCollapseMonitor(Callback):
         names = shown_class_names(trainer, len(seen))
         shown = [name for name, is_seen in zip(names, seen.tolist(), strict=True) if is_seen]
         epoch, step = trained_so_far(trainer)
-        for writer in tensorboard_writers(trainer):
+        for writer in picture_writers(trainer):
             writer.add_figure(tag, cosine_figure(cosines, epoch, shown), step)
 
 

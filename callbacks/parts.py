@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -29,7 +28,6 @@ __all__ = [
     "shown_class_names",
     "swap_averages",
     "tell_finished",
-    "tensorboard_writers",
     "trained_so_far",
     "uncoded_heads",
 ]
@@ -150,11 +148,6 @@ def averaged_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[N
         yield
     finally:
         swap_averages(trainer, pl_module)
-
-
-def tensorboard_writers(trainer: Trainer) -> list[Any]:
-    """Return the `SummaryWriter` of each TensorBoard logger, for pictures and texts."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def on_rank_zero(trainer: Trainer, function: Callable[[], _Result]) -> _Result:

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_logits.callbacks.loggers import picture_writers
 from lit_logits.callbacks.parts import (
     averaged_weights,
     check_at_least,
     data_tokenizer,
     find_part,
-    tensorboard_writers,
     trained_so_far,
 )
 from lit_logits.contracts import ContinuesPrompts
@@ -84,9 +84,7 @@ class SampleTextLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the prompts of the first batches."""
-        wanted = (
-            self._serves and not trainer.sanity_checking and dataloader_idx == 0 and bool(tensorboard_writers(trainer))
-        )
+        wanted = self._serves and not trainer.sanity_checking and dataloader_idx == 0 and bool(picture_writers(trainer))
         if wanted and len(self._samples) < self.num_prompts and isinstance(batch, Mapping) and "input_ids" in batch:
             self._samples += _samples(batch, self.num_prompts - len(self._samples), self.prompt_tokens)
 
@@ -103,7 +101,7 @@ class SampleTextLogger(Callback):
                 f"**{title}**\n\n{_as_code(tokenizer.decode(ids.tolist()))}\n\n"
                 for title, ids in (("prompt", sample.prompt), ("written", tokens), ("in the data", sample.response))
             )
-            for writer in tensorboard_writers(trainer):
+            for writer in picture_writers(trainer):
                 writer.add_text(f"samples/{number}", text, step)
 
     @torch.no_grad()
