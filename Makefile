@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage test-oldest test-newest lint bench bench-gpu dist clean
+.PHONY: help demo test test-all coverage test-oldest test-newest lint bench bench-gpu dist examples clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
@@ -80,6 +80,10 @@ bench-gpu: $(VENV)/.run
 endif
 bench-gpu:  ## What a card decides, in eight minutes; without a GPU, the list of what would run
 	$(BIN)/python -m benchmarks.gpu
+
+examples: $(VENV)/.dev  ## Run the examples, minutes each, and write their pages in docs/
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[examples]"
+	$(BIN)/python examples/render.py
 
 dist: $(VENV)/.dev  ## Build sdist and wheel into dist/, and check what an index would show of them
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[release]"

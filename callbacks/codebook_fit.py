@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from lit_logits.callbacks.codebook_reassign import first_pass, read_positions, s
 from lit_logits.callbacks.parts import averaging_callback, check_at_least, data_module, find_parts, uncoded_heads
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import CodingHead, GivesHiddenStates
+from lit_logits.modules.sharding import check_whole_weights
 
 __all__ = ["CodebookFit"]
 
@@ -71,8 +72,7 @@ class CodebookFit(Callback):
                 " CodebookFit to read what its head reads."
             )
         strategy = trainer.strategy
-        if isinstance(strategy, FSDPStrategy):
-            raise ValueError("Expected DDP or one device with CodebookFit, but got FSDP, which shards the vectors.")
+        check_whole_weights(strategy, "CodebookFit")
         unused = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
         if isinstance(strategy, DDPStrategy) and not unused:
             raise ValueError(

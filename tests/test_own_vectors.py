@@ -74,8 +74,8 @@ def test_loss_and_gradients_are_those_of_a_token_by_token_definition(seed, bias,
         mates = [v for v in range(V) if owner[v] == owner[y]]
         inner = torch.stack([capped(h @ head.codes[place[v]]) + (head.token_bias[v] if bias else 0) for v in mates])
         losses.append(-outer[used.index(int(owner[y]))] - inner.log_softmax(0)[mates.index(y)])
-    losses = torch.stack(losses)
-    expected = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (labels != -100).sum()}[reduction]
+    values = torch.stack(losses)
+    expected = {"none": values, "sum": values.sum(), "mean": values.sum() / (labels != -100).sum()}[reduction]
     torch.testing.assert_close(found, expected)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype)
     ours, theirs = (torch.autograd.grad((x * weights).sum(), leaves, allow_unused=True) for x in (found, expected))

@@ -70,8 +70,8 @@ def _loss(kind: str, tokens: int, sizes: tuple[int, int], device: torch.device) 
     labels[::5] = -100
     expected, found = (_loss_and_gradients(copy.deepcopy(head), hidden, labels, at) for at in ("cpu", device))
     scales = [float(tensor.detach().abs().max().clamp(min=1e-12)) for tensor in expected]
-    pairs = [[t.detach().cpu() / s for t, s in zip(side, scales, strict=True)] for side in (found, expected)]
-    return differences(*pairs, limit=1e-4)
+    ours, theirs = ([t.detach().cpu() / s for t, s in zip(side, scales, strict=True)] for side in (found, expected))
+    return differences(ours, theirs, limit=1e-4)
 
 
 def _loss_and_gradients(head: Any, hidden: Tensor, labels: Tensor, device: Any) -> list[Tensor]:

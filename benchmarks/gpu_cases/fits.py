@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def _fit(module: Any, data: list[Any], batch: int, device: torch.device, precisi
     losses.seen = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(device, precision, folder, max_steps=STEPS, max_epochs=-1, callbacks=[losses])
-        trainer.fit(module, DataLoader(data, batch_size=batch))
+        trainer.fit(module, DataLoader(cast(Any, data), batch_size=batch))
     return losses.seen
 
 
@@ -164,7 +164,7 @@ def _gld_fusion(device: torch.device, precision: Any, ready: Any, sizes: Sizes) 
     module = GLDFusionModule(
         _llama(sizes, 0), {"source": _llama(sizes, 1, 2 * sizes.hidden)}, gld_weight=0.1, optimizer=_optimizer
     )
-    ready(module.pivot.base_model)  # what the loss calls; the output layer is applied apart
+    ready(cast(Any, module.pivot).base_model)  # what the loss calls; the output layer is applied apart
     return _fit(module, _rows(sizes, sizes.batch * STEPS), sizes.batch, device, precision)
 
 
@@ -181,7 +181,7 @@ def _dynamic_fusion(device: torch.device, precision: Any, ready: Any, sizes: Siz
     ready(module.fused.large)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(device, precision, folder)
-        data = DataLoader(_rows(sizes, 2 * sizes.batch), batch_size=sizes.batch)
+        data = DataLoader(cast(Any, _rows(sizes, 2 * sizes.batch)), batch_size=sizes.batch)
         (logged,) = trainer.test(module, data, verbose=False)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     prompts = torch.stack([row["input_ids"][:4] for row in _rows(sizes, sizes.batch)]).to(device)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +86,10 @@ def _prepare(name: str, hidden_size: int, vocab_size: int, num_tokens: int, devi
     hidden = torch.randn(num_tokens, hidden_size, device=device, generator=generator).bfloat16().requires_grad_()
     labels = zipf_labels(num_tokens, vocab_size, device)
     if name in DENSE:
-        parameters = [_dense_weight(hidden_size, vocab_size, device)]
-        loss = DENSE[name](parameters[0])
+        parameters: list[Tensor] = [_dense_weight(hidden_size, vocab_size, device)]
+        loss: Callable[..., Tensor] = DENSE[name](parameters[0])
     else:
-        head = HEADS[name](hidden_size, vocab_size).to(device)
+        head: Any = HEADS[name](hidden_size, vocab_size).to(device)
         parameters = list(head.parameters())
         for parameter in parameters:  # not the buffers, which count in float32
             parameter.data = parameter.data.bfloat16()

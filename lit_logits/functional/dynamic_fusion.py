@@ -204,8 +204,9 @@ def fusion_weights(
             (forward, reverse), num_evals = divergences_at(problem, alpha), num_evals + 1
         if not may_read(alpha):
             broken = is_broken(problem)
-            found = (value.masked_fill(broken, torch.nan) for value in (alpha, objective, forward, reverse))
-            alpha, objective, forward, reverse = found
+            alpha, objective, forward, reverse = (
+                value.masked_fill(broken, torch.nan) for value in (alpha, objective, forward, reverse)
+            )
     return FusionWeights(alpha, objective, forward, reverse, num_evals)
 
 
