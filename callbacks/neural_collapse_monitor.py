@@ -40,7 +40,7 @@ class NeuralCollapseMonitor(Callback):
     Logged after each validation and test, over all samples of all ranks and data loaders: `nc/nc1`, `nc/nc2` (angles
     of the head's rows), `nc/nc2_norm_rows`, `nc/nc2_angle_means`, `nc/nc2_norm_means`, `nc/nc3`, see `NeuralCollapse`.
     With an auxiliary head also `nc_aux/nc2` and `nc_aux/nc2_norm_rows`, of its last layer. TensorBoard gets
-    `nc/cosines`, the cosines between the head's rows. If the two losses conflict, the rows crowd together: cosines move
+    `nc/cosines`, the cosines between the head's rows, and `nc_aux/cosines`. If the two losses conflict, the rows crowd together: cosines move
     towards 1 and `nc/nc2` grows. The features are those that the model computes anyway; training steps cost nothing.
 
     If gradients are not aligned (`grad_align="none"`), the measured steps also log `kd/grad_cosine` and `kd/conflict`
@@ -192,6 +192,9 @@ class NeuralCollapseMonitor(Callback):
         pl_module.log_dict(values, sync_dist=True)  # equal on all ranks; `sync_dist` only keeps Lightning from warning
         if trainer.is_global_zero and num_seen > 1:
             self._draw(trainer, "nc/cosines", cosine_matrix(weight[seen]).cpu(), seen.cpu())
+            if net.aux_head is not None:
+                rows = net.aux_head.classifier.weight.detach().to(moments.sums)[seen]
+                self._draw(trainer, "nc_aux/cosines", cosine_matrix(rows).cpu(), seen.cpu())
 
     def _draw(self, trainer: Trainer, tag: str, cosines: Tensor, seen: Tensor) -> None:
         names = shown_class_names(trainer, len(seen))

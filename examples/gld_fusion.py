@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from lit_logits import CausalLM, GLDFusionModule
 from lit_logits.callbacks import GWApproximationLogger, SavePretrained
@@ -75,9 +76,9 @@ pivot_data = InstructionDataModule("python-questions", bpe_vocab_size=2048, sour
 pivot_data.prepare_data()
 pivot_data.setup()
 sentence = "What does textwrap.dedent do?"
-print(pivot_data.tokenizer.tokenize(sentence))
-for name in sources:
-    print(pivot_data.source_tokenizers[name].tokenize(sentence))
+print(f"{'pivot':7}", pivot_data.tokenizer.tokenize(sentence))
+for name, source in sources.items():
+    print(f"{name:7}", AutoTokenizer.from_pretrained(source).tokenize(sentence))
 
 # %% [markdown]
 # The pivot learns from the responses, and from what the logits of both sources have in common with its own.

@@ -65,6 +65,9 @@ def train(head, callbacks=()):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        val_check_interval=max(1, steps // 3),
+        check_val_every_n_epoch=None,
+        limit_val_batches=8,
     )
     trainer.fit(model, data)
     return model, trainer

@@ -190,7 +190,7 @@ def test_validate_and_test_log_without_fit(tmp_path):
     for name, value in expected_figures(model, data[:17]).items():
         assert tested[name] == pytest.approx(value, rel=1e-5)
     assert not any(name.startswith("test/nc") for name in tested)
-    assert {"nc/cosines"} == set(read(tmp_path / "run").Tags()["images"])
+    assert {"nc/cosines", "nc_aux/cosines"} == set(read(tmp_path / "run").Tags()["images"])
     assert not model.net._forward_hooks
 
 
