@@ -40,8 +40,9 @@ class NeuralCollapseMonitor(Callback):
     Logged after each validation and test, over all samples of all ranks and data loaders: `nc/nc1`, `nc/nc2` (angles
     of the head's rows), `nc/nc2_norm_rows`, `nc/nc2_angle_means`, `nc/nc2_norm_means`, `nc/nc3`, see `NeuralCollapse`.
     With an auxiliary head also `nc_aux/nc2` and `nc_aux/nc2_norm_rows`, of its last layer. TensorBoard gets
-    `nc/cosines`, the cosines between the head's rows, and `nc_aux/cosines`. If the two losses conflict, the rows crowd together: cosines move
-    towards 1 and `nc/nc2` grows. The features are those that the model computes anyway; training steps cost nothing.
+    `nc/cosines`, the cosines between the head's rows, and `nc_aux/cosines`. If the two losses conflict, the rows crowd
+    together: cosines move towards 1 and `nc/nc2` grows. The features are those that the model computes anyway; training
+    steps cost nothing.
 
     If gradients are not aligned (`grad_align="none"`), the measured steps also log `kd/grad_cosine` and `kd/conflict`
     of the two losses over the backbone, at the price of one more backward pass; the update stays the same. A step whose
