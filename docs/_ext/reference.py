@@ -1,0 +1,119 @@
+"""Writes the pages of the reference: every public name of the package, in groups, and every recipe.
+
+The pages are made at each build from the lists `__all__`, so that no name can be missing. They are not in the repository.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+GROUPS = {
+    "lightning_modules": ("LightningModules", "lit_logits", "What is trained, or decodes: a class for each method."),
+    "modules": ("Heads, models and helpers", "lit_logits.modules", "Modules of torch, and functions around models."),
+    "callbacks": ("Callbacks", "lit_logits.callbacks", "When things happen, and what is logged."),
+    "data_modules": ("Data modules", "lit_logits.datamodules", "Where batches come from."),
+    "functional": ("Functional", "lit_logits.functional", "Tensors in, tensors out: every number comes from here."),
+    "contracts": ("Contracts", "lit_logits.contracts", "What parts ask of each other: read this to write your own."),
+}
+"""File → title, package and what it holds."""
+
+STORAGE = "lit_logits.storage"
+"""A package without names of its own: users import from its files."""
+
+
+def write_reference(folder: Path, recipes: Path) -> None:
+    """Write the pages into `folder`; a page that has not changed keeps its date, so that it is not built again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {f"{name}.rst": _group(*group) for name, group in GROUPS.items()}
+    pages["storage.rst"] = _storage()
+    pages["recipes.md"] = _recipes(recipes)
+    for old in set(folder.iterdir()) - {folder / name for name in pages}:
+        old.unlink()
+    for name, text in pages.items():
+        path = folder / name
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+
+
+def public_names() -> set[str]:
+    """Return the full names of all that the reference has."""
+    packages = [package for _, package, _ in GROUPS.values()]
+    files = [file.__name__ for file in _files(importlib.import_module(STORAGE))]
+    return {f"{name}.{own}" for name in (*packages, *files) for own in importlib.import_module(name).__all__}
+
+
+def _group(title: str, package: str, about: str) -> str:
+    module = importlib.import_module(package)
+    parts = [_heading(title, "="), about, f".. py:module:: {package}"]
+    for file, names in _by_file(module):
+        parts.append(_heading(_title(file), "-"))
+        parts += [_directive(package, name, getattr(module, name)) for name in names]
+    return "\n\n".join(parts) + "\n"
+
+
+def _storage() -> str:
+    parts = [_heading("Storage", "="), "What lies on disk: caches of logits, and log-probabilities of servers."]
+    for module in _files(importlib.import_module(STORAGE)):
+        name = module.__name__
+        parts += [_heading(_title(module), "-"), f".. py:module:: {name}", f"Import from ``{name}``."]
+        parts += [_directive(name, own, getattr(module, own)) for own in module.__all__]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_file(package: ModuleType) -> Iterator[tuple[ModuleType, list[str]]]:
+    """Yield the files that the names of a package come from, in the order of names, with their names."""
+    files: dict[str, list[str]] = {}
+    for name in package.__all__:
+        files.setdefault(_home(package, name), []).append(name)
+    for file, names in sorted(files.items(), key=lambda item: min(item[1], key=str.lower).lower()):
+        yield importlib.import_module(file), sorted(names, key=str.lower)
+
+
+def _home(package: ModuleType, name: str) -> str:
+    """Return the module that a name is defined in; of a `Literal` or a number, which do not know, the one that lists it."""
+    home = getattr(getattr(package, name), "__module__", "typing")
+    if home.startswith("lit_logits"):
+        return str(home)
+    return next((file.__name__ for file in _files(package) if name in file.__all__), package.__name__)
+
+
+def _files(package: ModuleType) -> list[ModuleType]:
+    """Return the files of a package and of its folders that have public names."""
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    modules = [importlib.import_module(file.name) for file in found if not file.ispkg]
+    return [module for module in modules if getattr(module, "__all__", ())]
+
+
+def _directive(package: str, name: str, value: object) -> str:
+    kind = "class" if inspect.isclass(value) else "function" if callable(value) and inspect.isroutine(value) else "data"
+    options = ["   :members:"] if kind == "class" else []
+    return "\n".join([f".. auto{kind}:: {package}.{name}", *options])
+
+
+def _title(module: ModuleType) -> str:
+    """Return the first sentence of a module without its last stop, cut where it explains."""
+    line = _first_line(module)
+    head, _, rest = line.partition(": ")
+    return rest[:1].upper() + rest[1:] if head.startswith("`") and rest else line
+
+
+def _first_line(module: ModuleType) -> str:
+    return (inspect.getdoc(module) or module.__name__).splitlines()[0].rstrip(".;")
+
+
+def _heading(text: str, sign: str) -> str:
+    return f"{text}\n{sign * (2 * len(text))}"  # some signs are wide
+
+
+def _recipes(folder: Path) -> str:
+    parts = [
+        "# Recipes",
+        "A recipe is a commented YAML file that ships with the package. `lit-logits fit --config NAME` takes it by its"
+        " name, and every line of it can be overridden on the command line.",
+    ]
+    for path in sorted(folder.glob("*.yaml")):
+        parts += [f"## {path.name}", f"```{{literalinclude}} /../configs/{path.name}\n:language: yaml\n```"]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,79 @@
+"""How Sphinx builds these pages: `make docs`. It needs no network."""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+from reference import write_reference  # noqa: E402
+
+import lit_logits  # noqa: E402
+
+project = "lit-logits"
+author = "The lit-logits contributors"
+project_copyright = "2026, the lit-logits contributors"
+version = release = lit_logits.__version__
+
+OTHERS = r"(collections|datasets|lightning|L|matplotlib|nn|np|numpy|os|pathlib|Path|scipy|Tensor|torch|transformers|typing)(\..*)?"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build", "_ext"]
+if any((HERE / "examples").glob("*.ipynb")):  # shown with the outputs that they hold, and not run here
+    extensions[0] = "myst_nb"
+    nb_execution_mode = "off"
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 4
+suppress_warnings = ["toc.empty_glob"]  # `examples/*` of a checkout without examples
+# In docstrings `name` is a link where there is such a name, and code where there is none.
+default_role = "py:obj"
+# Types of signatures are links as well. Those of other packages have no page here, and `make docs` reads no network.
+nitpicky = True
+nitpick_ignore_regex = [("py:obj", ".*"), (r"py:\w+", OTHERS)]
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = f"lit-logits {version}"
+html_static_path: list[str] = []
+html_show_sphinx = False
+html_copy_source = False
+
+_SECTIONS = re.compile(r"^(Args|Attributes|Example|Examples|Raises|Returns|References|Yields|Note):$")
+
+
+def formulas_stay_as_they_are(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
+    """Make blocks of code of what a docstring indents outside of its sections: formulas, and lines of a recipe."""
+    found, in_section, in_block = [], False, False
+    for number, line in enumerate(lines):
+        if line and not line[0].isspace():
+            in_section, in_block = bool(_SECTIONS.match(line)), False
+        elif line and not in_section and not in_block and number and not lines[number - 1]:
+            found += [".. code-block:: text", ""]
+            in_block = True
+        found.append(line)
+    lines[:] = found
+
+
+def only_our_own_members(app: Any, what: str, name: str, thing: object, skip: bool, options: Any) -> bool | None:
+    """Leave out members without words, such as fields of a NamedTuple, which stand under Attributes."""
+    if skip or what != "class":
+        return None
+    return True if not inspect.getdoc(thing) or inspect.isdatadescriptor(thing) and not isinstance(thing, property) else None
+
+
+def setup(app: Any) -> None:
+    """Write the reference, and join Sphinx."""
+    write_reference(HERE / "reference" / "generated", HERE.parent / "configs")
+    app.connect("autodoc-process-docstring", formulas_stay_as_they_are, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", only_our_own_members)
