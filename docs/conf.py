@@ -18,7 +18,7 @@ author = "The lit-logits contributors"
 project_copyright = "2026, the lit-logits contributors"
 version = release = lit_logits.__version__
 
-OTHERS = r"(collections|datasets|lightning|L|matplotlib|nn|np|numpy|os|pathlib|Path|scipy|Tensor|torch|transformers|typing)(\..*)?"
+OTHERS = r"(collections|ctypes|datasets|lightning|matplotlib|numpy|pathlib|scipy|torch|transformers|typing)\..*"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "_ext"]
@@ -27,12 +27,12 @@ if any((HERE / "examples").glob("*.ipynb")):  # shown with the outputs that they
     nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
-suppress_warnings = ["toc.empty_glob"]  # `examples/*` of a checkout without examples
 # In docstrings `name` is a link where there is such a name, and code where there is none.
 default_role = "py:obj"
 # Types of signatures are links as well. Those of other packages have no page here, and `make docs` reads no network.
 nitpicky = True
-nitpick_ignore_regex = [("py:obj", ".*"), (r"py:\w+", OTHERS)]
+# Classes that are passed inside the package only have none either.
+nitpick_ignore_regex = [("py:obj", ".*"), (r"py:\w+", OTHERS), ("py:class", r"lit_logits(\.\w+){2,}")]
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -53,16 +53,21 @@ _SECTIONS = re.compile(r"^(Args|Attributes|Example|Examples|Raises|Returns|Refer
 
 
 def formulas_stay_as_they_are(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
-    """Make blocks of code of what a docstring indents outside of its sections: formulas, and lines of a recipe."""
-    found, in_section, in_block = [], False, False
+    """Make blocks of code of what a docstring indents outside of its sections: formulas, and lines of a recipe.
+
+    Elsewhere |x| is an absolute value, where reStructuredText would look for a substitution.
+    """
+    found, section, in_block = [], "", False
     for number, line in enumerate(lines):
         if line and not line[0].isspace():
-            in_section, in_block = bool(_SECTIONS.match(line)), False
-        elif line and not in_section and not in_block and number and not lines[number - 1]:
+            match = _SECTIONS.match(line)
+            section, in_block = match[1] if match else "", False
+        elif line and not section and not in_block and number and not lines[number - 1]:
             found += [".. code-block:: text", ""]
             in_block = True
-        found.append(line)
-    lines[:] = found
+        found.append(line if in_block or section.startswith("Example") else line.replace("|", r"\|"))
+    # Of the first line of a property, napoleon would take what stands before a colon for its type.
+    lines[:] = ["", *found] if what in ("attribute", "data", "property") else found
 
 
 def only_our_own_members(app: Any, what: str, name: str, thing: object, skip: bool, options: Any) -> bool | None:

@@ -3,6 +3,7 @@
 The pages are made at each build from the lists `__all__`, so that no name can be missing. They are not in the repository.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -88,9 +89,44 @@ def _files(package: ModuleType) -> list[ModuleType]:
 
 
 def _directive(package: str, name: str, value: object) -> str:
-    kind = "class" if inspect.isclass(value) else "function" if callable(value) and inspect.isroutine(value) else "data"
-    options = ["   :members:"] if kind == "class" else []
-    return "\n".join([f".. auto{kind}:: {package}.{name}", *options])
+    owner = _owner(package, name, value)
+    if owner:
+        kind = "class" if inspect.isclass(value) else "function"
+        return f".. py:{kind}:: {package}.{name}\n\n   The same as :py:obj:`{owner}`."
+    if inspect.isclass(value):
+        return f".. autoclass:: {package}.{name}\n   :members:"
+    if inspect.isroutine(value):
+        return f".. autofunction:: {package}.{name}"
+    home, text = _constant(importlib.import_module(package), name)
+    shown = repr(value).replace("typing.", "")
+    said = [f"   {line}".rstrip() for line in text.replace("|", r"\|").splitlines()]
+    lines = [f".. py:data:: {package}.{name}"]
+    lines += [f"   :canonical: {home}.{name}"] if home != package else []
+    return "\n".join([*lines, *([f"   :value: {shown}"] if len(shown) < 200 else []), "", *said])
+
+
+def _owner(package: str, name: str, value: object) -> str:
+    """Return the full name under which a class or a function that two packages export has its page, or nothing."""
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return ""
+    for other in ("lit_logits.contracts", "lit_logits.functional"):
+        if other != package and getattr(importlib.import_module(other), name, None) is value:
+            return f"{other}.{name}"
+    return ""
+
+
+def _constant(package: ModuleType, name: str) -> tuple[str, str]:
+    """Return the file that defines a constant, and the text below it there."""
+    for file in [package] if not hasattr(package, "__path__") else _files(package):
+        if not isinstance(file.__file__, str):
+            continue
+        lines = ast.parse(Path(file.__file__).read_text()).body
+        for line, below in zip(lines, [*lines[1:], None], strict=True):
+            names = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+            if any(isinstance(one, ast.Name) and one.id == name for one in names):
+                is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                return file.__name__, inspect.cleandoc(str(below.value.value)) if is_text else ""
+    return package.__name__, ""
 
 
 def _title(module: ModuleType) -> str:
