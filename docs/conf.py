@@ -9,7 +9,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
-from reference import write_reference  # noqa: E402
+from reference import public_names, write_reference  # noqa: E402
 
 import lit_logits  # noqa: E402
 
@@ -34,6 +34,7 @@ nitpicky = True
 # Classes that are passed inside the package only have none either.
 nitpick_ignore_regex = [("py:obj", ".*"), (r"py:\w+", OTHERS), ("py:class", r"lit_logits(\.\w+){2,}")]
 add_module_names = False
+python_maximum_signature_line_length = 96
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -77,8 +78,22 @@ def only_our_own_members(app: Any, what: str, name: str, thing: object, skip: bo
     return True if not inspect.getdoc(thing) or inspect.isdatadescriptor(thing) and not isinstance(thing, property) else None
 
 
+def link_short_names(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """Lead `VQLogitsHead` to where that public name is, from any page, unless two have it."""
+    target = str(node.get("reftarget", "")).removesuffix("()")
+    full = {name for name in _PUBLIC if name.endswith(f".{target}")} if node.get("refdomain") == "py" else set()
+    if len(full) != 1 or node.get("reftype") != "obj":
+        return None
+    domain = env.get_domain("py")
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", full.pop(), node, text)
+
+
+_PUBLIC = public_names()
+
+
 def setup(app: Any) -> None:
     """Write the reference, and join Sphinx."""
     write_reference(HERE / "reference" / "generated", HERE.parent / "configs")
     app.connect("autodoc-process-docstring", formulas_stay_as_they_are, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", only_our_own_members)
+    app.connect("missing-reference", link_short_names)

@@ -52,7 +52,7 @@ def runnable():
             yield pytest.param(page, marks=marks, id=page_name(page))
 
 
-@pytest.mark.parametrize("page", runnable())
+@pytest.mark.parametrize("page", [*runnable()])
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """In order, in one namespace, in a folder of its own, with no more than two steps of training."""
     start = L.Trainer.__init__
@@ -117,7 +117,7 @@ def parser():
     return found[0]
 
 
-@pytest.mark.parametrize(("words", "page"), programs("lit-logits", r"python3? train\.py", r"python3? -m lit_logits$"))
+@pytest.mark.parametrize(("words", "page"), [*programs("lit-logits", r"python3? train\.py", r"python3? -m lit_logits$")])
 def test_a_command_parses(words, page, tmp_path, monkeypatch):
     """With a shipped recipe in place of a file that an earlier command of the page writes."""
     given = [word for word in words[next(n for n, word in enumerate(words) if word in COMMANDS) :] if word not in ("...", "…")]
@@ -145,7 +145,7 @@ def test_a_command_parses(words, page, tmp_path, monkeypatch):
 COMMANDS = ("fit", "validate", "test", "predict", "import")
 
 
-@pytest.mark.parametrize(("words", "page"), programs(r"python3? -m benchmarks\."))
+@pytest.mark.parametrize(("words", "page"), [*programs(r"python3? -m benchmarks\.")])
 def test_a_benchmark_knows_its_options(words, page, monkeypatch):
     name = words[2]
     assert "ArgumentParser" in (ROOT / f"{name.replace('.', '/')}.py").read_text(), f"{name} is no command"
@@ -170,7 +170,7 @@ def test_a_benchmark_knows_its_options(words, page, monkeypatch):
             pytest.fail(said.getvalue())
 
 
-@pytest.mark.parametrize(("words", "page"), programs("make"))
+@pytest.mark.parametrize(("words", "page"), [*programs("make")])
 def test_make_knows_its_targets(words, page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {word for word in words[1:] if "=" not in word} <= targets
@@ -205,7 +205,7 @@ def test_no_public_name_is_missing_from_the_reference(tmp_path):
     """Every `__all__` of a package for users, and of each file of `storage`, has its directive."""
     generator().write_reference(tmp_path, ROOT / "configs")
     text = "".join(page.read_text() for page in tmp_path.iterdir())
-    told = set(re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.MULTILINE))
+    told = set(re.findall(r"^\.\. (?:auto|py:)(?!module)\w+:: (\S+)$", text, re.MULTILINE))
     names = ["", ".modules", ".callbacks", ".datamodules", ".functional", ".contracts"]
     storage = importlib.import_module("lit_logits.storage")
     names += [f".storage.{file.name}" for file in pkgutil.iter_modules(storage.__path__)]

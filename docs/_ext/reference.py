@@ -7,6 +7,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,7 @@ def _group(title: str, package: str, about: str) -> str:
     module = importlib.import_module(package)
     parts = [_heading(title, "="), about, f".. py:module:: {package}"]
     for file, names in _by_file(module):
-        parts.append(_heading(_title(file), "-"))
+        parts.append(_heading(names[0] if len(names) == 1 else _title(file), "-"))
         parts += [_directive(package, name, getattr(module, name)) for name in names]
     return "\n\n".join(parts) + "\n"
 
@@ -130,10 +131,10 @@ def _constant(package: ModuleType, name: str) -> tuple[str, str]:
 
 
 def _title(module: ModuleType) -> str:
-    """Return the first sentence of a module without its last stop, cut where it explains."""
-    line = _first_line(module)
-    head, _, rest = line.partition(": ")
-    return rest[:1].upper() + rest[1:] if head.startswith("`") and rest else line
+    """Return the first sentence of a module as far as it names its subject."""
+    line = re.sub(r"^`[^`]+`: ", "", _first_line(module)).replace("`", "")
+    head = re.split(r"[:;,(] ?| that | in which ", line)[0].strip()
+    return head[:1].upper() + head[1:]
 
 
 def _first_line(module: ModuleType) -> str:
