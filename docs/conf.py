@@ -88,6 +88,21 @@ def link_short_names(app: Any, env: Any, node: Any, text: Any) -> Any:
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", full.pop(), node, text)
 
 
+def link_public_names(app: Any, page: str, source: list[str]) -> None:
+    """Make a link of `VQLogitsHead` in the prose of a page, where the name is public."""
+    if page.startswith("reference/generated/"):
+        return
+    parts = re.split(r"(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))", source[0], flags=re.DOTALL | re.MULTILINE)
+    for place in range(0, len(parts), 2):  # between blocks, headings and links
+        parts[place] = re.sub(r"(?<![`}])`([A-Za-z_]\w+)`(?!`)", _as_link, parts[place])
+    source[0] = "".join(parts)
+
+
+def _as_link(match: re.Match[str]) -> str:
+    is_public = any(name.endswith(f".{match[1]}") for name in _PUBLIC)
+    return f"{{py:obj}}{match[0]}" if is_public else match[0]
+
+
 _PUBLIC = public_names()
 
 
@@ -96,4 +111,5 @@ def setup(app: Any) -> None:
     write_reference(HERE / "reference" / "generated", HERE.parent / "configs")
     app.connect("autodoc-process-docstring", formulas_stay_as_they_are, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", only_our_own_members)
+    app.connect("source-read", link_public_names)
     app.connect("missing-reference", link_short_names)

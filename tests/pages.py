@@ -75,7 +75,8 @@ def _commands_of(text: str, first: int) -> Iterator[tuple[int, list[str]]]:
             line = f"{line[:-1]} {lines[number].strip()}"
         number += 1
         if _COMMAND.match(re.sub(r"^(\w+=\S+ )+", "", line)):
-            words = shlex.split(re.split(r" (?:>|\||&&|2>) ?", re.sub(r"^(\w+=\S+ )+", "", line))[0], comments=True)
+            own = re.split(r" (?:>|\||&&|2>|&$)|; ", re.sub(r"^(\w+=\S+ )+", "", line))[0]
+            words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", own), comments=True)  # a variable of the shell
             yield first + start, words
 
 

@@ -216,6 +216,20 @@ def test_no_public_name_is_missing_from_the_reference(tmp_path):
     assert all(f"## {name}" in text for name in RECIPES)
 
 
+def test_papers_name_what_there_is():
+    """Every name is public, a module, or an argument; every paper that a docstring cites is there."""
+    page = (ROOT / "docs" / "papers.md").read_text()
+    public = {name.rpartition(".")[2] for name in generator().public_names()}
+    arguments = {"all", "backbone", "class_reduction", "graph_values", "uld_values"}
+    assert set(re.findall(r"`([A-Za-z_]\w+)`", page)) <= public | arguments
+    for name in re.findall(r"`(lit_logits\.[\w.]+)`", page):
+        importlib.import_module(name)
+    sources = [file for place in ("lit_logits", "callbacks", "datamodules") for file in (ROOT / place).rglob("*.py")]
+    cited = {number for file in sources for number in re.findall(r"arXiv (\d{4}\.\d{5})", file.read_text())}
+    assert len(cited) > 25
+    assert cited <= set(re.findall(r"arXiv (\d{4}\.\d{5})", page))
+
+
 def test_the_page_of_the_command_line_has_every_option():
     page = (ROOT / "docs" / "reference" / "command_line.md").read_text()
     (commands_of,) = [action.choices for action in parser()._actions if hasattr(action, "add_subcommand")]
