@@ -18,7 +18,7 @@ author = "The lit-logits contributors"
 project_copyright = "2026, the lit-logits contributors"
 version = release = lit_logits.__version__
 
-OTHERS = r"(collections|ctypes|datasets|lightning|matplotlib|numpy|pathlib|scipy|torch|transformers|typing)\..*"
+OTHERS = r"(collections|ctypes|datasets|lightning|matplotlib|numpy|os|pathlib|scipy|torch|transformers|typing)\..*"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "_ext"]
@@ -32,7 +32,7 @@ default_role = "py:obj"
 # Types of signatures are links as well. Those of other packages have no page here, and `make docs` reads no network.
 nitpicky = True
 # Classes that are passed inside the package only have none either.
-nitpick_ignore_regex = [("py:obj", ".*"), (r"py:\w+", OTHERS), ("py:class", r"lit_logits(\.\w+){2,}")]
+nitpick_ignore_regex = [("py:obj", "(?s:.*)"), (r"py:\w+", OTHERS), ("py:class", r"lit_logits(\.\w+){2,}")]
 add_module_names = False
 python_maximum_signature_line_length = 96
 autodoc_member_order = "bysource"
@@ -68,7 +68,7 @@ def formulas_stay_as_they_are(app: Any, what: str, name: str, thing: object, opt
             in_block = True
         found.append(line if in_block or section.startswith("Example") else line.replace("|", r"\|"))
     # Of the first line of a property, napoleon would take what stands before a colon for its type.
-    lines[:] = ["", *found] if what in ("attribute", "data", "property") else found
+    lines[:] = ["..", "", *found] if what in ("attribute", "data", "property") else found
 
 
 def only_our_own_members(app: Any, what: str, name: str, thing: object, skip: bool, options: Any) -> bool | None:
