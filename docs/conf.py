@@ -75,7 +75,8 @@ def only_our_own_members(app: Any, what: str, name: str, thing: object, skip: bo
     """Leave out members without words, such as fields of a NamedTuple, which stand under Attributes."""
     if skip or what != "class":
         return None
-    return True if not inspect.getdoc(thing) or inspect.isdatadescriptor(thing) and not isinstance(thing, property) else None
+    is_field = inspect.isdatadescriptor(thing) and not isinstance(thing, property)
+    return True if is_field or not inspect.getdoc(thing) else None
 
 
 def link_short_names(app: Any, env: Any, node: Any, text: Any) -> Any:

@@ -18,7 +18,7 @@ from lit_logits.datamodules.tokenization import train_bpe
 
 __all__ = ["write_parts"]
 
-WORDS = "Every line of this text is read once, and the quick brown fox jumps over lazy dogs of number".split()
+TEXT = "Every line of this text is read once, and the quick brown fox jumps over lazy dogs of number"
 
 
 def write_parts(folder: Path, code: str) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def write_parts(folder: Path, code: str) -> dict[str, Any]:
 
 
 def _texts() -> list[str]:
-    return [" ".join(WORDS[(3 * n + k) % len(WORDS)] for k in range(24)) + f" {n}." for n in range(200)]
+    words = TEXT.split()
+    return [" ".join(words[(3 * n + k) % len(words)] for k in range(24)) + f" {n}." for n in range(200)]
 
 
 def _pairs(path: Path) -> None:

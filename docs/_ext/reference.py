@@ -1,6 +1,7 @@
 """Writes the pages of the reference: every public name of the package, in groups, and every recipe.
 
-The pages are made at each build from the lists `__all__`, so that no name can be missing. They are not in the repository.
+The pages are made at each build from the lists `__all__`, so that no name can be missing. The repository does not hold
+them.
 """
 
 import ast
@@ -75,7 +76,7 @@ def _by_file(package: ModuleType) -> Iterator[tuple[ModuleType, list[str]]]:
 
 
 def _home(package: ModuleType, name: str) -> str:
-    """Return the module that a name is defined in; of a `Literal` or a number, which do not know, the one that lists it."""
+    """Return the module that defines a name; of a `Literal` or a number, which do not know, the one that lists it."""
     home = getattr(getattr(package, name), "__module__", "typing")
     if home.startswith("lit_logits"):
         return str(home)
