@@ -66,6 +66,8 @@ def formulas_stay_as_they_are(app: Any, what: str, name: str, thing: object, opt
         elif line and not section and not in_block and number and not lines[number - 1]:
             found += [".. code-block:: text", ""]
             in_block = True
+        if section == "References":
+            line = re.sub(r"^( +)(\[\d+\]: )", r"\1* \2", line)  # a line each
         found.append(line if in_block or section.startswith("Example") else line.replace("|", r"\|"))
     # Of the first line of a property, napoleon would take what stands before a colon for its type.
     lines[:] = ["..", "", *found] if what in ("attribute", "data", "property") else found

@@ -8,7 +8,6 @@ import ast
 import importlib
 import inspect
 import pkgutil
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +52,8 @@ def _group(title: str, package: str, about: str) -> str:
     parts = [_heading(title, "="), about, f".. py:module:: {package}"]
     for file, names in _by_file(module):
         parts.append(_heading(names[0] if len(names) == 1 else _title(file), "-"))
+        if len(names) > 1 or package == "lit_logits.functional":  # letters and papers that the functions share
+            parts.append(f".. automodule:: {file.__name__}\n   :no-index:")
         parts += [_directive(package, name, getattr(module, name)) for name in names]
     return "\n\n".join(parts) + "\n"
 
@@ -61,7 +62,7 @@ def _storage() -> str:
     parts = [_heading("Storage", "="), "What lies on disk: caches of logits, and log-probabilities of servers."]
     for module in _files(importlib.import_module(STORAGE)):
         name = module.__name__
-        parts += [_heading(_title(module), "-"), f".. py:module:: {name}", f"Import from ``{name}``."]
+        parts += [_heading(_title(module), "-"), f".. automodule:: {name}", f"Import from ``{name}``."]
         parts += [_directive(name, own, getattr(module, own)) for own in module.__all__]
     return "\n\n".join(parts) + "\n"
 
@@ -132,14 +133,10 @@ def _constant(package: ModuleType, name: str) -> tuple[str, str]:
 
 
 def _title(module: ModuleType) -> str:
-    """Return the first sentence of a module as far as it names its subject."""
-    line = re.sub(r"^`[^`]+`: ", "", _first_line(module)).replace("`", "")
-    head = re.split(r"[:;,(] ?| that | in which ", line)[0].strip()
-    return head[:1].upper() + head[1:]
-
-
-def _first_line(module: ModuleType) -> str:
-    return (inspect.getdoc(module) or module.__name__).splitlines()[0].rstrip(".;")
+    """Return the name of a file in words."""
+    words = module.__name__.rpartition(".")[2].split("_")
+    words = [word.upper() if word in ("gld", "gw", "kd", "kl", "vq") else word for word in words]
+    return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
 def _heading(text: str, sign: str) -> str:
