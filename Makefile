@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage test-oldest test-newest lint bench bench-gpu dist examples clean
+.PHONY: help demo test test-all coverage test-oldest test-newest lint docs examples bench bench-gpu dist clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
@@ -67,6 +67,10 @@ lint: $(VENV)/.dev  ## ruff, codespell and mypy
 	@cp -r benchmarks tests build/types && mv build/types/tests/typed_calls.py build/types
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p lit_logits -p benchmarks -p tests
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml typed_calls.py
+
+# Sphinx reads the installed package, and nothing from a network. Each warning is an error.
+docs: $(VENV)/.dev  ## Build the pages into build/docs: open build/docs/index.html
+	$(BIN)/python -m sphinx -b html -q -W --keep-going docs build/docs
 
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
 	@set -e; for name in $(filter-out measure intents quantised_rows gpu vq_rivals vq_training dynamic_fusion fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
