@@ -41,6 +41,7 @@ autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -66,6 +67,8 @@ def formulas_stay_as_they_are(app: Any, what: str, name: str, thing: object, opt
         elif line and not section and not in_block and number and not lines[number - 1]:
             found += [".. code-block:: text", ""]
             in_block = True
+        if section in ("Args", "Attributes"):
+            line = re.sub(r"^( +\w+: )(\w\.)$", r"\1\\\2", line)  # `d.` would begin a list that counts with letters
         if section == "References":
             line = re.sub(r"^( +)(\[\d+\]: )", r"\1* \2", line)  # a line each
         found.append(line if in_block or section.startswith("Example") else line.replace("|", r"\|"))

@@ -95,7 +95,7 @@ def _directive(package: str, name: str, value: object) -> str:
     owner = _owner(package, name, value)
     if owner:
         kind = "class" if inspect.isclass(value) else "function"
-        return f".. py:{kind}:: {package}.{name}\n\n   The same as :py:obj:`{owner}`."
+        return f".. py:{kind}:: {name}\n   :module: {package}\n\n   The same as :py:obj:`{owner}`."
     if inspect.isclass(value):
         return f".. autoclass:: {package}.{name}\n   :members:"
     if inspect.isroutine(value):
@@ -103,7 +103,7 @@ def _directive(package: str, name: str, value: object) -> str:
     home, text = _constant(importlib.import_module(package), name)
     shown = repr(value).replace("typing.", "")
     said = [f"   {line}".rstrip() for line in text.replace("|", r"\|").splitlines()]
-    lines = [f".. py:data:: {package}.{name}"]
+    lines = [f".. py:data:: {name}", f"   :module: {package}"]
     lines += [f"   :canonical: {home}.{name}"] if home != package else []
     return "\n".join([*lines, *([f"   :value: {shown}"] if len(shown) < 200 else []), "", *said])
 
