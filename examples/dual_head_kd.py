@@ -91,7 +91,7 @@ Image.open(BytesIO(log.Images("nc/cosines")[-1].encoded_image_string))
 Image.open(BytesIO(log.Images("nc_aux/cosines")[-1].encoded_image_string))
 
 # %% [markdown]
-# How often the gradients of both losses on the backbone point apart: `kd/conflict` is the share of steps with a negative cosine.
+# The cosine between the gradients of both losses on the backbone, in the mean over the measured steps. Below 0 they pull apart.
 
 # %%
 for method, trainer in trainers.items():

@@ -31,10 +31,11 @@ def render(name: str) -> None:
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)
     for file, data in resources["outputs"].items():
-        (pictures / file).write_bytes(data)
-        text = text.replace(f"({file})", f"({name}/{file})")
+        if f"({file})" in text:  # a picture is there in several formats
+            (pictures / file).write_bytes(data)
+            text = text.replace(f"({file})", f"({name}/{file})")
     source = f"<!-- made by `make examples` of examples/{name}.py -->\n\n"
-    (PAGES / f"{name}.md").write_text(source + text.strip() + "\n")
+    (PAGES / f"{name}.md").write_text("\n".join(line.rstrip() for line in (source + text.strip()).splitlines()) + "\n")
     print(f"{name}: {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
 
 
