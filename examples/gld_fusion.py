@@ -3,7 +3,7 @@
 #
 # Models of different tokenizers share no vocabulary, so their logits cannot be compared token by token. Graph-on-logits
 # distillation compares how logits move together: a graph for each model, and the Gromov–Wasserstein distance between both. That
-# distance is dear, so what is trained is a bound that sorts: cheap, and never below.
+# distance is dear, so what is trained is a bound that sorts: cheap, and never above the distance.
 #
 # Here a pivot learns from two tiny models of other tokenizers, and `GWApproximationLogger` solves for the distance beside the
 # bound. It needs POT (`pip install POT`). It takes about four minutes on two cores.
@@ -90,10 +90,10 @@ logger = L.pytorch.loggers.TensorBoardLogger(folder)
 trainer = fit(pivot, pivot_data, logger=logger, callbacks=[GWApproximationLogger(every_n_steps=max(1, steps // 15))])
 
 # %% [markdown]
-# ## Never below, and how close
+# ## Never above, and how close
 #
-# Each point is a pair of graphs: the distance, to the right, and the bound, upwards. Points on the line would be exact; none lies
-# below it.
+# Each point is a pair of graphs: to the right the bound, upwards the distance, as the best matching that was found. On the line the
+# bound would be exact. Fainter points are of earlier steps.
 
 # %%
 log = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
