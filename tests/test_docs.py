@@ -45,8 +45,9 @@ def code_of(page):
 
 
 def runnable():
+    """Pages with code; those of `docs/examples` are left out, as tests/test_examples.py runs their scripts."""
     for page in PAGES:
-        code = code_of(page)
+        code = "" if page.parent.name == "examples" else code_of(page)
         if code:
             marks = [pytest.mark.slow] if ".fit(" in code else []
             yield pytest.param(page, marks=marks, id=page_name(page))
