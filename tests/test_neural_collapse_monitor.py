@@ -398,7 +398,7 @@ def test_names_come_from_the_datamodule(tmp_path, monkeypatch):
         neural_collapse_monitor, "cosine_figure", lambda *args: drawn.append(args[2]) or cosine_figure(*args)
     )
     trainer_of(NeuralCollapseMonitor(), logger=logger_of(tmp_path)).validate(make(), datamodule=Data(), verbose=False)
-    assert drawn == [["ant", "bee", "cow", "dog"]]
+    assert drawn == [["ant", "bee", "cow", "dog"]] * 2  # of both heads
 
 
 def test_only_rank_zero_draws(tmp_path, monkeypatch):

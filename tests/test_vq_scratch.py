@@ -51,7 +51,7 @@ def test_every_head_is_trained_and_what_is_done_is_not_done_again(command, tmp_p
     assert rows["one level", "0.002"][2] == rows["two levels", "0.002"][2] == "10.00%"  # 30 of 300 rows
     assert plot.read_bytes().startswith(b"\x89PNG")
     runs = json.loads((tmp_path / "runs.json").read_text())["runs"]
-    assert len(runs) == 16
+    assert len(runs) == 18
     assert [run["settings"]["reassign"] for run in runs[6:8]] == [[1], [1]]  # of two steps
     for run in runs:
         assert [tokens for tokens, _ in run["curve"]] == [64, 128]
@@ -69,7 +69,7 @@ def test_every_head_is_trained_and_what_is_done_is_not_done_again(command, tmp_p
     assert rows_of(capsys.readouterr().out)["two levels", "0.002"][6] == ""  # no dense head to compare with
     vq_scratch.main([*command, "--seeds", "2", "--heads", "two", "--options", '{"two": {"max_cluster_size": 40}}'])
     assert len(trained) == 2
-    assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 18
+    assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 20
 
 
 def test_a_case_is_the_same_run_whatever_runs_before_it(command, tmp_path):
