@@ -4,6 +4,8 @@ Not collected by itself: `test_vq_triton.py` runs it in a process of its own, wh
 is imported.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +70,7 @@ def check(head, hidden):
     torch.testing.assert_close(best, expected.amax(-1), rtol=1e-5, atol=1e-5)
 
 
-HEADS = {
+HEADS: dict[str, dict[str, Any]] = {
     "paper": {"codes": 256, "groups": 1, "stages": 1},
     "one token a code": {"codes": 37, "groups": 1, "stages": 1},
     "two stages, 17 groups": {"codes": 256, "groups": 17, "stages": 2, "bias": True},
@@ -180,6 +182,13 @@ def test_reference_of_gpus_agrees():
     inputs = hidden, head.codebook, head.stages(), 200, head.token_bias
     torch.testing.assert_close(head(hidden), residual_vq_logits(*inputs, cap=2.0))
     assert torch.equal(head.greedy(hidden), residual_vq_greedy(*inputs, cap=2.0))
+
+
+def test_another_width_is_refused():
+    head = make_head(50, 8, 2, 1)
+    for run in (head, head.greedy):
+        with pytest.raises(ValueError, match=r"\(\.\.\., 4\), but got \(3, 8\)"):
+            run(torch.randn(3, 8))
 
 
 def test_what_the_kernel_does_not_take():

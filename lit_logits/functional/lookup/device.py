@@ -94,10 +94,13 @@ def streamed_logits(hidden: Tensor, head: StreamedHead) -> Tensor:
 
     Returns:
         (..., V) in nats, of the dtype of `hidden`.
+
+    Raises:
+        ValueError: If `hidden` is not of width d.
     """
     from lit_logits.functional.lookup.triton_kernel import triton_logits
 
-    logits = triton_logits(hidden.detach().reshape(-1, hidden.shape[-1]), head)
+    logits = triton_logits(_rows(hidden, head), head)
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
@@ -108,7 +111,14 @@ def streamed_greedy(hidden: Tensor, head: StreamedHead) -> Tensor:
     """
     from lit_logits.functional.lookup.triton_kernel import triton_greedy
 
-    return triton_greedy(hidden.detach().reshape(-1, hidden.shape[-1]), head).reshape(hidden.shape[:-1])
+    return triton_greedy(_rows(hidden, head), head).reshape(hidden.shape[:-1])
+
+
+def _rows(hidden: Tensor, head: StreamedHead) -> Tensor:
+    hidden_size = head.codebooks.shape[1] * head.codebooks.shape[3]
+    if hidden.dim() == 0 or hidden.shape[-1] != hidden_size:
+        raise ValueError(f"Expected `hidden` to be of shape (..., {hidden_size}), but got {tuple(hidden.shape)}.")
+    return hidden.detach().reshape(-1, hidden_size)
 
 
 @functools.cache

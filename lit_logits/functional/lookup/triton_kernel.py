@@ -13,6 +13,9 @@ Greedy decoding writes no logits: a program writes the highest of its tile and t
 Letters: N hidden states, d hidden size, V vocabulary, K codes, G groups of width d/G, S stages.
 """
 
+# mypy: disallow-untyped-defs=false
+# Triton gives the arguments of kernels their types.
+
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
