@@ -31,10 +31,11 @@ FUNCTIONAL, STORAGE, MODULES = "lit_logits.functional", "lit_logits.storage", "l
 CONTRACTS = "lit_logits.contracts"
 CALLBACKS, DATAMODULES = "lit_logits.callbacks", "lit_logits.datamodules"
 
-# Libraries that one module of a layer alone may import: for transport plans, for sparse matrices, and for Parquet.
+# Libraries that one module of a layer alone may import: for transport plans, sparse matrices, GPUs and Parquet.
 ONLY_THERE = {
     f"{FUNCTIONAL}.gw_search": ("ot", "scipy"),
     f"{FUNCTIONAL}.cooccurrence": ("numpy", "scipy", "sklearn"),
+    f"{FUNCTIONAL}.lookup.triton_kernel": ("triton",),  # optional: `lookup.device` imports it where it is installed
     f"{STORAGE}.served": ("pyarrow",),
 }
 RULES = {

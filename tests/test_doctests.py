@@ -22,6 +22,11 @@ def test_folders_at_the_top_of_the_tree_are_among_them():
     assert {"lit_logits.callbacks.codebook_reinit", "lit_logits.datamodules.text.datamodule"} <= set(MODULES)
 
 
+OPTIONAL = {"lit_logits.functional.lookup.triton_kernel": "triton"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
+    if name in OPTIONAL:
+        pytest.importorskip(OPTIONAL[name])
     assert doctest.testmod(import_module(name)).failed == 0

@@ -25,6 +25,9 @@ GROUPS = {
 STORAGE = "lit_logits.storage"
 """A package without names of its own: users import from its files."""
 
+_OPTIONAL = {"lit_logits.functional.lookup.triton_kernel"}
+"""Files that import what may not be installed; they define no public name."""
+
 
 def write_reference(folder: Path, recipes: Path) -> None:
     """Write the pages into `folder`; a page that has not changed keeps its date, so that it is not built again."""
@@ -87,7 +90,8 @@ def _home(package: ModuleType, name: str) -> str:
 def _files(package: ModuleType) -> list[ModuleType]:
     """Return the files of a package and of its folders that have public names."""
     found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    modules = [importlib.import_module(file.name) for file in found if not file.ispkg]
+    names = [file.name for file in found if not file.ispkg and file.name not in _OPTIONAL]
+    modules = [importlib.import_module(name) for name in names]
     return [module for module in modules if getattr(module, "__all__", ())]
 
 

@@ -13,6 +13,13 @@ from torch.autograd.function import once_differentiable
 from lit_logits.contracts import Calibrate, OutputLayer
 from lit_logits.functional.checks import check_finite, check_not_negative
 from lit_logits.functional.codebook import Footprint
+from lit_logits.functional.lookup.device import (
+    StreamedHead,
+    has_kernel,
+    streamed_greedy,
+    streamed_head,
+    streamed_logits,
+)
 from lit_logits.functional.lookup.lookup import LookupLayout, lookup_greedy, lookup_layout, packed_lookup_logits
 from lit_logits.functional.reductions import Reduction, reduce_tokens, soft_cap
 from lit_logits.functional.residual_codes import MetricKind
@@ -31,8 +38,9 @@ from lit_logits.modules.vq_logits.tables import is_traced
 __all__ = ["ResidualVQLogitsHead"]
 
 # Hidden states; a look-up costs the same for each of them, while decoding the codes to rows is paid once. With more of
-# them a matrix product is faster.
+# them a matrix product is faster. The bound for GPUs is a guess.
 _MAX_LOOKUPS = 256
+_MAX_KERNEL_LOOKUPS = 64
 
 
 class ResidualVQLogitsHead(CodedRows):
@@ -116,21 +124,24 @@ class ResidualVQLogitsHead(CodedRows):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return token logits (..., V) in nats of hidden states (..., d).
 
-        A few hidden states on a CPU, as in decoding, are looked up; see `packed_lookup_logits`. Others, and those in
-        training, are multiplied with rows that are decoded a chunk at a time, and in code that is traced with all rows.
+        A few hidden states, as in decoding, are looked up: on a CPU, see `packed_lookup_logits`, and on a GPU where
+        Triton is installed. Others, and those in training, are multiplied with rows that are decoded a chunk at a time,
+        and in code that is traced with all rows.
         """
         if is_traced():
             rows = decode_all_rows(self.codebook, self.stages()).to(hidden.dtype)
             logits = soft_cap(F.linear(hidden, rows), self.logit_cap)
             return logits if self.token_bias is None else logits + self.token_bias.to(logits.dtype)
-        if not self._is_decoding(hidden):
+        if not self._is_decoding(hidden) and not self._takes_kernel(hidden):
             return self._decoded_logits(hidden, self.codebook, self.token_bias)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *self.parameters())):
             return _LookUp.apply(hidden, self.codebook, self.token_bias, self)
         return self.look_up(hidden)
 
     def look_up(self, hidden: Tensor) -> Tensor:
-        """Return the logits of `forward` for a few hidden states on a CPU, without a graph."""
+        """Return the logits of `forward` for a few hidden states, without a graph."""
+        if self._takes_kernel(hidden):
+            return streamed_logits(hidden, self._streamed())
         logits = packed_lookup_logits(hidden, self._layout())
         if self.logit_cap is not None:  # the layout then has no bias, which is not capped
             logits = soft_cap(logits, self.logit_cap)
@@ -177,6 +188,8 @@ class ResidualVQLogitsHead(CodedRows):
     @torch.no_grad()
     def greedy(self, hidden: Tensor) -> Tensor:
         """Return the most likely tokens (...) of hidden states (..., d), exactly; ties go to the lowest id."""
+        if self._takes_kernel(hidden):
+            return streamed_greedy(hidden, self._streamed())
         if self._is_decoding(hidden):
             return (
                 self.look_up(hidden).argmax(-1) if self.logit_cap is not None else lookup_greedy(hidden, self._layout())
@@ -191,10 +204,28 @@ class ResidualVQLogitsHead(CodedRows):
         return sample_logits(self(hidden), temperature, generator)
 
     def _is_decoding(self, hidden: Tensor) -> bool:
-        # The look-up is CPU code. In training its layout would be made again at each step.
         few = hidden.device.type == "cpu" and hidden.numel() <= _MAX_LOOKUPS * self.hidden_size
+        return few and not self._trains(hidden)
+
+    def _takes_kernel(self, hidden: Tensor) -> bool:
+        few = hidden.numel() <= _MAX_KERNEL_LOOKUPS * self.hidden_size
+        return few and not is_traced() and not self._trains(hidden) and has_kernel(hidden, self.codebook_size)
+
+    def _trains(self, hidden: Tensor) -> bool:
+        # The layout of a look-up would be made again at each step.
         trains = self.training and torch.is_grad_enabled()
-        return few and not (trains and any(tensor.requires_grad for tensor in (hidden, *self.parameters())))
+        return trains and any(tensor.requires_grad for tensor in (hidden, *self.parameters()))
+
+    def _streamed(self) -> StreamedHead:
+        """Return the head for the kernel, made again if any part of it was written to."""
+        bias = () if self.token_bias is None else (self.token_bias,)
+        sources = (self.codebook, self.packed_codes, self.packed_stages, *bias)
+        return self._tables.get(f"stream with cap {self.logit_cap}", sources, self._make_streamed)
+
+    def _make_streamed(self) -> StreamedHead:
+        stages = self.stages()  # which tells a damaged mapping
+        codebook = self.codebook.detach()[: len(stages)]  # no token may own the last ones
+        return streamed_head(codebook, self.packed_codes, stages, self.token_bias, self.logit_cap)
 
     def _layout(self) -> LookupLayout:
         """Return the head in the layout of the look-up, made again if any part of it was written to."""
