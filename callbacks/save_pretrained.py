@@ -1,5 +1,6 @@
 """`SavePretrained`: the trained model, as a folder for `from_pretrained` if it is of transformers."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_logits.callbacks.parts import averaged_weights, data_class_names, data_tokenizer, uncoded_heads
-from lit_logits.contracts import ExportsPretrained, WritesFolder
+from lit_logits.contracts import ExportsPretrained, UncodedVectorsError, WritesFolder
 from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.inspect import trained_model_name
 from lit_logits.modules.language_models.saving import describe_training, measured, write_model
@@ -104,8 +105,9 @@ class SavePretrained(Callback):
                 f"Expected a strategy whose weights are whole for {type(pl_module).__name__}, but got"
                 f" {type(trainer.strategy).__name__}. Use DDP."
             )
-        if exports and not uncoded_heads(pl_module):
-            self._exported(pl_module)  # raises now if it could not be saved later
+        if exports:
+            with suppress(UncodedVectorsError):  # CodebookFit codes them before anything is saved
+                self._exported(pl_module)  # raises now if it could not be saved later
         self._path = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")).resolve()
         if trainer.is_global_zero:
             restore_replaced(self._path)

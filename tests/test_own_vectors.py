@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import CodebookFit, CodebookReassign, CodebookReinit, ExactResume, SavePretrained
-from lit_logits.contracts import CodingHead
+from lit_logits.contracts import CodingHead, UncodedVectorsError
 from lit_logits.datamodules import TextDataModule
 from lit_logits.functional import (
     HierarchicalCodes,
@@ -249,6 +249,19 @@ def test_rows_of_a_pretrained_layer_keep_its_odds_within_clusters():
         torch.testing.assert_close(found[:, of].log_softmax(-1), expected[:, of].log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
+def test_vectors_stay_with_their_tokens_when_clusters_change():
+    torch.manual_seed(0)
+    head = TWO(D, V)
+    before = head.token_vectors()
+    head.set_codes(token_to_cluster=(head.token_to_cluster + 1) % K)
+    assert torch.equal(head.token_vectors(), before)
+    head.set_codes(token_to_cluster=torch.arange(V) % K)
+    hidden = torch.randn(7, D)
+    for cluster in range(K):
+        expected = (hidden @ before[cluster::K].T).log_softmax(-1)
+        torch.testing.assert_close(head(hidden)[:, cluster::K].log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_is_packed_revived_or_reassigned_while_tokens_own_vectors():
     head = TWO(D, V)
     with pytest.raises(ValueError, match="still own vectors"):
@@ -345,6 +358,16 @@ def test_nothing_is_saved_as_the_best_before_the_codes(texts, tmp_path):
     trainer.fit(model, texts)
     assert saved_at
     assert min(saved_at) >= 6
+
+
+def test_what_cannot_be_saved_is_told_before_training_also_with_vectors(texts, tmp_path):
+    model = make_model(texts)
+    saver = SavePretrained(str(tmp_path / "saved"), head="dense")
+    with pytest.raises(ValueError, match="two levels equals no dense layer"):
+        make_trainer(tmp_path, [CodebookFit(), saver]).fit(model, texts)
+    with pytest.raises(UncodedVectorsError, match="still own vectors"):
+        model.save_pretrained(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("save_at", [2, 4, 6])

@@ -25,6 +25,7 @@ from lit_logits.contracts.heads import (
     SizedHead,
     StagedHead,
     StartingHead,
+    UncodedVectorsError,
     WatchedHead,
 )
 from lit_logits.contracts.parts import (
@@ -85,6 +86,7 @@ __all__ = [
     "SizedHead",
     "StagedHead",
     "StartingHead",
+    "UncodedVectorsError",
     "WatchedHead",
     "WritesFolder",
     "lacks",

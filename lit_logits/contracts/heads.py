@@ -34,6 +34,7 @@ __all__ = [
     "SizedHead",
     "StagedHead",
     "StartingHead",
+    "UncodedVectorsError",
     "WatchedHead",
 ]
 
@@ -258,6 +259,10 @@ class Coded(NamedTuple):
     error: float
     cost: float
     num_positions: int
+
+
+class UncodedVectorsError(ValueError):
+    """Codes are asked for while tokens still own vectors."""
 
 
 @runtime_checkable

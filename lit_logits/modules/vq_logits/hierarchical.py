@@ -327,8 +327,11 @@ class HierarchicalVQLogitsHead(OwnVectors):
                 check_finite(value, name)
         owner, stages = found.get("token_to_cluster", self.token_to_cluster), found.get("token_codes", self.token_codes)
         cluster_layout(owner, stages, len(self.clusters), self.stage_sizes)
+        vectors = self.token_vectors() if self.has_own_vectors else None
         for name, value in found.items():
             getattr(self, name).copy_(value)
+        if vectors is not None:  # which lie in the order of clusters
+            self.start_vectors(vectors)
         if token_bias is not None:
             sizes = torch.bincount(self.token_to_cluster, minlength=len(self.clusters))
             mass = token_bias.new_zeros(len(sizes)).index_add_(0, self.token_to_cluster, token_bias.exp())

@@ -93,7 +93,8 @@ def compact_model(
         ValueError: If the head is of another class, or the backbone could not be loaded or generate: it is not what its
             config makes, gives hidden states of another size than the config's, or keeps no cache of attention.
     """
-    saved = _saved_head(head)
+    coded = _with_codes(head)
+    saved = _saved_head(coded)
     config = VQLogitsConfig(
         text_config=_text_config(backbone),
         name_or_path=getattr(backbone.config, "_name_or_path", ""),
@@ -103,6 +104,8 @@ def compact_model(
         dtype=backbone.dtype,
     )
     _check_compact(backbone, config, saved.hidden_size, saved.vocab_size, isinstance(head, ExportableHead))
+    if coded is not head:
+        saved = _saved_head(head)  # raises, after all else was checked
     with torch.device("meta"):  # both parts are replaced, so no memory is spent on their weights
         model = VQLogitsForCausalLM(config)
     model.model, model.head = backbone, saved
@@ -274,6 +277,16 @@ def _saved_head(head: nn.Module) -> SavedHead:
         "Expected a `VQLogitsHead`, `HierarchicalVQLogitsHead` or `ResidualVQLogitsHead` for head='compact', but got"
         f" {type(head).__name__}.{advice}"
     )
+
+
+def _with_codes(head: nn.Module) -> nn.Module:
+    """Return the head, or while its tokens own vectors one of its sizes, whose place in a model can be checked."""
+    if not isinstance(head, HierarchicalVQLogitsHead) or not head.has_own_vectors:
+        return head
+    sizes = head.hidden_size, head.vocab_size, head.codebook_sizes
+    other = HierarchicalVQLogitsHead(*sizes, num_groups=head.num_groups, bias=head.token_bias is not None)
+    other.logit_cap = head.logit_cap
+    return other.to(head.clusters)
 
 
 def _head_settings(head: SavedHead) -> dict[str, Any]:

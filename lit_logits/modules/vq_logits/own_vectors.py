@@ -57,6 +57,13 @@ class OwnVectors(MovingHierarchy):
             self.clusters, vectors, layout, self.cluster_bias, self.token_bias, self.logit_cap, num_groups=1
         )
 
+    def token_vectors(self) -> Tensor:
+        """Return the vectors (V, d) in the order of tokens, a copy."""
+        vectors = cast(Tensor, self.vectors).detach()
+        rows = torch.empty_like(vectors)
+        rows[self.token_to_cluster.argsort(stable=True)] = vectors
+        return rows
+
     @torch.no_grad()
     def start_vectors(self, rows: Tensor | None) -> None:
         """Give each token the vector that its codes add up to, or its row (V, d) of a pretrained layer.
@@ -84,10 +91,8 @@ class OwnVectors(MovingHierarchy):
             moments.addmm_(rows.T, rows)
         num_read = float(all_reduce_sum_(moments)[-1, -1])
         before = mean_loss(self, held)
-        rows = torch.empty_like(vectors)
-        rows[self.token_to_cluster.argsort(stable=True)] = vectors
         found = code_vectors(
-            rows,
+            self.token_vectors(),
             self.token_to_cluster,
             len(self.clusters),
             codebook_size=self.codebook_sizes[1],

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lit_logits.contracts import UncodedVectorsError
 from lit_logits.functional.bit_packing import pack_codes, unpack_codes
 from lit_logits.functional.hierarchical_vq import (
     ClusterLayout,
@@ -40,7 +41,7 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
             after group.
 
     Raises:
-        ValueError: If tokens still own vectors.
+        UncodedVectorsError: If tokens still own vectors.
 
     Example:
         >>> head = HierarchicalVQLogitsHead(hidden_size=8, vocab_size=100, codebook_sizes=(10, 16))
@@ -54,7 +55,7 @@ class PackedHierarchicalVQLogitsHead(PackedMapping):
     def __init__(self, head: HierarchicalVQLogitsHead) -> None:
         super().__init__()
         if head.has_own_vectors:
-            raise ValueError(
+            raise UncodedVectorsError(
                 "Expected a head whose tokens have codes, but they still own vectors. Train with the callback"
                 " `CodebookFit`, which codes them, or call `code_vectors`."
             )
