@@ -45,6 +45,11 @@ def make_step(case: str, args: argparse.Namespace) -> Callable[[], None]:
         "pixel_values": torch.randn(args.batch_size, 3, 32, 32, device=device),
         "labels": torch.randint(args.classes, (args.batch_size,), device=device),
     }
+    return distillation_step(model, batch)
+
+
+def distillation_step(model: DualHeadKD, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Forward, backward, alignment and SGD, as the LightningModule's hooks do it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 

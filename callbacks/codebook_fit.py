@@ -3,18 +3,16 @@
 Letters: d hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lit_logits.callbacks.codebook_reassign import first_pass, read_positions, share_left
-from lit_logits.callbacks.parts import averaging_callback, check_at_least, data_module, find_parts, uncoded_heads
+from lit_logits.callbacks.parts import averaging_callback, check_at_least, find_parts, uncoded_heads
+from lit_logits.callbacks.reading import share_left, training_positions
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import CodingHead, GivesHiddenStates
 from lit_logits.modules.sharding import check_whole_weights
@@ -105,13 +103,9 @@ class CodebookFit(Callback):
 
     def _code(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for head in uncoded_heads(pl_module):
-            data = data_module(trainer)
-            loader = first_pass(trainer.train_dataloader if data is None else cast(Any, data).train_dataloader())
-            # Loaders of torch draw a seed, which must not change what training draws next.
-            with torch.random.fork_rng(devices=[]):
-                found = head.code_vectors(
-                    self._positions(trainer, pl_module, loader, head), progress_bar=trainer.is_global_zero
-                )
+            wanted = self.num_tokens or _POSITIONS_A_DIMENSION * cast(Any, head).hidden_size
+            with training_positions(trainer, pl_module, wanted) as positions:
+                found = head.code_vectors(positions, progress_bar=trainer.is_global_zero)
             for optimizer in trainer.optimizers:
                 forget(optimizer, found.vectors)
             log_scalars(trainer, {"vq/coding_error": found.error, "vq/coding_cost": found.cost})
@@ -120,18 +114,6 @@ class CodebookFit(Callback):
                 f" tokens. {100 * found.error:.1f} % of the variance of the logits is lost; on tokens that were set"
                 f" aside the loss rose by {found.cost:.3f} nats a token."
             )
-
-    def _positions(
-        self, trainer: Trainer, pl_module: LightningModule, loader: Any, head: Any
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        wanted = self.num_tokens or _POSITIONS_A_DIMENSION * head.hidden_size
-        return read_positions(
-            loader,
-            pl_module,
-            num_tokens=-(-wanted // trainer.world_size),
-            precision=trainer.precision_plugin.forward_context,
-            progress_bar=trainer.is_global_zero,
-        )
 
 
 def forget(optimizer: Optimizer, parameter: nn.Parameter) -> None:

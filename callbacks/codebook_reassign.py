@@ -3,22 +3,16 @@
 Letters: B batch, T sequence, N positions, d hidden size, V vocabulary.
 """
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from lit_logits.callbacks.parts import averaging_callback, check_at_least, data_module, find_parts
+from lit_logits.callbacks.parts import averaging_callback, check_at_least, find_parts
+from lit_logits.callbacks.reading import share_left, training_positions
 from lit_logits.callbacks.scalars import log_scalars
 from lit_logits.contracts import GivesHiddenStates, ReassigningHead
-from lit_logits.functional.labels import next_token_labels
 from lit_logits.modules.sharding import check_whole_weights
 
 __all__ = ["CodebookReassign"]
@@ -108,34 +102,16 @@ class CodebookReassign(Callback):
         if step == self.last_step or step not in self.at_steps or is_last:
             return
         self.last_step = step
-        data = data_module(trainer)
         for head in find_parts(pl_module, ReassigningHead):
-            loader = first_pass(trainer.train_dataloader if data is None else cast(Any, data).train_dataloader())
-            # Loaders of torch draw a seed, which must not change what training draws next.
-            with torch.random.fork_rng(devices=[]):
-                found = head.reassign(
-                    self._positions(trainer, pl_module, loader, head),
-                    min_gain=self.min_gain,
-                    slack=_SLACK * share_left(trainer),
-                )
-            share = found.num_tokens / len(cast(Any, head).token_counts)
+            vocab_size = len(cast(Any, head).token_counts)
+            with training_positions(trainer, pl_module, self.num_tokens or _TOKENS_A_WORD * vocab_size) as positions:
+                found = head.reassign(positions, min_gain=self.min_gain, slack=_SLACK * share_left(trainer))
+            share = found.num_tokens / vocab_size
             log_scalars(trainer, {"vq/reassigned": share, "vq/reassign_gain": found.gain})
             rank_zero_info(
                 f"Step {step}: {found.num_tokens:,} tokens got other codes, after reading {found.num_positions:,}"
                 f" tokens; on those of them that were set aside the loss fell by {found.gain:.3f} nats a token."
             )
-
-    def _positions(
-        self, trainer: Trainer, pl_module: LightningModule, loader: Iterable[Mapping[str, Tensor]], head: Any
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        wanted = self.num_tokens or _TOKENS_A_WORD * len(head.token_counts)
-        return read_positions(
-            loader,
-            pl_module,
-            num_tokens=-(-wanted // trainer.world_size),
-            precision=trainer.precision_plugin.forward_context,
-            progress_bar=trainer.is_global_zero,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the last reading, so that a resumed run does not read twice."""
@@ -144,63 +120,3 @@ class CodebookReassign(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the step of the last reading."""
         self.last_step = state_dict["last_step"]
-
-
-@torch.no_grad()
-def read_positions(
-    batches: Iterable[Mapping[str, Tensor]],
-    module: Any,
-    *,
-    num_tokens: int,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    progress_bar: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield hidden states (N, d) and the tokens (N,) that follow them, of each batch until `num_tokens` are read.
-
-    Args:
-        batches: dicts with `input_ids`, `labels` (unshifted) and maybe `attention_mask` and `position_ids`, all (B, T).
-        module: see `GivesHiddenStates`; it runs in eval mode.
-        num_tokens: how many positions to read, if there are as many; the last batch is read whole.
-        precision: context of the forward alone, such as autocast: what is summed of it is to be exact.
-        progress_bar: show one line of progress on a terminal.
-    """
-    training, read = [part for part in module.modules() if part.training], 0
-    module.eval()
-    bar = tqdm(desc="reading for other codes", total=num_tokens, disable=None if progress_bar else True, leave=False)
-    try:
-        for batch in batches:
-            labels, mask = next_token_labels(batch["labels"].to(module.device))
-            names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
-            with precision():
-                hidden = module.hidden_states(**{name: batch[name].to(module.device) for name in names})
-            yield hidden[mask], labels[mask]
-            bar.update(int(mask.sum()))
-            read += int(mask.sum())
-            if read >= num_tokens:
-                break
-    finally:
-        bar.close()
-        for part in training:
-            part.training = True
-
-
-def share_left(trainer: Trainer) -> float:
-    """Return the share of the training that is still to come; 1 where its end is not known."""
-    if trainer.max_steps > 0:
-        return 1 - trainer.global_step / trainer.max_steps
-    batches = trainer.num_training_batches
-    if (trainer.max_epochs or -1) < 0 or not math.isfinite(batches):
-        return 1.0
-    done = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_idx + 1) / batches
-    return 1 - done / cast(int, trainer.max_epochs)
-
-
-def first_pass(loader: Any) -> Any:
-    """Return a loader for the data's first pass, from its start, which leaves the given one, in training, alone."""
-    loader = copy.copy(loader)
-    if hasattr(loader, "_iterator"):
-        loader._iterator = None
-    if hasattr(loader, "cursor"):  # where the loaders of the library keep their position
-        loader.cursor = copy.copy(loader.cursor)
-        loader.load_state_dict({"epoch": 0, "batches": 0, "streams": []})
-    return loader

@@ -23,6 +23,7 @@ TOP_K = 10  # of the recipes
 
 def _kd_step(name: str, student: str, teacher: str, batch_size: int, device: torch.device) -> Callable[[], None]:
     """Forward, backward, alignment and SGD, as the LightningModule's hooks do it."""
+    from benchmarks.dual_head_step import distillation_step
     from lit_logits import DualHeadKD
     from lit_logits.modules import load_classifier
 
@@ -34,21 +35,7 @@ def _kd_step(name: str, student: str, teacher: str, batch_size: int, device: tor
         "pixel_values": torch.randn(batch_size, 3, 32, 32, generator=g).to(device),
         "labels": torch.randint(100, (batch_size,), generator=g).to(device),
     }
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        ce, kd = model.losses(batch)
-        loss = ce if kd is None else ce + kd
-        if model.aligner.is_active and kd is not None:
-            model.aligner.collect(loss, parameters)
-            model.aligner.join(parameters, model.net.head_parameters())
-        else:
-            loss.backward()
-        optimizer.step()
-
-    return step
+    return distillation_step(model, batch)
 
 
 def alignment_group(small: bool) -> Group:

@@ -20,7 +20,7 @@ References:
     [0]: Classes for fast maximum entropy training (Goodman), 2001: the two-level softmax. Its shared codes are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -171,21 +171,13 @@ def hierarchical_cross_entropy(
         tensor([1.3863, 0.6931])
     """
     layout = head.layout
-    _check_labels(hidden, labels, layout, ignore_index)
-    mask = labels != ignore_index
 
-    def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        own = layout.token_to_cluster[tokens]
-        outer = cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1))
-        inner = member_log_probs(rows, own, head)
-        return (-(outer + inner.gather(-1, layout.places[tokens].unsqueeze(1))).squeeze(1),)
+    def inner(rows: Tensor, own: Tensor, places: Tensor) -> Tensor:
+        return member_log_probs(rows, own, head).gather(-1, places.unsqueeze(1)).squeeze(1)
 
-    rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
     # Columns and logits of a cluster's members are the largest tensors, and int64 counts twice.
-    sizes = len(head.clusters) + head.num_groups * len(head.codes) + 3 * layout.columns[0].numel()
-    chunk_size = rows_a_chunk(sizes)
-    (values,) = chunked_rows(losses, rows, tokens, chunk_size=chunk_size)
-    return reduce_tokens(values.reshape(labels.shape), mask, reduction)
+    width = head.num_groups * len(head.codes) + 3 * layout.columns[0].numel()
+    return two_level_loss(inner, hidden, head, labels, width=width, ignore_index=ignore_index, reduction=reduction)
 
 
 def hierarchical_log_probs(hidden: Tensor, head: HierarchicalCodes) -> Tensor:
@@ -262,6 +254,42 @@ def hierarchical_losses(
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def two_level_loss(
+    inner: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    head: HierarchicalCodes,
+    labels: Tensor,
+    *,
+    width: int,
+    ignore_index: int,
+    reduction: Reduction,
+) -> Tensor:
+    """Reduce −log p(cluster | h) − log p(token | cluster, h) over labels, in chunks of rows.
+
+    Args:
+        inner: takes rows (N, d), the clusters (N,) of their labels and places (N,) in these, and returns the log of the
+            second probability (N,).
+        hidden: (..., d).
+        head: the codes.
+        labels: (...), see `hierarchical_cross_entropy`.
+        width: values a row that `inner` makes.
+        ignore_index: label of tokens that do not count.
+        reduction: see `hierarchical_cross_entropy`.
+    """
+    layout = head.layout
+    _check_labels(hidden, labels, layout, ignore_index)
+    mask = labels != ignore_index
+
+    def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        own = layout.token_to_cluster[tokens]
+        outer = cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1)).squeeze(1)
+        return (-(outer + inner(rows, own, layout.places[tokens])),)
+
+    rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
+    (values,) = chunked_rows(losses, rows, tokens, chunk_size=rows_a_chunk(len(head.clusters) + width))
+    return reduce_tokens(values.reshape(labels.shape), mask, reduction)
 
 
 def _check_labels(hidden: Tensor, labels: Tensor, layout: ClusterLayout, ignore_index: int) -> None:

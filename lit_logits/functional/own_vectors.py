@@ -17,11 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_logits.functional.checks import check_labels
-from lit_logits.functional.chunks import chunked_rows, rows_a_chunk
-from lit_logits.functional.hierarchical_vq import ClusterLayout, HierarchicalCodes, cluster_layout, cluster_log_probs
+from lit_logits.functional.hierarchical_vq import ClusterLayout, HierarchicalCodes, cluster_layout, two_level_loss
 from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.functional.reductions import Reduction, reduce_tokens
+from lit_logits.functional.reductions import Reduction
 from lit_logits.functional.residual_codes import fit_residual_codes, metric_matrix
 from lit_logits.functional.vq_logits import code_logits
 
@@ -77,43 +75,32 @@ def own_vector_cross_entropy(
         tensor([1.3863, 0.6931])
     """
     layout = head.layout
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"Expected `labels` to have shape {tuple(hidden.shape[:-1])}, one for each hidden state, but got"
-            f" {tuple(labels.shape)}."
-        )
-    check_labels(labels, len(layout.places), ignore_index=ignore_index)
     is_member = layout.members < len(layout.places)
     sizes = is_member.sum(1).tolist()
     bias = None if head.token_bias is None else head.token_bias[layout.members[is_member]]
 
-    def losses(rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        own = layout.token_to_cluster[tokens]
-        outer = cluster_log_probs(rows, head).gather(-1, own.unsqueeze(1)).squeeze(1)
+    def inner(rows: Tensor, own: Tensor, places: Tensor) -> Tensor:
         # Rows are sorted by cluster, so that each cluster is a product of two matrices. A split of the vectors, and not
         # an index, gives their gradient in one piece.
         order = own.argsort(stable=True)
         counts = torch.bincount(own, minlength=len(sizes)).tolist()
         parts = zip(
             rows.index_select(0, order).split(counts),
-            layout.places[tokens[order]].split(counts),
+            places[order].split(counts),
             head.codes.split(sizes),
             [None] * len(sizes) if bias is None else bias.split(sizes),
             strict=True,
         )
-        inner = []
-        for some, places, vectors, of_tokens in parts:
+        found = [rows.new_zeros(0)]
+        for some, at, vectors, of_tokens in parts:
             if len(some):
                 logits = code_logits(some, vectors, of_tokens, cap=head.cap)
-                inner.append(logits.gather(1, places.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
-        joined = torch.cat(inner) if inner else outer
-        return (-(outer + torch.empty_like(joined).index_copy(0, order, joined)),)
+                found.append(logits.gather(1, at.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
+        joined = torch.cat(found)
+        return torch.empty_like(joined).index_copy(0, order, joined)
 
-    mask = labels != ignore_index
-    rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.masked_fill(~mask, 0).reshape(-1)
-    chunk_size = rows_a_chunk(len(head.clusters) + layout.members.shape[1])
-    (values,) = chunked_rows(losses, rows, tokens, chunk_size=chunk_size)
-    return reduce_tokens(values.reshape(labels.shape), mask, reduction)
+    width = layout.members.shape[1]
+    return two_level_loss(inner, hidden, head, labels, width=width, ignore_index=ignore_index, reduction=reduction)
 
 
 class VectorCodes(NamedTuple):
