@@ -3,32 +3,35 @@
     python -m benchmarks.fusion_criteria --model my.gguf --base models/pruned --experts models/arithmetic-*
         --source gsm8k-held.jsonl [--rows 64] [--validation-rows 32] [--answers 0] [--picture picture.png]
 
-The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yaml; none of them has seen the source,
-whose rows are prompts (`question`) and responses (`answer`). The first of its rows validate, the others test. Each
-model reads a text once, and all settings are judged from the same logits (`FusionCalibration`): perplexity of the
-responses, mean ± standard deviation over the experts, and paired with the best fixed weight. "Calibrated" are the
-settings that did best on the rows that validate. With `--answers N`, N problems after those are also answered by
-greedy decoding, and exact match counts the right final numbers.
+The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yaml. The rows of a file are prompts
+(`question`) and responses (`answer`) that none of them has seen: the first validate, the others test.
+`--source python-questions` takes the splits of that recipe. Each model reads a text once, and all settings are judged
+from the same logits (`FusionCalibration`): perplexity of the responses, mean ± standard deviation over the experts, and
+paired with the best fixed weight. "Calibrated" are the settings that did best on the rows that validate. With
+`--answers N` the first N prompts that test are also answered by greedy decoding. Exact match counts the right final
+numbers, token F1 the words that answer and response share.
 """
 
 import argparse
 import logging
+import re
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate, islice
 from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
-from benchmarks.dynamic_fusion import evaluate
 from benchmarks.measure import machine, markdown_table, spread
 from lit_logits import DynamicFusionDecoder
 from lit_logits.datamodules import InstructionDataModule, PairSource
 from lit_logits.modules import find_tokenizer, load_causal_lm
+from lit_logits.modules.dynamic_fusion.answers import extract_answer
 from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, FusionCandidate
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -40,21 +43,24 @@ SETTINGS = [
 Ratings = dict[FusionCandidate, tuple[float, float]]
 
 
-def make_data(args: argparse.Namespace) -> InstructionDataModule:
-    """The rows of the source, none to train on."""
+def read_batches(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Batches that validate and batches that test."""
+    shared: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "tokenizer": args.model}
+    rows = max(args.rows, args.answers)
+    cut = args.validation_rows // args.batch_size
+    if not Path(args.source).exists():
+        data = InstructionDataModule(args.source, **shared, max_test_rows=rows)
+        data.prepare_data()
+        data.setup("validate")
+        data.setup("test")
+        return list(islice(data.val_dataloader(), cut)), list(data.test_dataloader())
     source = PairSource(args.source, prompt_column="question", response_column="answer")
-    data = InstructionDataModule(
-        source,
-        tokenizer=args.model,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        val_fraction=0.0,
-        test_fraction=1.0,
-        max_test_rows=args.rows + args.validation_rows,
-    )
+    rows += args.validation_rows
+    data = InstructionDataModule(source, **shared, val_fraction=0.0, test_fraction=1.0, max_test_rows=rows)
     data.prepare_data()
     data.setup("test")
-    return data
+    batches = list(data.test_dataloader())
+    return batches[:cut], batches[cut:]
 
 
 def rate(decoder: DynamicFusionDecoder, batches: list[Any], candidates: Sequence[FusionCandidate] = ()) -> Ratings:
@@ -77,9 +83,14 @@ def fixed(alpha: float) -> FusionCandidate:
     return FusionCandidate(None, static_alpha=(alpha,))
 
 
+def best_fixed(tests: list[Ratings]) -> float:
+    """The fixed weight of the lowest mean loss."""
+    return min(GRID, key=lambda alpha: statistics.fmean(test[fixed(alpha)][0] for test in tests))
+
+
 def table(tests: list[Ratings], calibrated: list[FusionCandidate], alone: dict[str, list[float]]) -> str:
     """A line for each setting."""
-    best = min(GRID, key=lambda alpha: statistics.fmean(test[fixed(alpha)][0] for test in tests))
+    best = best_fixed(tests)
     rows: list[list[object]] = [[name, spread(values, 3), "", ""] for name, values in alone.items()]
 
     def add(name: str, chosen: list[FusionCandidate]) -> None:
@@ -112,31 +123,73 @@ def draw(tests: list[Ratings], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def split(data: InstructionDataModule, args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Batches that validate and batches that test."""
-    batches = list(data.test_dataloader())
-    cut = args.validation_rows // args.batch_size
-    return batches[:cut], batches[cut:]
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of the shares of words that both have, as in SQuAD (arXiv 1606.05250)."""
+    words, right = (Counter(re.findall(r"\w+", text.casefold())) for text in (answer, reference))
+    return 2 * (words & right).total() / max(1, words.total() + right.total())
 
 
-def answers(args: argparse.Namespace, models: tuple[Any, Any, Any], tokenizer: Any, chosen: FusionCandidate) -> str:
-    """Exact match of greedy answers."""
+def answer(models: list[Any], batches: list[Any], tokenizer: Any, tokens: int, **settings: Any) -> tuple[float, float]:
+    """Exact match and token F1 of greedy answers."""
+    generation = {"max_new_tokens": tokens, "do_sample": False}
+    decoder = DynamicFusionDecoder(*models, tokenizer=tokenizer, generation=generation, **settings)
+    records = [record for batch in batches for record in decoder.predict_step(batch, 0)]
+    pairs = [(record["text"], record["reference"]) for record in records]
+    found = [(extract_answer(text), extract_answer(right)) for text, right in pairs]
+    exact = statistics.fmean(ours is not None and ours == right for ours, right in found)
+    return exact, statistics.fmean(token_f1(*pair) for pair in pairs)
+
+
+def ways_to_answer(
+    models: tuple[Any, Any, Any], best: float, chosen: FusionCandidate
+) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """Models and settings of each way, by name."""
     large, base, expert = models
     fused: list[Any] = [large, base, [expert]]
-    settings = {"criterion": chosen.criterion, "scale": chosen.scale}
-    ways: list[tuple[str, list[Any], dict[str, Any]]] = [("large alone", [large], {}), ("expert alone", [expert], {})]
-    ways += [(f"fixed α = {alpha}", fused, {"static_alpha": alpha}) for alpha in (0.5, 1.0)]
-    ways += [("`distance`", fused, {})]
-    ways += [("calibrated", fused, {"static_alpha": list(chosen.static_alpha)} if chosen.static_alpha else settings)]
+    settings: dict[str, Any] = {"criterion": chosen.criterion, "scale": chosen.scale}
+    if chosen.static_alpha is not None:
+        settings = {"static_alpha": list(chosen.static_alpha)}
+    return {
+        "large alone": ([large], {}),
+        "expert alone": ([expert], {}),
+        f"fixed α = {best}": (fused, {"static_alpha": best}),
+        "`distance`": (fused, {}),
+        "calibrated": (fused, settings),
+    }
+
+
+def answers(
+    args: argparse.Namespace,
+    models: tuple[Any, Any, list[Any]],
+    batches: list[Any],
+    tokenizer: Any,
+    best: float,
+    calibrated: list[FusionCandidate],
+) -> str:
+    """What greedy answers are worth, a line for each way to decode."""
+    large, base, experts = models
+    found: dict[str, list[tuple[float, float]]] = {}
+    for expert, chosen in zip(experts, calibrated, strict=True):
+        for name, (used, settings) in ways_to_answer((large, base, expert), best, chosen).items():
+            if name == "large alone" and name in found:
+                continue
+            found.setdefault(name, []).append(answer(used, batches, tokenizer, args.answer_tokens, **settings))
+            print(name, found[name][-1], flush=True)
     rows: list[list[object]] = []
-    data = make_data(argparse.Namespace(**{**vars(args), "rows": args.answers}))
-    problems: DataLoader[Any] = DataLoader(split(data, args)[1], batch_size=None)  # type: ignore[arg-type]
-    for name, used, settings in ways:
-        asked = {"exact_match": True, "generation": {"max_new_tokens": 160, "do_sample": False}, **settings}
-        found = evaluate(used, problems, tokenizer=tokenizer, **asked)
-        rows.append([name, f"{found['test/exact_match']:.1%}"])
-        print(rows[-1], flush=True)
-    return markdown_table(["", f"exact match of {args.answers}"], rows)
+    for name, measures in found.items():
+        exact, f1 = ([100 * value for value in values] for values in zip(*measures, strict=True))
+        rows.append([name, spread(exact, 1), spread(f1, 1)])
+    return markdown_table(["", f"exact match of {args.answers}, %", "token F1, %"], rows)
+
+
+def first_rows(batches: list[Any], rows: int) -> list[Any]:
+    """Batches of no more than so many rows."""
+    starts = accumulate((len(batch["input_ids"]) for batch in batches), initial=0)
+    cut = [
+        {key: value[: max(0, rows - start)] if value.ndim else value for key, value in batch.items()}
+        for batch, start in zip(batches, starts, strict=False)
+    ]
+    return [batch for batch in cut if len(batch["input_ids"])]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,6 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--validation-rows", type=int, default=32)
     parser.add_argument("--answers", type=int, default=0)
+    parser.add_argument("--answer-tokens", type=int, default=160)
+    parser.add_argument("--answer-experts", type=int, help="the first so many; all without it")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--picture", type=Path)
@@ -158,12 +213,13 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     large, base = load_causal_lm(args.model), load_causal_lm(args.base)
     tokenizer = find_tokenizer(args.model, required=True)
-    held_out, batches = split(make_data(args), args)
+    held_out, answered = read_batches(args)
+    batches = first_rows(answered, args.rows)
+    experts = [load_causal_lm(name) for name in args.experts]
     tests: list[Ratings] = []
     calibrated = []
     alone = {"base alone": [perplexity(base, tokenizer, batches)], "expert alone": []}
-    for name in args.experts:
-        expert = load_causal_lm(name)
+    for name, expert in zip(args.experts, experts, strict=True):
         decoder = DynamicFusionDecoder(large, base, [expert], tokenizer=tokenizer)
         validation = rate(decoder, held_out)
         calibrated.append(min(validation, key=lambda candidate: validation[candidate][0]))
@@ -174,8 +230,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.picture is not None:
         draw(tests, args.picture)
     if args.answers:
-        expert = load_causal_lm(args.experts[0])
-        print(answers(args, (large, base, expert), tokenizer, calibrated[0]), flush=True)
+        asked = first_rows(answered, args.answers)
+        used = len(experts) if args.answer_experts is None else args.answer_experts
+        models = large, base, experts[:used]
+        print(answers(args, models, asked, tokenizer, best_fixed(tests), calibrated[:used]), flush=True)
 
 
 if __name__ == "__main__":

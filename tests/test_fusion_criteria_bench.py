@@ -32,7 +32,8 @@ def test_every_setting_has_a_line_and_the_picture_is_drawn(folder, capsys):
     experts = [str(folder / "expert-0"), str(folder / "expert-1")]
     arguments = ["--model", folder / "large", "--base", folder / "base", "--experts", *experts]
     arguments += ["--source", folder / "source.jsonl", "--rows", 4, "--validation-rows", 4, "--batch-size", 4]
-    arguments += ["--max-length", 100, "--answers", 2, "--picture", folder / "picture.png"]
+    arguments += ["--max-length", 100, "--answers", 2, "--answer-tokens", 4, "--answer-experts", 1]
+    arguments += ["--picture", folder / "picture.png"]
     fusion_criteria.main([str(argument) for argument in arguments])
     printed = capsys.readouterr().out
     lines = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
@@ -41,15 +42,26 @@ def test_every_setting_has_a_line_and_the_picture_is_drawn(folder, capsys):
     assert (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_problems_that_are_answered_have_not_validated(folder):
+def test_the_rows_that_test_have_not_validated(folder):
     made = argparse.Namespace(source=str(folder / "source.jsonl"), model=str(folder / "large"), max_length=100)
-    made.rows, made.validation_rows, made.batch_size = 3, 4, 2
+    made.rows, made.answers, made.validation_rows, made.batch_size = 2, 3, 4, 2
     validation, test = (
         {str(row.tolist()) for batch in part for row in batch["input_ids"]}
-        for part in fusion_criteria.split(fusion_criteria.make_data(made), made)
+        for part in fusion_criteria.read_batches(made)
     )
     assert (len(validation), len(test)) == (4, 3)
     assert not validation & test
+
+
+def test_rows_are_cut_within_a_batch():
+    batches = [{"input_ids": torch.arange(start, start + 4)[:, None]} for start in (0, 4, 8)]
+    cut = fusion_criteria.first_rows(batches, 5)
+    assert [batch["input_ids"].flatten().tolist() for batch in cut] == [[0, 1, 2, 3], [4]]
+
+
+def test_token_f1():
+    assert fusion_criteria.token_f1("A set of a list.", "a list, a set") == pytest.approx(2 * 4 / 9)
+    assert fusion_criteria.token_f1("", "yes") == 0
 
 
 @pytest.mark.parametrize("rows", [0, 3, -2])
