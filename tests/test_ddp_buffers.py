@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import run_script
-from test_vq_training import make_model
 from tiny_llamas import llama
+from tiny_vq_models import make_model
 from torch import nn
 
 from lit_logits.modules import HierarchicalVQLogitsHead, ResidualVQLogitsHead, VQLogitsHead
@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, {tests!r})
 from test_ddp_buffers import HEADS, SETTLED
-from test_vq_training import make_model, make_trainer, rows
+from tiny_vq_models import make_model, make_trainer, rows
 from tiny_llamas import llama
 from lit_logits.callbacks import CodebookReassign, CodebookReinit
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_vq_training import make_trainer
 from tiny_llamas import llama, moved
+from tiny_vq_models import make_trainer
 
 from lit_logits import DynamicFusionDecoder, GLDFusionModule
 from lit_logits.modules.gld_fusion.sources import load_source

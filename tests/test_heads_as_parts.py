@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from my_heads import LowRankHead
-from test_vq_training import ADAM, CONFIG, T, V, loader, make_trainer, rows
+from tiny_vq_models import ADAM, CONFIG, T, V, loader, make_trainer, rows
 
 from lit_logits import VQLogitsLM
 from lit_logits.cli import main

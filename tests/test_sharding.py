@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scripts import run_script
-from test_vq_training import make_model, make_trainer
 from tiny_llamas import llama
+from tiny_vq_models import make_model, make_trainer
 from torch import nn
 
 from lit_logits import CausalLM, DualHeadKD, GLDFusionModule, VQLogitsLM
@@ -78,7 +78,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 sys.path.insert(0, {tests!r})
 from test_sharding import CASES, texts, vectors
-from test_vq_training import make_trainer
+from tiny_vq_models import make_trainer
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from test_vq_training import T, V, loader, make_trainer, pretrained, rows
+from tiny_vq_models import T, V, loader, make_trainer, pretrained, rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_logits import VQLogitsLM
