@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("logit_caches")  # a helper whose asserts tell what they compared
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

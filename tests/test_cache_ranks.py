@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from logit_caches import IDS, Model, bytes_of, check_same, predict, rows_of
 from scripts import run_script
-from test_logit_cache import IDS, Model, bytes_of, check_same, predict, rows_of
 
 from lit_logits.storage.logit_cache import LogitCache
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, {tests!r})
 from test_cache_ranks import SHARES
-from test_logit_cache import Data, Model, predict
+from logit_caches import Data, Model, predict
 
 
 class Shares(Data):
