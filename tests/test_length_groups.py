@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
+from instruction_pairs import QUIET, Recorder
 from lightning.pytorch import Trainer
-from test_instructions import Recorder
 
 from lit_logits.datamodules import InstructionDataModule
 from lit_logits.datamodules.loaders import LengthSampler
 from lit_logits.datamodules.tokenization import train_bpe
-
-QUIET = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def epoch_of(size, batch_size, rank=0, world_size=1, epoch=0, seed=0):
