@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-pytest.register_assert_rewrite("logit_caches")  # a helper whose asserts tell what they compared
+pytest.register_assert_rewrite("instruction_views", "logit_caches")  # helpers whose asserts tell what they compared
 
 
 @pytest.fixture(autouse=True)
