@@ -34,15 +34,16 @@ test test-all coverage test-oldest test-newest: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev  ## The fast tests
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev  ## All tests, the slow ones too; `MARK="not matrix"` leaves out a hundred runs of ten minutes
+test-all: $(VENV)/.dev  ## All tests, the slow ones too; `MARK="not nightly"` leaves out what takes ten minutes more
 	$(BIN)/python $(PYTEST) -m "$(MARK)"
 
 coverage: $(VENV)/.dev  ## All tests, and the lines that they do not reach
 	$(BIN)/python $(PYTEST) -m "" --cov --cov-report=term:skip-covered
 
-# Each set has an environment of its own. They also run with the arithmetic of other processors.
+# Each set has an environment of its own. They also run with the arithmetic of other processors. Pages and benchmarks are
+# those of the pinned versions.
 test-oldest: $(VENV)-oldest/.test  ## The fast tests with the oldest versions that setup.cfg admits
-	ATEN_CPU_CAPABILITY=default $(VENV)-oldest/bin/python $(PYTEST) -m "not slow"
+	ATEN_CPU_CAPABILITY=default $(VENV)-oldest/bin/python $(PYTEST) -m "not slow" --ignore=tests/test_docs.py --ignore-glob='tests/test_*_bench.py'
 
 $(VENV)-oldest/.test: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest

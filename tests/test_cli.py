@@ -196,6 +196,7 @@ def test_others_are_silent(capsys, recwarn):
     assert not [w for w in recwarn if "LeafSpec" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_the_package_is_a_command_that_tells_its_version():
     done = subprocess.run([sys.executable, "-m", "lit_logits", "--version"], capture_output=True, text=True)
     assert lit_logits.__version__ in done.stdout

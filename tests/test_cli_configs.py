@@ -16,6 +16,7 @@ from lit_logits.datamodules import PairSource
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_print_config_round_trips_in_a_new_process(capsys):
     with pytest.raises(SystemExit):
         cli("fit", "--model.optimizer.lr=0.3", "--print_config")
@@ -132,6 +133,7 @@ def test_own_module_by_dotted_path(monkeypatch):
     assert type(fit(model="my_models.Mine", data="BoringDataModule").model).__name__ == "Mine"
 
 
+@pytest.mark.slow
 def test_own_module_in_the_working_directory():
     """As the README has it: `--model my_package.MyLM` where my_package is."""
     Path("here.py").write_text(

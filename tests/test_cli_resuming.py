@@ -67,6 +67,7 @@ def test_last_checkpoint_has_the_steps_after_the_last_validation():
     assert torch.load("runs/CountingLM/version_0/checkpoints/last.ckpt", weights_only=False)["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint():
     command = [*python("tiny_runs.fit('--model.sleep=0.1', steps=10**6)")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

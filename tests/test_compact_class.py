@@ -120,6 +120,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(compact, tmp_path):
     torch.testing.assert_close(*weights)
 
 
+@pytest.mark.slow
 def test_what_the_trainer_saves_loads_in_a_new_process(model, tmp_path):
     """Also its checkpoint in mid-training, from which a trainer goes on."""
     rows = [{"input_ids": row, "labels": row} for row in IDS] * 4
@@ -425,6 +426,7 @@ def test_what_is_compressed_is_not_compressed_again(compact):
         VQLogitsLM(compact, head=HEADS["residual"])
 
 
+@pytest.mark.slow
 def test_the_pipeline_of_transformers(compact):
     program = f"""
 import lit_logits

@@ -169,6 +169,7 @@ def test_buckets_of_a_stream_hold_their_shares():
     assert names.count("test") / 4000 == pytest.approx(0.2, abs=0.02)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_python_docs_are_the_docstrings_of_the_library():
     documents = read_python_docs()

@@ -36,6 +36,7 @@ def test_the_page_shows_the_code_and_its_pictures(script):
     assert "Traceback" not in page
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_it_runs(script, tmp_path):

@@ -358,6 +358,7 @@ def test_bound_by_hand_and_for_graphs_of_different_size():
     assert sorted_gw_bound(*pairs, num_nodes=counts).tolist() == [2.5, 2.0]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_bound_holds_against_pot_on_thousands_of_graphs():
     """Random graphs: symmetric ones, co-activation graphs of Gaussian values, and nearly equal ones."""

@@ -98,6 +98,7 @@ def test_both_layers_give_a_tokenizer_the_same_number(models):
     assert len(set(numbers.values())) == 3
 
 
+@pytest.mark.slow
 def test_fused_across_tokenizers_saved_and_used_by_plain_transformers(models):
     run = fit(models)
     [folder] = Path("runs/gld_fusion").iterdir()
@@ -121,6 +122,7 @@ def test_fused_across_tokenizers_saved_and_used_by_plain_transformers(models):
     assert json.loads(done.stdout) == own[0].tolist()
 
 
+@pytest.mark.slow
 def test_training_from_caches_is_training_with_the_sources(models):
     """Bit for bit where batches are padded alike, as those of one example are; else up to rounding."""
     write_caches(models, batch_size=1)
@@ -135,6 +137,7 @@ def test_training_from_caches_is_training_with_the_sources(models):
     torch.testing.assert_close(online, weights(fit(models, batch_size=4, sources=CACHED)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_term_from_caches_is_that_of_the_sources(models):
     """The tokenizers of pivot and sources are found: the pivot's in the data module, the sources' beside the models."""
     terms = {"matched": 1.0, "chunk": {"wide": 2.0}, "uld": 0.5, "gld": 0.1}
@@ -155,6 +158,7 @@ def test_every_term_from_caches_is_that_of_the_sources(models):
     }
 
 
+@pytest.mark.slow
 def test_debiased_chunks_from_caches_are_those_of_the_sources(models):
     """Written with `chunk_debias`, whatever γ; caches that were written without are refused, and not added to."""
     more = ["--model.init_args.terms={chunk: 1.0}", "--model.init_args.chunk_debias=0.02"]
@@ -244,6 +248,7 @@ def test_a_cache_that_was_killed_ends_in_the_same_bytes(models, monkeypatch):
     assert len(calls) == 25 + 2  # of 25 batches two were begun twice
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_cache_on_two_processes_and_after_a_real_kill(models):
     write_caches(models, folder="whole")
@@ -262,6 +267,7 @@ def test_a_cache_on_two_processes_and_after_a_real_kill(models):
     assert contents("killed") == contents("whole")
 
 
+@pytest.mark.slow
 def test_foreign_and_stale_caches_are_refused(models):
     write_caches(models)
     with pytest.raises(ValueError, match="was written for other data"):
@@ -300,6 +306,7 @@ def test_training_from_caches_needs_no_tokenizers_of_the_sources(models):
         fit(models, "--model.init_args.terms={kl: 1}", "--data.init_args.source_tokenizers=null", sources=CACHED)
 
 
+@pytest.mark.slow
 def test_a_cache_serves_a_smaller_max_length(models):
     """As one that was written with it, bit for bit; responses are cut in all tokenizers."""
     write_caches(models, batch_size=1)

@@ -272,7 +272,7 @@ def run(tmp_path, program, *arguments):
     return json.loads((tmp_path / "gpu.json").read_text())["rows"]
 
 
-@pytest.mark.matrix
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_every_case_runs_on_a_cpu_without_what_the_machine_with_the_card_lacks(tmp_path):
     rows = run(tmp_path, ["-c", WITHOUT])

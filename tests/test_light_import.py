@@ -41,6 +41,7 @@ print(type(model).__name__, *sorted({{name.split(".")[0] for name in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_generation_reads_nothing_of_training(folder):
     """It read Lightning, torchmetrics and matplotlib: 446 MB and three times the time. SciPy is transformers' own."""
     loaded = GENERATE.format(first="import lit_logits", model=f"AutoModelForCausalLM.from_pretrained({str(folder)!r})")

@@ -32,7 +32,7 @@ from lit_logits.callbacks import (
 )
 from lit_logits.modules import HierarchicalVQLogitsHead, VQLogitsHead
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.nightly
 METHODS = ["vq", "two levels", "lm", "kd", "gld"]
 DATA = {"vq": "text", "two levels": "text", "lm": "text", "kd": "images", "gld": "pairs"}
 VQ = ["vq", "two levels"]
