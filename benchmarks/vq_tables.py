@@ -46,6 +46,7 @@ TIERS = {2048: 5, 4096: 4, 8192: 3, 1 << 30: 2}
 # Label, what is compressed, arguments of the head.
 ROWS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "head": ("head, two stages", ["head"], {"num_stages": 2}),
+    "head_budget": ("head, 13.5 % of the bytes of a table", ["head"], {"byte_budget": 0.135}),
     "both": ("both, two stages", BOTH, {"num_stages": 2}),
     "both_tiers": (
         "both, two stages + tiers to the 5th",
