@@ -9,17 +9,16 @@ The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yam
 from the same logits (`FusionCalibration`): perplexity of the responses, mean ± standard deviation over the experts, and
 paired with the best fixed weight. "Calibrated" are the settings that did best on the rows that validate. With
 `--answers N` the first N prompts that test are also answered by greedy decoding. Exact match counts the right final
-numbers, token F1 the words that answer and response share.
+numbers, token F1 the words that answer and response share. With `--drafts N` as many are continued one at a time, with
+and without drafts of the base.
 """
 
 import argparse
 import logging
-import re
 import statistics
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, islice
+from itertools import islice
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.fusion_answers import answers, drafts, first_rows
 from benchmarks.measure import machine, markdown_table, spread
 from lit_logits import DynamicFusionDecoder
 from lit_logits.datamodules import InstructionDataModule, PairSource
 from lit_logits.modules import find_tokenizer, load_causal_lm
-from lit_logits.modules.dynamic_fusion.answers import extract_answer
 from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, FusionCandidate
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -123,75 +122,6 @@ def draw(tests: list[Ratings], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of the shares of words that both have, as in SQuAD (arXiv 1606.05250)."""
-    words, right = (Counter(re.findall(r"\w+", text.casefold())) for text in (answer, reference))
-    return 2 * (words & right).total() / max(1, words.total() + right.total())
-
-
-def answer(models: list[Any], batches: list[Any], tokenizer: Any, tokens: int, **settings: Any) -> tuple[float, float]:
-    """Exact match and token F1 of greedy answers."""
-    generation = {"max_new_tokens": tokens, "do_sample": False}
-    decoder = DynamicFusionDecoder(*models, tokenizer=tokenizer, generation=generation, **settings)
-    records = [record for batch in batches for record in decoder.predict_step(batch, 0)]
-    pairs = [(record["text"], record["reference"]) for record in records]
-    found = [(extract_answer(text), extract_answer(right)) for text, right in pairs]
-    exact = statistics.fmean(ours is not None and ours == right for ours, right in found)
-    return exact, statistics.fmean(token_f1(*pair) for pair in pairs)
-
-
-def ways_to_answer(
-    models: tuple[Any, Any, Any], best: float, chosen: FusionCandidate
-) -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """Models and settings of each way, by name."""
-    large, base, expert = models
-    fused: list[Any] = [large, base, [expert]]
-    settings: dict[str, Any] = {"criterion": chosen.criterion, "scale": chosen.scale}
-    if chosen.static_alpha is not None:
-        settings = {"static_alpha": list(chosen.static_alpha)}
-    return {
-        "large alone": ([large], {}),
-        "expert alone": ([expert], {}),
-        f"fixed α = {best}": (fused, {"static_alpha": best}),
-        "`distance`": (fused, {}),
-        "calibrated": (fused, settings),
-    }
-
-
-def answers(
-    args: argparse.Namespace,
-    models: tuple[Any, Any, list[Any]],
-    batches: list[Any],
-    tokenizer: Any,
-    best: float,
-    calibrated: list[FusionCandidate],
-) -> str:
-    """What greedy answers are worth, a line for each way to decode."""
-    large, base, experts = models
-    found: dict[str, list[tuple[float, float]]] = {}
-    for expert, chosen in zip(experts, calibrated, strict=True):
-        for name, (used, settings) in ways_to_answer((large, base, expert), best, chosen).items():
-            if name == "large alone" and name in found:
-                continue
-            found.setdefault(name, []).append(answer(used, batches, tokenizer, args.answer_tokens, **settings))
-            print(name, found[name][-1], flush=True)
-    rows: list[list[object]] = []
-    for name, measures in found.items():
-        exact, f1 = ([100 * value for value in values] for values in zip(*measures, strict=True))
-        rows.append([name, spread(exact, 1), spread(f1, 1)])
-    return markdown_table(["", f"exact match of {args.answers}, %", "token F1, %"], rows)
-
-
-def first_rows(batches: list[Any], rows: int) -> list[Any]:
-    """Batches of no more than so many rows."""
-    starts = accumulate((len(batch["input_ids"]) for batch in batches), initial=0)
-    cut = [
-        {key: value[: max(0, rows - start)] if value.ndim else value for key, value in batch.items()}
-        for batch, start in zip(batches, starts, strict=False)
-    ]
-    return [batch for batch in cut if len(batch["input_ids"])]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -203,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--answer-tokens", type=int, default=160)
     parser.add_argument("--answer-experts", type=int, help="the first so many; all without it")
+    parser.add_argument("--drafts", type=int, default=0, help="prompts to continue with drafts of the base")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--picture", type=Path)
@@ -229,6 +160,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{table(tests, calibrated, alone)}\n\n{args.rows} responses, {machine(torch.device('cpu'))}\n", flush=True)
     if args.picture is not None:
         draw(tests, args.picture)
+    if args.drafts:
+        decoder = DynamicFusionDecoder(large, base, [experts[0]], tokenizer=tokenizer)
+        print(f"{drafts(decoder, first_rows(answered, args.drafts), args.answer_tokens)}\n", flush=True)
     if args.answers:
         asked = first_rows(answered, args.answers)
         used = len(experts) if args.answer_experts is None else args.answer_experts

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
 
-from benchmarks import fusion_criteria
+from benchmarks import fusion_answers, fusion_criteria
 from benchmarks.fusion_criteria import fixed, table
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import new_causal_lm
@@ -32,13 +33,15 @@ def test_every_setting_has_a_line_and_the_picture_is_drawn(folder, capsys):
     experts = [str(folder / "expert-0"), str(folder / "expert-1")]
     arguments = ["--model", folder / "large", "--base", folder / "base", "--experts", *experts]
     arguments += ["--source", folder / "source.jsonl", "--rows", 4, "--validation-rows", 4, "--batch-size", 4]
-    arguments += ["--max-length", 100, "--answers", 2, "--answer-tokens", 4, "--answer-experts", 1]
+    arguments += ["--max-length", 100, "--answers", 2, "--answer-tokens", 4, "--answer-experts", 1, "--drafts", 1]
     arguments += ["--picture", folder / "picture.png"]
     fusion_criteria.main([str(argument) for argument in arguments])
     printed = capsys.readouterr().out
     lines = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert lines[2:5] == ["base alone", "expert alone", "large alone"]
     assert lines.count("calibrated") == 2  # by perplexity, and by answers
+    drafts = [line.split("|")[4].strip() for line in printed.splitlines() if re.match(r"\| (none|1|2|4) \|", line)]
+    assert drafts == ["1 of 1"] * 4  # the same text
     assert (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -55,13 +58,13 @@ def test_the_rows_that_test_have_not_validated(folder):
 
 def test_rows_are_cut_within_a_batch():
     batches = [{"input_ids": torch.arange(start, start + 4)[:, None]} for start in (0, 4, 8)]
-    cut = fusion_criteria.first_rows(batches, 5)
+    cut = fusion_answers.first_rows(batches, 5)
     assert [batch["input_ids"].flatten().tolist() for batch in cut] == [[0, 1, 2, 3], [4]]
 
 
 def test_token_f1():
-    assert fusion_criteria.token_f1("A set of a list.", "a list, a set") == pytest.approx(2 * 4 / 9)
-    assert fusion_criteria.token_f1("", "yes") == 0
+    assert fusion_answers.token_f1("A set of a list.", "a list, a set") == pytest.approx(2 * 4 / 9)
+    assert fusion_answers.token_f1("", "yes") == 0
 
 
 @pytest.mark.parametrize("rows", [0, 3, -2])
