@@ -307,6 +307,7 @@ def test_the_recipe_compresses_a_model_from_the_command_line(tmp_path, monkeypat
         "data.init_args.block_size": 32,
         "model.init_args.head.init_args.num_groups": 4,
         "model.init_args.head.init_args.codebook_size": 32,
+        "model.init_args.head.init_args.byte_budget": 0.9,
         "model.init_args.calibration_batches": 4,
         "model.init_args.num_trainable_layers": 1,
         "trainer.max_steps": 4,
