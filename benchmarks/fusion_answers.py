@@ -47,13 +47,14 @@ def ways_to_answer(
     settings: dict[str, Any] = {"criterion": chosen.criterion, "scale": chosen.scale}
     if chosen.static_alpha is not None:
         settings = {"static_alpha": list(chosen.static_alpha)}
-    return {
+    ways: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "large alone": ([large], {}),
         "expert alone": ([expert], {}),
         f"fixed α = {best}": (fused, {"static_alpha": best}),
         "`distance`": (fused, {}),
-        "calibrated": (fused, settings),
     }
+    is_there_already = chosen.static_alpha == (best,)
+    return ways if is_there_already else ways | {"calibrated": (fused, settings)}
 
 
 def answers(

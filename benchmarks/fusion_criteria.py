@@ -9,8 +9,8 @@ The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yam
 from the same logits (`FusionCalibration`): perplexity of the responses, mean ± standard deviation over the experts, and
 paired with the best fixed weight. "Calibrated" are the settings that did best on the rows that validate. With
 `--answers N` the first N prompts that test are also answered by greedy decoding. Exact match counts the right final
-numbers, token F1 the words that answer and response share. With `--drafts N` as many are continued one at a time, with
-and without drafts of the base.
+numbers, token F1 the words that answer and response share. With `--rows 0` nothing else is done and nothing
+calibrated. With `--drafts N` as many are continued one at a time, with and without drafts of the base.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from lit_logits.datamodules import InstructionDataModule, PairSource
 from lit_logits.modules import find_tokenizer, load_causal_lm
 from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, FusionCandidate
 
+PROXY = 1.0
+"""The fixed weight of proxy tuning."""
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CRITERIA = ("distance", "equal", "uncertain", "prompt")
 SETTINGS = [
@@ -149,17 +151,21 @@ def main(arguments: list[str] | None = None) -> None:
     experts = [load_causal_lm(name) for name in args.experts]
     tests: list[Ratings] = []
     calibrated = []
-    alone = {"base alone": [perplexity(base, tokenizer, batches)], "expert alone": []}
-    for name, expert in zip(args.experts, experts, strict=True):
+    alone: dict[str, list[float]] = {"base alone": [], "expert alone": []}
+    if batches:
+        alone["base alone"].append(perplexity(base, tokenizer, batches))
+    for name, expert in zip(args.experts, experts if batches else [], strict=False):
         decoder = DynamicFusionDecoder(large, base, [expert], tokenizer=tokenizer)
         validation = rate(decoder, held_out)
         calibrated.append(min(validation, key=lambda candidate: validation[candidate][0]))
         tests.append(rate(decoder, batches, [*SETTINGS, calibrated[-1]]))
         alone["expert alone"].append(perplexity(expert, tokenizer, batches))
         print(name, "calibrated:", calibrated[-1], tests[-1][calibrated[-1]], flush=True)
-    print(f"\n{table(tests, calibrated, alone)}\n\n{args.rows} responses, {machine(torch.device('cpu'))}\n", flush=True)
-    if args.picture is not None:
-        draw(tests, args.picture)
+    if tests:
+        print(f"\n{table(tests, calibrated, alone)}\n\n{args.rows} responses", flush=True)
+        if args.picture is not None:
+            draw(tests, args.picture)
+    print(f"{machine(torch.device('cpu'))}\n", flush=True)
     if args.drafts:
         decoder = DynamicFusionDecoder(large, base, [experts[0]], tokenizer=tokenizer)
         print(f"{drafts(decoder, first_rows(answered, args.drafts), args.answer_tokens)}\n", flush=True)
@@ -167,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         asked = first_rows(answered, args.answers)
         used = len(experts) if args.answer_experts is None else args.answer_experts
         models = large, base, experts[:used]
-        print(answers(args, models, asked, tokenizer, best_fixed(tests), calibrated[:used]), flush=True)
+        chosen = calibrated[:used] or [fixed(PROXY)] * used
+        best = best_fixed(tests) if tests else PROXY
+        print(answers(args, models, asked, tokenizer, best, chosen), flush=True)
 
 
 if __name__ == "__main__":

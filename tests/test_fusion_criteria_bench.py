@@ -45,6 +45,14 @@ def test_every_setting_has_a_line_and_the_picture_is_drawn(folder, capsys):
     assert (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_answers_alone(folder, capsys):
+    arguments = ["--model", folder / "large", "--base", folder / "base", "--experts", folder / "expert-0"]
+    arguments += ["--source", folder / "source.jsonl", "--rows", 0, "--validation-rows", 2, "--batch-size", 2]
+    fusion_criteria.main([str(one) for one in [*arguments, "--answers", 3, "--answer-tokens", 2]])
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["large alone", "expert alone", "fixed α = 1.0", "`distance`"]
+
+
 def test_the_rows_that_test_have_not_validated(folder):
     made = argparse.Namespace(source=str(folder / "source.jsonl"), model=str(folder / "large"), max_length=100)
     made.rows, made.answers, made.validation_rows, made.batch_size = 2, 3, 4, 2
