@@ -97,17 +97,6 @@ def test_a_model_that_emits_nan_is_named_with_fixed_weights_too():
         calibration.update(fused, IDS, LABELS, MASK)
 
 
-def test_log_probs_of_candidates_are_those_of_fused_logits():
-    g = torch.Generator().manual_seed(0)
-    large, base = torch.randn(2, 5, 7, generator=g)
-    experts, labels = torch.randn(2, 5, 7, generator=g), torch.tensor([0, 6, 3, 3, 1])
-    weights = [torch.rand(2, 5, generator=g) for _ in range(3)]
-    found = fused_log_probs(large, base, experts, labels, weights)
-    for alpha, row in zip(weights, found, strict=True):
-        expected = fuse_logits(large, base, experts, alpha).log_softmax(-1)[range(5), labels]
-        torch.testing.assert_close(row, expected)
-
-
 def test_candidates_that_are_given_are_the_only_ones():
     fused = FusedCausalLM(*MODELS)
     chosen = [FusionCandidate("equal", 0.5), FusionCandidate(None, static_alpha=(1.0, 0.0))]
@@ -119,3 +108,23 @@ def test_candidates_that_are_given_are_the_only_ones():
     assert first in every.compute()
     scores = FusedCausalLM(*MODELS, static_alpha=[1.0, 0.0]).score(IDS, LABELS, MASK)
     assert second.nll == pytest.approx(-float(scores.log_probs[scores.trace.mask].mean()), abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_are_those_of_fused_logits_also_of_tokens_that_a_model_rules_out(dtype):
+    generator = torch.Generator().manual_seed(0)
+    large, base = torch.randn(2, 6, 12, generator=generator).to(dtype)
+    experts = torch.randn(3, 6, 12, generator=generator).to(dtype)
+    large[0, 0] = base[1, 1] = base[2, 2] = experts[0, 2, 2] = experts[1, 3, 3] = experts[2, 4, 4] = -torch.inf
+    labels = torch.tensor([1, 1, 2, 3, 4, 0])
+    weights = [
+        torch.zeros(3, 6),
+        torch.rand(3, 6, generator=generator),
+        torch.tensor([0.0, 2.0, 0.0])[:, None].expand(3, 6),
+    ]
+    found = fused_log_probs(large, base, experts, labels, weights)
+    for alpha, log_probs in zip(weights, found, strict=True):
+        expected = fuse_logits(large, base, experts, alpha).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        torch.testing.assert_close(log_probs, expected)
+    assert found[1, 3] == -torch.inf
+    assert found.isfinite().sum() == found.numel() - 3

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lit_logits.functional.dynamic_fusion import fuse_logits
+from lit_logits.functional.fusion_problem import check_fusion_shapes, promoted
 
 __all__ = ["fused_log_probs"]
 
@@ -19,7 +19,8 @@ def fused_log_probs(
 ) -> Tensor:
     """Return the log-probabilities of tokens under fused distributions with different weights.
 
-    One fused distribution (R, V) is held at a time, however many candidates there are.
+    The distributions are those of `fuse_logits`. How experts differ from the base is found once, and one fused
+    distribution (R, V) is held at a time, however many candidates there are.
 
     Args:
         large_logits: (R, V) of the large model, before each token.
@@ -38,8 +39,19 @@ def fused_log_probs(
         tensor([[-0.6931],
                 [-0.1269]])
     """
+    check_fusion_shapes(large_logits, base_logits, expert_logits)
+    large, base, experts = promoted(large_logits, base_logits, expert_logits)
+    impossible = base == -torch.inf  # to the base: the large model's logit stays
+    ruled_out = (experts == -torch.inf) & ~impossible
+    differences = (experts - base).masked_fill_(ruled_out | impossible, 0.0)
+    any_ruled_out = bool(ruled_out.any())
     found = []
     for alpha in candidates:
-        fused = fuse_logits(large_logits, base_logits, expert_logits, alpha)
-        found.append(fused.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1))
+        fused = large
+        for expert, weight in enumerate(alpha.to(large.dtype).unsqueeze(-1)):
+            fused = torch.addcmul(fused, differences[expert], weight)
+            if any_ruled_out:
+                fused = fused.masked_fill(ruled_out[expert] & (weight != 0), -torch.inf)
+        chosen = fused.gather(1, labels.unsqueeze(1)).squeeze(1)
+        found.append(chosen - fused.logsumexp(-1))
     return torch.stack(found)
