@@ -26,7 +26,7 @@ class RecipeFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
-_RESIDUAL = ("num_groups", "num_stages", "byte_budget", "metric", "token_weights")
+_RESIDUAL = ("num_groups", "num_stages", "byte_budget", "metric", "token_weights", "smoothing")
 _HEAD_ARGUMENTS = (
     *(*_RESIDUAL, "codebook_size", "bias", "init", "count_power", "mapping", "codebook_update"),
     *("commitment_weight", "decay", "reassign_every_n_steps"),

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -444,6 +445,36 @@ def test_a_byte_budget_is_kept_and_used():
         VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, num_stages=4, byte_budget=0.15)
     with pytest.raises(ValueError, match=r"share in \(0, 1\], but got 12"):
         VQLogitsHead.from_dense(weight, codebook_size=16, num_groups=8, num_stages=4, byte_budget=12)
+
+
+def test_smoothing_spreads_a_share_of_the_weights_evenly():
+    weight, moment, counts = correlated()
+    shared = {
+        "codebook_size": 16,
+        "num_groups": 4,
+        "byte_budget": 0.4,
+        "hidden_second_moment": moment,
+        "count_power": 1.0,
+    }
+    fit = partial(fit_output_layer, weight, **shared)
+    smooth = fit(token_counts=counts, smoothing=0.3, generator=torch.Generator().manual_seed(0))
+    mixed = 0.7 * counts.clamp(min=float(counts[counts > 0].min()) / 2)
+    mixed = mixed + 0.3 / 0.7 * mixed.mean()
+    by_hand = fit(token_counts=mixed, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(smooth.token_stages, by_hand.token_stages)
+    torch.testing.assert_close(smooth.codebooks, by_hand.codebooks, atol=1e-4, rtol=1e-4)
+    unsmoothed = fit(token_counts=counts, generator=torch.Generator().manual_seed(0)).token_stages
+    even = fit(token_counts=counts, smoothing=1.0, generator=torch.Generator().manual_seed(0)).token_stages
+    rare = counts.argsort()[:200]
+    found = [int(stages[rare].sum()) for stages in (unsmoothed, smooth.token_stages, even)]
+    assert found[0] < found[1] < found[2]
+    assert even.max() - even.min() <= 1
+    head = VQLogitsHead.from_dense(weight, token_counts=counts, smoothing=0.3, **shared)
+    sizes = [int((smooth.token_stages > stage).sum()) for stage in range(int(smooth.token_stages.max()))]
+    assert [len(stage.codes) for stage in head.stages()] == sizes
+    for make in (partial(fit_output_layer, weight), partial(ResidualVQLogitsHead, 16, 400)):
+        with pytest.raises(ValueError, match=r"Expected `smoothing` to be a share in \[0, 1\], but got 1.5"):
+            make(codebook_size=16, num_groups=4, smoothing=1.5)
 
 
 def test_the_footprint_is_what_a_saved_head_takes(head):

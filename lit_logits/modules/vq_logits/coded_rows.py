@@ -16,7 +16,7 @@ from lit_logits.functional.codebook import Footprint
 from lit_logits.functional.distributed import broadcast_
 from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_rows import StageCodes, decode_rows, decode_token_rows, stage_codes, stage_places
-from lit_logits.modules.vq_logits.fit import check_codebook_size, default_stages, fit_output_layer
+from lit_logits.modules.vq_logits.fit import check_codebook_size, check_smoothing, default_stages, fit_output_layer
 from lit_logits.modules.vq_logits.tables import PackedMapping, TableCache, is_traced
 
 __all__ = ["CodedRows", "stages_of_sizes"]
@@ -37,6 +37,7 @@ class CodedRows(PackedMapping):
         byte_budget: share of the bfloat16 rows that the codes may take; `fit` chooses the tiers by it.
         token_stages: S_v of each token (V,), or one number for all, if it is known; at most S.
         metric: what of a second moment `fit` uses; see `metric_matrix`.
+        smoothing: share of the weights of tokens that `fit` spreads evenly; see `fit_output_layer`.
         num_sweeps: passes of `fit` that renew all codes after the first; see `fit_output_layer`.
 
     Attributes:
@@ -69,6 +70,7 @@ class CodedRows(PackedMapping):
         byte_budget: float | None = None,
         token_stages: Tensor | int | None = None,
         metric: MetricKind = "full",
+        smoothing: float = 0.0,
         num_sweeps: int = 2,
     ) -> None:
         super().__init__()
@@ -79,6 +81,7 @@ class CodedRows(PackedMapping):
                 f"Expected `num_groups` to divide the hidden size {hidden_size}, but got {num_groups}.{good}"
             )
         check_not_negative(num_sweeps=num_sweeps)
+        check_smoothing(smoothing)
         planned = default_stages(num_stages, byte_budget)
         if token_stages is None:
             stages = stages_by_rank(torch.ones(vocab_size, device="cpu"), planned)
@@ -90,7 +93,7 @@ class CodedRows(PackedMapping):
         self.hidden_size, self.vocab_size, self.codebook_size = hidden_size, vocab_size, codebook_size
         self.num_groups = num_groups
         self.planned_stages, self.byte_budget = planned, byte_budget
-        self.metric, self.num_sweeps = metric, num_sweeps
+        self.metric, self.smoothing, self.num_sweeps = metric, smoothing, num_sweeps
         self.num_stages = num_stages if isinstance(num_stages, int) else int(stages.max())
         if self.num_stages < int(stages.max()):
             raise ValueError(
@@ -240,6 +243,7 @@ class CodedRows(PackedMapping):
             hidden_second_moment=second_moment,
             metric=self.metric,
             count_power=power,
+            smoothing=self.smoothing,
             num_sweeps=self.num_sweeps,
             generator=torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63)),
             progress_bar=progress_bar,

@@ -177,5 +177,6 @@ def _codes_like(head: CodedRows) -> CodedRows:
         num_stages=head.planned_stages,  # type: ignore[arg-type]
         byte_budget=head.byte_budget,
         metric=head.metric,
+        smoothing=head.smoothing,
         num_sweeps=head.num_sweeps,
     )

@@ -67,6 +67,8 @@ class ResidualVQLogitsHead(CodedRows):
             divergence lowest and is the better start for `kd_weight: 1`. The weights also decide which tokens get more
             stages.
         count_power: exponent of the token counts.
+        smoothing: share of those weights that is spread evenly over the vocabulary, so that text of another kind than
+            that of `start` loses less; see `fit_output_layer`.
         num_sweeps: passes of `start` that renew all codes after the first fit; see `fit_output_layer`.
 
     Attributes:
@@ -99,6 +101,7 @@ class ResidualVQLogitsHead(CodedRows):
         metric: MetricKind = "full",
         token_weights: Literal["counts", "fisher"] = "counts",
         count_power: float = 0.75,
+        smoothing: float = 0.0,
         num_sweeps: int = 2,
     ) -> None:
         super().__init__(
@@ -110,6 +113,7 @@ class ResidualVQLogitsHead(CodedRows):
             byte_budget=byte_budget,
             token_stages=token_stages,
             metric=metric,
+            smoothing=smoothing,
             num_sweeps=num_sweeps,
         )
         if token_weights not in ("counts", "fisher"):
