@@ -37,9 +37,11 @@ PROXY = 1.0
 """The fixed weight of proxy tuning."""
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CRITERIA = ("distance", "equal", "uncertain", "prompt")
+SCALED = FusionCandidate("equal", 1.5)
 SETTINGS = [
     *(FusionCandidate(None, static_alpha=(alpha,)) for alpha in GRID),
     *(FusionCandidate(name) for name in CRITERIA),
+    SCALED,
 ]
 Ratings = dict[FusionCandidate, tuple[float, float]]
 
@@ -104,6 +106,7 @@ def table(tests: list[Ratings], calibrated: list[FusionCandidate], alone: dict[s
         add("large alone" if alpha == 0 else f"fixed α = {alpha}", [fixed(alpha)] * len(tests))
     for name in CRITERIA:
         add(f"`{name}`", [FusionCandidate(name)] * len(tests))
+    add(f"`{SCALED.criterion}` times {SCALED.scale}", [SCALED] * len(tests))
     add("calibrated", calibrated)
     return markdown_table(["", "perplexity", f"of fixed α = {best}", "mean α"], rows)
 

@@ -86,7 +86,7 @@ def test_rows_that_validate_fill_batches(rows, capsys):
 def test_settings_are_compared_with_the_best_fixed_weight():
     tests = [{fixed(alpha): (abs(alpha - 1) + seed, alpha) for alpha in fusion_criteria.GRID} for seed in (0.0, 1.0)]
     for test in tests:
-        test |= {FusionCandidate(name): test[fixed(0.5)] for name in fusion_criteria.CRITERIA}
+        test |= {one: test[fixed(0.5)] for one in fusion_criteria.SETTINGS if one.static_alpha is None}
     lines = table(tests, [fixed(1.0), fixed(0.75)], {}).splitlines()
     found = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines[2:]}
     assert "of fixed α = 1.0" in lines[0]
