@@ -44,7 +44,7 @@ from lit_logits.modules.vq_logits.embedding import coded_table
 from lit_logits.modules.vq_logits.table_metric import TableStatistics, table_statistics
 
 BOTH = ["head", "embedding"]
-SMOOTHING = 0.3
+SMOOTHING = 0.15
 TIERS = {2048: 5, 4096: 4, 8192: 3, 1 << 30: 2}
 # Label, what is compressed, arguments of the head.
 ROWS: dict[str, tuple[str, list[str], dict[str, Any]]] = {

@@ -11,7 +11,6 @@ from benchmarks import fusion_answers, fusion_criteria
 from benchmarks.fusion_criteria import fixed, table
 from lit_logits.datamodules.tokenization import load_tokenizer, train_bpe
 from lit_logits.modules import new_causal_lm
-from lit_logits.modules.dynamic_fusion.calibration import FusionCandidate
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 

@@ -295,6 +295,7 @@ def test_foreign_and_stale_caches_are_refused(models):
         write_caches(models, sources={"wide": "changed", "narrow": str(models / "narrow")})
 
 
+@pytest.mark.slow
 def test_training_from_caches_needs_no_tokenizers_of_the_sources(models):
     """Whose tokens are in the cache: the weights are the same, bit for bit, as where the data name them."""
     write_caches(models, batch_size=1)
@@ -322,6 +323,7 @@ def test_a_cache_serves_a_smaller_max_length(models):
         fit(models, sources={"wide": "short/wide", "narrow": "short/narrow"})
 
 
+@pytest.mark.slow
 def test_samples_that_a_cache_lacks_are_told_before_the_first_step(models):
     """Of all training samples, not at the batch that holds one."""
     rows = (models / "pairs.jsonl").read_text().splitlines(keepends=True)

@@ -58,6 +58,7 @@ def test_the_import_alone_reads_no_model_code():
     assert not {*OF_TRAINING, "scipy", "transformers.modeling_utils"} & {*read}
 
 
+@pytest.mark.slow
 def test_a_config_registers_the_models_also_where_it_is_unpickled():
     config = pickle.dumps(VQLogitsConfig({"model_type": "llama", "vocab_size": 20, **SIZES}, 4))
     program = f"""
@@ -104,6 +105,7 @@ def test_an_unknown_name_is_an_error_as_of_any_module(facade):
         exec(f"from {facade.__name__} import Missing")
 
 
+@pytest.mark.slow
 def test_names_and_modules_are_there_in_a_new_process():
     program = """
 import lit_logits

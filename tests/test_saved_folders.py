@@ -66,6 +66,7 @@ model.save_pretrained(folder + "-again")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["", "import lit_logits"])
 def test_a_folder_loads_where_lit_logits_was_not_imported(original, tmp_path, first):
     model = compressed(original)
@@ -86,6 +87,7 @@ def test_a_folder_loads_where_lit_logits_was_not_imported(original, tmp_path, fi
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_vq_logits.VQLogitsForCausalLM"
 
 
+@pytest.mark.slow
 def test_without_lit_logits_the_error_names_it(original, tmp_path):
     compressed(original).save_pretrained(tmp_path / "compact", tokenizer=tokenizer())
     first = "sys.modules['lit_logits'] = None  # as if it were not installed"
@@ -206,6 +208,7 @@ def test_the_card_says_what_was_made_of_what_and_measured(original, tmp_path):
     assert "import lit_logits" not in (tmp_path / "dense" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_card_load_the_folder(original, tmp_path):
     compressed(original).save_pretrained(tmp_path / "saved", tokenizer=tokenizer())
     text = (tmp_path / "saved" / "README.md").read_text()

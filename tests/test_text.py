@@ -271,6 +271,7 @@ def test_processes_that_prepare_at_once_agree(make, tmp_path):
     assert not list((tmp_path / "cache").glob("*partial*"))
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_nothing_that_is_used(make, tmp_path):
     """The build is stopped after its first file and killed there; the next one cleans up and completes."""
     patch = """

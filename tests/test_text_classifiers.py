@@ -43,6 +43,7 @@ def run(recipe, source, *arguments, epochs=1, size=TINY):
     main(["fit", *options, *tiny, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *arguments])
 
 
+@pytest.mark.slow
 def test_two_commands_make_a_student_that_a_pipeline_reads(texts):
     """The teacher from the texts, the student from the teacher, which answers with names of classes."""
     run("dual_head_kd_text_teacher", texts, "--data.init_args.bpe_vocab_size=300")

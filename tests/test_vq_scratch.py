@@ -39,6 +39,7 @@ def rows_of(printed):
     return {(cells[0].split(" (")[0], cells[1]): cells for cells in lines[2:]}
 
 
+@pytest.mark.slow
 def test_every_head_is_trained_and_what_is_done_is_not_done_again(command, tmp_path, capsys, monkeypatch):
     plot = tmp_path / "runs.png"
     settings = ["--seeds", "0", "1", "--dense-lrs", "1e-3", "5e-3"]
