@@ -76,9 +76,9 @@ def machine(device: torch.device) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean ± sample standard deviation, or the value if it is the only one."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -42,6 +42,7 @@ from lit_logits.modules.language_models.loading import load_backbone
 from lit_logits.modules.vq_logits.data_start import fit_codes
 from lit_logits.modules.vq_logits.embedding import coded_table
 from lit_logits.modules.vq_logits.table_metric import TableStatistics, table_statistics
+from lit_logits.storage.folders import replace_file
 
 BOTH = ["head", "embedding"]
 SMOOTHING = 0.15
@@ -207,7 +208,7 @@ def kept_statistics(args: argparse.Namespace, base: Any, train: Tensor, test: Te
         return cast(Statistics, tuple(found))
     found = read_statistics(args, base, train, test)
     if args.statistics is not None:
-        torch.save((settings, *found), args.statistics)
+        replace_file(args.statistics, lambda path: torch.save((settings, *found), path))
     return found
 
 

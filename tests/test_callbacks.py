@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_vq_models import make_trainer
 from torch.utils.data import DataLoader
 
 from lit_logits.callbacks import CodebookMonitor, CodebookReinit, codebook_monitor
@@ -65,16 +66,7 @@ def loader(count=24, batch_size=4, vocab_size=V):
 
 
 def fit(model, callbacks, data=None, val=None, ckpt_path=None, **kwargs):
-    settings = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    trainer = Trainer(**{**settings, **kwargs}, callbacks=callbacks)
+    trainer = make_trainer(None, callbacks=callbacks, **kwargs)
     trainer.fit(model, data or loader(), val, ckpt_path=ckpt_path)
     return trainer
 

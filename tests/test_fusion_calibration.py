@@ -126,5 +126,7 @@ def test_log_probs_are_those_of_fused_logits_also_of_tokens_that_a_model_rules_o
     for alpha, log_probs in zip(weights, found, strict=True):
         expected = fuse_logits(large, base, experts, alpha).log_softmax(-1).gather(1, labels[:, None])[:, 0]
         torch.testing.assert_close(log_probs, expected)
+    with pytest.raises(ValueError, match=r"Expected `alpha` of shape \(3, 6\), but got \(3, 1\)"):
+        fused_log_probs(large, base, experts, labels, [torch.ones(3, 1)])
     assert found[1, 3] == -torch.inf
     assert found.isfinite().sum() == found.numel() - 3

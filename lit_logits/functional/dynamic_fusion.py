@@ -32,6 +32,7 @@ from lit_logits.functional.fusion_criteria import (
 )
 from lit_logits.functional.fusion_problem import (
     FusionProblem,
+    check_alpha,
     check_bounds,
     check_fusion_shapes,
     is_broken,
@@ -108,8 +109,7 @@ def fuse_logits(large_logits: Tensor, base_logits: Tensor, expert_logits: Tensor
         tensor([[0., 2.]])
     """
     check_fusion_shapes(large_logits, base_logits, expert_logits)
-    if alpha.shape != expert_logits.shape[:2]:
-        raise ValueError(f"Expected `alpha` of shape {tuple(expert_logits.shape[:2])}, but got {tuple(alpha.shape)}.")
+    check_alpha(alpha, expert_logits)
     large, base, experts = promoted(large_logits, base_logits, expert_logits)
     fused = large
     for expert, weight in zip(experts, alpha.to(large.dtype).unsqueeze(-1), strict=True):

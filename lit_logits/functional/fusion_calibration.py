@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lit_logits.functional.fusion_problem import check_fusion_shapes, promoted
+from lit_logits.functional.checks import may_read
+from lit_logits.functional.fusion_problem import check_alpha, check_fusion_shapes, promoted
 
 __all__ = ["fused_log_probs"]
 
@@ -30,7 +31,10 @@ def fused_log_probs(
         candidates: C times weights (S, R).
 
     Returns:
-        (C, R) log-probabilities in nats.
+        (C, R) log-probabilities in nats, at least float32.
+
+    Raises:
+        ValueError: If shapes do not fit.
 
     Example:
         >>> zeros, expert = torch.zeros(1, 2), torch.tensor([[[0.0, 2.0]]])
@@ -44,13 +48,14 @@ def fused_log_probs(
     impossible = base == -torch.inf  # to the base: the large model's logit stays
     ruled_out = (experts == -torch.inf) & ~impossible
     differences = (experts - base).masked_fill_(ruled_out | impossible, 0.0)
-    any_ruled_out = bool(ruled_out.any())
+    masked = not may_read(ruled_out) or bool(ruled_out.any())  # a mask costs a pass over V
     found = []
     for alpha in candidates:
+        check_alpha(alpha, experts)
         fused = large
         for expert, weight in enumerate(alpha.to(large.dtype).unsqueeze(-1)):
             fused = torch.addcmul(fused, differences[expert], weight)
-            if any_ruled_out:
+            if masked:
                 fused = fused.masked_fill(ruled_out[expert] & (weight != 0), -torch.inf)
         chosen = fused.gather(1, labels.unsqueeze(1)).squeeze(1)
         found.append(chosen - fused.logsumexp(-1))

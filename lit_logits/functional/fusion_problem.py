@@ -13,6 +13,7 @@ from lit_logits.functional.checks import may_read
 
 __all__ = [
     "FusionProblem",
+    "check_alpha",
     "check_bounds",
     "check_fusion_shapes",
     "expert_divergences",
@@ -75,6 +76,16 @@ def promoted(*all_logits: Tensor) -> list[Tensor]:
     """Return the logits in one dtype, at least float32."""
     dtype = reduce(torch.promote_types, (logits.dtype for logits in all_logits), torch.float32)
     return [logits.to(dtype) for logits in all_logits]
+
+
+def check_alpha(alpha: Tensor, experts: Tensor) -> None:
+    """Raise unless the weights are (S, B), one for each expert and sequence.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    if alpha.shape != experts.shape[:2]:
+        raise ValueError(f"Expected `alpha` of shape {tuple(experts.shape[:2])}, but got {tuple(alpha.shape)}.")
 
 
 def check_fusion_shapes(large: Tensor, base: Tensor, experts: Tensor) -> None:
