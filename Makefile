@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+# Bytecode is made of what is imported, when it is, and not of all files: half of the minutes.
+INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all coverage test-oldest test-newest lint docs examples bench bench-gpu dist clean
@@ -47,14 +48,14 @@ test-oldest: $(VENV)-oldest/.test  ## The fast tests with the oldest versions th
 
 $(VENV)-oldest/.test: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[gguf,ot,peft,test]"
+	$(VENV)-oldest/bin/python -m pip install -q --no-compile -c constraints-oldest.txt -e ".[gguf,ot,peft,test]"
 	@touch $@
 
 # torch is the pinned one, of which there is a CPU build; `TORCH=torch` takes the newest.
 test-newest: TORCH ?= $(shell grep '^torch==' constraints.txt)
 test-newest:  ## The fast tests with the newest versions of today
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e ".[gguf,ot,peft,test]" '$(TORCH)'
+	$(VENV)-newest/bin/python -m pip install -q --no-compile -U --upgrade-strategy eager -e ".[gguf,ot,peft,test]" '$(TORCH)'
 	ATEN_CPU_CAPABILITY=avx2 $(VENV)-newest/bin/python $(PYTEST) -m "not slow"
 
 # mypy sees the package as it is installed: callbacks, datamodules and configs are mapped into lit_logits by setup.cfg.

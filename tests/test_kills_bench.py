@@ -36,6 +36,7 @@ def test_a_loss_a_double_and_a_difference_are_found(tmp_path):
     assert compare(other, whole) == (1, 1, ["weights"])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_if_they_were_not(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kills", "--kills=4", "--methods", "VQLogitsLM", f"--folder={tmp_path}"]
