@@ -51,7 +51,7 @@ def make_ways(large: Any, base: Any, experts: dict[str, Any], task: str) -> list
     alphas = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     ways += [(f"{task} expert, static α = {a}", [large, base, own], {"static_alpha": a}) for a in alphas]
     ways += [(f"{task} expert, dynamic, {s}", [large, base, own], {"solver": s}) for s in ("grid", "tilting")]
-    criteria: list[Any] = ["equal", "uncertain", "prompt"]
+    criteria: list[Any] = ["projection", "equal", "uncertain", "prompt"]
     ways += [
         (f"{task} expert, dynamic, {criterion}", [large, base, own], {"criterion": criterion}) for criterion in criteria
     ]

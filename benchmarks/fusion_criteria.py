@@ -36,7 +36,7 @@ from lit_logits.modules.dynamic_fusion.calibration import FusionCalibration, Fus
 PROXY = 1.0
 """The fixed weight of proxy tuning."""
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-CRITERIA = ("distance", "equal", "uncertain", "prompt")
+CRITERIA = ("distance", "projection", "equal", "uncertain", "prompt")
 SCALED = FusionCandidate("equal", 1.5)
 SETTINGS = [
     *(FusionCandidate(None, static_alpha=(alpha,)) for alpha in GRID),

@@ -65,9 +65,9 @@ class DynamicFusionDecoder(LightningModule):
         experts: fine-tuned descendants of `base`. A list within the list is merged into one by task arithmetic. Without
             experts the large model decodes alone.
         tokenizer: of all models; default: the one beside them, or the data's.
-        criterion: what weights are to reach: `distance`, the paper's; `equal` divergences; `uncertain`, where the large
-            model is, see `functional.fusion_weights`; or `prompt`, one weight a text, under which its prompt is
-            likeliest.
+        criterion: what weights are to reach: `distance`, the paper's; `projection`, the fused distribution nearest to
+            the expert; `equal` divergences; `uncertain`, where the large model is, see `functional.fusion_weights`; or
+            `prompt`, one weight a text, under which its prompt is likeliest.
         solver: `tilting`, or `grid`, the paper's search; of `distance`.
         mode: `single`, one expert acts at a step as in the paper, or `joint`.
         bounds: smallest and largest α.

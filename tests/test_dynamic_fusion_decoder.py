@@ -392,7 +392,9 @@ def test_validate_writes_the_settings_that_the_validation_split_likes_best(files
     assert recipe["class_path"] == "lit_logits.dynamic_fusion.DynamicFusionDecoder"
     found = {}
     grid = [
-        {"criterion": name, "scale": x} for name in ("distance", "equal", "uncertain", "prompt") for x in (0.5, 1.0)
+        {"criterion": name, "scale": x}
+        for name in ("distance", "projection", "equal", "uncertain", "prompt")
+        for x in (0.5, 1.0)
     ]
     for settings in [*grid, *({"static_alpha": [x, x]} for x in (0.0, 0.5, 1.0))]:
         other, total, count = make(files, **settings), 0.0, 0

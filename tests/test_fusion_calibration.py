@@ -33,7 +33,8 @@ def test_candidates_are_what_models_of_their_settings_say(settings):
     ratings = calibration.compute()
     assert len(ratings) == len({rating.candidate for rating in ratings})
     seen = {rating.candidate.criterion for rating in ratings}
-    assert seen == {None, "distance", "equal", "uncertain", *([] if "min_entropy" in settings else ["prompt"])}
+    expected = {None, "distance", "projection", "equal", "uncertain", "prompt"}
+    assert seen == expected - ({"prompt"} if "min_entropy" in settings else set())
     for (criterion, scale, static), nll, alpha in ratings:
         own = {"criterion": criterion, "scale": scale} if static is None else {"static_alpha": static}
         scores = FusedCausalLM(*MODELS, **{**settings, **own}).score(IDS, LABELS, MASK)

@@ -67,6 +67,67 @@ def test_of_several_experts_the_one_that_learned_most_acts_or_all_alike():
     torch.testing.assert_close(joint.kl_forward, alike.kl_forward)
 
 
+# ---------------------------------------------------------------------- the projection of the expert
+
+
+def divergence_from(experts, large, base):
+    """KL(Q_t ‖ P~_α) over α, its mean over experts that all act alike; by the definition."""
+    shift = (experts - base).sum(0)
+
+    def value(alpha):
+        fused = (large + alpha * shift).log_softmax(-1)
+        return sum(kl(expert.log_softmax(-1), fused) for expert in experts) / len(experts)
+
+    return value
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("experts", [1, 3])
+def test_projection_is_the_fused_distribution_nearest_to_the_expert(seed, experts):
+    large, base, expert = logits(seed=seed, experts=experts)
+    found = fusion_weights(large, base, expert, criterion="projection", mode="joint")
+    for row in range(len(large)):
+        value = divergence_from(expert[:, row], large[row], base[row])
+        best = minimize_scalar(value, bounds=(0, 1), method="bounded", options={"xatol": 1e-9})
+        assert found.alpha[:, row].tolist() == pytest.approx([best.x] * experts, abs=2e-4)
+    fused = fuse_logits(large, base, expert, found.alpha).log_softmax(-1)
+    shift = (expert - base).sum(0)
+    differ = (fused.exp() * shift).sum(-1) - (expert.softmax(-1) * shift).sum(-1).mean(0)
+    torch.testing.assert_close(found.objective, differ.square(), atol=1e-9, rtol=1e-6)
+    inside = (found.alpha[0] > 0) & (found.alpha[0] < 1)
+    assert bool((found.objective[inside] < 1e-6).all())
+
+
+def test_projection_finds_the_ends():
+    large, base, expert = logits()
+    assert fusion_weights(base, base, expert, criterion="projection").alpha[0].tolist() == pytest.approx(
+        [1.0] * 5, abs=2e-4
+    )
+    assert fusion_weights(large, base, base.unsqueeze(0), criterion="projection").alpha.tolist() == [[0.0] * 5]
+    beyond = base + 2 * (expert[0] - base)  # more of what the expert learned than it has itself
+    assert fusion_weights(beyond, base, expert, criterion="projection").alpha.tolist() == [[0.0] * 5]
+    short = base - (expert[0] - base)
+    assert fusion_weights(short, base, expert, criterion="projection").alpha.tolist() == [[1.0] * 5]
+    assert fusion_weights(short, base, expert, criterion="projection", scale=1.5).alpha.tolist() == [[1.5] * 5]
+
+
+def test_projection_survives_extremes():
+    large, base, _ = logits()
+    far = base.unsqueeze(0).clone()
+    far[0, :, 3] += 500  # the expert is sure
+    found = fusion_weights(large.float(), base.float(), far.float(), criterion="projection")
+    assert bool(torch.isfinite(torch.stack(found[1:4])).all())
+    expected = fusion_weights(large, base, logits()[2], criterion="projection").alpha
+    for half in (logits()[2] + 1e4, logits()[2] - 1e4):
+        found = fusion_weights(large, base + 3e3, half, criterion="projection")
+        torch.testing.assert_close(found.alpha, expected, atol=1e-4, rtol=0)
+    out = logits()[2]
+    out[..., 7] = -torch.inf  # the expert rules a token out: as if no model had it
+    left = [values[..., torch.arange(40) != 7] for values in (large, base, out)]
+    found = fusion_weights(large, base, out, criterion="projection")
+    torch.testing.assert_close(found.alpha, fusion_weights(*left, criterion="projection").alpha, atol=1e-4, rtol=0)
+
+
 # ---------------------------------------------------------------------- where the large model is uncertain
 
 
@@ -85,8 +146,9 @@ def test_experts_act_where_the_large_model_is_uncertain():
 
 def test_the_floor_of_entropy_serves_every_criterion():
     large, base, expert = logits(batch=2)
+    large[0] = base[0]
     large[1, 0] = 60.0
-    for criterion in ("distance", "equal"):
+    for criterion in ("distance", "projection", "equal"):
         plain = fusion_weights(large, base, expert, criterion=criterion)
         gated = fusion_weights(large, base, expert, criterion=criterion, min_entropy=0.1)
         assert float(gated.alpha[0, 0]) == float(plain.alpha[0, 0]) > 0
@@ -96,7 +158,7 @@ def test_the_floor_of_entropy_serves_every_criterion():
 # ---------------------------------------------------------------------- scale
 
 
-@pytest.mark.parametrize("criterion", ["distance", "equal", "uncertain"])
+@pytest.mark.parametrize("criterion", ["distance", "projection", "equal", "uncertain"])
 def test_scale_multiplies_what_is_found(criterion):
     large, base, expert = logits(scale=1.0)
     plain = fusion_weights(large, base, expert, criterion=criterion)

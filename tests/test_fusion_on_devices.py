@@ -83,6 +83,8 @@ def test_any_grid(bounds, step):
         {},
         {"criterion": "equal"},
         {"criterion": "equal", "mode": "joint"},
+        {"criterion": "projection"},
+        {"criterion": "projection", "mode": "joint", "scale": 1.3},
         {"criterion": "uncertain"},
         {"criterion": "equal", "min_entropy": 0.1, "scale": 0.7},
         {"solver": "grid", "step": 0.5},
@@ -112,7 +114,7 @@ def test_the_joint_search_is_not_above_the_joint_grid():
 def test_tokens_that_are_ruled_out(mode):
     large, base, experts = several(3)
     large[0, 1], base[1, 2], experts[0, 2, 3] = (-math.inf,) * 3
-    for criterion in ("distance", "equal"):
+    for criterion in ("distance", "projection", "equal"):
         settings = {"mode": mode, "criterion": criterion}
         expected = fusion_weights(large, base, experts, **settings)
         found = as_on_device(fusion_weights, large, base, experts, **settings)

@@ -29,6 +29,7 @@ from lit_logits.functional.fusion_criteria import (
     divergences_at,
     entropy,
     equal_weights,
+    projected_weights,
 )
 from lit_logits.functional.fusion_problem import (
     FusionProblem,
@@ -60,7 +61,7 @@ __all__ = [
 
 FusionSolver = Literal["tilting", "grid"]
 FusionMode = Literal["single", "joint"]
-FusionCriterion = Literal["distance", "equal", "uncertain"]
+FusionCriterion = Literal["distance", "projection", "equal", "uncertain"]
 
 _MAX_GRID = 10_000
 _MIN_ENTROPY = 0.5
@@ -146,11 +147,14 @@ def fusion_weights(
         large_logits: (B, V) of the large model.
         base_logits: (B, V) of the small base.
         expert_logits: (S, B, V) of the experts.
-        criterion: what α is to reach. `distance`: the paper's, as above. `equal`: the fused distribution is as far from
-            the large model as from the fully moved one, KL(P~_α ‖ P) = KL(P~_α ‖ P~_1), with α between 0 and 1; of
-            several experts the one that differs most from the base acts, or with `joint` all of them alike. The
-            objective is then the square of the difference. `uncertain`: the same experts act with α = 1 where the large
-            model is uncertain, see `min_entropy`; the objective is 0.
+        criterion: what α is to reach. `distance`: the paper's, as above. `projection`: of the fused distributions with
+            α between 0 and 1 the one nearest to the expert, α = argmin KL(Q_t ‖ P~_α). Between the ends the fused model
+            expects of Δ_t what the expert does; the objective is the square of what these differ by. `equal`: the fused
+            distribution is as far from the large model as from the fully moved one, KL(P~_α ‖ P) = KL(P~_α ‖ P~_1),
+            with α between 0 and 1; the objective is the square of the difference. `uncertain`: α = 1 where the large
+            model is uncertain, see `min_entropy`; the objective is 0. But for `distance`, of several experts the one
+            that differs most from the base acts, or with `joint` all of them alike; for `projection` the mean of their
+            divergences is the least then.
         solver: of `distance`. `tilting`: A and its derivatives give f, g and their slopes in one pass over V. As f and
             g grow with α and A is convex, a few points of the grid prove that no other can win, and a secant search
             next to the best of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid. Where a
@@ -191,6 +195,8 @@ def fusion_weights(
             found = _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
             (alpha, objective, forward, reverse), num_evals = found
             objective = len(problem.forward) * objective + _spread(problem)
+        elif criterion == "projection":
+            alpha, objective, num_evals = projected_weights(problem, expert_logits, jointly=jointly)
         elif criterion == "equal":
             alpha, objective, num_evals = equal_weights(problem, jointly=jointly)
         else:

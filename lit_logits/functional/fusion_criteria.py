@@ -4,12 +4,15 @@ With A(α) = log Σ_v P_v e^{αΔ_v} and E_P[Δ] = 0, see `lit_logits.functional
 
 * `equal`: KL(P~_α ‖ P) = KL(P~_α ‖ P~_1), as far from the large model as from the fully moved one. Written out,
   α A′ − A = (α − 1) A′ − A + A(1), it is A′(α) = A(1): one root, and it lies in [0, 1];
+* `projection`: the least KL(Q_t ‖ P~_α), the fused distribution under which what the expert says is likeliest. The
+  divergence is convex, with the slope A′(α) − E_Qt[Δ]: the fused model expects of Δ what the expert does;
 * `uncertain`: 1 where the entropy of the large model is high enough, 0 elsewhere.
 
 Letters: B sequences, V vocabulary, S experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +21,9 @@ from lit_logits.functional.checks import may_read
 from lit_logits.functional.fusion_lines import Moments, find_turn, moments_at, num_turn_points
 from lit_logits.functional.fusion_problem import FusionProblem, one_hot_rows
 from lit_logits.functional.fusion_search import evaluate_jointly
+from lit_logits.functional.reductions import at_least_float32
 
-__all__ = ["acting_shifts", "divergences_at", "entropy", "equal_weights"]
+__all__ = ["acting_shifts", "divergences_at", "entropy", "equal_weights", "projected_weights"]
 
 _TOLERANCE = 1e-4  # of α
 _MAX_STEPS = 50
@@ -45,29 +49,59 @@ def acting_shifts(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
 
 
 def equal_weights(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Tensor, int]:
-    """Return the weights (S, B) of equal divergences, the square of what they differ by, and the number of evaluations.
+    """Return weights (S, B) of equal divergences, the square of what they differ by, and the number of evaluations."""
+    line, acting = acting_shifts(problem, jointly=jointly)
+    target, highest, _ = _moments_on(problem, line, torch.ones_like(acting[0]))
+    alpha, num_evals = _find_root(problem, line, target, highest)
+    says_something = target > torch.finfo(target.dtype).eps
+    alpha = torch.where(says_something, alpha, 0.5)  # the limit where the experts say nothing
+    return alpha * acting, (_moments_on(problem, line, alpha).first - target).square(), num_evals + 2
 
-    Newton's steps on A′(α) − A(1), which rises, within the bracket that they leave; half of it where one leaves that.
-    On an accelerator `find_turn`, which reads no value.
+
+def projected_weights(problem: FusionProblem, expert_logits: Tensor, *, jointly: bool) -> tuple[Tensor, Tensor, int]:
+    """Return the weights (S, B) of the distributions nearest to the experts, and the number of evaluations.
+
+    Between is the square of what fused model and expert expect of Δ less each other, which is 0 but at the ends, 0 and
+    1. Jointly, the mean over the experts of KL(Q_t ‖ P~_α) is the least, and they act alike.
+
+    Args:
+        problem: from these logits.
+        expert_logits: (S, B, V).
+        jointly: whether all experts act, or the one that differs most from the base.
     """
     line, acting = acting_shifts(problem, jointly=jointly)
+    experts = at_least_float32(expert_logits).masked_fill(problem.log_probs == -torch.inf, -torch.inf)
+    expected = torch.linalg.vecdot(experts.softmax(-1).to(line.dtype), line)
+    target = (expected * acting).sum(0) / acting.sum(0)
+    highest = _moments_on(problem, line, torch.ones_like(target)).first
+    alpha, num_evals = _find_root(problem, line, target, highest)
+    return alpha * acting, (_moments_on(problem, line, alpha).first - target).square(), num_evals + 2
 
-    def moments(alpha: Tensor) -> Moments:
-        return Moments(*(value.squeeze(0) for value in moments_at(problem.log_probs, line, alpha.unsqueeze(0))))
 
-    half = torch.full_like(acting[0], 0.5)  # also the limit where the experts say nothing
-    target = moments(torch.ones_like(half)).log_norm
+def _moments_on(problem: FusionProblem, line: Tensor, alpha: Tensor) -> Moments:
+    return Moments(*(value.squeeze(0) for value in moments_at(problem.log_probs, line, alpha.unsqueeze(0))))
+
+
+def _find_root(problem: FusionProblem, line: Tensor, target: Tensor, highest: Tensor) -> tuple[Tensor, int]:
+    """Return the roots (B,) of A′ − `target` in [0, 1], and the number of evaluations; `highest` is A′(1).
+
+    A′ rises from 0. Where the target is not above that, it is 0, and 1 where A′ does not reach the target.
+    Newton's steps within the bracket that they leave; half of it where one leaves that. On an accelerator `find_turn`,
+    which reads no value.
+    """
+    zeros, ones = torch.zeros_like(target), torch.ones_like(target)
+    is_above = target > torch.finfo(target.dtype).eps
     if may_read(line):
-        alpha, num_evals = _newton(moments, target, half)
+        alpha, num_evals = _newton(partial(_moments_on, problem, line), target, is_above & (target < highest))
     else:
-        ends, num_evals = (torch.zeros_like(half), torch.ones_like(half)), num_turn_points(1.0)
-        alpha = find_turn(lambda x: moments_at(problem.log_probs, line, x[1:]).first > target, *ends, width=1.0)
-        alpha = torch.where(target > torch.finfo(target.dtype).eps, alpha, half)
-    return alpha * acting, (moments(alpha).first - target).square(), num_evals + 2
+        alpha = find_turn(lambda x: moments_at(problem.log_probs, line, x[1:]).first > target, zeros, ones, width=1.0)
+        num_evals = num_turn_points(1.0)
+    return torch.where(is_above, torch.where(target < highest, alpha, ones), zeros), num_evals
 
 
-def _newton(moments: Callable[[Tensor], Moments], target: Tensor, alpha: Tensor) -> tuple[Tensor, int]:
-    """Return the roots (B,) of A′ − `target` in [0, 1], from a start, and the number of evaluations."""
+def _newton(moments: Callable[[Tensor], Moments], target: Tensor, inside: Tensor) -> tuple[Tensor, int]:
+    """Return the roots (B,) of A′ − `target` between 0 and 1, where there is one, and the number of evaluations."""
+    alpha = torch.full_like(target, 0.5)
     low, high, num_evals = torch.zeros_like(alpha), torch.ones_like(alpha), 0
     for _ in range(_MAX_STEPS):
         _, first, second = moments(alpha)
@@ -76,7 +110,7 @@ def _newton(moments: Callable[[Tensor], Moments], target: Tensor, alpha: Tensor)
         low, high = torch.where(above, low, alpha), torch.where(above, alpha, high)
         new = alpha - (first - target) / second.clamp(min=torch.finfo(second.dtype).tiny)
         new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
-        new = torch.where(target > torch.finfo(target.dtype).eps, new, alpha)
+        new = torch.where(inside, new, alpha)
         moved, alpha = (new - alpha).abs().amax(), new
         if bool(moved <= _TOLERANCE):
             break
