@@ -52,6 +52,7 @@ def ways_to_answer(
         "expert alone": ([expert], {}),
         f"fixed α = {best}": (fused, {"static_alpha": best}),
         "`distance`": (fused, {}),
+        "`projection`": (fused, {"criterion": "projection"}),
     }
     is_there_already = chosen.static_alpha == (best,)
     return ways if is_there_already else ways | {"calibrated": (fused, settings)}

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.fusion_answers import answers, drafts, first_rows
 from benchmarks.measure import machine, markdown_table, spread
@@ -122,7 +123,9 @@ def draw(tests: list[Ratings], path: Path) -> None:
     axes.plot(GRID, [mean(fixed(alpha)) for alpha in GRID], "o-", color="black", label="fixed α")
     for number, name in enumerate(CRITERIA):
         axes.axhline(mean(FusionCandidate(name)), color=f"C{number}", linestyle="--", label=name)
-    axes.set(xlabel="fixed α", ylabel="perplexity of held-out responses")
+    axes.set(xlabel="fixed α", ylabel="perplexity of held-out responses", yscale="log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend(frameon=False)
     figure.savefig(path, dpi=80)
 

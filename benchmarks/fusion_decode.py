@@ -94,6 +94,7 @@ def main() -> None:
             "static, α = 1 / S": FusedCausalLM(large, base, experts, static_alpha=1 / num_experts),
             "grid": FusedCausalLM(large, base, experts, solver="grid"),
             "tilting": FusedCausalLM(large, base, experts),
+            "projection": FusedCausalLM(large, base, experts, criterion="projection"),
         }
         if num_experts > 1:
             ways["tilting, joint"] = FusedCausalLM(large, base, experts, mode="joint")

@@ -49,7 +49,7 @@ def test_answers_alone(folder, capsys):
     arguments += ["--source", folder / "source.jsonl", "--rows", 0, "--validation-rows", 2, "--batch-size", 2]
     fusion_criteria.main([str(one) for one in [*arguments, "--answers", 3, "--answer-tokens", 2]])
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[2:] == ["large alone", "expert alone", "fixed α = 1.0", "`distance`"]
+    assert lines[2:] == ["large alone", "expert alone", "fixed α = 1.0", "`distance`", "`projection`"]
 
 
 def test_the_rows_that_test_have_not_validated(folder):
