@@ -2,6 +2,7 @@
 
     python -m benchmarks.fusion_criteria --model my.gguf --base models/pruned --experts models/arithmetic-*
         --source gsm8k-held.jsonl [--rows 64] [--validation-rows 32] [--answers 0] [--picture picture.png]
+        [--beside models/python]
 
 The base comes from lm_prune.yaml, the experts (one a seed) from lm_instruct.yaml. The rows of a file are prompts
 (`question`) and responses (`answer`) that none of them has seen: the first validate, the others test.
@@ -10,7 +11,8 @@ from the same logits (`FusionCalibration`): perplexity of the responses, mean ±
 paired with the best fixed weight. "Calibrated" are the settings that did best on the rows that validate. With
 `--answers N` the first N prompts that test are also answered by greedy decoding. Exact match counts the right final
 numbers, token F1 the words that answer and response share. With `--rows 0` nothing else is done and nothing
-calibrated. With `--drafts N` as many are continued one at a time, with and without drafts of the base.
+calibrated. With `--beside` experts of other tasks stand beside each expert, and only the ways to choose among them are
+compared. With `--drafts N` as many are continued one at a time, with and without drafts of the base.
 """
 
 import argparse
@@ -112,6 +114,27 @@ def table(tests: list[Ratings], calibrated: list[FusionCandidate], alone: dict[s
     return markdown_table(["", "perplexity", f"of fixed α = {best}", "mean α"], rows)
 
 
+def rate_beside(
+    models: tuple[Any, Any, list[Any]], others: list[Any], batches: list[Any], tokenizer: Any
+) -> dict[str, list[float]]:
+    """Perplexities of the experts, one at a time: alone, and beside those of other tasks, by who acts."""
+    large, base, experts = models
+    found: dict[str, list[float]] = {}
+    for expert in experts:
+        ways: list[tuple[str, list[Any], dict[str, Any]]] = [("alone", [expert], {})]
+        ways += [(f"routing: {routing}", [expert, *others], {"routing": routing}) for routing in ("step", "text")]
+        ways += [("mode: joint", [expert, *others], {"mode": "joint"})]
+        for name, chosen, settings in ways:
+            decoder = DynamicFusionDecoder(large, base, chosen, tokenizer=tokenizer, **settings)
+            candidates = [
+                FusionCandidate("projection"),
+                *([] if name == "mode: joint" else [FusionCandidate("distance")]),
+            ]
+            for candidate, (nll, _) in rate(decoder, batches, candidates).items():
+                found.setdefault(f"`{candidate.criterion}`, {name}", []).append(exp(nll))
+    return found
+
+
 def draw(tests: list[Ratings], path: Path) -> None:
     """Perplexity over the fixed weight, with a line for each criterion."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -141,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--answer-tokens", type=int, default=160)
     parser.add_argument("--answer-experts", type=int, help="the first so many; all without it")
+    parser.add_argument("--beside", nargs="+", default=[], help="experts of other tasks, beside each of `--experts`")
     parser.add_argument("--drafts", type=int, default=0, help="prompts to continue with drafts of the base")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
@@ -155,6 +179,13 @@ def main(arguments: list[str] | None = None) -> None:
     held_out, answered = read_batches(args)
     batches = first_rows(answered, args.rows)
     experts = [load_causal_lm(name) for name in args.experts]
+    if args.beside:
+        others = [load_causal_lm(name) for name in args.beside]
+        found = rate_beside((large, base, experts), others, batches, tokenizer)
+        rows = sorted([name, spread(values, 3)] for name, values in found.items())
+        print(f"{markdown_table([f'beside {len(others)} more', 'perplexity'], rows)}\n\n{args.rows} responses")
+        print(machine(torch.device("cpu")))
+        return
     tests: list[Ratings] = []
     calibrated = []
     alone: dict[str, list[float]] = {"base alone": [], "expert alone": []}

@@ -30,6 +30,7 @@ from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM, FusedScore
 from lit_logits.modules.dynamic_fusion.inputs import check_generation, given_prompts
 from lit_logits.modules.dynamic_fusion.loading import load_fusion_models
 from lit_logits.modules.dynamic_fusion.records import sample_record, top_record
+from lit_logits.modules.dynamic_fusion.routing import FusionRouting
 from lit_logits.modules.language_models.inspect import digest_model, eos_token_ids
 from lit_logits.modules.language_models.tokenizers import check_same_tokenizer
 from lit_logits.modules.metrics import StageMeans, TokenMean, loss_and_perplexity
@@ -74,6 +75,8 @@ class DynamicFusionDecoder(LightningModule):
         step: of the grid.
         scale: factor on the weights that are found.
         min_entropy: nats; experts act only where the large model has as much entropy. Default 0.5 with `uncertain`.
+        routing: which of several experts acts: `step`, as the criterion chooses at each token, or `text`, the one under
+            which the text so far is likeliest.
         static_alpha: fixed weights instead: one number for all experts, or a list; 1 is proxy tuning.
         scale_grid: factors, and fixed weights of all experts, that `validate` tries.
         merge_weight: λ of experts that are merged.
@@ -119,6 +122,7 @@ class DynamicFusionDecoder(LightningModule):
         step: float = 0.1,
         scale: float = 1.0,
         min_entropy: float | None = None,
+        routing: FusionRouting = "step",
         static_alpha: float | list[float] | None = None,
         scale_grid: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
         merge_weight: float = 0.5,
@@ -158,6 +162,7 @@ class DynamicFusionDecoder(LightningModule):
             step=step,
             scale=scale,
             min_entropy=min_entropy,
+            routing=routing,
             static_alpha=static_alpha,
         )
         self.tokenizer = parts.tokenizer
@@ -296,6 +301,7 @@ class DynamicFusionDecoder(LightningModule):
         return {
             **{role: digest_model(model) for role, model in zip(roles, self.fused.models, strict=False)},
             **({"criterion": self.fused.criterion, **self.fused.search} if self.fused.static_alpha is None else search),
+            **({"routing": self.fused.routing} if self.fused.routing != "step" else {}),
             "eos_token_id": self.eos_token_id,
             "generation": self.generation,
             **({"trace_logits": True} if self.trace_logits else {}),

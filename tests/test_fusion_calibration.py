@@ -21,7 +21,13 @@ MODELS = llama(0, hidden=32), BASE, [moved(BASE, 2, 0.2), moved(BASE, 3, 0.2)]
 IDS = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(4))
 MASK = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [1] * 6 + [0] * 3])
 LABELS = IDS.masked_fill((MASK == 0) | (torch.arange(9) < 4), -100)
-SETTINGS = [{}, {"criterion": "prompt", "scale": 0.9}, {"mode": "joint", "bounds": (0.1, 0.8)}, {"min_entropy": 1.5}]
+SETTINGS = [
+    {},
+    {"criterion": "prompt", "scale": 0.9},
+    {"mode": "joint", "bounds": (0.1, 0.8)},
+    {"min_entropy": 1.5},
+    {"routing": "text"},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -34,7 +40,7 @@ def test_candidates_are_what_models_of_their_settings_say(settings):
     assert len(ratings) == len({rating.candidate for rating in ratings})
     seen = {rating.candidate.criterion for rating in ratings}
     expected = {None, "distance", "projection", "equal", "uncertain", "prompt"}
-    assert seen == expected - ({"prompt"} if "min_entropy" in settings else set())
+    assert seen == expected - ({"prompt"} if {"min_entropy", "routing"} & set(settings) else set())
     for (criterion, scale, static), nll, alpha in ratings:
         own = {"criterion": criterion, "scale": scale} if static is None else {"static_alpha": static}
         scores = FusedCausalLM(*MODELS, **{**settings, **own}).score(IDS, LABELS, MASK)

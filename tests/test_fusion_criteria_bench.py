@@ -52,6 +52,19 @@ def test_answers_alone(folder, capsys):
     assert lines[2:] == ["large alone", "expert alone", "fixed α = 1.0", "`distance`", "`projection`"]
 
 
+def test_experts_of_other_tasks_beside(folder, capsys):
+    arguments = ["--model", folder / "large", "--base", folder / "base", "--experts", folder / "expert-0"]
+    arguments += ["--source", folder / "source.jsonl", "--rows", 2, "--validation-rows", 2, "--batch-size", 2]
+    fusion_criteria.main([str(one) for one in [*arguments, "--beside", folder / "expert-1"]])
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    ways = ["`{}`, alone", "`{}`, routing: step", "`{}`, routing: text"]
+    assert lines[2:] == [
+        *(way.format("distance") for way in ways),
+        "`projection`, alone",
+        "`projection`, mode: joint",
+    ] + [way.format("projection") for way in ways[1:]]
+
+
 def test_the_rows_that_test_have_not_validated(folder):
     made = argparse.Namespace(source=str(folder / "source.jsonl"), model=str(folder / "large"), max_length=100)
     made.rows, made.answers, made.validation_rows, made.batch_size = 2, 3, 4, 2

@@ -16,6 +16,7 @@ from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
+from lit_logits.modules.dynamic_fusion.routing import acting_logits
 from lit_logits.modules.metrics import TokenMean
 
 __all__ = ["FusionCalibration", "FusionCandidate", "FusionRating"]
@@ -46,7 +47,8 @@ class FusionCalibration(nn.Module):
 
     Args:
         fused: whose settings are the first candidate, and whose bounds, solver, mode and `min_entropy` hold for all.
-            With a `min_entropy` the criterion `prompt`, which takes none, is left out.
+            With a `min_entropy`, or where texts choose the expert (`routing`), the criterion `prompt`, which takes
+            neither, is left out.
         scale_grid: scales and fixed weights to try; 0 is the large model alone.
         candidates: to try in place of all of these.
 
@@ -61,7 +63,7 @@ class FusionCalibration(nn.Module):
         if not scale_grid or not all(0 <= scale < float("inf") for scale in scale_grid):
             raise ValueError(f"Expected `scale_grid` to hold finite numbers of at least 0, but got {list(scale_grid)}.")
         has_floor = fused.search_by("distance", 1.0)["min_entropy"] is not None
-        criteria = [*get_args(FusionCriterion), *([] if has_floor else ["prompt"])]
+        criteria = [*get_args(FusionCriterion), *([] if has_floor or fused.routing == "text" else ["prompt"])]
         static = fused.static_alpha
         own = _fixed(static) if static is not None else FusionCandidate(fused.criterion, fused.scale)
         scaled = [FusionCandidate(name, float(scale)) for name in criteria for scale in scale_grid if scale]
@@ -91,6 +93,7 @@ class FusionCalibration(nn.Module):
         fused.check_logits(large, base, *experts)
         stacked = torch.stack(experts)
         own = keep[read]
+        acting = fused.route(input_ids, mask)
         owner = read.nonzero()[:, 0]
         by_prompt = None
         if self._asks_prompts:
@@ -98,26 +101,38 @@ class FusionCalibration(nn.Module):
             rows = large[at], base[at], stacked[:, at], prompts[read][at], owner[at]
             search = fused.search_by("prompt", 1.0)
             by_prompt = prompt_fusion_weights(*rows, num_prompts=len(input_ids), **search)[:, owner[own]]
-        self._rate(fused, (large[own], base[own], stacked[:, own]), targets[read][own], by_prompt)
+        rows = large[own], base[own], stacked[:, own]
+        self._rate(fused, rows, targets[read][own], by_prompt, None if acting is None else acting[keep])
 
     def _rate(
-        self, fused: FusedCausalLM, logits: tuple[Tensor, Tensor, Tensor], labels: Tensor, by_prompt: Tensor | None
+        self,
+        fused: FusedCausalLM,
+        logits: tuple[Tensor, Tensor, Tensor],
+        labels: Tensor,
+        by_prompt: Tensor | None,
+        acting: Tensor | None,
     ) -> None:
-        """Take in rows of the models, chunk by chunk."""
+        """Take in rows of the models, chunk by chunk; where it is known which expert acts, its logits alone."""
         large, base, experts = logits
+        experts = experts if acting is None else acting_logits(experts, acting)
         for start in range(0, len(labels), fused.chunk_size):
             chunk = slice(start, start + fused.chunk_size)
             rows = large[chunk], base[chunk], experts[:, chunk]
-            weights = self._weights(fused, rows, None if by_prompt is None else by_prompt[:, chunk])
+            one = None if acting is None else acting[chunk]
+            weights = self._weights(fused, rows, None if by_prompt is None else by_prompt[:, chunk], one)
             log_probs = fused_log_probs(*rows, labels[chunk], weights)
             for index, alpha in enumerate(weights):
                 self.nll[index].update(-log_probs[index])  # type: ignore[operator]
                 self.alpha[index].update(alpha.sum(0))  # type: ignore[operator]
 
     def _weights(
-        self, fused: FusedCausalLM, rows: tuple[Tensor, Tensor, Tensor], by_prompt: Tensor | None
+        self,
+        fused: FusedCausalLM,
+        rows: tuple[Tensor, Tensor, Tensor],
+        by_prompt: Tensor | None,
+        acting: Tensor | None,
     ) -> list[Tensor]:
-        """Return the weights (S, R) of each candidate."""
+        """Return the weights (S, R) of each candidate, or (1, R) of the expert that acts."""
         found: dict[str, Tensor] = {} if by_prompt is None else {"prompt": by_prompt}
         low, high = fused.search_by("prompt", 1.0)["bounds"]
         for name in {candidate.criterion or "prompt" for candidate in self.candidates} - {"prompt"}:
@@ -125,10 +140,13 @@ class FusionCalibration(nn.Module):
             # The bounds cut weights that are scaled. The paper's search itself stays within them.
             search["bounds"] = (low, high) if name == "distance" else (0.0, max(1.0, high))
             found[name] = fusion_weights(*rows, **search).alpha
+
+        def spread(fixed: tuple[float, ...]) -> Tensor:
+            weights = torch.tensor(fixed, device=rows[0].device)
+            return weights.unsqueeze(1).expand(-1, len(rows[0])) if acting is None else weights[acting].unsqueeze(0)
+
         return [
-            torch.tensor(fixed, device=rows[0].device).unsqueeze(1).expand(-1, len(rows[0]))
-            if fixed is not None
-            else scale_weights(found[str(name)], scale, (low, high))
+            spread(fixed) if fixed is not None else scale_weights(found[str(name)], scale, (low, high))
             for name, scale, fixed in self.candidates
         ]
 

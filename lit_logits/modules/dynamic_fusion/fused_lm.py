@@ -5,7 +5,7 @@ Letters: B batch, P prompt, N generated tokens, T sequence, R rows (positions th
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lit_logits.functional.dynamic_fusion import (
     fuse_logits,
     fusion_weights,
 )
-from lit_logits.functional.fusion_problem import expert_divergences
+from lit_logits.functional.fusion_problem import expert_divergences, one_hot_rows
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.functional.reductions import at_least_float32
@@ -34,6 +34,12 @@ from lit_logits.modules.dynamic_fusion.decoding import (
 )
 from lit_logits.modules.dynamic_fusion.inputs import check_context, check_ids, check_static_alpha, given_prompts
 from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
+from lit_logits.modules.dynamic_fusion.routing import (
+    FusionRouting,
+    TextRouter,
+    acting_logits,
+    text_log_likelihoods,
+)
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import eos_token_ids, num_logits
 
@@ -66,6 +72,10 @@ class FusedCausalLM(FrozenModels):
         step: of `fusion_weights`.
         scale: of `fusion_weights`.
         min_entropy: of `fusion_weights`; not with `prompt`.
+        routing: which of several experts acts. `step`: the criterion chooses, at each token. `text`: the expert under
+            which the text so far is likeliest, prompt and answer; the criterion finds its weight. The experts read the
+            prompt once more. Not with the criterion `prompt`, which chooses by itself, with `mode="joint"`, where all
+            act, or with drafts.
         static_alpha: fixed weights instead of a search: one for all experts, or one each. 1 is proxy tuning, 0 the
             large model.
         chunk_size: positions of `score` whose logits are fused at a time; None goes by the memory that they take.
@@ -89,6 +99,7 @@ class FusedCausalLM(FrozenModels):
         step: float = 0.1,
         scale: float = 1.0,
         min_entropy: float | None = None,
+        routing: FusionRouting = "step",
         static_alpha: float | Sequence[float] | None = None,
         chunk_size: int | None = None,
     ) -> None:
@@ -108,6 +119,14 @@ class FusedCausalLM(FrozenModels):
                 f"Expected no `min_entropy` with criterion='prompt', whose weight holds for a whole text, but got"
                 f" {min_entropy}."
             )
+        if routing not in get_args(FusionRouting):
+            raise ValueError(f"Expected `routing` to be one of {get_args(FusionRouting)}, but got {routing!r}.")
+        if routing == "text" and (criterion == "prompt" or mode == "joint"):
+            raise ValueError(
+                "Expected routing='step' with criterion='prompt', which chooses an expert by itself, and with"
+                f" mode='joint', where all act, but got routing='text', criterion={criterion!r} and mode={mode!r}."
+            )
+        self.routing = routing
         # Beside the models' logits there are the fused ones and what the search keeps for each position.
         self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
         self.static_alpha = check_static_alpha(static_alpha, len(experts))
@@ -174,13 +193,21 @@ class FusedCausalLM(FrozenModels):
 
     # ------------------------------------------------------------------ fusing
 
-    def fuse(self, large_logits: Tensor, small_logits: Sequence[Tensor], alpha: Tensor | None = None) -> FusedStep:
+    def fuse(
+        self,
+        large_logits: Tensor,
+        small_logits: Sequence[Tensor],
+        alpha: Tensor | None = None,
+        *,
+        acting: Tensor | None = None,
+    ) -> FusedStep:
         """Return the fused logits, weights and divergences of some positions.
 
         Args:
             large_logits: (R, V).
             small_logits: (R, V) of the base and of each expert; if empty, the logits stay the large model's.
             alpha: (S, R) weights to take; default those that the arguments of the class ask for.
+            acting: (R,) the number of the expert that acts; default as the criterion chooses.
 
         Raises:
             ValueError: If a model emits NaN or +inf; the error names it.
@@ -192,15 +219,19 @@ class FusedCausalLM(FrozenModels):
             return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
         base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
         if alpha is None and self.static_alpha is None:
+            searched = experts if acting is None else acting_logits(experts, acting)
             try:
-                found = fusion_weights(large, base, experts, **self.search)
+                found = fusion_weights(large, base, searched, **self.search)
             except ValueError:  # it checks the numbers too, but does not know whose they are
                 self.check_logits(large, base, *experts)
                 raise
-            return FusedStep(fuse_logits(large, base, experts, found.alpha), found.alpha, *found[2:4])
+            alpha = found.alpha if acting is None else found.alpha * one_hot_rows(acting, len(experts))
+            return FusedStep(fuse_logits(large, base, searched, found.alpha), alpha, *found[2:4])
         self.check_logits(large, base, *experts)
         if alpha is None:
             alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
+            if acting is not None:
+                alpha = alpha * one_hot_rows(acting, len(experts))
         fused = fuse_logits(large, base, experts, alpha)
         forward, reverse = expert_divergences(large, fused.unsqueeze(0))
         return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
@@ -229,7 +260,9 @@ class FusedCausalLM(FrozenModels):
         keep = torch.ones_like(input_ids, dtype=torch.bool)
         rows = self._rows(input_ids, attention_mask, keep)
         alpha = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
-        steps = self._fuse_rows(rows, None if alpha is None else alpha.repeat_interleave(input_ids.shape[1], 1))
+        alpha = None if alpha is None else alpha.repeat_interleave(input_ids.shape[1], 1)
+        acting = self.route(input_ids, attention_mask) if self.is_active else None
+        steps = self._fuse_rows(rows, alpha, None if acting is None else acting.flatten())
         return torch.cat([step.logits for step in steps]).view(*input_ids.shape, -1)
 
     @torch.no_grad()
@@ -255,8 +288,10 @@ class FusedCausalLM(FrozenModels):
             before = (labels != IGNORE_INDEX).cumsum(1) == 0
             weights = self.prompt_weights(input_ids, attention_mask, before)
             alpha = weights.repeat_interleave(keep.sum(1), 1)
+        acting = self.route(input_ids, attention_mask) if self.is_active else None
+        acting = None if acting is None else acting[keep]
         parts, start, chosen = [], 0, targets[keep]
-        for step in self._fuse_rows(self._rows(input_ids, attention_mask, keep), alpha):
+        for step in self._fuse_rows(self._rows(input_ids, attention_mask, keep), alpha, acting):
             wanted = chosen[start : start + len(step.logits)].unsqueeze(1)
             log_probs = step.logits.log_softmax(-1).gather(1, wanted).squeeze(1)
             parts.append((log_probs, *step[1:]))
@@ -286,6 +321,22 @@ class FusedCausalLM(FrozenModels):
         self.check_logits(large, base, *experts)
         rows = torch.stack(experts), targets[keep], keep.nonzero()[:, 0]
         return prompt_fusion_weights(large, base, *rows, num_prompts=len(input_ids), **self.search)
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+        """Return the expert (B, T) that acts after each token of texts (B, T), or None where the criterion chooses.
+
+        The experts read the texts once.
+        """
+        if not self._routes:
+            return None
+        mask, device = self.check_texts(input_ids, attention_mask), self.large.device
+        likely = text_log_likelihoods(self.experts, input_ids.to(device), mask.to(device), self.vocab_size)
+        return likely.argmax(0)
+
+    @property
+    def _routes(self) -> bool:
+        return self.routing == "text" and self.num_experts > 1
 
     @property
     def _asks_prompts(self) -> bool:
@@ -317,12 +368,21 @@ class FusedCausalLM(FrozenModels):
         check_context(self._named_models, mask)
         return mask
 
-    def _fuse_rows(self, rows: Sequence[Tensor], alpha: Tensor | None = None) -> Iterator[FusedStep]:
-        """Yield the fused steps of logits (R, V) of all models, in chunks, with weights `alpha` (S, R) if given."""
+    def _fuse_rows(
+        self, rows: Sequence[Tensor], alpha: Tensor | None = None, acting: Tensor | None = None
+    ) -> Iterator[FusedStep]:
+        """Yield the fused steps of logits (R, V) of all models, in chunks.
+
+        Args:
+            rows: of the large model, the base and the experts.
+            alpha: (S, R) weights, if they are known.
+            acting: (R,) the experts that act, if they are.
+        """
         for start in range(0, max(1, len(rows[0])), self.chunk_size):
             chunk = slice(start, start + self.chunk_size)
             own = None if alpha is None else alpha[:, chunk]
-            yield self.fuse(rows[0][chunk], [logits[chunk] for logits in rows[1:]], own)
+            one = None if acting is None else acting[chunk]
+            yield self.fuse(rows[0][chunk], [logits[chunk] for logits in rows[1:]], own, acting=one)
 
     # ------------------------------------------------------------------ decoding
 
@@ -367,16 +427,27 @@ class FusedCausalLM(FrozenModels):
         prompt_length = input_ids.shape[1]
         followers = self.models[1:] if self.is_active else ()
         weights = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
+        drafted = is_drafted(config, kwargs)
+        routes = self._routes and self.is_active
+        if routes and drafted:
+            raise ValueError(
+                "Expected no drafts with routing='text', which goes by tokens that are kept, but got some."
+            )
+        device = self.large.device
+        router = None
+        if routes:
+            router = TextRouter(self.experts, input_ids.to(device), mask.to(device), self.vocab_size)
 
-        def fuse(large: Tensor, small: Sequence[Tensor]) -> FusedStep:
+        def fuse(large: Tensor, small: Sequence[Tensor], read: Tensor) -> FusedStep:
             copies = len(large) // len(input_ids)  # with `num_return_sequences`, side by side
-            return self.fuse(large, small, None if weights is None else weights.repeat_interleave(copies, 1))
+            alpha = None if weights is None else weights.repeat_interleave(copies, 1)
+            return self.fuse(large, small, alpha, acting=None if router is None else router.choose(small[1:], read))
 
         sizes = {"vocab_size": self.vocab_size, "prompt_length": prompt_length, "trace_logits": trace_logits}
-        small = SmallModels(followers, fuse, **sizes, drafted=is_drafted(config, kwargs))
-        inputs = {"input_ids": input_ids.to(self.large.device)}
+        small = SmallModels(followers, fuse, **sizes, drafted=drafted)
+        inputs = {"input_ids": input_ids.to(device)}
         if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask.to(self.large.device)
+            inputs["attention_mask"] = attention_mask.to(device)
         output = small.leading(self.large).generate(**inputs, **kwargs)  # type: ignore[operator]
         sequences = output if isinstance(output, Tensor) else output.sequences
         ends = eos_token_ids(self.large) if config.eos_token_id is None else config.eos_token_id
