@@ -75,7 +75,7 @@ docs: $(VENV)/.dev  ## Build the pages into build/docs: open build/docs/index.ht
 	$(BIN)/python -m sphinx -b html -q -W --keep-going docs build/docs
 
 bench: $(VENV)/.dev  ## Every benchmark that needs no models trained before; each prints its tables
-	@set -e; for name in $(filter-out measure intents quantised_rows gpu vq_rivals vq_training dynamic_fusion fusion_answers fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@set -e; for name in $(filter-out measure intents quantised_rows gpu vq_rivals vq_training dynamic_fusion fusion_answers fusion_criteria gld_fusion gld_fusion_pretrained pretrained_pivot head_pictures vq_compress vq_tables vq_generate vq_sizes kills,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 # With BIN of another environment nothing is installed: machines with a card often have their own torch and no network.

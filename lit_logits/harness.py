@@ -1,18 +1,20 @@
 """lm-evaluation-harness on fused decoders: its command line, with one more kind of model.
 
     python -m lit_logits.harness --model lit_logits --tasks gsm8k --batch_size 4 --model_args \
-        "pretrained=models/large,base=models/base,experts=models/python;models/arithmetic,criterion=prompt"
+        "pretrained=models/large,base=models/base,experts=models/python;models/arithmetic,routing=text"
 
 `--model_args` are arguments of `DynamicFusionDecoder`; `experts` are separated by semicolons. It needs `lm_eval`.
 """
 
+from inspect import signature
 from typing import Any
 
 from lit_logits.dynamic_fusion import DynamicFusionDecoder
 
 __all__ = ["main", "register"]
 
-_DECODER = ("tokenizer", "criterion", "solver", "mode", "bounds", "step", "scale", "min_entropy", "static_alpha")
+_OWN = {"self", "model", "base", "experts", "model_kwargs", "small_kwargs"}
+_DECODER = signature(DynamicFusionDecoder.__init__).parameters.keys() - _OWN
 
 
 def register() -> type:

@@ -43,7 +43,7 @@ def test_routes_are_those_of_the_definition():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"criterion": "projection", "scale": 1.2}, {"criterion": "uncertain"}, {"static_alpha": [0.2, 0.5, 0.9]}],
+    [{}, {"criterion": "projection", "scale": 1.2}, {"criterion": "uncertain"}],
     ids=str,
 )
 def test_each_token_has_the_weight_of_its_expert_alone(settings):
@@ -52,8 +52,7 @@ def test_each_token_has_the_weight_of_its_expert_alone(settings):
     logits = fused(IDS, MASK)
     seen = set()
     for number, expert in enumerate(EXPERTS):
-        own = {**settings, "static_alpha": settings["static_alpha"][number]} if "static_alpha" in settings else settings
-        alone = FusedCausalLM(LARGE, BASE, [expert], **own)
+        alone = FusedCausalLM(LARGE, BASE, [expert], **settings)
         expected = alone.score(IDS, LABELS, MASK)
         at = scores.trace.mask & (routes == number)
         torch.testing.assert_close(scores.log_probs[at], expected.log_probs[at])
@@ -90,14 +89,68 @@ def test_decoding_follows_the_text(options, trace_logits):
             assert own.sequences[0].tolist() == output.sequences[row][whole[row].bool()].tolist()
 
 
-def test_a_text_that_has_ended_reads_padding_of_any_id():
-    large = tiny_llamas.llama(0, hidden=32, initializer_range=0.4, vocab_size=VOCAB + 2)
-    fused = FusedCausalLM(large, BASE, EXPERTS, routing="text")
-    first = fused.generate(IDS[:2, :6], max_new_tokens=4, pad_token_id=PAD)
+def test_decoding_reads_long_prompts_in_chunks():
+    fused = FusedCausalLM(*MODELS, routing="text", criterion="equal")
+    whole = fused.generate(IDS[:1], **GREEDY)
+    chunks = fused.generate(IDS[:1], prefill_chunk_size=5, **GREEDY)
+    assert chunks.sequences.tolist() == whole.sequences.tolist()
+    torch.testing.assert_close(chunks.trace.alpha, whole.trace.alpha, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"routing": "text", "criterion": "equal"}, {"criterion": "prompt"}], ids=str)
+def test_padding_is_told_by_its_id_where_no_mask_is_given(settings):
+    """As transformers infers the mask; routes and prompt weights would else count the padding."""
+    for seed in range(6):
+        ids = torch.randint(1, VOCAB, (2, 8), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(ids)
+        ids[1, :5], mask[1, :5] = PAD, 0
+        fused = FusedCausalLM(*MODELS, **settings)
+        given, inferred = fused.generate(ids, mask, **GREEDY), fused.generate(ids, **GREEDY)
+        assert inferred.sequences.tolist() == given.sequences.tolist()
+        torch.testing.assert_close(inferred.trace.alpha, given.trace.alpha)
+
+
+def test_a_text_that_has_ended_reads_padding_that_is_not_of_the_vocabulary():
+    ids = IDS[:2, :6].clamp(max=37)
+    fused = FusedCausalLM(*MODELS, routing="text", vocab_size=38)
+    first = fused.generate(ids, max_new_tokens=4, pad_token_id=PAD)
     ended = {"max_new_tokens": 4, "eos_token_id": int(first[0, 7])}
-    reference = fused.generate(IDS[:2, :6], pad_token_id=PAD, **ended)
-    found = fused.generate(IDS[:2, :6], pad_token_id=VOCAB - 1, **ended)
+    reference = fused.generate(ids, torch.ones_like(ids), pad_token_id=PAD, **ended)
+    found = fused.generate(ids, torch.ones_like(ids), pad_token_id=39, **ended)
     assert found[1].tolist() == reference[1].tolist()
+    assert int(found[0, -1]) == 39
+
+
+def ruling_out(model, token, row):
+    """The model, whose output layer emits −inf, or another number, for a token."""
+    child = moved(model, 0, 0.0)
+    child.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor(token), row))
+    return child
+
+
+def test_a_token_that_no_expert_can_emit_says_nothing():
+    token = int(IDS[0, 3])
+    without = [ruling_out(expert, token, -torch.inf) for expert in EXPERTS]
+    fused = FusedCausalLM(LARGE, ruling_out(BASE, token, -torch.inf), without, routing="text")
+    routes = fused.route(IDS[:1])
+    sums = torch.zeros(3, dtype=torch.float64)
+    for at in range(11):
+        if int(IDS[0, at + 1]) != token:
+            rows = [expert(IDS[:1, : at + 1]).logits[0, -1].double().log_softmax(-1) for expert in without]
+            sums = sums + torch.stack([row[IDS[0, at + 1]] for row in rows]).detach()
+        assert int(routes[0, at + 1]) == int(sums.argmax())
+    output = fused.generate(IDS[:1, :6], **GREEDY)
+    acting = fused.route(output.sequences)[:, 5:-1]
+    assert not bool(output.trace.alpha.scatter(0, acting.unsqueeze(0), 0.0).any())
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_expert_that_overflows_is_named_though_it_does_not_act(value):
+    broken = ruling_out(EXPERTS[1], 7, value)
+    fused = FusedCausalLM(LARGE, BASE, [EXPERTS[0], broken], expert_names=["good", "bad"], routing="text")
+    for read in (fused.route, fused, lambda ids: fused.generate(ids, **GREEDY), lambda ids: fused.score(ids, ids)):
+        with pytest.raises(ValueError, match="Expected the expert 'bad' to emit"):
+            read(IDS[:1])
 
 
 def test_one_expert_and_none_are_as_without():
@@ -107,8 +160,11 @@ def test_one_expert_and_none_are_as_without():
         assert routed.route(IDS, MASK) is None
         plain = FusedCausalLM(LARGE, base, experts)
         torch.testing.assert_close(routed.score(IDS, LABELS, MASK).log_probs, plain.score(IDS, LABELS, MASK).log_probs)
-    still = FusedCausalLM(*MODELS, routing="text", static_alpha=0.0)
-    torch.testing.assert_close(still(IDS, MASK), FusedCausalLM(LARGE)(IDS, MASK))
+    for alpha in (0.0, [0.2, 0.5, 0.9]):  # weights that are fixed
+        routed, plain = (FusedCausalLM(*MODELS, routing=routing, static_alpha=alpha) for routing in ("text", "step"))
+        torch.testing.assert_close(routed(IDS, MASK), plain(IDS, MASK))
+    for settings in ({"criterion": "prompt"}, {"mode": "joint"}):
+        FusedCausalLM(LARGE, BASE, EXPERTS[:1], routing="text", **settings)
 
 
 def test_what_does_not_fit_is_refused():
@@ -120,15 +176,6 @@ def test_what_does_not_fit_is_refused():
     fused = FusedCausalLM(*MODELS, routing="text")
     with pytest.raises(ValueError, match="Expected no drafts with routing='text'"):
         fused.generate(IDS[:1, :6], max_new_tokens=3, pad_token_id=PAD, assistant_model=BASE)
-
-
-def test_an_expert_that_emits_nan_is_named():
-    broken = moved(BASE, 9)
-    with torch.no_grad():
-        broken.lm_head.weight.fill_(torch.nan)
-    fused = FusedCausalLM(LARGE, BASE, [EXPERTS[0], broken], expert_names=["good", "bad"], routing="text")
-    with pytest.raises(ValueError, match="Expected the expert 'bad' to emit"):
-        fused.score(IDS, LABELS, MASK)
 
 
 def test_logits_of_the_expert_that_acts():

@@ -137,3 +137,9 @@ def test_log_probs_are_those_of_fused_logits_also_of_tokens_that_a_model_rules_o
         fused_log_probs(large, base, experts, labels, [torch.ones(3, 1)])
     assert found[1, 3] == -torch.inf
     assert found.isfinite().sum() == found.numel() - 3
+
+
+def test_candidates_that_choose_an_expert_themselves_are_refused_where_texts_do():
+    fused = FusedCausalLM(*MODELS, routing="text")
+    with pytest.raises(ValueError, match="Expected candidates without the criterion 'prompt' with routing='text'"):
+        FusionCalibration(fused, [1.0], [FusionCandidate("prompt")])

@@ -54,12 +54,19 @@ def test_equal_survives_extremes():
     assert bool(torch.isfinite(fusion_weights(large, base, out, criterion="equal").alpha).all())
 
 
-def test_of_several_experts_the_one_that_learned_most_acts_or_all_alike():
+@pytest.mark.parametrize("criterion", ["equal", "projection"])
+def test_of_several_experts_the_one_that_learned_most_acts(criterion):
     large, base, experts = logits(experts=3)
     experts = base + torch.tensor([0.3, 2.0, 0.3]).view(3, 1, 1) * (experts - base)
-    single = fusion_weights(large, base, experts, criterion="equal")
+    large = 0.7 * base + 0.3 * large + 0.3 * (experts[1] - base)
+    single = fusion_weights(large, base, experts, criterion=criterion)
     assert bool((single.alpha[[0, 2]] == 0).all())
-    torch.testing.assert_close(single.alpha[1], fusion_weights(large, base, experts[1:2], criterion="equal").alpha[0])
+    assert bool((single.alpha[1] > 0).any())
+    torch.testing.assert_close(single.alpha[1], fusion_weights(large, base, experts[1:2], criterion=criterion).alpha[0])
+
+
+def test_equal_divergences_of_several_experts_that_act_alike():
+    large, base, experts = logits(experts=3)
     joint = fusion_weights(large, base, experts, criterion="equal", mode="joint")
     together = base + (experts - base).sum(0)
     alike = fusion_weights(large, base, together.unsqueeze(0), criterion="equal")
@@ -85,6 +92,7 @@ def divergence_from(experts, large, base):
 @pytest.mark.parametrize("experts", [1, 3])
 def test_projection_is_the_fused_distribution_nearest_to_the_expert(seed, experts):
     large, base, expert = logits(seed=seed, experts=experts)
+    large = 0.7 * base + 0.3 * large + 0.3 * (expert - base).sum(0)  # so that most roots are inside
     found = fusion_weights(large, base, expert, criterion="projection", mode="joint")
     for row in range(len(large)):
         value = divergence_from(expert[:, row], large[row], base[row])
@@ -95,7 +103,19 @@ def test_projection_is_the_fused_distribution_nearest_to_the_expert(seed, expert
     differ = (fused.exp() * shift).sum(-1) - (expert.softmax(-1) * shift).sum(-1).mean(0)
     torch.testing.assert_close(found.objective, differ.square(), atol=1e-9, rtol=1e-6)
     inside = (found.alpha[0] > 0) & (found.alpha[0] < 1)
+    assert int(inside.sum()) >= 3
     assert bool((found.objective[inside] < 1e-6).all())
+
+
+def test_projection_keeps_to_the_bounds():
+    """Also where the large model expects of Δ more than the expert, and the weight that is found is 0."""
+    _, base, experts = logits(experts=2)
+    beyond = base + 2 * (experts[0] - base)
+    experts = base + torch.tensor([1.0, 0.1]).view(2, 1, 1) * (experts - base)
+    found = fusion_weights(beyond, base, experts, criterion="projection", bounds=(0.3, 2.0))
+    assert found.alpha.tolist() == [[0.3] * 5, [0.0] * 5]
+    joint = fusion_weights(beyond, base, experts, criterion="projection", bounds=(0.3, 2.0), mode="joint")
+    assert bool((joint.alpha >= 0.3).all())
 
 
 def test_projection_finds_the_ends():

@@ -124,7 +124,9 @@ def test_tokens_that_are_ruled_out(mode):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"criterion": "equal"}, {"criterion": "uncertain"}, {"mode": "joint"}], ids=str
+    "settings",
+    [{}, *({"criterion": name} for name in ("projection", "equal", "uncertain")), {"mode": "joint"}],
+    ids=str,
 )
 def test_logits_that_are_not_valid_give_nan_for_their_sequence_alone(settings):
     large, base, experts = several(1)

@@ -99,7 +99,7 @@ def test_a_harness_that_is_missing_is_told(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["distance", "equal"])
+@pytest.mark.parametrize("criterion", ["distance", "projection"])
 def test_its_command_line_finds_what_test_finds(criterion, files, tmp_path):
     pytest.importorskip("lm_eval")
     common = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\n" % (

@@ -152,9 +152,9 @@ def fusion_weights(
             expects of Δ_t what the expert does; the objective is the square of what these differ by. `equal`: the fused
             distribution is as far from the large model as from the fully moved one, KL(P~_α ‖ P) = KL(P~_α ‖ P~_1),
             with α between 0 and 1; the objective is the square of the difference. `uncertain`: α = 1 where the large
-            model is uncertain, see `min_entropy`; the objective is 0. But for `distance`, of several experts the one
-            that differs most from the base acts, or with `joint` all of them alike; for `projection` the mean of their
-            divergences is the least then.
+            model is uncertain, see `min_entropy`; the objective is 0. With every criterion but `distance` the expert
+            that differs most from the base acts, or with `joint` all of them alike, for `projection` such that the mean
+            of their divergences is the least.
         solver: of `distance`. `tilting`: A and its derivatives give f, g and their slopes in one pass over V. As f and
             g grow with α and A is convex, a few points of the grid prove that no other can win, and a secant search
             next to the best of them ends within 1e-4 of a minimum. Up to rounding it is never above the grid. Where a
@@ -190,13 +190,14 @@ def fusion_weights(
     jointly = mode == "joint"
     with torch.autocast(large_logits.device.type, enabled=False):  # which would sum in half precision
         problem = pose_fusion(large_logits, base_logits, expert_logits)
+        acting = None
         if criterion == "distance":
             points = [min(low + step * k, high) for k in range(int((high - low) / step + 1e-6) + 1)]
             found = _search_grid(problem, points, mode) if solver == "grid" else _tilt(problem, points, high, mode)
             (alpha, objective, forward, reverse), num_evals = found
             objective = len(problem.forward) * objective + _spread(problem)
         elif criterion == "projection":
-            alpha, objective, num_evals = projected_weights(problem, expert_logits, jointly=jointly)
+            alpha, acting, objective, num_evals = projected_weights(problem, expert_logits, jointly=jointly)
         elif criterion == "equal":
             alpha, objective, num_evals = equal_weights(problem, jointly=jointly)
         else:
@@ -204,7 +205,7 @@ def fusion_weights(
             objective = torch.zeros_like(alpha[0])
         floor = _MIN_ENTROPY if min_entropy is None and criterion == "uncertain" else min_entropy
         if criterion != "distance" or scale != 1 or floor:
-            alpha = scale_weights(alpha, scale, (low, high))
+            alpha = scale_weights(alpha, scale, (low, high), acting)
             if floor:
                 alpha = alpha * (entropy(problem) >= floor)
             (forward, reverse), num_evals = divergences_at(problem, alpha), num_evals + 1

@@ -58,11 +58,14 @@ def equal_weights(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
     return alpha * acting, (_moments_on(problem, line, alpha).first - target).square(), num_evals + 2
 
 
-def projected_weights(problem: FusionProblem, expert_logits: Tensor, *, jointly: bool) -> tuple[Tensor, Tensor, int]:
-    """Return the weights (S, B) of the distributions nearest to the experts, and the number of evaluations.
+def projected_weights(
+    problem: FusionProblem, expert_logits: Tensor, *, jointly: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return the weights (S, B) of the distributions nearest to the experts.
 
-    Between is the square of what fused model and expert expect of Δ less each other, which is 0 but at the ends, 0 and
-    1. Jointly, the mean over the experts of KL(Q_t ‖ P~_α) is the least, and they act alike.
+    Then come which experts act (S, B), the square of what fused model and expert expect of Δ less each other, and the
+    number of evaluations. The square is 0 but at the ends, 0 and 1. Jointly they act alike, and the mean over the
+    experts of KL(Q_t ‖ P~_α) is the least.
 
     Args:
         problem: from these logits.
@@ -75,7 +78,8 @@ def projected_weights(problem: FusionProblem, expert_logits: Tensor, *, jointly:
     target = (expected * acting).sum(0) / acting.sum(0)
     highest = _moments_on(problem, line, torch.ones_like(target)).first
     alpha, num_evals = _find_root(problem, line, target, highest)
-    return alpha * acting, (_moments_on(problem, line, alpha).first - target).square(), num_evals + 2
+    left = (_moments_on(problem, line, alpha).first - target).square()
+    return alpha * acting, acting > 0, left, num_evals + 2
 
 
 def _moments_on(problem: FusionProblem, line: Tensor, alpha: Tensor) -> Moments:

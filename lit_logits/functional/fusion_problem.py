@@ -110,14 +110,20 @@ def check_bounds(bounds: tuple[float, float], step: float) -> tuple[float, float
     return float(low), float(high)
 
 
-def scale_weights(alpha: Tensor, scale: float, bounds: tuple[float, float]) -> Tensor:
-    """Return weights times a factor, cut to the bounds; experts that do not act (α = 0) stay as they are.
+def scale_weights(alpha: Tensor, scale: float, bounds: tuple[float, float], acting: Tensor | None = None) -> Tensor:
+    """Return weights times a factor, cut to the bounds; experts that do not act have 0.
+
+    Args:
+        alpha: (S, B).
+        scale: the factor.
+        bounds: smallest and largest α.
+        acting: (S, B) which experts act; default those whose weight is not 0.
 
     Example:
         >>> scale_weights(torch.tensor([0.0, 0.5, 1.5]), 2.0, (0.1, 2.0))
         tensor([0., 1., 2.])
     """
-    return torch.where(alpha > 0, (scale * alpha).clamp(*bounds), 0.0)
+    return torch.where(alpha > 0 if acting is None else acting, (scale * alpha).clamp(*bounds), 0.0)
 
 
 def one_hot_rows(chosen: Tensor, num_experts: int) -> Tensor:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from lit_logits.functional.dynamic_fusion import FusionCriterion, fusion_weights
 from lit_logits.functional.fusion_calibration import fused_log_probs
-from lit_logits.functional.fusion_problem import scale_weights
+from lit_logits.functional.fusion_problem import one_hot_rows, scale_weights
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
 from lit_logits.modules.dynamic_fusion.routing import acting_logits
 from lit_logits.modules.metrics import TokenMean
+
+_TINY = 1e-30
 
 __all__ = ["FusionCalibration", "FusionCandidate", "FusionRating"]
 
@@ -42,7 +44,8 @@ class FusionCalibration(nn.Module):
     """Rate settings of fusion by the likelihood of held-out texts.
 
     The candidates are the model's own settings, the first of them; each criterion with each scale of the grid; and each
-    number of the grid as a fixed weight of all experts. The models read a batch once. Weights of a criterion are
+    number of the grid as a fixed weight of all experts. The models read a batch once, and the experts once more where
+    texts choose among them (`routing`). Weights of a criterion are
     searched for once and then scaled, and the fused logits of one candidate and some positions are made at a time.
 
     Args:
@@ -63,12 +66,17 @@ class FusionCalibration(nn.Module):
         if not scale_grid or not all(0 <= scale < float("inf") for scale in scale_grid):
             raise ValueError(f"Expected `scale_grid` to hold finite numbers of at least 0, but got {list(scale_grid)}.")
         has_floor = fused.search_by("distance", 1.0)["min_entropy"] is not None
-        criteria = [*get_args(FusionCriterion), *([] if has_floor or fused.routing == "text" else ["prompt"])]
+        criteria = [*get_args(FusionCriterion), *([] if has_floor or fused.routes else ["prompt"])]
         static = fused.static_alpha
         own = _fixed(static) if static is not None else FusionCandidate(fused.criterion, fused.scale)
         scaled = [FusionCandidate(name, float(scale)) for name in criteria for scale in scale_grid if scale]
         fixed = [_fixed([scale] * fused.num_experts) for scale in scale_grid]
         self.candidates = list(dict.fromkeys(candidates or [own, *scaled, *fixed]))
+        if fused.routes and self._asks_prompts:
+            raise ValueError(
+                "Expected candidates without the criterion 'prompt' with routing='text', as it chooses an expert by"
+                f" itself, but got {[one for one in self.candidates if one.criterion == 'prompt']}."
+            )
         self.nll = nn.ModuleList(TokenMean() for _ in self.candidates)
         self.alpha = nn.ModuleList(TokenMean() for _ in self.candidates)
 
@@ -112,9 +120,8 @@ class FusionCalibration(nn.Module):
         by_prompt: Tensor | None,
         acting: Tensor | None,
     ) -> None:
-        """Take in rows of the models, chunk by chunk; where it is known which expert acts, its logits alone."""
+        """Take in rows of the models, chunk by chunk."""
         large, base, experts = logits
-        experts = experts if acting is None else acting_logits(experts, acting)
         for start in range(0, len(labels), fused.chunk_size):
             chunk = slice(start, start + fused.chunk_size)
             rows = large[chunk], base[chunk], experts[:, chunk]
@@ -132,21 +139,21 @@ class FusionCalibration(nn.Module):
         by_prompt: Tensor | None,
         acting: Tensor | None,
     ) -> list[Tensor]:
-        """Return the weights (S, R) of each candidate, or (1, R) of the expert that acts."""
+        """Return the weights (S, R) of each candidate; with a criterion only the expert that acts has one, if known."""
         found: dict[str, Tensor] = {} if by_prompt is None else {"prompt": by_prompt}
         low, high = fused.search_by("prompt", 1.0)["bounds"]
+        searched = rows if acting is None else (*rows[:2], acting_logits(rows[2], acting))
         for name in {candidate.criterion or "prompt" for candidate in self.candidates} - {"prompt"}:
             search = fused.search_by(name, 1.0)
-            # The bounds cut weights that are scaled. The paper's search itself stays within them.
-            search["bounds"] = (low, high) if name == "distance" else (0.0, max(1.0, high))
-            found[name] = fusion_weights(*rows, **search).alpha
-
-        def spread(fixed: tuple[float, ...]) -> Tensor:
-            weights = torch.tensor(fixed, device=rows[0].device)
-            return weights.unsqueeze(1).expand(-1, len(rows[0])) if acting is None else weights[acting].unsqueeze(0)
-
+            # The bounds cut weights that are scaled. The paper's search itself stays within them. With others an
+            # expert that acts has a weight above 0, so that it is known from those that do not.
+            search["bounds"] = (low, high) if name == "distance" else (_TINY, max(1.0, high))
+            alpha = fusion_weights(*searched, **search).alpha
+            found[name] = alpha if acting is None else alpha * one_hot_rows(acting, len(rows[2]))
         return [
-            spread(fixed) if fixed is not None else scale_weights(found[str(name)], scale, (low, high))
+            torch.tensor(fixed, device=rows[0].device).unsqueeze(1).expand(-1, len(rows[0]))
+            if fixed is not None
+            else scale_weights(found[str(name)], scale, (low, high))
             for name, scale, fixed in self.candidates
         ]
 

@@ -77,8 +77,8 @@ class SmallModels:
 
     Args:
         models: base and experts, each with its own device, dtype and cache; may be empty.
-        fuse: takes logits (B, V) of the large model, those of `models`, on its device, and the tokens (B,) that were
-            read last.
+        fuse: takes logits (B, V) of the large model, those of `models`, on its device, and the arguments of the large
+            model's call.
         vocab_size: V; the first V ids of each model are fused, and the logits of the others become −inf.
         prompt_length: P.
         trace_logits: k of the tokens of each model that are kept for `top_tokens`; 0 keeps none.
@@ -89,7 +89,7 @@ class SmallModels:
     def __init__(
         self,
         models: Sequence[PreTrainedModel],
-        fuse: Callable[[Tensor, Sequence[Tensor], Tensor], FusedStep],
+        fuse: Callable[[Tensor, Sequence[Tensor], Mapping[str, Any]], FusedStep],
         *,
         vocab_size: int,
         prompt_length: int,
@@ -133,7 +133,7 @@ class SmallModels:
             return output
         size = self.vocab_size
         everyone = [logits[..., :size].flatten(0, 1).to(large.device) for logits in (large, *rows)]
-        step = self.fuse(everyone[0], everyone[1:], kwargs["input_ids"][:, -1].to(large.device))
+        step = self.fuse(everyone[0], everyone[1:], kwargs)
         self._record(everyone, step, count)
         output["logits"] = F.pad(step.logits, (0, large.shape[2] - size), value=-torch.inf).view_as(large)
         return output

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_logits.functional.checks import check_labels
+from lit_logits.functional.checks import check_labels, may_read
 from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.dynamic_fusion import (
     FusionCriterion,
@@ -38,7 +38,7 @@ from lit_logits.modules.dynamic_fusion.routing import (
     FusionRouting,
     TextRouter,
     acting_logits,
-    text_log_likelihoods,
+    likelihoods_of_tokens,
 )
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import eos_token_ids, num_logits
@@ -72,10 +72,11 @@ class FusedCausalLM(FrozenModels):
         step: of `fusion_weights`.
         scale: of `fusion_weights`.
         min_entropy: of `fusion_weights`; not with `prompt`.
-        routing: which of several experts acts. `step`: the criterion chooses, at each token. `text`: the expert under
-            which the text so far is likeliest, prompt and answer; the criterion finds its weight. The experts read the
-            prompt once more. Not with the criterion `prompt`, which chooses by itself, with `mode="joint"`, where all
-            act, or with drafts.
+        routing: which of several experts acts where weights are searched for. `step`: the criterion chooses, at each
+            token. `text`: the expert under which the text so far is likeliest, prompt and answer; the criterion finds
+            its weight. The experts read a text once more, with the logits (B, T, V) of one at a time. Of several
+            experts not with the criterion `prompt`, which chooses by itself, with `mode="joint"`, where all act, or
+            with drafts.
         static_alpha: fixed weights instead of a search: one for all experts, or one each. 1 is proxy tuning, 0 the
             large model.
         chunk_size: positions of `score` whose logits are fused at a time; None goes by the memory that they take.
@@ -121,12 +122,12 @@ class FusedCausalLM(FrozenModels):
             )
         if routing not in get_args(FusionRouting):
             raise ValueError(f"Expected `routing` to be one of {get_args(FusionRouting)}, but got {routing!r}.")
-        if routing == "text" and (criterion == "prompt" or mode == "joint"):
+        self.routing = routing
+        if self.routes and (criterion == "prompt" or mode == "joint"):
             raise ValueError(
                 "Expected routing='step' with criterion='prompt', which chooses an expert by itself, and with"
                 f" mode='joint', where all act, but got routing='text', criterion={criterion!r} and mode={mode!r}."
             )
-        self.routing = routing
         # Beside the models' logits there are the fused ones and what the search keeps for each position.
         self.chunk_size = rows_a_chunk((len(self.models) + 4) * self.vocab_size, chunk_size)
         self.static_alpha = check_static_alpha(static_alpha, len(experts))
@@ -207,7 +208,7 @@ class FusedCausalLM(FrozenModels):
             large_logits: (R, V).
             small_logits: (R, V) of the base and of each expert; if empty, the logits stay the large model's.
             alpha: (S, R) weights to take; default those that the arguments of the class ask for.
-            acting: (R,) the number of the expert that acts; default as the criterion chooses.
+            acting: (R,) the number of the expert whose weight is searched for; default as the criterion chooses.
 
         Raises:
             ValueError: If a model emits NaN or +inf; the error names it.
@@ -220,6 +221,8 @@ class FusedCausalLM(FrozenModels):
         base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
         if alpha is None and self.static_alpha is None:
             searched = experts if acting is None else acting_logits(experts, acting)
+            if acting is not None and may_read(large):
+                self.check_logits(large, base, *experts)  # also those that do not act here
             try:
                 found = fusion_weights(large, base, searched, **self.search)
             except ValueError:  # it checks the numbers too, but does not know whose they are
@@ -230,8 +233,6 @@ class FusedCausalLM(FrozenModels):
         self.check_logits(large, base, *experts)
         if alpha is None:
             alpha = large.new_tensor(self.static_alpha).unsqueeze(1).expand(-1, len(large))
-            if acting is not None:
-                alpha = alpha * one_hot_rows(acting, len(experts))
         fused = fuse_logits(large, base, experts, alpha)
         forward, reverse = expert_divergences(large, fused.unsqueeze(0))
         return FusedStep(fused, alpha, forward.squeeze(0), reverse.squeeze(0))
@@ -243,11 +244,14 @@ class FusedCausalLM(FrozenModels):
             ValueError: If there are any; the error names the model.
         """
         for name, logits in zip(self._labels, all_logits, strict=False):
-            if not bool((logits < torch.inf).all()):  # NaN is not below either
-                raise ValueError(
-                    f"Expected the {name} to emit logits that are finite or −inf, but got NaN or +inf. Check its"
-                    " weights, or load it in another dtype (float16 overflows)."
-                )
+            self._refuse_broken(name, logits)
+
+    def _refuse_broken(self, name: str, logits: Tensor) -> None:
+        if not bool((logits < torch.inf).all()):  # NaN is not below either
+            raise ValueError(
+                f"Expected the {name} to emit logits that are finite or −inf, but got NaN or +inf. Check its"
+                " weights, or load it in another dtype (float16 overflows)."
+            )
 
     # ------------------------------------------------------------------ scoring
 
@@ -261,7 +265,7 @@ class FusedCausalLM(FrozenModels):
         rows = self._rows(input_ids, attention_mask, keep)
         alpha = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
         alpha = None if alpha is None else alpha.repeat_interleave(input_ids.shape[1], 1)
-        acting = self.route(input_ids, attention_mask) if self.is_active else None
+        acting = self.route(input_ids, attention_mask) if self._searches else None
         steps = self._fuse_rows(rows, alpha, None if acting is None else acting.flatten())
         return torch.cat([step.logits for step in steps]).view(*input_ids.shape, -1)
 
@@ -288,7 +292,7 @@ class FusedCausalLM(FrozenModels):
             before = (labels != IGNORE_INDEX).cumsum(1) == 0
             weights = self.prompt_weights(input_ids, attention_mask, before)
             alpha = weights.repeat_interleave(keep.sum(1), 1)
-        acting = self.route(input_ids, attention_mask) if self.is_active else None
+        acting = self.route(input_ids, attention_mask) if self._searches else None
         acting = None if acting is None else acting[keep]
         parts, start, chosen = [], 0, targets[keep]
         for step in self._fuse_rows(self._rows(input_ids, attention_mask, keep), alpha, acting):
@@ -326,21 +330,39 @@ class FusedCausalLM(FrozenModels):
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
         """Return the expert (B, T) that acts after each token of texts (B, T), or None where the criterion chooses.
 
-        The experts read the texts once.
+        The experts read the texts once. After the first token, of which nothing is known, it is the first expert.
+
+        Raises:
+            ValueError: As in `score`.
         """
-        if not self._routes:
+        if not self.routes:
             return None
-        mask, device = self.check_texts(input_ids, attention_mask), self.large.device
-        likely = text_log_likelihoods(self.experts, input_ids.to(device), mask.to(device), self.vocab_size)
-        return likely.argmax(0)
+        mask = self.check_texts(input_ids, attention_mask)
+        return self._likelihoods(input_ids, mask).cumsum(2).argmax(0).to(self.large.device)
+
+    def _likelihoods(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the log-probabilities (S, B, T) of the tokens of texts under the experts; see `check_logits`."""
+        device, names = self.large.device, self._labels[2:]
+
+        def check(number: int, logits: Tensor) -> None:
+            self._refuse_broken(names[number], logits)
+
+        inputs = input_ids.to(device), mask.to(device)
+        return likelihoods_of_tokens(self.experts, *inputs, self.vocab_size, check)
 
     @property
-    def _routes(self) -> bool:
+    def routes(self) -> bool:
+        """Whether texts choose the expert that acts."""
         return self.routing == "text" and self.num_experts > 1
 
     @property
+    def _searches(self) -> bool:
+        """Whether weights are searched for."""
+        return self.num_experts > 0 and self.static_alpha is None
+
+    @property
     def _asks_prompts(self) -> bool:
-        return self.criterion == "prompt" and self.is_active and self.static_alpha is None
+        return self.criterion == "prompt" and self._searches
 
     def _rows(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor) -> list[Tensor]:
         """Return the logits (R, V) of each model where `keep` (B, T) is true, on the large model's device."""
@@ -426,22 +448,27 @@ class FusedCausalLM(FrozenModels):
         check_context(self._named_models, mask, max(0, new_tokens))
         prompt_length = input_ids.shape[1]
         followers = self.models[1:] if self.is_active else ()
-        weights = self.prompt_weights(input_ids, attention_mask) if self._asks_prompts else None
-        drafted = is_drafted(config, kwargs)
-        routes = self._routes and self.is_active
+        drafted, device = is_drafted(config, kwargs), self.large.device
+        routes = self.routes and self._searches
         if routes and drafted:
             raise ValueError(
                 "Expected no drafts with routing='text', which goes by tokens that are kept, but got some."
             )
-        device = self.large.device
-        router = None
-        if routes:
-            router = TextRouter(self.experts, input_ids.to(device), mask.to(device), self.vocab_size)
+        weights: Tensor | None = None
+        router: TextRouter | None = None
 
-        def fuse(large: Tensor, small: Sequence[Tensor], read: Tensor) -> FusedStep:
+        def fuse(large: Tensor, small: Sequence[Tensor], inputs: Mapping[str, Any]) -> FusedStep:
+            nonlocal weights, router
+            acting = None
+            if self._asks_prompts and weights is None:
+                weights = self.prompt_weights(input_ids, _prompt_mask(inputs, input_ids))
+            if routes:
+                if router is None:
+                    router = TextRouter(self._likelihoods(input_ids, _prompt_mask(inputs, input_ids)).sum(2))
+                acting = router.choose(torch.stack(list(small[1:])), inputs["input_ids"][:, -1].to(large.device))
             copies = len(large) // len(input_ids)  # with `num_return_sequences`, side by side
             alpha = None if weights is None else weights.repeat_interleave(copies, 1)
-            return self.fuse(large, small, alpha, acting=None if router is None else router.choose(small[1:], read))
+            return self.fuse(large, small, alpha, acting=acting)
 
         sizes = {"vocab_size": self.vocab_size, "prompt_length": prompt_length, "trace_logits": trace_logits}
         small = SmallModels(followers, fuse, **sizes, drafted=drafted)
@@ -459,6 +486,14 @@ class FusedCausalLM(FrozenModels):
             for name in ("alpha", "kl_forward", "kl_reverse"):
                 output[name] = getattr(trace, name)
         return output
+
+
+def _prompt_mask(inputs: Mapping[str, Any], prompts: Tensor) -> Tensor:
+    """Return the mask (B, P) of prompts as `generate` has it, which infers it from padding where none is given."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(prompts)
+    return mask[:: len(mask) // len(prompts), : prompts.shape[1]]
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
