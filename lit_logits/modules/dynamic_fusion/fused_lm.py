@@ -489,11 +489,15 @@ class FusedCausalLM(FrozenModels):
 
 
 def _prompt_mask(inputs: Mapping[str, Any], prompts: Tensor) -> Tensor:
-    """Return the mask (B, P) of prompts as `generate` has it, which infers it from padding where none is given."""
+    """Return the mask (B, P) of prompts as `generate` has it, which infers it from padding where none is given.
+
+    A prompt of padding alone is taken as it is.
+    """
     mask = inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(prompts)
-    return mask[:: len(mask) // len(prompts), : prompts.shape[1]]
+    mask = mask[:: len(mask) // len(prompts), : prompts.shape[1]]
+    return torch.where(mask.any(1, keepdim=True), mask, 1)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
