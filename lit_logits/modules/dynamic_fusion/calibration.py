@@ -109,8 +109,8 @@ class FusionCalibration(nn.Module):
             rows = large[at], base[at], stacked[:, at], prompts[read][at], owner[at]
             search = fused.search_by("prompt", 1.0)
             by_prompt = prompt_fusion_weights(*rows, num_prompts=len(input_ids), **search)[:, owner[own]]
-        rows = large[own], base[own], stacked[:, own]
-        self._rate(fused, rows, targets[read][own], by_prompt, None if acting is None else acting[keep])
+        logits = large[own], base[own], stacked[:, own]
+        self._rate(fused, logits, targets[read][own], by_prompt, None if acting is None else acting[keep])
 
     def _rate(
         self,
