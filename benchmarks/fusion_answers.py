@@ -71,7 +71,8 @@ def answers(
     found: dict[str, list[tuple[float, float]]] = {}
     for expert, chosen in zip(experts, calibrated, strict=True):
         for name, (used, settings) in ways_to_answer((large, base, expert), best, chosen).items():
-            if name == "large alone" and name in found:
+            is_asked = args.answer_ways is None or any(way in name for way in args.answer_ways)
+            if not is_asked or (name == "large alone" and name in found):
                 continue
             found.setdefault(name, []).append(answer(used, batches, tokenizer, args.answer_tokens, **settings))
             print(name, found[name][-1], flush=True)

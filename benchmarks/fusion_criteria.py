@@ -164,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--answer-tokens", type=int, default=160)
     parser.add_argument("--answer-experts", type=int, help="the first so many; all without it")
+    parser.add_argument("--answer-ways", nargs="+", help="those whose names hold one of these words; all without it")
     parser.add_argument("--beside", nargs="+", default=[], help="experts of other tasks, beside each of `--experts`")
     parser.add_argument("--drafts", type=int, default=0, help="prompts to continue with drafts of the base")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -50,6 +50,10 @@ def test_answers_alone(folder, capsys):
     fusion_criteria.main([str(one) for one in [*arguments, "--answers", 3, "--answer-tokens", 2]])
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert lines[2:] == ["large alone", "expert alone", "fixed α = 1.0", "`distance`", "`projection`"]
+    chosen = ["--answer-ways", "large", "projection"]
+    fusion_criteria.main([str(one) for one in [*arguments, "--answers", 3, "--answer-tokens", 2, *chosen]])
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["large alone", "`projection`"]
 
 
 def test_experts_of_other_tasks_beside(folder, capsys):
