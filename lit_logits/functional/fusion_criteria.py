@@ -25,7 +25,7 @@ from lit_logits.functional.reductions import at_least_float32
 
 __all__ = ["acting_shifts", "divergences_at", "entropy", "equal_weights", "projected_weights"]
 
-_TOLERANCE = 1e-4  # of α
+_TOLERANCE = 5e-5  # of α
 _MAX_STEPS = 50
 
 
@@ -51,11 +51,12 @@ def acting_shifts(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
 def equal_weights(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Tensor, int]:
     """Return weights (S, B) of equal divergences, the square of what they differ by, and the number of evaluations."""
     line, acting = acting_shifts(problem, jointly=jointly)
-    target, highest, _ = _moments_on(problem, line, torch.ones_like(acting[0]))
-    alpha, num_evals = _find_root(problem, line, target, highest)
+    end = _moments_on(problem, line, torch.ones_like(acting[0]))
+    target = end.log_norm
+    alpha, first, num_evals = _find_root(problem, line, target, end)
     says_something = target > torch.finfo(target.dtype).eps
     alpha = torch.where(says_something, alpha, 0.5)  # the limit where the experts say nothing
-    return alpha * acting, (_moments_on(problem, line, alpha).first - target).square(), num_evals + 2
+    return alpha * acting, (first - target).square(), num_evals + 1
 
 
 def projected_weights(
@@ -76,49 +77,58 @@ def projected_weights(
     experts = at_least_float32(expert_logits).masked_fill(problem.log_probs == -torch.inf, -torch.inf)
     expected = torch.linalg.vecdot(experts.softmax(-1).to(line.dtype), line)
     target = (expected * acting).sum(0) / acting.sum(0)
-    highest = _moments_on(problem, line, torch.ones_like(target)).first
-    alpha, num_evals = _find_root(problem, line, target, highest)
-    left = (_moments_on(problem, line, alpha).first - target).square()
-    return alpha * acting, acting > 0, left, num_evals + 2
+    end = _moments_on(problem, line, torch.ones_like(target))
+    alpha, first, num_evals = _find_root(problem, line, target, end)
+    return alpha * acting, acting > 0, (first - target).square(), num_evals + 1
 
 
 def _moments_on(problem: FusionProblem, line: Tensor, alpha: Tensor) -> Moments:
     return Moments(*(value.squeeze(0) for value in moments_at(problem.log_probs, line, alpha.unsqueeze(0))))
 
 
-def _find_root(problem: FusionProblem, line: Tensor, target: Tensor, highest: Tensor) -> tuple[Tensor, int]:
-    """Return the roots (B,) of A′ − `target` in [0, 1], and the number of evaluations; `highest` is A′(1).
+def _find_root(problem: FusionProblem, line: Tensor, target: Tensor, end: Moments) -> tuple[Tensor, Tensor, int]:
+    """Return the roots (B,) of A′ − `target` in [0, 1], A′ there, and the number of evaluations.
 
-    A′ rises from 0. Where the target is not above that, it is 0, and 1 where A′ does not reach the target.
-    Newton's steps within the bracket that they leave; half of it where one leaves that. On an accelerator `find_turn`,
-    which reads no value.
+    A′ rises from 0. Where the target is not above that, the root is 0, and 1 where A′ does not reach the target.
+    Newton's steps from 1, within the bracket that they leave; half of it where one leaves that. On an accelerator
+    `find_turn`, which reads no value.
+
+    Args:
+        problem: whose P is tilted.
+        line: (B, V) Δ.
+        target: (B,).
+        end: the moments at 1.
     """
     zeros, ones = torch.zeros_like(target), torch.ones_like(target)
     is_above = target > torch.finfo(target.dtype).eps
     if may_read(line):
-        alpha, num_evals = _newton(partial(_moments_on, problem, line), target, is_above & (target < highest))
+        moments = partial(_moments_on, problem, line)
+        alpha, first, num_evals = _newton(moments, target, end, is_above & (target < end.first))
     else:
         alpha = find_turn(lambda x: moments_at(problem.log_probs, line, x[1:]).first > target, zeros, ones, width=1.0)
-        num_evals = num_turn_points(1.0)
-    return torch.where(is_above, torch.where(target < highest, alpha, ones), zeros), num_evals
+        first, num_evals = _moments_on(problem, line, alpha).first, num_turn_points(1.0) + 1
+    is_inside = target < end.first
+    alpha, first = torch.where(is_inside, alpha, ones), torch.where(is_inside, first, end.first)
+    return torch.where(is_above, alpha, zeros), torch.where(is_above, first, zeros), num_evals
 
 
-def _newton(moments: Callable[[Tensor], Moments], target: Tensor, inside: Tensor) -> tuple[Tensor, int]:
-    """Return the roots (B,) of A′ − `target` between 0 and 1, where there is one, and the number of evaluations."""
-    alpha = torch.full_like(target, 0.5)
-    low, high, num_evals = torch.zeros_like(alpha), torch.ones_like(alpha), 0
+def _newton(
+    moments: Callable[[Tensor], Moments], target: Tensor, end: Moments, inside: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Return the roots (B,) of A′ − `target` between 0 and 1, where there is one, A′ there, and the evaluations."""
+    alpha, found, num_evals = torch.ones_like(target), end, 0
+    low, high = torch.zeros_like(alpha), alpha
     for _ in range(_MAX_STEPS):
-        _, first, second = moments(alpha)
-        num_evals += 1
-        above = first > target
+        above = found.first > target
         low, high = torch.where(above, low, alpha), torch.where(above, alpha, high)
-        new = alpha - (first - target) / second.clamp(min=torch.finfo(second.dtype).tiny)
+        new = alpha - (found.first - target) / found.second.clamp(min=torch.finfo(target.dtype).tiny)
         new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
-        new = torch.where(inside, new, alpha)
-        moved, alpha = (new - alpha).abs().amax(), new
-        if bool(moved <= _TOLERANCE):
+        moves = inside & ((new - alpha).abs() > _TOLERANCE)  # each row stops where it would alone
+        if not bool(moves.any()):
             break
-    return alpha, num_evals
+        alpha, num_evals = torch.where(moves, new, alpha), num_evals + 1
+        found = moments(alpha)
+    return alpha, found.first, num_evals
 
 
 def divergences_at(problem: FusionProblem, alpha: Tensor) -> tuple[Tensor, Tensor]:
