@@ -57,7 +57,7 @@ class DynamicFusionDecoder(LightningModule):
     character, without what a template puts behind it, as lm-evaluation-harness has them.
 
     `validate` finds how likely the responses of the validation split are under every criterion and every fixed weight
-    of `scale_grid`, by one pass of each model, and logs `val/loss` and `val/ppl` of the present settings.
+    of `scale_grid`, from the same logits of the models, and logs `val/loss` and `val/ppl` of the present settings.
     `FusionCalibrationWriter` writes the best ones into a recipe.
 
     Args:

@@ -6,8 +6,8 @@ import torch
 from tiny_llamas import moved
 
 from lit_logits import DynamicFusionDecoder
+from lit_logits.functional.fusion_problem import acting_rows
 from lit_logits.modules import FusedCausalLM
-from lit_logits.modules.dynamic_fusion.routing import acting_logits
 
 VOCAB, PAD = 40, 0
 BASE = tiny_llamas.llama(1, initializer_range=0.5)
@@ -180,8 +180,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_logits_of_the_expert_that_acts():
     logits = torch.randn(3, 4, 5)
-    found = acting_logits(logits, torch.tensor([2, 0, 1, 1]))
-    torch.testing.assert_close(found[0], torch.stack([logits[2, 0], logits[0, 1], logits[1, 2], logits[1, 3]]))
+    found = acting_rows(logits, torch.tensor([2, 0, 1, 1]))
+    torch.testing.assert_close(found, torch.stack([logits[2, 0], logits[0, 1], logits[1, 2], logits[1, 3]]))
 
 
 def test_settings_of_predictions_name_the_routing():

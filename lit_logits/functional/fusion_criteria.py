@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_logits.functional.checks import may_read
 from lit_logits.functional.fusion_lines import Moments, find_turn, moments_at, num_turn_points
-from lit_logits.functional.fusion_problem import FusionProblem, one_hot_rows
+from lit_logits.functional.fusion_problem import FusionProblem, acting_rows, one_hot_rows
 from lit_logits.functional.fusion_search import evaluate_jointly
 from lit_logits.functional.reductions import at_least_float32
 
@@ -45,7 +45,7 @@ def acting_shifts(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Ten
         return shifts.sum(0), torch.ones_like(problem.forward)
     chosen = problem.forward.argmax(0)
     acting = one_hot_rows(chosen, num_experts).to(shifts.dtype)
-    return shifts[chosen, torch.arange(len(chosen), device=chosen.device)], acting
+    return acting_rows(shifts, chosen), acting
 
 
 def equal_weights(problem: FusionProblem, *, jointly: bool) -> tuple[Tensor, Tensor, int]:

@@ -13,6 +13,7 @@ from lit_logits.functional.checks import may_read
 
 __all__ = [
     "FusionProblem",
+    "acting_rows",
     "check_alpha",
     "check_bounds",
     "check_fusion_shapes",
@@ -124,6 +125,16 @@ def scale_weights(alpha: Tensor, scale: float, bounds: tuple[float, float], acti
         tensor([0., 1., 2.])
     """
     return torch.where(alpha > 0 if acting is None else acting, (scale * alpha).clamp(*bounds), 0.0)
+
+
+def acting_rows(values: Tensor, acting: Tensor) -> Tensor:
+    """Return the values (B, V) of the expert of each sequence, from those of all (S, B, V) and its number (B,).
+
+    Example:
+        >>> acting_rows(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([1, 0])).tolist()
+        [[3.0], [2.0]]
+    """
+    return values[acting, torch.arange(len(acting), device=acting.device)]
 
 
 def one_hot_rows(chosen: Tensor, num_experts: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`FusionCalibration`: how likely held-out texts are under many settings of fusion, from one pass of each model.
+"""`FusionCalibration`: how likely held-out texts are under many settings of fusion.
 
 Letters: B batch, T sequence, R rows (positions with a label), V vocabulary, S experts, C candidates.
 """
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from lit_logits.functional.dynamic_fusion import FusionCriterion, fusion_weights
 from lit_logits.functional.fusion_calibration import fused_log_probs
-from lit_logits.functional.fusion_problem import one_hot_rows, scale_weights
+from lit_logits.functional.fusion_problem import acting_rows, one_hot_rows, scale_weights
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.modules.dynamic_fusion.fused_lm import FusedCausalLM
 from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
-from lit_logits.modules.dynamic_fusion.routing import acting_logits
 from lit_logits.modules.metrics import TokenMean
 
 _TINY = 1e-30
@@ -142,7 +141,7 @@ class FusionCalibration(nn.Module):
         """Return the weights (S, R) of each candidate; with a criterion only the expert that acts has one, if known."""
         found: dict[str, Tensor] = {} if by_prompt is None else {"prompt": by_prompt}
         low, high = fused.search_by("prompt", 1.0)["bounds"]
-        searched = rows if acting is None else (*rows[:2], acting_logits(rows[2], acting))
+        searched = rows if acting is None else (*rows[:2], acting_rows(rows[2], acting).unsqueeze(0))
         for name in {candidate.criterion or "prompt" for candidate in self.candidates} - {"prompt"}:
             search = fused.search_by(name, 1.0)
             # The bounds cut weights that are scaled. The paper's search itself stays within them. With others an

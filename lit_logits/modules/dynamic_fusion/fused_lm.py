@@ -21,7 +21,7 @@ from lit_logits.functional.dynamic_fusion import (
     fuse_logits,
     fusion_weights,
 )
-from lit_logits.functional.fusion_problem import expert_divergences, one_hot_rows
+from lit_logits.functional.fusion_problem import acting_rows, expert_divergences, one_hot_rows
 from lit_logits.functional.labels import IGNORE_INDEX, next_token_labels
 from lit_logits.functional.prompt_fusion import prompt_fusion_weights
 from lit_logits.functional.reductions import at_least_float32
@@ -37,7 +37,6 @@ from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
 from lit_logits.modules.dynamic_fusion.routing import (
     FusionRouting,
     TextRouter,
-    acting_logits,
     likelihoods_of_tokens,
 )
 from lit_logits.modules.language_models.frozen import FrozenModels
@@ -220,7 +219,7 @@ class FusedCausalLM(FrozenModels):
             return FusedStep(large, large.new_zeros(self.num_experts, len(large)), zero, zero)
         base, experts = small_logits[0], torch.stack(list(small_logits[1:]))
         if alpha is None and self.static_alpha is None:
-            searched = experts if acting is None else acting_logits(experts, acting)
+            searched = experts if acting is None else acting_rows(experts, acting).unsqueeze(0)
             if acting is not None and may_read(large):
                 self.check_logits(large, base, *experts)  # also those that do not act here
             try:
@@ -272,6 +271,8 @@ class FusedCausalLM(FrozenModels):
     @torch.no_grad()
     def score(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> FusedScores:
         """Return log-probabilities of given texts under the fused distribution, by one pass of each model.
+
+        With `routing="text"` the experts read the texts once more.
 
         Args:
             input_ids: (B, T).

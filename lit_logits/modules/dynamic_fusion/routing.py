@@ -15,7 +15,7 @@ from lit_logits.functional.chunks import rows_a_chunk
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.dynamic_fusion.reading import logits_at
 
-__all__ = ["FusionRouting", "TextRouter", "acting_logits", "likelihoods_of_tokens"]
+__all__ = ["FusionRouting", "TextRouter", "likelihoods_of_tokens"]
 
 FusionRouting = Literal["step", "text"]
 
@@ -53,16 +53,6 @@ def likelihoods_of_tokens(
         if parts:
             found[number, :, 1:][follows.cpu()] = torch.cat(parts).double().cpu()
     return _without_impossible(found)
-
-
-def acting_logits(expert_logits: Tensor, acting: Tensor) -> Tensor:
-    """Return the logits (1, R, V) of the expert of each row, from all (S, R, V) and its number (R,).
-
-    Example:
-        >>> acting_logits(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([1, 0])).tolist()
-        [[[3.0], [2.0]]]
-    """
-    return expert_logits[acting, torch.arange(len(acting), device=acting.device)].unsqueeze(0)
 
 
 class TextRouter:
