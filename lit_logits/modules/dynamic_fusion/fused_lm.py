@@ -32,7 +32,13 @@ from lit_logits.modules.dynamic_fusion.decoding import (
     check_decoding,
     is_drafted,
 )
-from lit_logits.modules.dynamic_fusion.inputs import check_context, check_ids, check_static_alpha, given_prompts
+from lit_logits.modules.dynamic_fusion.inputs import (
+    check_context,
+    check_ids,
+    check_static_alpha,
+    given_prompts,
+    prompt_mask,
+)
 from lit_logits.modules.dynamic_fusion.reading import logits_at, prompt_targets
 from lit_logits.modules.dynamic_fusion.routing import (
     FusionRouting,
@@ -462,10 +468,10 @@ class FusedCausalLM(FrozenModels):
             nonlocal weights, router
             acting = None
             if self._asks_prompts and weights is None:
-                weights = self.prompt_weights(input_ids, _prompt_mask(inputs, input_ids))
+                weights = self.prompt_weights(input_ids, prompt_mask(inputs, input_ids))
             if routes:
                 if router is None:
-                    router = TextRouter(self._likelihoods(input_ids, _prompt_mask(inputs, input_ids)).sum(2))
+                    router = TextRouter(self._likelihoods(input_ids, prompt_mask(inputs, input_ids)).sum(2))
                 acting = router.choose(torch.stack(list(small[1:])), inputs["input_ids"][:, -1].to(large.device))
             copies = len(large) // len(input_ids)  # with `num_return_sequences`, side by side
             alpha = None if weights is None else weights.repeat_interleave(copies, 1)
@@ -487,18 +493,6 @@ class FusedCausalLM(FrozenModels):
             for name in ("alpha", "kl_forward", "kl_reverse"):
                 output[name] = getattr(trace, name)
         return output
-
-
-def _prompt_mask(inputs: Mapping[str, Any], prompts: Tensor) -> Tensor:
-    """Return the mask (B, P) of prompts as `generate` has it, which infers it from padding where none is given.
-
-    A prompt of padding alone is taken as it is.
-    """
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(prompts)
-    mask = mask[:: len(mask) // len(prompts), : prompts.shape[1]]
-    return torch.where(mask.any(1, keepdim=True), mask, 1)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

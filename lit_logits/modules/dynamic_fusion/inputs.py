@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_context", "check_generation", "check_ids", "check_static_alpha", "context_of", "given_prompts"]
+__all__ = [
+    "check_context",
+    "check_generation",
+    "check_ids",
+    "check_static_alpha",
+    "context_of",
+    "given_prompts",
+    "prompt_mask",
+]
 
 _STRETCHED = ("linear", "dynamic")  # kinds of scaled positions whose config still tells the length before
 
@@ -38,6 +46,22 @@ def given_prompts(input_ids: Any, attention_mask: Any, kwargs: dict[str, Any]) -
         attention_mask = given.get("attention_mask") if attention_mask is None else attention_mask
         given = given["input_ids"]
     return given, attention_mask
+
+
+def prompt_mask(inputs: Mapping[str, Any], prompts: Tensor) -> Tensor:
+    """Return the mask (B, P) of prompts as `generate` has it, which infers it from padding where none is given.
+
+    A prompt of padding alone is taken as it is.
+
+    Args:
+        inputs: arguments of a call of the large model within `generate`.
+        prompts: (B, P) ids.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(prompts)
+    mask = mask[:: len(mask) // len(prompts), : prompts.shape[1]]
+    return torch.where(mask.any(1, keepdim=True), mask, 1)
 
 
 def check_generation(config: Any, generation: Mapping[str, Any]) -> None:
