@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lit_logits import VQLogitsLM
@@ -110,14 +111,55 @@ def test_rows_in_chunks_give_the_same(monkeypatch):
     torch.testing.assert_close(head.codes.grad, gradient)
 
 
-def test_low_precision_is_summed_in_float32():
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_low_precision_is_summed_in_float32(precision):
     torch.manual_seed(0)
-    head = TWO(D, V)
+    head, exact = TWO(D, V), TWO(D, V)
+    exact.load_state_dict(head.state_dict())
     hidden, labels = torch.randn(50, D), torch.randint(V, (50,))
-    with torch.autocast("cpu", torch.bfloat16):
+    wanted = exact.loss(hidden, labels)
+    wanted.backward()
+    if precision == "bfloat16":
+        head.to(torch.bfloat16)
+        hidden = hidden.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         low = head.loss(hidden, labels)
+    low.backward()
     assert low.dtype == torch.float32
-    torch.testing.assert_close(low, head.loss(hidden, labels), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(low, wanted, rtol=1e-2, atol=1e-2)
+    assert head.vectors.grad.dtype == head.vectors.dtype
+    torch.testing.assert_close(head.vectors.grad.float(), exact.vectors.grad, rtol=5e-2, atol=2e-3)
+
+
+def test_frozen_vectors_pass_the_gradient_on():
+    hidden, head, labels = problem(4)
+    (wanted,) = torch.autograd.grad(own_vector_cross_entropy(hidden, head, labels), [hidden])
+    frozen = head._replace(codes=head.codes.detach(), token_bias=head.token_bias.detach())
+    own_vector_cross_entropy(hidden, frozen, labels).backward()
+    torch.testing.assert_close(hidden.grad, wanted)
+
+
+class Made(TorchDispatchMode):
+    """Counts the numbers of all tensors that operations make."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        in_place = result is args[0] or "out" in (kwargs or {})
+        if isinstance(result, torch.Tensor) and not func.is_view and not in_place:
+            self.count += result.numel()
+        return result
+
+
+def test_the_gradient_of_the_vectors_is_made_once():
+    """Autograd would make a gradient for each cluster, and join them."""
+    head = HierarchicalVQLogitsHead(64, 2000, codebook_sizes=(10, 1), own_vectors=True)
+    loss = head.loss(torch.randn(4, 64), torch.arange(4))
+    with Made() as made:
+        loss.backward()
+    assert made.count < 1.5 * head.vectors.numel()
+    assert head.vectors.grad.any(1).sum() < 2000  # clusters without a label have none
 
 
 def test_wrong_labels_are_told():

@@ -101,7 +101,7 @@ def _directive(package: str, name: str, value: object) -> str:
         kind = "class" if inspect.isclass(value) else "function"
         return f".. py:{kind}:: {name}\n   :module: {package}\n\n   The same as :py:obj:`{owner}`."
     if inspect.isclass(value):
-        return f".. autoclass:: {package}.{name}\n   :members:"
+        return f".. autoclass:: {package}.{name}\n   :members:" + _inherited(value)
     if inspect.isroutine(value):
         return f".. autofunction:: {package}.{name}"
     home, text = _constant(importlib.import_module(package), name)
@@ -110,6 +110,15 @@ def _directive(package: str, name: str, value: object) -> str:
     lines = [f".. py:data:: {name}", f"   :module: {package}"]
     lines += [f"   :canonical: {home}.{name}"] if home != package else []
     return "\n".join([*lines, *([f"   :value: {shown}"] if len(shown) < 200 else []), "", *said])
+
+
+def _inherited(value: type) -> str:
+    """Return the option that shows what a class takes from bases of ours that have no entry of their own."""
+    public = {name.rpartition(".")[2] for name in public_names()}
+    bases = value.__mro__[1:]
+    hidden = [base for base in bases if base.__module__.startswith("lit_logits") and base.__name__ not in public]
+    others = ", ".join(base.__name__ for base in bases if base not in hidden)
+    return f"\n   :inherited-members: {others}" if hidden else ""
 
 
 def _owner(package: str, name: str, value: object) -> str:

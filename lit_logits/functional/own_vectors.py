@@ -12,16 +12,18 @@ References:
     [0]: Classes for fast maximum entropy training (Goodman), 2001. That codes follow is ours.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lit_logits.functional.hierarchical_vq import ClusterLayout, HierarchicalCodes, cluster_layout, two_level_loss
 from lit_logits.functional.labels import IGNORE_INDEX
-from lit_logits.functional.reductions import Reduction
+from lit_logits.functional.reductions import Reduction, at_least_float32, soft_cap
 from lit_logits.functional.residual_codes import fit_residual_codes, metric_matrix
-from lit_logits.functional.vq_logits import code_logits
 
 __all__ = ["VectorCodes", "code_vectors", "own_vector_cross_entropy", "own_vector_layout"]
 
@@ -80,27 +82,83 @@ def own_vector_cross_entropy(
     bias = None if head.token_bias is None else head.token_bias[layout.members[is_member]]
 
     def inner(rows: Tensor, own: Tensor, places: Tensor) -> Tensor:
-        # Rows are sorted by cluster, so that each cluster is a product of two matrices. A split of the vectors, and not
-        # an index, gives their gradient in one piece.
         order = own.argsort(stable=True)
         counts = torch.bincount(own, minlength=len(sizes)).tolist()
-        parts = zip(
-            rows.index_select(0, order).split(counts),
-            places[order].split(counts),
-            head.codes.split(sizes),
-            [None] * len(sizes) if bias is None else bias.split(sizes),
-            strict=True,
-        )
-        found = [rows.new_zeros(0)]
-        for some, at, vectors, of_tokens in parts:
-            if len(some):
-                logits = code_logits(some, vectors, of_tokens, cap=head.cap)
-                found.append(logits.gather(1, at.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
-        joined = torch.cat(found)
+        joined = _OwnLogProbs.apply(rows[order], head.codes, bias, places[order], counts, sizes, head.cap)
         return torch.empty_like(joined).index_copy(0, order, joined)
 
     width = layout.members.shape[1]
     return two_level_loss(inner, hidden, head, labels, width=width, ignore_index=ignore_index, reduction=reduction)
+
+
+class _OwnLogProbs(torch.autograd.Function):
+    """log p(token | its cluster, h) (N,) of rows that stand cluster after cluster, as the vectors (V, d) do.
+
+    Each cluster is a product of two matrices. A Function of its own, as it writes the gradient (V, d) in place, and
+    autograd would make the parts of all clusters and join them: twice the memory, and most of the time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        vectors: Tensor,
+        bias: Tensor | None,
+        places: Tensor,
+        counts: list[int],
+        sizes: list[int],
+        cap: float | None,
+    ) -> Tensor:
+        dtype = F.linear(rows[:0], vectors[:0]).dtype  # what autocast makes of them
+        rows = rows.to(dtype)
+        ctx.counts, ctx.sizes, ctx.cap = counts, sizes, cap
+        values = rows.new_empty(len(rows), dtype=torch.promote_types(dtype, torch.float32))
+        logits = []
+        for some, tokens in _clusters(counts, sizes):
+            found = soft_cap(at_least_float32(F.linear(rows[some], vectors[tokens].to(dtype))), cap)
+            shifted = found if bias is None else found + bias[tokens]
+            values[some] = shifted.gather(1, places[some].unsqueeze(1)).squeeze(1) - shifted.logsumexp(-1)
+            logits.append(found)
+        ctx.save_for_backward(rows, vectors, bias, places, *logits)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, vectors, bias, places, *logits = ctx.saved_tensors
+        grad_rows = torch.empty_like(rows)
+        grad_vectors = torch.empty_like(vectors) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        end = 0
+        for (some, tokens), found in zip(_clusters(ctx.counts, ctx.sizes), logits, strict=True):
+            level = grad[some].unsqueeze(1)
+            step = torch.softmax(found if bias is None else found + bias[tokens], -1) * -level
+            step.scatter_add_(1, places[some].unsqueeze(1), level)
+            if grad_bias is not None:
+                grad_bias[tokens] = step.sum(0)
+            if ctx.cap is not None:
+                step = step * (1 - (found / ctx.cap) ** 2)
+            step = step.to(rows.dtype)
+            grad_rows[some] = step @ vectors[tokens].to(rows.dtype)
+            if grad_vectors is not None:
+                grad_vectors[end : tokens.start] = 0  # clusters without a label
+                if grad_vectors.dtype == rows.dtype:
+                    torch.mm(step.T, rows[some], out=grad_vectors[tokens])
+                else:
+                    grad_vectors[tokens] = step.T @ rows[some]
+                end = tokens.stop
+        if grad_vectors is not None:
+            grad_vectors[end:] = 0
+        return grad_rows, grad_vectors, grad_bias, None, None, None, None
+
+
+def _clusters(counts: list[int], sizes: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Yield where the rows of each cluster that has any stand, and where its tokens do."""
+    row = token = 0
+    for count, size in zip(counts, sizes, strict=True):
+        if count:
+            yield slice(row, row + count), slice(token, token + size)
+        row, token = row + count, token + size
 
 
 class VectorCodes(NamedTuple):
