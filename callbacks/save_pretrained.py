@@ -185,7 +185,7 @@ class SavePretrained(Callback):
         write_model(
             folder,
             model,
-            describe_training(pl_module),
+            describe_training(pl_module, decoded=self.head == "dense" and isinstance(pl_module, ExportsPretrained)),
             state_dict=weights,
             tokenizer=data_tokenizer(trainer),
             end_token=self._ends.choose(data_tokenizer(trainer)),

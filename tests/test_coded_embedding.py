@@ -291,7 +291,9 @@ def test_saved_folders_give_the_logits_of_training(started, tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         codes = "the same codes" if coded_table(started.backbone).tied else "codes of its own"
-        assert f"The input table is read from {codes}." in (tmp_path / form / "README.md").read_text()
+        card = (tmp_path / form / "README.md").read_text()
+        assert f"Input table: read from {codes}," in card
+        assert ("as large as the original's" in card) == (form == "dense")
         assert loaded.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 12)
     assert coded_table(started.backbone) is not None  # and training may go on
     tied = coded_table(started.backbone).tied

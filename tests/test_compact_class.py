@@ -96,6 +96,16 @@ def test_transformers_trainer_trains_and_evaluates(model, tmp_path):
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_smoothed_labels_are_those_of_the_next_tokens(model, tmp_path):
+    """The Trainer computes that loss by itself, and shifts labels for the classes that it knows: copying was learnt."""
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), label_smoothing_factor=1e-6, **settings), eval_dataset=rows
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(model(input_ids=IDS, labels=IDS).loss), rel=1e-4)
+
+
 # transformers 5.3 counts the first label of each row too, which has no prediction, for all models.
 old_count = pytest.mark.skipif(
     "shift" not in inspect.getsource(Trainer._get_num_items_in_batch), reason="this Trainer counts one label too many"
@@ -229,6 +239,11 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
+class Losses(Logits):
+    def forward(self, ids, labels):
+        return self.model(input_ids=ids, labels=labels, use_cache=False).loss
+
+
 # What transformers puts around `forward` reads `co_varnames`, which torch 2.6 cannot trace in any of its models.
 old_dynamo = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch cannot trace transformers' models"
@@ -251,6 +266,24 @@ def test_traced_code_gives_the_logits(model, way, with_grad):
         else:
             logits = torch.compile(Logits(model), fullgraph=True, backend="eager")(IDS)
         torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param("export", marks=old_dynamo), "trace", pytest.param("compile", marks=old_dynamo)]
+)
+def test_traced_code_gives_the_loss(model, way):
+    """Which labels count is not known while code is traced."""
+    labels = IDS.clone()
+    labels[0, 2:4] = -100
+    expected = model(input_ids=IDS, labels=labels).loss
+    given = {"input_ids": IDS, "labels": labels, "use_cache": False}
+    if way == "export":
+        loss = torch.export.export(model, (), given).module()(**given).loss
+    elif way == "trace":
+        loss = torch.jit.trace(Losses(model), (IDS, labels), check_trace=False)(IDS, labels)
+    else:
+        loss = torch.compile(model, fullgraph=True, backend="eager")(**given).loss
+    torch.testing.assert_close(loss, expected)
 
 
 @old_dynamo
@@ -310,6 +343,16 @@ def test_peft_finds_the_layers_of_the_backbone(compact, targets):
     names = peft.get_peft_model(model, config).targeted_module_names
     assert "model.layers.0.self_attn.q_proj" in names
     assert not [name for name in names if "head" in name]
+
+
+def test_peft_may_be_imported_after_the_model_is_made(compact):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(compact)
+    for layers in vars(peft.utils.constants).values():  # as they are at first
+        if isinstance(layers, dict):
+            layers.pop(model.config.model_type, None)
+    names = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).targeted_module_names
+    assert "model.layers.0.self_attn.q_proj" in names
 
 
 def test_two_levels_say_that_they_have_no_rows(compact):

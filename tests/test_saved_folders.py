@@ -227,6 +227,21 @@ def test_what_was_validated_stands_in_the_card(original, tmp_path):
     assert "none: trained from random weights" in text
 
 
+@pytest.mark.parametrize("form", ["compact", "dense"])
+def test_a_model_in_memory_ends_texts_as_the_saved_one_does(form, tmp_path):
+    """It ended them with the architecture's token."""
+    module = VQLogitsLM({**LLAMA, "vocab_size": V}, head=partial(VQLogitsHead, codebook_size=4, bias=False))
+    words = tokenizer()
+    assert words.eos_token_id != module.backbone.config.eos_token_id
+    model = module.to_pretrained(form, tokenizer=words)
+    module.save_pretrained(tmp_path / form, form, tokenizer=words)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(model.config, name) == getattr(saved.config, name)
+        assert getattr(model.generation_config, name) == getattr(saved.generation_config, name)
+    assert model.generation_config.eos_token_id == words.eos_token_id
+
+
 def plain_lm():
     return new_causal_lm({**LLAMA, "vocab_size": V})
 

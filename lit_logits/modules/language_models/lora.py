@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lit_logits.functional.reductions import at_least_float32
 from lit_logits.modules.language_models.quantized import dense_weights, keep_out_of_checkpoints, quantized_layers
 
-__all__ = ["add_lora", "has_lora", "merged_state_dict", "save_merged", "teach_peft"]
+__all__ = ["add_lora", "has_lora", "merged_state_dict", "save_merged"]
 
 # Settings of peft's LoraConfig whose adapters can be merged: W + s·B·A is a weight of the same architecture.
 _SETTINGS = (
@@ -101,25 +101,6 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedM
     _check_layers(model, tied)
     keep_out_of_checkpoints(model)
     return model
-
-
-def teach_peft(model_type: str, like: str) -> None:
-    """Let peft, if it is imported, take the layers of one type of model for another where `target_modules` is None.
-
-    Layers of several such types are joined: peft adapts those that a model has.
-
-    Args:
-        model_type: of a config of this library.
-        like: type of the backbone.
-    """
-    constants = sys.modules.get("peft.utils.constants")
-    for name, layers in vars(constants).items() if constants is not None else ():
-        if (
-            name.startswith("TRANSFORMERS_MODELS_TO_")
-            and isinstance(layers, dict)
-            and isinstance(layers.get(like), list)
-        ):
-            layers[model_type] = list(dict.fromkeys([*layers.get(model_type, []), *layers[like]]))
 
 
 def has_lora(model: nn.Module) -> bool:

@@ -23,11 +23,13 @@ from lit_logits.storage.folders import check_model_folder, replace_file, replace
 
 __all__ = [
     "PushesToHub",
+    "data_tokenizer",
     "describe_training",
     "measured",
     "save_any_generation_config",
     "save_model_file",
     "save_model_folder",
+    "take_special_ids",
     "write_model",
 ]
 
@@ -109,8 +111,7 @@ def save_model_folder(
     """
     path = Path(folder).expanduser().resolve()
     check_model_folder(path)
-    if tokenizer is None and trainer is not None:
-        tokenizer = trainer.datamodule.tokenizer if offers(trainer.datamodule, HasTokenizer) else None
+    tokenizer = data_tokenizer(trainer) if tokenizer is None else tokenizer
 
     def write(target: Path) -> None:
         options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "figures": measured(trainer)}
@@ -174,6 +175,20 @@ def write_model(
     write_card(folder, model, summary, figures=figures, replaced=replaced)
 
 
+def data_tokenizer(trainer: Any) -> Any:
+    """Return the tokenizer of a trainer's data module, or None."""
+    return trainer.datamodule.tokenizer if trainer is not None and offers(trainer.datamodule, HasTokenizer) else None
+
+
+def take_special_ids(model: PreTrainedModel, tokenizer: Any, end_tokens: EndTokens) -> None:
+    """Put the ids that `write_model` writes into the configs of a model, which are its own."""
+    end_token = end_tokens.choose(tokenizer)
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            for name, value in _special_ids(config, tokenizer, end_token).items():
+                setattr(config, name, value)
+
+
 def measured(trainer: Any) -> dict[str, float]:
     """Return what a trainer's last validation and test logged, and the step; only finite values."""
     if trainer is None:
@@ -185,10 +200,16 @@ def measured(trainer: Any) -> dict[str, float]:
     return {**kept, "step": trainer.global_step} if kept else {}
 
 
-def describe_training(module: object) -> str:
-    """Return what a LightningModule says for the card of its model, or its class."""
+def describe_training(module: object, *, decoded: bool = False) -> str:
+    """Return what a LightningModule says for the card of its model, or its class.
+
+    Args:
+        module: which made the model.
+        decoded: whether the model holds the rows that codes stand for, in place of the codes.
+    """
     if offers(module, DescribesItself):
-        return module.card_text
+        note = " In this folder the codes are decoded: the tables are dense, and as large as the original's."
+        return module.card_text + (note if decoded else "")
     return f"Trained in Lightning, as part of `{type(module).__name__}`."
 
 

@@ -1,6 +1,7 @@
 """`VQLogitsConfig`: the config of a compressed model, by which transformers finds its classes."""
 
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ class VQLogitsConfig(PreTrainedConfig):
         Path(save_directory, f"{_MODULE}.py").write_text(_CODE, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings. peft asks for them before it looks up which layers of a type of model to adapt."""
+        _teach_peft(self.model_type, self.text_config.model_type)
+        return super().to_dict()
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is written, without the place where the backbone lay."""
         settings = super().to_diff_dict()
@@ -105,6 +111,25 @@ class VQLogitsConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Hidden size of the backbone, d."""
         return self.text_config.hidden_size
+
+
+def _teach_peft(model_type: str, like: str) -> None:
+    """Let peft, if it is imported, take the layers of one type of model for another where `target_modules` is None.
+
+    Layers of several such types are joined: peft adapts those that a model has.
+
+    Args:
+        model_type: of a config of this library.
+        like: type of the backbone.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, layers in vars(constants).items() if constants is not None else ():
+        if (
+            name.startswith("TRANSFORMERS_MODELS_TO_")
+            and isinstance(layers, dict)
+            and isinstance(layers.get(like), list)
+        ):
+            layers[model_type] = list(dict.fromkeys([*layers.get(model_type, []), *layers[like]]))
 
 
 AutoConfig.register("vq_logits", VQLogitsConfig, exist_ok=True)

@@ -8,9 +8,9 @@ from typing import Any
 from lit_logits.contracts import SizedHead, WatchedHead
 from lit_logits.functional.codebook import Footprint
 from lit_logits.modules.language_models.loading import CausalBackbone
-from lit_logits.modules.vq_logits.embedding import coded_table
+from lit_logits.modules.vq_logits.embedding import CodedEmbedding, coded_table
 
-__all__ = ["describe_head", "describe_model", "describe_untying"]
+__all__ = ["describe_head", "describe_model", "describe_table", "describe_untying"]
 
 
 def describe_head(head: SizedHead) -> str:
@@ -23,6 +23,18 @@ def describe_head(head: SizedHead) -> str:
     if isinstance(head, WatchedHead):
         text += f" No backbone gets below perplexity {head.ppl_floor().item():.2f} with this mapping and bias."
     return text
+
+
+def describe_table(table: CodedEmbedding) -> str:
+    """Return one line on an input table that is read from codes."""
+    if table.codes is None:
+        return "Input table: read from the same codes, for no bytes more."
+    size = table.codes.footprint()
+    return (
+        f"Input table: read from codes of its own, {size.parameters:,} parameters"
+        f" ({size.parameters / size.dense_parameters:.2%} of dense), {size.bytes:,} bytes"
+        f" ({size.bytes / size.dense_bytes:.2%} of dense; the mapping packed)."
+    )
 
 
 def describe_untying(parts: CausalBackbone, head: SizedHead) -> str:
@@ -58,8 +70,9 @@ def describe_model(backbone: Any, head: SizedHead, *, tied: bool) -> str:
             after_bytes += table.codes.footprint().bytes - own.nbytes
     if not tied:
         before, before_bytes = before + size.dense_parameters, before_bytes + size.dense_bytes
+    own_line = "" if table is None else f"{describe_table(table)} "
     return (
-        f"Whole model, input table included: {before:,} parameters, {before_bytes / 1e6:,.1f} MB with"
+        f"{own_line}Whole model, input table included: {before:,} parameters, {before_bytes / 1e6:,.1f} MB with"
         f" its {'tied ' if tied else ''}dense layer; {after:,} parameters,"
         f" {after_bytes / 1e6:,.1f} MB ({after_bytes / before_bytes:.1%}) with this head"
         f"{'' if table is None else ' and the input table read from codes'}."

@@ -20,13 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import Reduction
 from lit_logits.modules.language_models.calls import OUTPUT_CACHE_NAME, cache_argument
 from lit_logits.modules.language_models.card import write_card
-from lit_logits.modules.language_models.lora import teach_peft
 from lit_logits.modules.language_models.saving import save_any_generation_config
 from lit_logits.modules.vq_logits.coded_rows import stages_of_sizes
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
@@ -102,11 +102,9 @@ class VQLogitsForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VQLogitsConfig) -> None:
         super().__init__(config)
-        text = config.text_config
-        self.model = AutoModel.from_config(text)
+        self.model = AutoModel.from_config(config.text_config)
         self.head: SavedHead = _residual_head(config) if config.codebook_sizes is None else _hierarchical_head(config)
         _code_table(self.model, config, self.head)
-        teach_peft(config.model_type, text.model_type)
         self.post_init()
 
     @classmethod
@@ -266,3 +264,5 @@ def _code_table(backbone: Any, config: VQLogitsConfig, head: Any) -> None:
 
 AutoModel.register(VQLogitsConfig, VQLogitsModel, exist_ok=True)
 AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)
+# By this name the Trainer knows that labels are those of the next tokens, where it computes the loss by itself.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VQLogitsConfig.model_type] = VQLogitsForCausalLM.__name__

@@ -17,9 +17,15 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from lit_logits.contracts import ExportableHead, SizedHead
 from lit_logits.modules.language_models.calls import cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
-from lit_logits.modules.language_models.saving import PushesToHub, save_model_folder
+from lit_logits.modules.language_models.saving import (
+    PushesToHub,
+    data_tokenizer,
+    describe_training,
+    save_model_folder,
+    take_special_ids,
+)
 from lit_logits.modules.vq_logits.config import VQLogitsConfig
-from lit_logits.modules.vq_logits.describe import describe_head
+from lit_logits.modules.vq_logits.describe import describe_head, describe_table
 from lit_logits.modules.vq_logits.embedding import CodedEmbedding, coded_table, with_dense_table
 from lit_logits.modules.vq_logits.export import SavedHead, VQLogitsForCausalLM
 from lit_logits.modules.vq_logits.head import VQLogitsHead
@@ -316,21 +322,30 @@ class VQExport(PushesToHub, nn.Module):
     output_rule: OutputRule
     _generation_config: Any
 
-    def to_pretrained(self, head: Literal["compact", "dense"] = "compact") -> PreTrainedModel:
+    def to_pretrained(self, head: Literal["compact", "dense"] = "compact", *, tokenizer: Any = None) -> PreTrainedModel:
         """Return the model as one of transformers, which shares its tensors and has `generate`, `save_pretrained` etc.
 
-        The model is in `eval` mode, and so are the shared parts of this one until `train()` is called.
+        The model is in `eval` mode, and so are the shared parts of this one until `train()` is called. Its texts end
+        with the tokenizer's tokens, as those of a saved folder.
 
         Args:
             head: `compact`: `VQLogitsForCausalLM`, with packed codes. `dense`: the original architecture, untied,
                 whose output rows are the decoded codes, so that other programs read it; a `HierarchicalVQLogitsHead`
                 has no such rows.
+            tokenizer: whose bos, eos and pad ids the model gets; default the data module's, where a trainer is
+                attached, else the ids stay those of the original.
 
         Raises:
             ValueError: If `head` is neither, the model's head cannot be written so, the original architecture has no
                 bias that could take the token bias, or the backbone is one that `compact_model` or `dense_model`
                 refuses. A warning tells of such a backbone when the model is made.
         """
+        model = self._export(head)
+        tokenizer = data_tokenizer(getattr(self, "_trainer", None)) if tokenizer is None else tokenizer
+        take_special_ids(model, tokenizer, self.end_tokens)
+        return model
+
+    def _export(self, head: str) -> PreTrainedModel:
         exports: dict[str, Any] = {"compact": compact_model, "dense": dense_model}
         if head not in exports:
             raise ValueError(f"Expected `head` to be 'compact' or 'dense', but got {head!r}.")
@@ -342,7 +357,7 @@ class VQExport(PushesToHub, nn.Module):
         size = f" {describe_head(self.head)}" if isinstance(self.head, SizedHead) else ""
         table, kd_weight = coded_table(self.backbone), getattr(self, "kd_weight", 0.0)
         if table is not None:
-            size += f" The input table is read from {'the same codes' if table.tied else 'codes of its own'}."
+            size += f" {describe_table(table)}"
         loss = (
             f"{kd_weight:g} · KL(original ‖ this) + {1 - kd_weight:g} · cross-entropy" if kd_weight else "cross-entropy"
         )
@@ -373,7 +388,8 @@ class VQExport(PushesToHub, nn.Module):
             ValueError: If `to_pretrained` refuses, or the folder holds anything but a saved model.
         """
         was_training = self.training
-        model = self.to_pretrained(head)
+        model = self._export(head)
         self.train(was_training)
         options = {"tokenizer": tokenizer, "dtype": dtype, "trainer": getattr(self, "_trainer", None)}
-        save_model_folder(folder, model, self.card_text, end_tokens=self.end_tokens, **options)
+        summary = describe_training(self, decoded=head == "dense")
+        save_model_folder(folder, model, summary, end_tokens=self.end_tokens, **options)

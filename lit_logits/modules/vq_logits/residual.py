@@ -21,7 +21,7 @@ from lit_logits.functional.lookup.device import (
     streamed_logits,
 )
 from lit_logits.functional.lookup.lookup import LookupLayout, lookup_greedy, lookup_layout, packed_lookup_logits
-from lit_logits.functional.reductions import Reduction, reduce_tokens, soft_cap
+from lit_logits.functional.reductions import Reduction, at_least_float32, reduce_tokens, soft_cap
 from lit_logits.functional.residual_codes import MetricKind
 from lit_logits.functional.residual_rows import decode_all_rows
 from lit_logits.functional.residual_vq import (
@@ -168,7 +168,16 @@ class ResidualVQLogitsHead(CodedRows):
     def loss(
         self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> Tensor:
-        """Return the cross-entropy in nats, without the (N, V) logits; arguments as in `VQLogitsHead.loss`."""
+        """Return the cross-entropy in nats; arguments as in `VQLogitsHead.loss`.
+
+        The (N, V) logits are not made, but where code is traced that does not train: exported, or compiled in `eval`
+        mode. A compiler leaves the loss of a training to Python, so that `fullgraph=True` refuses it.
+        """
+        if is_traced() and not self.training:
+            logits = at_least_float32(self(hidden)).flatten(0, -2)
+            wanted = labels.flatten()
+            values = F.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction="none").view(labels.shape)
+            return reduce_tokens(values, labels != ignore_index, reduction)
         losses = self.imitation_losses(hidden, labels, ignore_index=ignore_index).cross_entropy
         return reduce_tokens(losses, labels != ignore_index, reduction)
 
