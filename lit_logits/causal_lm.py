@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_logits.functional.checks import check_labels, check_not_negative
 from lit_logits.functional.chunks import rows_a_chunk
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import text_inputs
 from lit_logits.modules.language_models.healing import HealingLosses, healing_losses, keep_original_lm
 from lit_logits.modules.language_models.inspect import freeze_tables, num_embeddings, num_logits
 from lit_logits.modules.language_models.loading import ModelOrConfig, load_plain_causal_lm
@@ -105,8 +105,7 @@ class CausalLM(PushesToHub, LightningModule):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Return token logits (B, T, V) in nats; position ids are for models that take them."""
-        positions = accepted_inputs(self.model, {"position_ids": position_ids})
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **positions).logits
+        return self.model(input_ids=input_ids, **text_inputs(self.model, attention_mask, position_ids)).logits
 
     def _losses(self, batch: Mapping[str, Tensor]) -> HealingLosses:
         """Return the losses (N,) of the next tokens that count."""

@@ -24,7 +24,7 @@ from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import reduce_tokens
 from lit_logits.functional.residual_vq import ResidualVQLosses
 from lit_logits.modules.ddp_buffers import broadcast_settled, leave_out_of_ddp
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import text_inputs
 from lit_logits.modules.language_models.inspect import find_layers, freeze_first_layers
 from lit_logits.modules.language_models.loading import CausalBackbone, ModelOrConfig, load_backbone
 from lit_logits.modules.metrics import StageMeans, loss_and_perplexity
@@ -202,8 +202,7 @@ class VQLogitsLM(VQExport, VQGeneration, LightningModule):
 
         Position ids (B, T), as of packed sequences, are for backbones that take them.
         """
-        optional = accepted_inputs(self.backbone, {"position_ids": position_ids, "use_cache": False})
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **optional)
+        output = self.backbone(input_ids=input_ids, **text_inputs(self.backbone, attention_mask, position_ids))
         return self.output_rule.scale_hidden(output.last_hidden_state)
 
     def forward(

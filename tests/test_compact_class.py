@@ -239,7 +239,11 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
-class Losses(Logits):
+class Losses(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
     def forward(self, ids, labels):
         return self.model(input_ids=ids, labels=labels, use_cache=False).loss
 

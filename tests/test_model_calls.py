@@ -38,6 +38,8 @@ KINDS = {
     "gemma3_text": {**LLAMA, "sliding_window": 4},
     "gpt2": {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "bloom": {"vocab_size": V, "hidden_size": 16, "n_layer": 2, "n_head": 2},  # no position ids
+    "mamba": {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},  # no positions, no length
+    "falcon_mamba": {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "opt": {**LLAMA, "ffn_dim": 32, "word_embed_proj_dim": 16},  # position ids from the mask
 }
 
@@ -57,7 +59,7 @@ def test_reading_on_with_a_cache_equals_reading_all(kind):
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     whole = model(**accepted_inputs(model, {**inputs, "use_cache": False})).logits[:, -1]
     cache, start = None, 0
-    for end in (6, 7, 10, 12):  # a token and several at a time
+    for end in (6, *range(7, 13)) if "mamba" in kind else (6, 7, 10, 12):  # a token and several at a time
         parts = {
             "input_ids": ids[:, start:end],
             "attention_mask": mask[:, :end],
@@ -66,6 +68,14 @@ def test_reading_on_with_a_cache_equals_reading_all(kind):
         output, cache = read_with_cache(model, parts, cache, num_read=end)
         start = end
     torch.testing.assert_close(output.logits[:, -1], whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_recurrent_models_read_one_token_at_a_time():
+    model, ids = make("mamba"), torch.randint(3, V, (1, 6))
+    _, cache = read_with_cache(model, {"input_ids": ids[:, :4]}, None, num_read=4)
+    with pytest.raises(ValueError, match="Expected one token at a time for MambaForCausalLM"):
+        read_with_cache(model, {"input_ids": ids[:, 4:], "attention_mask": torch.ones(1, 6)}, cache, num_read=6)
 
 
 class _Remote(nn.Module):

@@ -1,6 +1,7 @@
 """What models do with hidden states and logits, found by running them: scales, caps, causality; and what is refused."""
 
 import copy
+import warnings
 from functools import partial
 
 import lightning as L
@@ -341,6 +342,28 @@ def test_other_changes_of_logits_are_refused():
         CausalLM(model)
 
 
+@pytest.mark.parametrize("kind", ["parameter", "forward"])
+def test_output_layers_that_do_more_are_refused(kind):
+    """Another head would not do it: dory scales the logits of each token."""
+
+    class Louder(nn.Linear):
+        def __init__(self):
+            super().__init__(D, V, bias=False)
+            self.scale = nn.Parameter(torch.full((V,), 2.0)) if kind == "parameter" else 2.0
+
+        def forward(self, hidden):
+            return super().forward(hidden) * self.scale
+
+    model = make(LLAMA)
+    model.lm_head = Louder()
+    why = r"has the parameters \['scale'\]" if kind == "parameter" else "makes other values of them"
+    with pytest.raises(ValueError, match=f"but the Louder of LlamaForCausalLM {why}"):
+        VQLogitsLM(model, V, head=DENSE)
+    model.lm_head.__class__ = type("Plain", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x)})
+    if kind == "forward":
+        assert CausalLM(model).output_rule == OutputRule()
+
+
 @pytest.mark.parametrize("name", ["gemma2", *(name for name in ("cohere", "granite", "minicpm3") if name in SCALED)])
 def test_losses_of_the_other_methods_are_those_of_the_architecture(name):
     config = {**SCALED, **CAPPED}[name]
@@ -483,10 +506,56 @@ def test_packed_sequences_do_not_see_each_other(method):
         torch.testing.assert_close(model(packed, position_ids=positions)[:, 5:], model(two))
 
 
+def test_a_mask_of_ones_does_not_mix_packed_sequences():
+    model = make(LLAMA)
+    one, two = torch.randint(V, (1, 5)), torch.randint(V, (1, 6))
+    positions = torch.cat([torch.arange(5), torch.arange(6)]).unsqueeze(0)
+    packed = torch.cat([one, two], 1)
+    for method in (partial(VQLogitsLM, head=DENSE), CausalLM):
+        module = quiet(method(copy.deepcopy(model)).eval())
+        torch.testing.assert_close(module(packed, torch.ones_like(packed), positions)[:, 5:], module(two))
+
+
+def test_models_that_would_mix_packed_sequences_say_so():
+    positions = torch.cat([torch.arange(3), torch.arange(4)]).expand(2, -1)
+    for name in ("mamba", "llama"):
+        module = quiet(CausalLM(make(CAUSAL[name])).eval())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            module.training_step(batch(position_ids=positions), 0)
+        assert any("packed into a row" in str(one.message) for one in told) == (name == "mamba")
+
+
 def test_models_without_position_ids_go_without():
     rows = batch(position_ids=torch.arange(7).expand(2, -1))
     for method in (partial(VQLogitsLM, head=DENSE), CausalLM):
         assert quiet(method(make(CAUSAL["mamba"])).eval()).training_step(rows, 0).isfinite()
+
+
+@pytest.mark.parametrize("method", [partial(VQLogitsLM, head=DENSE), CausalLM, DynamicFusionDecoder])
+def test_a_config_with_several_end_tokens(method):
+    """As Llama 3 has; the probe put the list into a set."""
+    model = new_causal_lm({**LLAMA, "eos_token_id": [1, 2, V + 7]}, V)
+    assert model.config.eos_token_id == [1, 2]  # those of the vocabulary
+    method(model)
+    if method is not DynamicFusionDecoder:
+        method({**LLAMA, "eos_token_id": [1, 2]}, V)
+
+
+def test_the_vocabulary_of_a_nested_text_config():
+    text = {name: value for name, value in GQA.items()}
+    config = {"model_type": "gemma3", "text_config": {**text, "head_dim": 8}}
+    module = VQLogitsLM(config, V, head=DENSE)
+    assert module.vocab_size == module.backbone.config.text_config.vocab_size == V
+    with pytest.raises(ValueError, match=f"to be the tokenizer's {V}, but got 9"):
+        VQLogitsLM({"model_type": "gemma3", "text_config": {**text, "vocab_size": 9}}, V, head=DENSE)
+    with pytest.raises(ValueError, match=r"but got 'llava'\. That of its text is 'llama'"):
+        VQLogitsLM({"model_type": "llava"}, V, head=DENSE)
+
+
+def test_settings_that_make_no_model_are_told():
+    with pytest.raises(ValueError, match="Expected settings that make a model, but those of 'reformer' do not"):
+        VQLogitsLM({"model_type": "reformer", "hidden_size": 32}, V, head=DENSE)
 
 
 def test_several_end_tokens():

@@ -416,6 +416,9 @@ def test_old_names_that_would_change_the_model_are_left_out():
     parameters, _ = ROTARY["layers"]
     assert rotary_settings(AutoConfig.for_model("modernbert-decoder", rope_parameters=parameters)) == {}
     assert rotary_settings(AutoConfig.for_model("gpt2")) == {}
+    config = AutoConfig.for_model("llama")
+    config.rope_parameters = {"full_attention": None, "sliding_attention": {"rope_theta": 1.0}}  # as beam has
+    assert rotary_settings(config) == {}
 
 
 def test_version_4_finds_the_tokenizer(tmp_path):

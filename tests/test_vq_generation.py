@@ -47,6 +47,13 @@ def test_left_padded_prompts_equal_one_by_one(generator_model):
         assert torch.equal(together[i, 7:], by_hand(generator_model, prompt[None], 8)[0, len(prompt) :])
 
 
+def test_right_padded_prompts_are_refused(generator_model):
+    """New tokens followed the padding."""
+    ids, mask = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with pytest.raises(ValueError, match="to be padded on the left, as new tokens follow the last one, but 1 of 2"):
+        generator_model.generate(ids, mask, max_new_tokens=2)
+
+
 def test_generation_is_without_dropout_and_restores_the_mode():
     model = make_model(backbone={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.9})
     ids = torch.arange(6).view(2, 3)

@@ -20,7 +20,7 @@ from lit_logits.functional.labels import next_token_labels
 from lit_logits.functional.reductions import at_least_float32, true_places
 from lit_logits.functional.top_k_logits import SourceLogits, TopKLogits, place_rows, top_k_logits
 from lit_logits.modules.gld_fusion.alignment import read_ends
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import text_inputs
 from lit_logits.modules.language_models.frozen import FrozenModels, input_device
 from lit_logits.modules.language_models.inspect import check_causal_lm, digest_model, num_logits
 from lit_logits.modules.language_models.loading import is_plain_causal_lm, load_causal_lm
@@ -103,8 +103,8 @@ class LogitSource(FrozenModels):
         if self.anchor.device != home:
             self.to(home)
         device = cast(torch.device, input_device(self.model))
-        inputs = {name: view[name].to(device) for name in ("input_ids", "attention_mask") if name in view}
-        inputs |= accepted_inputs(self.model, {"position_ids": view.get("position_ids")})
+        inputs = {"input_ids": view["input_ids"].to(device)}
+        inputs |= text_inputs(self.model, view.get("attention_mask"), view.get("position_ids"))
         with torch.autocast(device.type, enabled=False):
             hidden = self._hidden(inputs)
             rows_at = true_places(mask)  # once, as the host waits to learn how many there are
@@ -173,8 +173,8 @@ class LogitSource(FrozenModels):
     def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return what `_logits` takes: hidden states (B, T, d), or the logits of a model that changes them."""
         if self.is_plain:
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.model(**inputs, use_cache=False).logits  # whole, because only the model knows what it does to them
+            return self.model.base_model(**inputs).last_hidden_state
+        return self.model(**inputs).logits  # whole, because only the model knows what it does to them
 
     def _rows(
         self, rows: Tensor, labels: Tensor, *, top_k: int, temperature: float, boundary: Tensor | None

@@ -6,6 +6,7 @@ Letters: B batch, T sequence, N positions that predict a token that counts, d hi
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple, cast
@@ -26,6 +27,7 @@ __all__ = [
     "counted_states",
     "read_with_cache",
     "takes_positions",
+    "text_inputs",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -45,6 +47,31 @@ def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     known = _parameters(model)
     chosen = {name: value for name, value in inputs.items() if name in known and value is not None}
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
+
+
+def text_inputs(model: Any, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Any]:
+    """Return the inputs of a model that reads whole texts, beside their ids; on its device, and without a cache.
+
+    Several texts may be packed into a row, told apart by position ids that begin anew. transformers then keeps them
+    apart where no mask is given, so one of ones is left out. A warning tells of models that would mix them.
+
+    Args:
+        model: of transformers.
+        attention_mask: (B, T), 0 at padding; None is all 1.
+        position_ids: (B, T), or None.
+    """
+    if position_ids is not None:
+        attends = "position_ids" in _parameters(model) and not getattr(model, "_is_stateful", False)
+        if not attends and bool(((position_ids[:, 1:] == 0) & (position_ids[:, :-1] > 0)).any()):
+            warnings.warn(
+                f"Several texts are packed into a row, but {type(model).__name__} reads a row as one text: it takes no"
+                " position ids, or remembers what it read. Give each text a row of its own.",
+                stacklevel=2,
+            )
+        if attends and attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+    given = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+    return accepted_inputs(model, given)
 
 
 class CountedStates(NamedTuple):
@@ -72,9 +99,8 @@ def counted_states(model: PreTrainedModel, batch: Mapping[str, Any]) -> CountedS
             without an argument for them does not get, and `correct` (B,).
     """
     backbone = cast(PreTrainedModel, model.base_model)
-    optional = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
-    inputs = {"input_ids": batch["input_ids"], **optional, "use_cache": False}
-    output = backbone(**accepted_inputs(backbone, inputs))
+    inputs = text_inputs(backbone, batch.get("attention_mask"), batch.get("position_ids"))
+    output = backbone(**accepted_inputs(backbone, {"input_ids": batch["input_ids"]}), **inputs)
     # A batch of multiple-choice questions holds every choice; only the right ones are learned.
     labels, mask = next_token_labels(batch["labels"], keep=batch.get("correct"))
     rows = true_places(mask)  # once, as the host waits to learn how many there are
@@ -106,16 +132,26 @@ def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, 
         model: of transformers.
         inputs: `input_ids` (B, T) of the tokens to read, and other inputs that the model may take.
         cache: of the tokens before, as the last call gave it; None at the start.
-        num_read: how many tokens a sequence the cache is to hold after the call, padding included.
+        num_read: how many tokens a sequence the cache is to hold after the call, padding included. The mask is (B, that
+            number); a cache of recurrent states, which do not know their padding any more, gets its part of new tokens.
 
     Returns:
         The model's output, and its cache.
 
     Raises:
-        ValueError: If the model takes or gives no cache, or its cache does not hold all that was read: the next token
-            would then depend on a part of the text only.
+        ValueError: If the model takes or gives no cache, is recurrent and gets several tokens at once, or its cache
+            does not hold all that was read: the next token would then depend on a part of the text only.
     """
     given = cache
+    new = inputs["input_ids"].shape[1]
+    if given is not None and _length(given) is None:
+        if new > 1:  # mamba would begin anew
+            raise ValueError(
+                f"Expected one token at a time for {type(model).__name__}, which is recurrent, but got {new}. Decode"
+                " without drafts."
+            )
+        mask = inputs.get("attention_mask")
+        inputs = {**inputs, "attention_mask": None if mask is None else mask[:, -new:]}
     output = model(**accepted_inputs(model, {**inputs, "use_cache": True}), **cache_argument(model, given))
     cache = getattr(output, OUTPUT_CACHE_NAME, None)
     if cache is None:

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -167,7 +168,7 @@ def new_causal_lm(settings: dict[str, Any], vocab_size: int | None = None) -> Pr
     Raises:
         ValueError: If the type does not have a setting, or is not that of a causal language model.
     """
-    return AutoModelForCausalLM.from_config(_make_causal_config(settings, vocab_size))
+    return _from_config(AutoModelForCausalLM, _make_causal_config(settings, vocab_size))
 
 
 def load_plain_causal_lm(
@@ -220,7 +221,7 @@ def load_backbone(backbone: str | dict[str, Any] | PreTrainedModel, *, vocab_siz
     if isinstance(backbone, dict):
         config = _make_causal_config(backbone, vocab_size)
         check_trainable(config)
-        model = AutoModel.from_config(config)
+        model = _from_config(AutoModel, config)
         rule, hidden_size, vocab_size = probe_backbone(model)
         return CausalBackbone(model, None, None, False, hidden_size, vocab_size, rule=rule)
     causal_lm, rule = load_plain_causal_lm(backbone, vocab_size)
@@ -353,11 +354,35 @@ def make_config(settings: Mapping[str, Any]) -> Any:
         if name not in known:
             raise ValueError(f"Expected settings of {model_type!r}, but got {name!r}{_suggest(name, known)}")
     config = config_class(**own)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token = getattr(config, name, None)
-        if isinstance(token, int) and token >= getattr(config, "vocab_size", token + 1):
-            setattr(config, name, None)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if hasattr(part, "vocab_size"):
+            _leave_out_unknown_tokens(part)
     return config
+
+
+def _leave_out_unknown_tokens(config: Any) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(config, name, None)
+        if isinstance(given, list | tuple):
+            kept: Any = [token for token in given if token < config.vocab_size] or None
+        else:
+            kept = None if isinstance(given, int) and given >= config.vocab_size else given
+        if kept != given:
+            try:
+                setattr(config, name, kept)
+            except StrictDataclassFieldValidationError:  # some types must have one
+                setattr(config, name, 0)
+
+
+def _from_config(kind: Any, config: Any) -> PreTrainedModel:
+    """Make a model of random weights; settings that do not make one are told."""
+    try:
+        return kind.from_config(config)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected settings that make a model, but those of {config.model_type!r} do not: {type(error).__name__}:"
+            f" {error}"
+        ) from error
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -367,18 +392,27 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 def _make_causal_config(backbone: dict[str, Any], vocab_size: int | None) -> Any:
     settings = dict(backbone)
-    if vocab_size is not None and "model_type" in settings:
-        if settings.get("vocab_size", vocab_size) != vocab_size:
+    known = CONFIG_MAPPING[settings["model_type"]] if settings.get("model_type") in CONFIG_MAPPING else None
+    if vocab_size is not None and known is not None:
+        own = settings
+        if "text_config" in known.sub_configs and not hasattr(known(), "vocab_size"):  # text is a part of the model
+            settings["text_config"] = own = dict(settings.get("text_config") or {})
+        if own.get("vocab_size", vocab_size) != vocab_size:
             raise ValueError(
                 f"Expected `backbone.vocab_size` to be the tokenizer's {vocab_size}, but got"
-                f" {settings['vocab_size']}. Leave it out."
+                f" {own['vocab_size']}. Leave it out."
             )
-        settings["vocab_size"] = vocab_size
+        own["vocab_size"] = vocab_size
     config = make_config(settings)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"Expected the `model_type` of a causal language model (such as llama, gpt2, qwen2), but got"
             f" {config.model_type!r}, which has an encoder."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and config.get_text_config() is not config:
+        raise ValueError(
+            f"Expected the `model_type` of a causal language model of text alone (such as llama, gpt2, qwen2), but got"
+            f" {config.model_type!r}. That of its text is {config.get_text_config().model_type!r}."
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder(config):
         raise ValueError(

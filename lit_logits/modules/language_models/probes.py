@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -86,6 +87,7 @@ def probe_causal_lm(model: PreTrainedModel) -> OutputRule:
     if _is_meta(model):
         _check_config_is_neutral(model)
         return OutputRule()
+    _check_output_layer(model.get_output_embeddings(), owner)
     ids, changed = _two_texts(model)
     with _undisturbed(model):
         hidden = _last_hidden_state(model, ids)
@@ -125,9 +127,11 @@ def probe_backbone(backbone: PreTrainedModel) -> tuple[OutputRule, int, int]:
     owner, output = type(whole).__name__, whole.get_output_embeddings()
     inner = whole.base_model
     if output is None or type(inner) is not type(backbone):
+        text = backbone.config.get_text_config()
+        advice = "" if text is backbone.config else f" Take the type of its text, {text.model_type!r}."
         raise ValueError(
             f"Expected an architecture whose causal language model is a backbone and an output layer, but {owner} is"
-            f" made of {type(inner).__name__}, not of {type(backbone).__name__}."
+            f" made of {type(inner).__name__}, not of {type(backbone).__name__}.{advice}"
         )
     setattr(whole, whole.base_model_prefix, backbone)
     if between := _parameters_between(whole):
@@ -213,7 +217,8 @@ def _two_texts(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Return two texts (1, T) that differ in the last token, without special tokens where the vocabulary allows it."""
     table: Any = model.get_input_embeddings()
     config = model.config.get_text_config()
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")]
+    special = {token for one in named for token in (one if isinstance(one, list | tuple) else [one])}
     num_tokens = min(table.weight.shape[0], 64)
     usual = [token for token in range(num_tokens) if token not in special] or list(range(num_tokens))
     ids = torch.tensor([[usual[i % len(usual)] for i in range(_NUM_TOKENS)]], device=input_device(model))
@@ -270,6 +275,29 @@ def _run(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 # ---------------------------------------------------------------------- judging
+
+
+def _check_output_layer(layer: Any, owner: str) -> None:
+    """Refuse an output layer that does more than multiply by its rows and add a bias, as another head would not."""
+    if not isinstance(layer, nn.Linear):  # compressed or adapted
+        return
+    if layer.weight.shape != (layer.out_features, layer.in_features) or not layer.weight.is_floating_point():
+        return  # quantised
+    others = sorted(name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
+    changed = type(layer).forward is not nn.Linear.forward
+    if others or (changed and not _is_linear(layer)):
+        why = f"has the parameters {others}" if others else "makes other values of them"
+        raise ValueError(
+            f"Expected a model whose output layer multiplies hidden states by its rows, but the {type(layer).__name__}"
+            f" of {owner} {why}."
+        )
+
+
+def _is_linear(layer: nn.Linear) -> bool:
+    if layer.weight.is_meta:
+        return False
+    hidden = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device).view(2, -1).to(layer.weight.dtype)
+    return torch.allclose(layer(hidden), F.linear(hidden, layer.weight, layer.bias), rtol=1e-2, atol=1e-4)
 
 
 def _check_same_past(one: Tensor, two: Tensor, label: str, config: Any) -> None:

@@ -25,17 +25,20 @@ def rotary_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     whole = parameters.get("full_attention", parameters)
-    if "rope_theta" not in whole:
+    if not isinstance(whole, dict) or "rope_theta" not in whole:
         return {}
     plain = ("rope_theta", "partial_rotary_factor")
     scaling = {name: value for name, value in whole.items() if name not in plain}
     settings = {name: whole[name] for name in plain if name in whole}
     settings["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    if "sliding_attention" in parameters:
+    if isinstance(parameters.get("sliding_attention"), dict):
         settings["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
     names = _OTHER_NAMES.get(config.model_type, {})
     settings = {names.get(name, name): value for name, value in settings.items()}
-    again = type(config).from_dict(copy.deepcopy({**config.to_dict(), **settings}))
+    try:
+        again = type(config).from_dict(copy.deepcopy({**config.to_dict(), **settings}))
+    except (KeyError, TypeError, ValueError):  # it takes them for settings of another kind
+        return {}
     return settings if again.rope_parameters == parameters else {}
 
 

@@ -20,7 +20,7 @@ from lit_logits.functional.cooccurrence import PairCounts, count_pairs, merge_pa
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.labels import IGNORE_INDEX
 from lit_logits.functional.reductions import soft_cap
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import text_inputs
 
 __all__ = ["calibrate", "calibrator", "count_text", "fresh_loader"]
 
@@ -114,13 +114,8 @@ def calibrate(
         check_labels(labels, vocab_size, ignore_index=ignore_index, wait=True)
         counts += torch.bincount(labels[labels != ignore_index], minlength=vocab_size)
         if backbone is not None:
-            mask = batch.get("attention_mask")
-            optional = accepted_inputs(backbone, {"position_ids": batch.get("position_ids"), "use_cache": False})
-            output = backbone(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=None if mask is None else mask.to(device),
-                **optional,
-            )
+            inputs = text_inputs(backbone, batch.get("attention_mask"), batch.get("position_ids"))
+            output = backbone(input_ids=batch["input_ids"].to(device), **inputs)
             hidden = output.last_hidden_state[:, :-1][labels != ignore_index].float() * hidden_scale
             moment = hidden.T @ hidden if moment is None else moment.addmm_(hidden.T, hidden)
             if output_layer is not None:

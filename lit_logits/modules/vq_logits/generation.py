@@ -46,9 +46,18 @@ def continue_prompts(
 
     Returns:
         (B, at most T + max_new_tokens) token ids.
+
+    Raises:
+        ValueError: If a prompt ends with padding.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padded = not bool(mask.all())
+    if not bool(mask[:, -1].all()):
+        raise ValueError(
+            "Expected prompts of different lengths to be padded on the left, as new tokens follow the last one, but"
+            f" {int((mask[:, -1] == 0).sum())} of {len(mask)} end with padding. Set `padding_side='left'` of the"
+            " tokenizer."
+        )
     ends = input_ids.new_tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or []))
     fresh, cache = input_ids, None
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
@@ -109,6 +118,9 @@ class VQGeneration:
 
         Returns:
             (B, at most T + max_new_tokens) token ids.
+
+        Raises:
+            ValueError: If a prompt ends with padding.
         """
         module: Any = self
         was_training = module.training

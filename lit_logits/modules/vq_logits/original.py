@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_logits.functional.residual_vq import DenseTarget
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import text_inputs
 from lit_logits.modules.language_models.frozen import FrozenModels
 from lit_logits.modules.language_models.inspect import find_layers
 from lit_logits.modules.language_models.loading import CausalBackbone
@@ -61,15 +61,24 @@ class OriginalOutput(FrozenModels):
         self.num_shared_layers = num_shared_layers
 
     @torch.no_grad()
-    def target(self, hidden: Tensor, **inputs: Any) -> DenseTarget:
+    def target(
+        self,
+        hidden: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> DenseTarget:
         """Return the target to imitate.
 
         Args:
             hidden: (B, T, d) that the head of the compressed model reads, used if there is no backbone here.
-            **inputs: of the backbone; those that it has no argument for are left out.
+            input_ids: (B, T) of the backbone, as the others; not needed if there is none here.
+            attention_mask: (B, T), or None.
+            position_ids: (B, T), or None.
         """
         for backbone in self.models:
-            output = backbone(**accepted_inputs(backbone, {**inputs, "use_cache": False}))
+            output = backbone(input_ids=input_ids, **text_inputs(backbone, attention_mask, position_ids))
             hidden = output.last_hidden_state * self.hidden_scale
         return DenseTarget(hidden.detach(), self._rows.weight, self._rows.bias, self.logit_cap)
 

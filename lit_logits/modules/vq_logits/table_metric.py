@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lit_logits.contracts import Calibrate, Calibration, OutputLayer
 from lit_logits.functional.distributed import all_reduce_sum_
 from lit_logits.functional.reductions import soft_cap
-from lit_logits.modules.language_models.calls import accepted_inputs
+from lit_logits.modules.language_models.calls import text_inputs
 from lit_logits.modules.vq_logits.embedding import CodedEmbedding
 
 __all__ = ["TableStatistics", "joined_with_table", "table_statistics"]
@@ -74,9 +74,9 @@ def table_statistics(
     for batch in tqdm(islice(batches, num_batches), "input table", total=num_batches, disable=show, leave=False):
         input_ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
         mask = None if mask is None else mask.to(device)
-        optional = accepted_inputs(backbone, {"position_ids": batch.get("position_ids"), "use_cache": False})
+        inputs = text_inputs(backbone, mask, batch.get("position_ids"))
         with torch.enable_grad(), _watched(table) as rows:
-            output = backbone(input_ids=input_ids, attention_mask=mask, **optional)
+            output = backbone(input_ids=input_ids, **inputs)
             hidden = output.last_hidden_state
         pull = _drawn_gradient(hidden.detach() * hidden_scale, layer, logit_cap, generator) * hidden_scale
         if mask is not None:
