@@ -43,8 +43,8 @@ coverage: $(VENV)/.dev  ## All tests, and the lines that they do not reach
 
 # Each set has an environment of its own. They also run with the arithmetic of other processors. Pages and benchmarks are
 # those of the pinned versions.
-test-oldest: $(VENV)-oldest/.test  ## The fast tests with the oldest versions that setup.cfg admits
-	ATEN_CPU_CAPABILITY=default $(VENV)-oldest/bin/python $(PYTEST) -m "not slow" --ignore=tests/test_docs.py --ignore-glob='tests/test_*_bench.py'
+test-oldest: $(VENV)-oldest/.test  ## The fast tests with the oldest versions that setup.cfg admits; `TESTS=...` names files
+	ATEN_CPU_CAPABILITY=default $(VENV)-oldest/bin/python $(PYTEST) $(TESTS) -m "not slow" --ignore=tests/test_docs.py --ignore-glob='tests/test_*_bench.py'
 
 $(VENV)-oldest/.test: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest

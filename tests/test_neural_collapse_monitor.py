@@ -1,8 +1,6 @@
 """`NeuralCollapseMonitor` in the real Trainer, against NumPy over the whole validation set and real event files."""
 
 import io
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from scripts import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_neural_collapse import oracle
 from torch import nn
@@ -574,15 +573,13 @@ def in_one_or_two_processes(folder, split, accumulate, devices=1, **kwargs):
 @pytest.mark.slow
 @pytest.mark.parametrize(("split", "accumulate"), [(14, 1), (23, 2)], ids=["unequal", "one rank without batches"])
 def test_two_processes_equal_one(tmp_path, split, accumulate):
-    script = tmp_path / "run.py"
-    script.write_text(
+    text = (
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import torch\nfrom test_neural_collapse_monitor import in_one_or_two_processes\n\n"
         "if __name__ == '__main__':\n    torch.set_num_threads(1)\n"
         f"    in_one_or_two_processes({str(tmp_path)!r}, {split}, {accumulate}, devices=2, strategy='ddp_fork')\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path / "run.py", text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         in_one_or_two_processes(tmp_path, split, accumulate)

@@ -1,13 +1,12 @@
 """`VQLogitsLM` that is resumed, loaded or trained in two processes is the one of an uninterrupted run."""
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from scripts import run_script
 from tiny_vq_models import assert_same_state, loader, make_model, make_trainer, pretrained
 
 from lit_logits.callbacks import CodebookReinit
@@ -139,12 +138,9 @@ CASES: dict[str, dict] = {
 def test_two_processes_equal_one(tmp_path):
     """Same global batches: calibration, weighted k-means, revivals and the learned mapping agree, and so do ranks."""
     pretrained("untied", tmp_path / "model")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), backbone=str(tmp_path / "model")))
+    text = SCRIPT.format(tests=str(Path(__file__).parent), backbone=str(tmp_path / "model"))
     for devices in (1, 2):
-        command = [sys.executable, str(script), str(devices), repr(CASES), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(tmp_path / "train.py", text, str(devices), repr(CASES), str(tmp_path), folder=tmp_path)
     for case in CASES:
         one, first, second = (torch.load(tmp_path / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
         for name in one[0]:
