@@ -20,11 +20,12 @@ from torch import nn
 from benchmarks.measure import Measurement, in_fresh_process, machine, markdown_table, measure
 from benchmarks.vq_rivals import LowRankHead, equal_rank
 from lit_logits.functional import scatter_code_logits
-from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, VQLogitsHead
+from lit_logits.modules import DenseLogitsHead, HierarchicalVQLogitsHead, ResidualVQLogitsHead, VQLogitsHead
 
 VOCAB_SIZE, HIDDEN_SIZE = 49_152, 576
 TWO_LEVELS = {"256 clusters + 256": (256, 256), "256 clusters + 4 × 64": (256, *[64] * 4)}
 OWN = "256 clusters, own vectors"
+SUM = "256 + 256 codes, one softmax over their sums"
 CUTOFFS = [2_000, 10_000]  # of the adaptive softmax, frequent ids first
 CHUNKED = "dense, linear_cross_entropy in chunks"
 
@@ -61,6 +62,11 @@ def _make_loss(case: str, codebook_size: int) -> tuple[nn.Module, Callable[..., 
     if case == OWN:
         own = HierarchicalVQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, (256, 1), own_vectors=True)
         return own, lambda hidden, labels: own.loss(hidden, labels)
+    if case == SUM:
+        added = ResidualVQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, 256, num_stages=2)
+        codes, stages = torch.randint(256, (2 * VOCAB_SIZE,)), torch.full((VOCAB_SIZE,), 2)
+        added.set_codes(torch.randn_like(added.codebook), codes, stages)
+        return added, lambda hidden, labels: added.loss(hidden, labels)
     if case in TWO_LEVELS:
         levels = HierarchicalVQLogitsHead(HIDDEN_SIZE, VOCAB_SIZE, TWO_LEVELS[case])
         return levels, lambda hidden, labels: levels.loss(hidden, labels)
@@ -91,7 +97,7 @@ def decoding_step(case: str, codebook_size: int, batch_size: int, device: str, r
 
 
 def _training_cases(codes: list[int]) -> list[tuple[str, int]]:
-    alone = ["dense", CHUNKED, "adaptive softmax", OWN, *TWO_LEVELS]
+    alone = ["dense", CHUNKED, "adaptive softmax", OWN, *TWO_LEVELS, SUM]
     if not hasattr(nn, "LinearCrossEntropyOptions"):
         alone.remove(CHUNKED)
         print(f"torch {torch.__version__} has no F.linear_cross_entropy in chunks, as 2.13 has: left out.\n")

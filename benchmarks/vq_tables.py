@@ -85,6 +85,8 @@ class Bench(NamedTuple):
 def compressed(bench: Bench, name: str) -> VQLogitsLM:
     """The model of a row, with its codes fitted."""
     _, compress, options = ROWS[name]
+    asked = {"byte_budget": bench.args.byte_budget, "smoothing": bench.args.smoothing}
+    options = options | {key: value for key, value in asked.items() if value is not None}
     lr, steps, width = bench.args.lr, bench.args.steps, bench.hidden.shape[-1]
     decay = partial(get_wsd_schedule, num_warmup_steps=10, num_stable_steps=0, num_decay_steps=steps - 10)
     head = partial(ResidualVQLogitsHead, codebook_size=256, num_groups=width // 8, token_weights="fisher", **options)
@@ -225,6 +227,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-blocks", type=int, default=32)
     parser.add_argument("--calibration-blocks", type=int, default=240)
     parser.add_argument("--gradient-blocks", type=int, default=60, help="for the metric of the input table")
+    parser.add_argument(
+        "--byte-budget", type=float, help="of all rows, in place of their own; 0.15 is 15 %% of a table"
+    )
+    parser.add_argument("--smoothing", type=float, help="of all rows, in place of their own")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--statistics", type=Path)
     parser.add_argument("--others", nargs="*", default=[])

@@ -42,6 +42,11 @@ def test_prompts_come_in_the_forms_of_transformers():
             model.generate(**none, max_new_tokens=4)
 
 
+def test_right_padded_prompts_are_refused():
+    with pytest.raises(ValueError, match="padded on the left, as new tokens follow the last one, but 1 of 2 end"):
+        decoder().generate(IDS.flip(1), MASK.flip(1), max_new_tokens=2)
+
+
 def test_a_text_that_is_too_long_is_named():
     model = decoder()
     mask = torch.ones(2, 40, dtype=torch.long)

@@ -31,6 +31,7 @@ from lit_logits.modules.dynamic_fusion.routing import (
     TextRouter,
     likelihoods_of_tokens,
 )
+from lit_logits.modules.language_models.calls import check_left_padding
 from lit_logits.modules.language_models.inspect import eos_token_ids
 
 __all__ = ["FusedCausalLM", "FusedScores"]
@@ -230,13 +231,14 @@ class FusedCausalLM(FusedModels):
             `trace`, a `FusionTrace` of the N tokens, and its `alpha`, `kl_forward` and `kl_reverse`.
 
         Raises:
-            ValueError: If a prompt is empty or longer than a model's context, decoding is neither greedy nor by
-                sampling, or a model emits NaN.
+            ValueError: If a prompt is empty, ends with padding or is longer than a model's context, decoding is neither
+                greedy nor by sampling, or a model emits NaN.
         """
         input_ids, attention_mask = given_prompts(input_ids, attention_mask, kwargs)
         if trace_logits < 0:
             raise ValueError(f"Expected `trace_logits` to be at least 0, but got {trace_logits}.")
         mask = check_ids(input_ids, attention_mask, self.vocab_size)
+        check_left_padding(mask)
         config = check_decoding(self.large, kwargs, len(input_ids))
         new_tokens = config.max_new_tokens or (config.max_length or 0) - input_ids.shape[1]
         check_context(self._named_models, mask, max(0, new_tokens))

@@ -24,6 +24,7 @@ __all__ = [
     "CountedStates",
     "accepted_inputs",
     "cache_argument",
+    "check_left_padding",
     "counted_states",
     "read_with_cache",
     "takes_positions",
@@ -169,6 +170,20 @@ def read_with_cache(model: nn.Module, inputs: Mapping[str, Any], cache: Any, *, 
             " that is offered, and report the model."
         )
     return output, cache
+
+
+def check_left_padding(attention_mask: Tensor) -> None:
+    """Refuse prompts that end with padding, which new tokens would follow.
+
+    Raises:
+        ValueError: If the last column of the mask (B, T) has a 0.
+    """
+    if not bool(attention_mask[:, -1].all()):
+        raise ValueError(
+            "Expected prompts of different lengths to be padded on the left, as new tokens follow the last one, but"
+            f" {int((attention_mask[:, -1] == 0).sum())} of {len(attention_mask)} end with padding. Set"
+            " `padding_side='left'` of the tokenizer."
+        )
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_logits.contracts import DecodingHead
 from lit_logits.functional.vq_decoding import sample_logits
-from lit_logits.modules.language_models.calls import read_with_cache
+from lit_logits.modules.language_models.calls import check_left_padding, read_with_cache
 from lit_logits.modules.language_models.probes import OutputRule
 
 __all__ = ["VQGeneration", "continue_prompts"]
@@ -52,12 +52,7 @@ def continue_prompts(
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     padded = not bool(mask.all())
-    if not bool(mask[:, -1].all()):
-        raise ValueError(
-            "Expected prompts of different lengths to be padded on the left, as new tokens follow the last one, but"
-            f" {int((mask[:, -1] == 0).sum())} of {len(mask)} end with padding. Set `padding_side='left'` of the"
-            " tokenizer."
-        )
+    check_left_padding(mask)
     ends = input_ids.new_tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or []))
     fresh, cache = input_ids, None
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
