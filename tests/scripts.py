@@ -39,7 +39,7 @@ def run_script(file: Path, text: str, *args: str, folder: Path | None = None) ->
         process.start()
         process.join(240)
         if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            os.killpg(process.pid, signal.SIGKILL)
         said = log.read_text(errors="replace")
     assert process.exitcode == 0, said[-3000:] or f"exit code {process.exitcode}"
     assert "sync_dist" not in said, said[-3000:]  # what is logged is the same on all ranks

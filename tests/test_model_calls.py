@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MambaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lit_logits.modules.language_models.calls import (
@@ -44,6 +44,10 @@ KINDS = {
 }
 
 
+# Before 5.24 the cache of mamba had a name of its own, and decoding with it is refused.
+no_cache = not set(CACHE_NAMES) & set(inspect.signature(MambaForCausalLM.forward).parameters)
+
+
 def make(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).eval()
@@ -52,6 +56,8 @@ def make(kind: str) -> PreTrainedModel:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_reading_on_with_a_cache_equals_reading_all(kind):
+    if "mamba" in kind and no_cache:
+        pytest.skip("this version of transformers names mamba's cache in another way")
     model = make(kind)
     ids, mask = torch.randint(3, V, (2, 12)), torch.ones(2, 12, dtype=torch.long)
     mask[0, :3] = 0  # left-padded
@@ -70,6 +76,7 @@ def test_reading_on_with_a_cache_equals_reading_all(kind):
     torch.testing.assert_close(output.logits[:, -1], whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(no_cache, reason="this version of transformers names mamba's cache in another way")
 @torch.no_grad()
 def test_recurrent_models_read_one_token_at_a_time():
     model, ids = make("mamba"), torch.randint(3, V, (1, 6))
