@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_logits.contracts import CodingHead, HasClassNames, HasTokenizer, offers
+from lit_logits.contracts import CodingHead, HasClassNames, offers
+from lit_logits.contracts.checks import data_tokenizer
 
 __all__ = [
     "TrainedSoFar",
@@ -67,12 +68,6 @@ def uncoded_heads(pl_module: LightningModule) -> list[CodingHead]:
 def data_module(trainer: Trainer) -> object:
     """Return the data module of the run, or None where loaders were given."""
     return getattr(trainer, "datamodule", None)  # which Lightning sets and does not declare
-
-
-def data_tokenizer(trainer: Trainer) -> Any:
-    """Return the tokenizer of the data module, or None without one."""
-    data = data_module(trainer)
-    return data.tokenizer if offers(data, HasTokenizer) else None
 
 
 def data_class_names(trainer: Trainer) -> Sequence[str] | None:

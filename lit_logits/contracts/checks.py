@@ -1,9 +1,11 @@
 """Whether a part keeps a contract, and what it lacks."""
 
 import inspect
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
-__all__ = ["lacks", "offers"]
+from lit_logits.contracts.parts import HasTokenizer
+
+__all__ = ["data_tokenizer", "lacks", "offers"]
 
 _Contract = TypeVar("_Contract")
 
@@ -21,6 +23,17 @@ def offers(part: object, contract: type[_Contract]) -> TypeGuard[_Contract]:
         (True, False, False)
     """
     return all(_has(part, name) for name in _members(contract))
+
+
+def data_tokenizer(trainer: Any) -> Any:
+    """Return the tokenizer of a trainer's data module; None without one, or without a trainer.
+
+    Example:
+        >>> data_tokenizer(None) is None
+        True
+    """
+    data = getattr(trainer, "datamodule", None)  # which Lightning sets and does not declare
+    return data.tokenizer if offers(data, HasTokenizer) else None
 
 
 def lacks(part: object, contract: type, purpose: str) -> str:

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_logits.contracts import DescribesItself, HasClassNames, HasTokenizer, offers
+from lit_logits.contracts import DescribesItself, HasClassNames, offers
+from lit_logits.contracts.checks import data_tokenizer
 from lit_logits.modules.language_models.card import write_card
 from lit_logits.modules.language_models.end_tokens import EndTokens
 from lit_logits.modules.language_models.lora import merged_state_dict, save_merged
@@ -23,7 +24,6 @@ from lit_logits.storage.folders import check_model_folder, replace_file, replace
 
 __all__ = [
     "PushesToHub",
-    "data_tokenizer",
     "describe_training",
     "measured",
     "save_any_generation_config",
@@ -173,11 +173,6 @@ def write_model(
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors' 0600 locks out a server of another user
     write_card(folder, model, summary, figures=figures, replaced=replaced)
-
-
-def data_tokenizer(trainer: Any) -> Any:
-    """Return the tokenizer of a trainer's data module, or None."""
-    return trainer.datamodule.tokenizer if trainer is not None and offers(trainer.datamodule, HasTokenizer) else None
 
 
 def take_special_ids(model: PreTrainedModel, tokenizer: Any, end_tokens: EndTokens) -> None:

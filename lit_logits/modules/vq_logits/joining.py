@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lit_logits.contracts import ExportableHead, SizedHead
+from lit_logits.contracts.checks import data_tokenizer
 from lit_logits.modules.language_models.calls import cache_argument
 from lit_logits.modules.language_models.probes import OutputRule, probe_backbone
 from lit_logits.modules.language_models.saving import (
     PushesToHub,
-    data_tokenizer,
     describe_training,
     save_model_folder,
     take_special_ids,
