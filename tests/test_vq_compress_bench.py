@@ -14,6 +14,7 @@ from benchmarks import vq_compress, vq_generate
 from benchmarks.quantised_rows import gptq, low_rank, rivals, round_to_nearest
 from lit_logits.contracts import Calibration
 from lit_logits.modules import VQLogitsForCausalLM
+from lit_logits.modules.vq_logits.embedding import CodedEmbedding
 
 V, D = 40, 128
 
@@ -167,28 +168,33 @@ def test_every_row_is_compared_with_the_original(command, tmp_path, capsys):
 # --- whole models ---
 
 
-def test_both_models_generate_as_many_tokens_in_all_ways(command, tmp_path, capsys, monkeypatch):
+def test_all_models_generate_as_many_tokens_in_all_ways(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vq_generate, "in_fresh_process", lambda function, *args: function(*args))  # seconds each
     _, path, *text = command[:4]
     sizes = ["--new-tokens", "3", "--prompt-tokens", "4", "--batch", "1", "3", "--threads", "1", "--repeats", "2"]
     arguments = ["--models", path, *text, "--folder", str(tmp_path / "saved"), *sizes, "--calibration-blocks", "2"]
+    arguments += ["--compress", "head", "both"]
     threads = torch.get_num_threads()
     try:
         vq_generate.main(arguments)
     finally:
         torch.set_num_threads(threads)
     (_, speeds), (_, memories) = tables_of(capsys.readouterr().out)
-    ways = [f"model, {head}, {dtype}" for dtype in ("float32", "bfloat16") for head in ("original", "compact")]
+    kinds = "compact", "compact, both"
+    ways = [f"model, {head}, {dtype}" for dtype in ("float32", "bfloat16") for head in ("original", *kinds)]
     assert [row[0] for row in memories] == ways
     assert [row[:3] for row in speeds] == [[way, batch, "1"] for batch in ("1", "3") for way in ways]
     assert [row[5] for row in speeds if row[0] == ways[0]] == ["1.00×"] * 2
-    assert [row[6] for row in speeds if row[0] in (ways[0], ways[2])] == ["1.00×"] * 4
+    assert [row[6] for row in speeds if row[0] in (ways[0], ways[3])] == ["1.00×"] * 4
     saved = tmp_path / "saved" / "model"
     compact = AutoModelForCausalLM.from_pretrained(saved / "compact-bfloat16")
     assert isinstance(compact, VQLogitsForCausalLM)
     assert compact.head.codebook.dtype == torch.bfloat16
+    assert isinstance(compact.get_input_embeddings(), torch.nn.Embedding)
+    both = AutoModelForCausalLM.from_pretrained(saved / "compact-both-float32")
+    assert isinstance(both.get_input_embeddings(), CodedEmbedding)
     original = AutoModelForCausalLM.from_pretrained(saved / "original-float32")
     assert torch.equal(original.lm_head.weight, AutoModelForCausalLM.from_pretrained(path).lm_head.weight)
     written = (saved / "compact-bfloat16" / "config.json").stat().st_mtime_ns
-    vq_generate.save_ways(path, saved, None, 2)  # what is there is not made again
+    vq_generate.save_ways(path, saved, None, 2, ["both", "head"])  # what is there is not made again
     assert (saved / "compact-bfloat16" / "config.json").stat().st_mtime_ns == written
