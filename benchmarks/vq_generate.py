@@ -33,7 +33,7 @@ from lit_logits import VQLogitsLM
 from lit_logits.modules import ResidualVQLogitsHead, find_tokenizer, load_causal_lm
 
 DOCUMENTED = ("argparse", "ast", "csv", "datetime", "heapq", "locale", "logging", "shelve")
-COMPRESS = {"head": ("compact", "head"), "both": ("compact, both", ["head", "embedding"])}
+COMPRESS = {"head": ("compact", ["head"]), "both": ("compact, both", ["head", "embedding"])}
 DTYPES = ("float32", "bfloat16")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -58,21 +58,19 @@ def save_ways(
     """Write the original and the compressed models in both precisions, but those that are there."""
     kinds = ["original", *(COMPRESS[name][0] for name in compress)]
     ways = [Way(kind, dtype, str(folder / f"{kind}-{dtype}".replace(", ", "-"))) for dtype in DTYPES for kind in kinds]
-    missing = {way.kind for way in ways if not Path(way.folder).exists()}
-    if not missing:
+    missing = {kind: [way for way in ways if way.kind == kind and not Path(way.folder).exists()] for kind in kinds}
+    if not any(missing.values()):
         return ways
     original = load_causal_lm(path)
-    if "original" in missing:
-        save_model(original, [way for way in ways if way.kind == "original"])
+    save_model(original, missing["original"])
     train, _ = read_blocks(path, text, 512)
     for kind, tables in COMPRESS.values():
-        if kind in missing:
-            model = compressed(copy.deepcopy(original), tables, train, num_blocks)
-            save_model(model, [way for way in ways if way.kind == kind])
+        if missing.get(kind):
+            save_model(compressed(copy.deepcopy(original), tables, train, num_blocks), missing[kind])
     return ways
 
 
-def compressed(original: Any, tables: str | list[str], train: Tensor, num_blocks: int) -> Any:
+def compressed(original: Any, tables: list[str], train: Tensor, num_blocks: int) -> Any:
     """The model with two stages of codes, fitted to so many blocks (n, T) of the text."""
     vocab_size, hidden_size = original.get_output_embeddings().weight.shape
     head = partial(
@@ -95,9 +93,11 @@ def compressed(original: Any, tables: str | list[str], train: Tensor, num_blocks
 
 
 def save_model(model: Any, ways: Sequence[Way]) -> None:
-    """Write a model in the precision of each way."""
+    """Write a model in the precision of each way; a folder has its name once it is whole."""
     for way in ways:
-        copy.deepcopy(model).to(getattr(torch, way.dtype)).save_pretrained(way.folder)
+        part = f"{way.folder}.part"
+        copy.deepcopy(model).to(getattr(torch, way.dtype)).save_pretrained(part)
+        Path(part).rename(way.folder)
 
 
 def make_prompts(path: str, length: int) -> Tensor:

@@ -4,6 +4,7 @@ Letters: V vocabulary, d hidden size.
 """
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -195,6 +196,10 @@ def test_all_models_generate_as_many_tokens_in_all_ways(command, tmp_path, capsy
     assert isinstance(both.get_input_embeddings(), CodedEmbedding)
     original = AutoModelForCausalLM.from_pretrained(saved / "original-float32")
     assert torch.equal(original.lm_head.weight, AutoModelForCausalLM.from_pretrained(path).lm_head.weight)
+    shutil.rmtree(saved / "original-float32")  # as a run that was killed leaves it: the others are kept, this is made
+    (saved / "original-float32.part").mkdir()
     written = (saved / "compact-bfloat16" / "config.json").stat().st_mtime_ns
     vq_generate.save_ways(path, saved, None, 2, ["both", "head"])  # what is there is not made again
     assert (saved / "compact-bfloat16" / "config.json").stat().st_mtime_ns == written
+    again = AutoModelForCausalLM.from_pretrained(saved / "original-float32")
+    assert torch.equal(again.lm_head.weight, original.lm_head.weight)
