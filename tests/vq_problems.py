@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-__all__ = ["EMPTY", "SEEDS", "D", "K", "N", "V", "dense_loss", "gradients", "problem"]
+__all__ = ["EMPTY", "SEEDS", "D", "K", "N", "V", "correlated", "dense_loss", "gradients", "problem"]
 
 N, D, V, K = 37, 5, 23, 7
 EMPTY = (3, 6)  # codes without tokens
@@ -39,3 +39,12 @@ def gradients(loss, *leaves):
     """Of a loss of any shape, weighted so that each token's gradient counts differently."""
     weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
     return torch.autograd.grad((loss * weights).sum(), [leaf for leaf in leaves if leaf is not None])
+
+
+def correlated(vocab_size=400, size=16, seed=0):
+    """Rows and a second moment whose dimensions hang together, and counts of Zipf."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab_size, size, generator=generator)
+    mix = torch.randn(size, size, generator=generator) + 2 * torch.randn(size, 1, generator=generator)
+    counts = 1000 / torch.arange(1, vocab_size + 1)
+    return weight, mix @ mix.T / size, counts[torch.randperm(vocab_size, generator=generator)]
