@@ -42,7 +42,7 @@ from lit_logits.callbacks.last_checkpoint import LastCheckpoint
 from lit_logits.callbacks.line_progress import LineProgress
 from lit_logits.callbacks.prediction_writer import PredictionWriter
 from lit_logits.callbacks.resume_check import ResumeCheck
-from lit_logits.recipe_parser import RecipeFile, RecipeParser, schedule_warning
+from lit_logits.recipe_parser import RecipeFile, RecipeParser, forget_classes, schedule_warning
 from lit_logits.run_folders import best_checkpoint, claim_version, last_checkpoint, runs_folder
 from lit_logits.text_classifiers import fill_vocabulary
 
@@ -125,6 +125,7 @@ class LitLogitsCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose `--config` finds shipped recipes."""
+        forget_classes()
         parser = RecipeParser(dump_header=[f"lightning=={L.__version__}"], version=lit_logits.__version__, **kwargs)
         parser.add_argument("-c", "--config", action=RecipeFile, help="Path of a recipe, or name of a shipped one.")
         return parser

@@ -1,16 +1,49 @@
 """The parser of recipes and command lines: shipped recipes, texts with colons, errors that say what has moved."""
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile, Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
-__all__ = ["RecipeFile", "RecipeParser", "schedule_warning"]
+__all__ = ["RecipeFile", "RecipeParser", "forget_classes", "schedule_warning"]
+
+
+class _ClassSearch:
+    """A search for the subclasses of a type that is made again only where modules were imported meanwhile.
+
+    jsonargparse looks for a string such as a model's path among all subclasses of `nn.Module`, a thousand with
+    transformers, each time that it looks at the value: seconds before a run starts.
+    """
+
+    def __init__(self, search: Callable[..., list[str]]) -> None:
+        self.search = search
+        self.found: dict[Any, list[str]] = {}
+
+    def __call__(self, typehint: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if not inspect.isclass(typehint):
+            return self.search(typehint, *args, **kwargs)
+        key = (typehint, args, tuple(kwargs.items()), len(sys.modules))
+        if key not in self.found:
+            self.found[key] = self.search(typehint, *args, **kwargs)
+        return self.found[key]
+
+
+def forget_classes() -> None:
+    """Let the next parser find classes that were defined since the last one, as in a notebook."""
+    if isinstance(search := getattr(_typehints, _SEARCH, None), _ClassSearch):
+        search.found.clear()
+
+
+_SEARCH = "get_all_subclass_paths"
+if hasattr(_typehints, _SEARCH):  # a name of its own use; without it a start only takes longer
+    setattr(_typehints, _SEARCH, _ClassSearch(getattr(_typehints, _SEARCH)))
 
 
 class RecipeFile(ActionConfigFile):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import _typehints
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.demos.boring_classes import BoringDataModule  # noqa: F401  (a short name)
 from tiny_runs import CountingData, ParseOnly, cli, fit, in_empty_folder, python  # noqa: F401  # fixtures by name
+from torch import nn
 
 from lit_logits.cli import LitLogitsCLI
 from lit_logits.datamodules import PairSource
@@ -142,3 +144,24 @@ def test_own_module_in_the_working_directory():
     command = [str(Path(sys.executable).parent / "lit-logits"), "fit", "--model", "here.Mine", "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "class_path: here.Mine" in done.stdout, done.stderr[-2000:]
+
+
+FUSION = ["fit", "--model=DynamicFusionDecoder", "--model.model=models/large", "--model.base=models/small"]
+
+
+def test_a_path_is_looked_for_among_classes_once(monkeypatch):
+    """It was at each look at the value: seconds before a run of a few models."""
+    seen = []
+    real = _typehints.get_import_path
+    monkeypatch.setattr(_typehints, "get_import_path", lambda value: (seen.append(value), real(value))[1])
+    cli = ParseOnly([*FUSION, "--model.experts=[models/one, models/two]", "--data=CountingData"])
+    cli.parser.dump(cli.config)
+    assert 1 <= seen.count(nn.Linear) <= 6  # whether abstract classes count or not, and again after each import
+
+
+def test_a_class_that_is_defined_after_a_first_run_is_found(monkeypatch):
+    ParseOnly([*FUSION, "--data=CountingData"])
+    late = type("LateClass", (nn.Module,), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "LateClass", late, raising=False)
+    model = ParseOnly([*FUSION, "--model.base=LateClass", "--data=CountingData"]).config.fit.model
+    assert model.init_args.base.class_path == f"{__name__}.LateClass"
