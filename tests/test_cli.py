@@ -1,6 +1,7 @@
 """Subcommands of the command line with the real Trainer, and the folder, files and output of a run."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -196,7 +197,9 @@ def test_others_are_silent(capsys, recwarn):
     assert not [w for w in recwarn if "LeafSpec" in str(w.message)]
 
 
-@pytest.mark.slow
-def test_the_package_is_a_command_that_tells_its_version():
-    done = subprocess.run([sys.executable, "-m", "lit_logits", "--version"], capture_output=True, text=True)
-    assert lit_logits.__version__ in done.stdout
+def test_the_package_is_a_command_that_tells_its_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lit_logits", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("lit_logits", run_name="__main__", alter_sys=True)
+    assert not stopped.value.code
+    assert lit_logits.__version__ in capsys.readouterr().out

@@ -230,6 +230,7 @@ def test_paragraphs_of_public_modules_with_enough_of_them_are_the_embedded_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_library_of_this_python_gives_thousands_of_paragraphs_in_dozens_of_classes():
     rows = read("python-paragraphs")["train"]
     assert len(rows) > 3000

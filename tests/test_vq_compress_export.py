@@ -6,9 +6,8 @@ Letters: T sequence, V vocabulary.
 import copy
 import inspect
 import json
-import subprocess
-import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import yaml
 from compressed_models import compress, started_model, trained_folder  # noqa: F401  # fixtures by name
 from lightning.pytorch import Callback
 from tiny_vq_models import T, V, loader, make_trainer, pretrained, rows
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_logits import VQLogitsLM
 from lit_logits.callbacks import SavePretrained
@@ -71,20 +70,13 @@ def test_generation_left_padded_and_batched_equals_one_by_one(started, head, sam
         assert together[0].tolist() == started.generate(long, max_new_tokens=6)[0, 9:].tolist()[: len(together[0])]
 
 
-@pytest.mark.slow
-def test_a_compact_folder_loads_in_a_new_process_and_generates(started, tmp_path):
+def test_a_compact_folder_loads_and_generates(started, tmp_path):
     started.save_pretrained(tmp_path / "saved", tokenizer=tokenizer())
-    script = (
-        "import lit_logits\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained('saved')\n"
-        "ids = AutoTokenizer.from_pretrained('saved')('w3 w6 w9', return_tensors='pt').input_ids\n"
-        "print(model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    prompt = torch.tensor([[3, 6, 9]])
-    expected = started.to_pretrained().generate(prompt, max_new_tokens=4, do_sample=False)[0].tolist()
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "saved")("w3 w6 w9", return_tensors="pt").input_ids
+    assert prompt.tolist() == [[3, 6, 9]]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    expected = started.to_pretrained().generate(prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(loaded.generate(prompt, max_new_tokens=4, do_sample=False), expected)
 
 
 def tokenizer():
@@ -289,7 +281,13 @@ def test_the_recipe_compresses_a_model_from_the_command_line(tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from lit_logits.datamodules import TextDataModule
 
-    data = TextDataModule("python-docs", bpe_vocab_size=300)
+    texts = [
+        f"The following holds for {x} and {x + y}: " + f"{x} plus {y} is {x + y}. " * 9
+        for x in range(40)
+        for y in (2, 5)
+    ]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = TextDataModule("texts.jsonl", bpe_vocab_size=300)
     data.prepare_data()
     data.tokenizer.save_pretrained("model")
     config = LlamaConfig(
@@ -303,6 +301,7 @@ def test_the_recipe_compresses_a_model_from_the_command_line(tmp_path, monkeypat
     LlamaForCausalLM(config).save_pretrained("model")
     options = {
         "model.init_args.backbone": "model",
+        "data.init_args.source": "texts.jsonl",
         "data.init_args.tokenizer": "model",
         "data.init_args.block_size": 32,
         "model.init_args.head.init_args.num_groups": 4,
