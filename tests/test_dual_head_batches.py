@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dual_head_training import CLASSES, Net, batch_of, fit, make, rows
+from tiny_classifiers import CLASSES, Net, batch_of, fit, make, rows
 from torch import nn
 from torch.utils.data import DataLoader
 

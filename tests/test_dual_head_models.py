@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.trainer.connectors.logger_connector import result
-from test_dual_head_training import CLASSES, Net, fit, make, rows
+from tiny_classifiers import CLASSES, Net, fit, make, rows
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from scripts import run_script
 from sklearn.metrics import average_precision_score, f1_score
-from test_dual_head_training import CLASSES, Net, batch_of, fit, make, rows
+from tiny_classifiers import CLASSES, Net, batch_of, fit, make, rows
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_dual_head_training import CLASSES, fit, make, rows
+from tiny_classifiers import CLASSES, fit, make, rows
 from torch import nn
 from torch.utils.data import DataLoader
 

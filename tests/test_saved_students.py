@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from test_dual_head_training import Net, rows
+from tiny_classifiers import Net, rows
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from test_dual_head_training import CLASSES, Net
+from tiny_classifiers import CLASSES, Net
 from torch import nn
 
 from lit_logits.datamodules import ImageDataModule
