@@ -22,8 +22,8 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run_script(file: Path, text: str, *args: str, folder: Path | None = None) -> None:
-    """Write a script and run it to its end, which must be a good one.
+def run_script(file: Path, text: str, *args: str, folder: Path | None = None) -> str:
+    """Write a script, run it to its end, which must be a good one, and return what it printed.
 
     Args:
         file: where to write it.
@@ -33,27 +33,27 @@ def run_script(file: Path, text: str, *args: str, folder: Path | None = None) ->
     """
     file.write_text(text)
     with tempfile.TemporaryDirectory() as logs:
-        log = Path(logs, "stderr")
-        given = ([str(file), *args], str(folder or Path.cwd()), dict(os.environ), str(log))
+        printed, log = Path(logs, "stdout"), Path(logs, "stderr")
+        given = ([str(file), *args], str(folder or Path.cwd()), dict(os.environ), [str(printed), str(log)])
         process = _SERVER.Process(target=_run, args=given)
         process.start()
         process.join(240)
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
-        said = log.read_text(errors="replace")
+        output, said = (path.read_text(errors="replace") if path.exists() else "" for path in (printed, log))
     assert process.exitcode == 0, said[-3000:] or f"exit code {process.exitcode}"
     assert "sync_dist" not in said, said[-3000:]  # what is logged is the same on all ranks
+    return output
 
 
-def _run(argv: list[str], folder: str, variables: dict[str, str], log: str) -> None:
+def _run(argv: list[str], folder: str, variables: dict[str, str], logs: list[str]) -> None:
     os.setsid()  # so that its processes end with it
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).parent))
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    for stream, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     runpy.run_path(argv[0], run_name="__main__")

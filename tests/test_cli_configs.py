@@ -1,6 +1,5 @@
 """Config files: what is printed and saved runs again, texts stay texts, and recipes and modules are found by name."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule  # noqa: F40
 from tiny_runs import CountingData, ParseOnly, cli, fit, in_empty_folder, python  # noqa: F401  # fixtures by name
 from torch import nn
 
-from lit_logits.cli import LitLogitsCLI
+from lit_logits.cli import LitLogitsCLI, main
 from lit_logits.datamodules import PairSource
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -135,15 +134,16 @@ def test_own_module_by_dotted_path(monkeypatch):
     assert type(fit(model="my_models.Mine", data="BoringDataModule").model).__name__ == "Mine"
 
 
-@pytest.mark.slow
-def test_own_module_in_the_working_directory():
+def test_own_module_in_the_working_directory(monkeypatch, capsys):
     """As the README has it: `--model my_package.MyLM` where my_package is."""
     Path("here.py").write_text(
         "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Mine(BoringModel):\n    pass\n"
     )
-    command = [str(Path(sys.executable).parent / "lit-logits"), "fit", "--model", "here.Mine", "--print_config"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "class_path: here.Mine" in done.stdout, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--model", "here.Mine", "--print_config"])
+    assert not stopped.value.code
+    assert "class_path: here.Mine" in capsys.readouterr().out
 
 
 FUSION = ["fit", "--model=DynamicFusionDecoder", "--model.model=models/large", "--model.base=models/small"]

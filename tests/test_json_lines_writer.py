@@ -2,14 +2,13 @@
 
 import json
 import logging
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from scripts import run_script
 from torch.utils.data import DataLoader
 
 from lit_logits.callbacks import JsonLinesWriter
@@ -318,8 +317,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Rows are shared out unevenly, left over singly, and made by both; processes come and go; no row is lost."""
-    script, out, both = (tmp_path / name for name in ("run.py", "out", "both"))
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    out, both = (tmp_path / name for name in ("out", "both"))
     runs = [
         (str(out), 2, 7, 4, True, "abc"),  # rank 0 has rows 0, 2 | 4, 6 and is killed
         (str(out), 2, 7, None, True, "xyz"),
@@ -329,13 +327,11 @@ def test_two_processes(tmp_path):
         (str(out), 1, 9, None, True, "abc"),
         (str(both), 2, 5, None, False, "abc"),
     ]
-    command = [sys.executable, "-W", "ignore", str(script), repr(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Run 0" in done.stdout
-    assert "killed" in done.stdout
-    assert "`data` was 'abc' there and is 'xyz' now" in done.stdout
-    assert "Run 2" not in done.stdout, done.stdout
+    printed = run_script(tmp_path / "run.py", SCRIPT.format(tests=str(Path(__file__).parent)), repr(runs))
+    assert "Run 0" in printed
+    assert "killed" in printed
+    assert "`data` was 'abc' there and is 'xyz' now" in printed
+    assert "Run 2" not in printed, printed
     stage = {at: {part.name: lines(part) for part in tmp_path.glob(f"*-{at}/part-*")} for at in range(len(runs))}
     before = [example["row"] for part in stage[0].values() for example in part]
     assert {0, 2} <= set(before) <= {0, 1, 2, 3, 5}

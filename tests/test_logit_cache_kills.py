@@ -5,8 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from logit_caches import (
     source_logits,
     whole_runs,  # noqa: F401  # a fixture
 )
+from scripts import run_script
 
 from lit_logits.storage import joining as logit_cache_joining
 from lit_logits.storage import writing as logit_cache_writing
@@ -269,8 +268,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes(tmp_path, whole):
     """Samples are shared out, or made by both; processes come and go; the bytes are those of one."""
-    script, out, both, fresh = (tmp_path / name for name in ("run.py", "out", "both", "fresh"))
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    out, both, fresh = (tmp_path / name for name in ("out", "both", "fresh"))
     runs = [
         (str(fresh), 2, None, True, "abc"),
         (str(out), 2, 25, True, "abc"),  # rank 0 has samples 17, 40 | 25, 12 | 5 and is killed
@@ -280,14 +278,12 @@ def test_two_processes(tmp_path, whole):
         (str(out), 2, None, True, "abc"),  # no samples are left, and no rank waits for another
         (str(both), 2, None, False, "abc"),
     ]
-    command = [sys.executable, "-W", "ignore", str(script), repr(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "killed" in done.stdout
-    assert "Run 2: " in done.stdout
-    assert "`data` was 'abc' there and is 'xyz' now" in done.stdout
-    assert "Run 3: killed" in done.stdout
-    assert all(f"Run {index}" not in done.stdout for index in (0, 4, 5, 6)), done.stdout
+    printed = run_script(tmp_path / "run.py", SCRIPT.format(tests=str(Path(__file__).parent)), repr(runs))
+    assert "killed" in printed
+    assert "Run 2: " in printed
+    assert "`data` was 'abc' there and is 'xyz' now" in printed
+    assert "Run 3: killed" in printed
+    assert all(f"Run {index}" not in printed for index in (0, 4, 5, 6)), printed
     for name in ("fresh-0", "out-4", "out-5", "both-6"):
         check_same(tmp_path / name, whole[2])
     assert {17, 40} <= set(logit_cache_writing.find_finished(tmp_path / "out-1" / "base"))

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import Strategy
+from scripts import run_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -430,7 +429,7 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path, at, monkeypatch):
 
 
 SCRIPT = """
-import sys, torch
+import sys, torch, warnings
 sys.path.insert(0, {tests!r})
 from test_save_pretrained import LM, fit
 
@@ -442,6 +441,7 @@ class Parted(LM):  # ranks that do not agree on the loss
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", ".*sync_dist.*")
     fit({folder!r} + "/model", model=Parted(), devices=2, strategy="ddp_fork", max_epochs=3)
 """
 
@@ -449,11 +449,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Rank zero decides and writes."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-W", "ignore", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(tmp_path / "run.py", SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     seen = torch.load(tmp_path / "seen-0.pt")
     check(tmp_path / "model", seen[1])
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
