@@ -1,8 +1,6 @@
 """Start from co-occurrence: counts against loops, PPMI and SVD against numpy on small vocabularies, and `fit`."""
 
 import math
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
+from scripts import run_script
 from torch.utils.data import DataLoader
 
 from lit_logits import VQLogitsLM
@@ -76,21 +75,26 @@ def test_text_is_read_once_and_no_further_than_asked():
         count_text([], num_tokens=9, vocab_size=4, device=torch.device("cpu"))
 
 
-RANK = """
+TWO_RANKS = """
 import os, sys
 import torch
 import torch.distributed as dist
 from lit_logits.modules.vq_logits.calibration import count_text
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-rows = torch.load(f"{folder}/rows.pt")
-rows = rows[:40] if rank == 0 else rows[40:]  # unequal parts, and so other numbers of different pairs
-batches = [{"input_ids": part, "labels": part} for part in rows.split(8)]
-found = count_text(batches, num_tokens=10**9, vocab_size=50, device=torch.device("cpu"))
-torch.save((found.token_counts, *found.pairs), f"{folder}/{rank}.pt")
-dist.barrier()
-os._exit(0)  # gloo's threads may abort an interpreter that ends
+
+def count(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    rows = torch.load(f"{folder}/rows.pt")
+    rows = rows[:40] if rank == 0 else rows[40:]  # unequal parts, and so other numbers of different pairs
+    batches = [{"input_ids": part, "labels": part} for part in rows.split(8)]
+    found = count_text(batches, num_tokens=10**9, vocab_size=50, device=torch.device("cpu"))
+    torch.save((found.token_counts, *found.pairs), f"{folder}/{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(count, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
@@ -98,9 +102,7 @@ os._exit(0)  # gloo's threads may abort an interpreter that ends
 def test_two_processes_count_what_one_does(tmp_path):
     rows = torch.randint(50, (56, 12), generator=torch.Generator().manual_seed(0))
     torch.save(rows, tmp_path / "rows.pt")
-    command = [sys.executable, "-c", RANK]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    run_script(tmp_path / "run.py", TWO_RANKS, str(tmp_path))
     expected = count_text(
         [{"input_ids": rows, "labels": rows}], num_tokens=1, vocab_size=50, device=torch.device("cpu")
     )
