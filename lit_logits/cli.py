@@ -126,6 +126,8 @@ class LitLogitsCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose `--config` finds shipped recipes."""
         forget_classes()
+        if Path(sys.argv[0]).name == "__main__.py":
+            kwargs.setdefault("prog", "python -m lit_logits")
         parser = RecipeParser(dump_header=[f"lightning=={L.__version__}"], version=lit_logits.__version__, **kwargs)
         parser.add_argument("-c", "--config", action=RecipeFile, help="Path of a recipe, or name of a shipped one.")
         return parser

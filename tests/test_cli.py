@@ -202,4 +202,4 @@ def test_the_package_is_a_command_that_tells_its_version(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("lit_logits", run_name="__main__", alter_sys=True)
     assert not stopped.value.code
-    assert lit_logits.__version__ in capsys.readouterr().out
+    assert capsys.readouterr().out == f"python -m lit_logits {lit_logits.__version__}\n"
