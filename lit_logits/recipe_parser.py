@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, Namespace, _typehints
+import jsonargparse
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 __all__ = ["RecipeFile", "RecipeParser", "forget_classes", "schedule_warning"]
@@ -35,15 +36,16 @@ class _ClassSearch:
         return self.found[key]
 
 
+# Private names of jsonargparse. Where a version has them no longer, a start only takes longer.
+_typehints = getattr(jsonargparse, "_typehints", None)
+_class_search = _ClassSearch(getattr(_typehints, "get_all_subclass_paths", lambda *_, **__: []))
+if hasattr(_typehints, "get_all_subclass_paths"):
+    _typehints.get_all_subclass_paths = _class_search
+
+
 def forget_classes() -> None:
     """Let the next parser find classes that were defined since the last one, as in a notebook."""
-    if isinstance(search := getattr(_typehints, _SEARCH, None), _ClassSearch):
-        search.found.clear()
-
-
-_SEARCH = "get_all_subclass_paths"
-if hasattr(_typehints, _SEARCH):  # a name of its own use; without it a start only takes longer
-    setattr(_typehints, _SEARCH, _ClassSearch(getattr(_typehints, _SEARCH)))
+    _class_search.found.clear()
 
 
 class RecipeFile(ActionConfigFile):

@@ -9,9 +9,13 @@ import runpy
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["run_script"]
+import torch
+from torch.utils.data import Sampler
+
+__all__ = ["TakeTurns", "run_script"]
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -20,6 +24,19 @@ _SERVER.set_forkserver_preload(
         *("lit_logits.vq_logits", "lit_logits.gld_fusion", "lit_logits.dual_head_kd", "lit_logits.dynamic_fusion"),
     ]
 )
+
+
+class TakeTurns(Sampler[int]):
+    """Rows for two processes in turns, unshuffled: Lightning's own sampler would shuffle."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows // 2
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(torch.distributed.get_rank(), self.rows, 2))
 
 
 def run_script(file: Path, text: str, *args: str, folder: Path | None = None) -> str:

@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import _typehints
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.demos.boring_classes import BoringDataModule  # noqa: F401  (a short name)
-from tiny_runs import CountingData, ParseOnly, cli, fit, in_empty_folder, python  # noqa: F401  # fixtures by name
+from tiny_runs import CountingData, ParseOnly, cli, fit, in_empty_folder  # noqa: F401  # fixtures by name
 from torch import nn
 
 from lit_logits.cli import LitLogitsCLI, main

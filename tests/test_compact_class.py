@@ -5,6 +5,9 @@ Letters: V vocabulary.
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -135,7 +138,8 @@ def test_accumulated_steps_are_those_of_the_whole_batch(compact, tmp_path):
     torch.testing.assert_close(*weights)
 
 
-def test_what_the_trainer_saves_loads(model, tmp_path):
+@pytest.mark.slow
+def test_what_the_trainer_saves_loads_in_a_new_process(model, tmp_path):
     """Also its checkpoint in mid-training, from which a trainer goes on."""
     rows = [{"input_ids": row, "labels": row} for row in IDS] * 4
     settings = {
@@ -157,9 +161,16 @@ def test_what_the_trainer_saves_loads(model, tmp_path):
     )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     torch.testing.assert_close(again.model.eval()(input_ids=IDS).logits, expected)
-    with torch.no_grad():
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-        torch.testing.assert_close(saved(input_ids=IDS).logits, expected)
+    program = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+print(model(input_ids=torch.tensor({IDS.tolist()})).logits.double().sum().item())
+"""
+    variables = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+    assert float(done.stdout) == pytest.approx(float(expected.double().sum()), abs=1e-4)
 
 
 def test_packed_texts_do_not_see_each_other(model):

@@ -325,7 +325,7 @@ def test_finding_the_classifier():
 
 def test_exported_student_predicts_the_same_without_the_library(tmp_path):
     """A process that cannot import lit_logits loads the class from its file and the weights into it."""
-    (tmp_path / "net.py").write_text(f"from torch import nn\n\nCLASSES = 3\n\n\n{inspect.getsource(Net)}")
+    (tmp_path / "net.py").write_text(f"from torch import nn\n\nCLASSES = {CLASSES}\n\n\n{inspect.getsource(Net)}")
     model = make(norm=True)
     fit(model, rows(), max_steps=3)
     model.eval().float()

@@ -237,22 +237,14 @@ TWO_RANKS = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
+from scripts import TakeTurns
 from tiny_classifiers import fit, make, rows
-
-
-class TakeTurns(torch.utils.data.Sampler):  # Lightning's own would shuffle
-    def __len__(self):
-        return 12
-
-    def __iter__(self):
-        return iter(range(torch.distributed.get_rank(), 24, 2))
-
 
 if __name__ == "__main__":
     model = make(grad_align={mode!r}).double()
     trainer = fit(model, rows(24), batch_size=6 // {accumulate}, accumulate_grad_batches={accumulate},
                   max_steps=2, devices=2, strategy="ddp_fork", gradient_clip_val=0.5,
-                  sampler=TakeTurns(), use_distributed_sampler=False)
+                  sampler=TakeTurns(24), use_distributed_sampler=False)
     if trainer.global_rank == 0:
         torch.save({{name: p.detach() for name, p in model.net.named_parameters()}}, {out!r})
 """

@@ -117,20 +117,12 @@ TWO_RANKS = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
+from scripts import TakeTurns
 from test_token_window import MODELS, fit, make
-
-
-class TakeTurns(torch.utils.data.Sampler):  # Lightning's own would shuffle
-    def __len__(self):
-        return 3
-
-    def __iter__(self):
-        return iter(range(torch.distributed.get_rank(), 6, 2))
-
 
 if __name__ == "__main__":
     for name in MODELS:
-        model = fit(make(name).double(), 1, sampler=TakeTurns(), devices=2, strategy="ddp_fork",
+        model = fit(make(name).double(), 1, sampler=TakeTurns(6), devices=2, strategy="ddp_fork",
                     use_distributed_sampler=False, accumulate_grad_batches=3, gradient_clip_val=0.3)
         if model.global_rank == 0:
             torch.save(model.state_dict(), {folder!r} + "/" + name)
