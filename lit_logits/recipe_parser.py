@@ -37,7 +37,7 @@ class _ClassSearch:
 
 
 # Private names of jsonargparse. Where a version has them no longer, a start only takes longer.
-_typehints = getattr(jsonargparse, "_typehints", None)
+_typehints: Any = getattr(jsonargparse, "_typehints", None)
 _class_search = _ClassSearch(getattr(_typehints, "get_all_subclass_paths", lambda *_, **__: []))
 if hasattr(_typehints, "get_all_subclass_paths"):
     _typehints.get_all_subclass_paths = _class_search
